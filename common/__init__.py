@@ -1,0 +1,1 @@
+"""The shared kitchen under the recipes: data, chat labels, collators, losses, trainer, devices."""

@@ -1,0 +1,228 @@
+"""The frame around every train.py: flags in, exit codes out.
+
+Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from . import device
+
+INTERRUPTED = 75
+
+# Spellings of older transformers and of the old recipe collections -> today's flag. None: accepted, no effect today.
+OLD_FLAGS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # a value below 1 is a ratio today
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "max_seq_length": "model_max_length",
+    "max_length": "model_max_length",
+    "data": "data_path",
+    "train_data": "data_path",
+    "lora_rank": "lora_r",
+    "dtype": "torch_dtype",
+    "save_safetensors": None,
+    "use_deepspeed": None,
+    "logging_dir": None,
+    "fp16_opt_level": None,
+}
+RENAMED_QUIETLY = {"gradient_checkpointing": "activation_checkpointing"}  # still the name that everybody types
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, the one that speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str) -> None:
+    """Print on rank 0 only."""
+    if is_main():
+        print(text, flush=True)
+
+
+def modern_flags(argv: Sequence[str]) -> list[str]:
+    """Translate old spellings, with one warning that names them all."""
+    out, told, skip_value = [], [], False
+    for word in argv:
+        if skip_value and not word.startswith("--"):
+            skip_value = False
+            continue
+        skip_value = False
+        if not word.startswith("--"):
+            out.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in OLD_FLAGS:
+            new = OLD_FLAGS[name]
+            told.append(f"--{name} -> {'(no effect)' if new is None else '--' + new}")
+            if new is None:
+                skip_value = not equals
+                continue
+            name = new
+        elif name == "group_by_length":
+            told.append("--group_by_length -> --train_sampling_strategy group_by_length")
+            out += ["--train_sampling_strategy", "group_by_length"]
+            skip_value = not equals
+            continue
+        out.append(f"--{RENAMED_QUIETLY.get(name, name)}{equals}{value}")
+    if told:
+        say("warning: old flags translated: " + ", ".join(told))
+    return out
+
+
+def parse_args(
+    classes: Sequence[type], defaults: dict, tiny_defaults: dict, argv: Sequence[str] | None = None
+) -> tuple:
+    """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a subclass).
+
+    Args:
+        defaults: the recipe's defaults for the real model.
+        tiny_defaults: laid over them when `--model_name_or_path` is "tiny" (or not given); sizes and steps only.
+    Errors: an unknown flag, or one without its value, ends the process with code 2 and names the nearest flag.
+    """
+    from transformers import HfArgumentParser
+
+    argv = modern_flags(sys.argv[1:] if argv is None else argv)
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for name in sorted(given):
+        if f"--{name}" not in known:
+            near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.5)
+            raise usage_error(f"unknown flag --{name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    parser.error = lambda message: sys.exit(usage_error(message).code)
+    parser.set_defaults(**defaults | device.prepare(given))
+    if parser.parse_known_args(argv)[0].model_name_or_path == "tiny":
+        parser.set_defaults(**tiny_defaults)
+    if any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
+        prepare_deepspeed()
+    try:
+        return parser.parse_args_into_dataclasses(args=argv)
+    except (ValueError, ImportError, OSError) as error:
+        raise usage_error(" ".join(str(error).split())) from None
+
+
+def usage_error(message: str) -> SystemExit:
+    """Say the mistake once (rank 0) and give the exit with code 2 to raise."""
+    fail(message, code=2, stop=False)
+    return SystemExit(2)
+
+
+def fail(message: str, code: int = 1, stop: bool = True) -> None:
+    """End with one clear line. Ranks beside the first wait a moment, so that a mistake common to all is told once."""
+    if not is_main():
+        time.sleep(3)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if stop:
+        raise SystemExit(code)
+
+
+def prepare_deepspeed() -> None:
+    """Import DeepSpeed so that no start hangs or compiles for minutes on CPU."""
+    lock_age = 60  # seconds; a builder that lives touches its folder more often
+    for root in filter(
+        os.path.isdir, [os.environ.get("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions"))]
+    ):
+        for folder, _, files in os.walk(root):
+            path = os.path.join(folder, "lock")
+            if "lock" in files and time.time() - os.path.getmtime(path) > lock_age:
+                os.remove(path)
+                say(f"removed {path}, left by a killed build; DeepSpeed would wait for it for ever")
+    import logging
+
+    import deepspeed
+
+    if os.environ.get("DANPU_VERBOSE") != "1":
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+    if device.kind() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an optional op that takes minutes to compile
+        if int(os.environ.get("WORLD_SIZE", 1)) >= 1 and "RANK" in os.environ:
+            deepspeed.init_distributed(dist_backend="gloo")
+
+
+def resume_command() -> str:
+    """The command line that continues this run, for people to paste."""
+    words = [
+        w if w.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() else repr(w)
+        for w in sys.argv[1:]
+    ]
+    start = os.environ.get("DANPU_RERUN", f"python {sys.argv[0]}")
+    named = {"--deepspeed"} if "DANPU_RERUN" in os.environ else set()
+    pairs = [w for i, w in enumerate(words) if w not in named and (i == 0 or words[i - 1] not in named)]
+    return " ".join([start, *pairs])
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # before training starts there is nothing to save
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    code = 0
+    try:
+        main()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            fail(error.code, stop=False)
+        code = 1 if isinstance(error.code, str) else int(error.code or 0)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        fail(message, stop=False)
+        code = 1
+    finally:
+        sys.stdout.flush()
+    close(code)
+
+
+def explain(error: Exception) -> str | None:
+    """One line with the remedy for an error that is not a bug of ours, else None."""
+    import torch
+
+    text = str(error)
+    full_disk = (
+        getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "PytorchStreamWriter" in text
+    )
+    if full_disk or "file write failed" in text:
+        import shutil
+
+        place = getattr(error, "filename", None) or next(
+            (sys.argv[i + 1] for i, w in enumerate(sys.argv[:-1]) if w == "--output_dir"), "."
+        )
+        while place and not os.path.exists(place):
+            place = os.path.dirname(place) or "."
+        free = shutil.disk_usage(place).free / 2**30
+        return (
+            f"no space left on device while writing under {place} ({free:.2f} GiB free). Older checkpoints are whole. "
+            f"Free some space (or lower --save_total_limit), then: {resume_command()}"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of memory at {device.peak_memory_mb() / 1024:.1f} GiB. Cheapest changes first: "
+            "--gradient_checkpointing true; --per_device_train_batch_size 1 with more --gradient_accumulation_steps; "
+            "a smaller --model_max_length; --use_lora true; train_zero3.sh"
+        )
+    return None
+
+
+def close(code: int) -> None:
+    """Leave the process group (a dangling one can turn success into a crash) and exit with `code`."""
+    import torch.distributed as dist
+
+    if code == 0 and dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # other ranks may be inside a collective; the launcher ends them

@@ -1,0 +1,99 @@
+"""Start one process per device through torchrun's elastic agent, and end them cleanly (called by launch.sh).
+
+    python common/launch.py NPROC train.py [flags]
+
+What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage, 75 interrupted); the
+first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM lets the ranks finish their step and save
+(a second one ends them at once).
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+
+def agent_arguments(nproc: int, logs: str) -> list[str]:
+    """torchrun's flags from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; a free port unless one is given."""
+    nnodes = int(os.environ.get("NNODES", 1))
+    flags = [
+        f"--nproc-per-node={nproc}",
+        f"--nnodes={nnodes}",
+        "--signals-to-handle=SIGHUP,SIGQUIT",
+        "--monitor-interval=0.2",
+    ]
+    if nnodes == 1 and not os.environ.get("MASTER_PORT"):
+        flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1" if nnodes == 1 else "")
+        if not address or (nnodes > 1 and "NODE_RANK" not in os.environ):
+            sys.exit(
+                "launch: several nodes need NNODES, NODE_RANK (0 on the first) and MASTER_ADDR (address of the first)"
+            )
+        rank = os.environ.get("NODE_RANK", "0")
+        flags += [
+            f"--node-rank={rank}",
+            f"--master-addr={address}",
+            f"--master-port={os.environ.get('MASTER_PORT', 29500)}",
+        ]
+    if os.environ.get("DANPU_VERBOSE") != "1":  # only the first local rank speaks; the others go to files
+        flags += [f"--log-dir={logs}"] + (
+            [f"--redirects={','.join(f'{i}:3' for i in range(1, nproc))}"] if nproc > 1 else []
+        )
+    return flags
+
+
+def forward_signals() -> None:
+    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them."""
+    import psutil
+
+    seen = []
+
+    def handle(number, frame):
+        seen.append(number)
+        for child in psutil.Process().children(recursive=len(seen) > 1):
+            child.send_signal(signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def last_words(logs: str, failure) -> str:
+    """The end of the failed rank's stderr; empty for rank 0, which has spoken on the terminal already."""
+    files = [Path(failure.error_file).parent / "stderr.log"] if failure.error_file else []
+    files += Path(logs).glob(f"**/{failure.local_rank}/stderr.log")
+    text = next((file.read_text(errors="replace").strip() for file in files if file.is_file()), "")
+    return "\n".join(text.splitlines()[-30:])
+
+
+def main() -> int:
+    nproc, script = int(sys.argv[1]), sys.argv[2:]
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if os.environ.get("DANPU_VERBOSE") != "1":
+        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+        logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    forward_signals()
+    with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:
+        try:
+            run.run(run.parse_args([*agent_arguments(nproc, logs), *script]))
+            return 0
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            words = last_words(logs, failure)
+            if words:
+                print(words, file=sys.stderr)
+            if failure.exitcode < 0:
+                print(
+                    f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; the other ranks were ended",
+                    file=sys.stderr,
+                )
+            return failure.exitcode if failure.exitcode in (1, 2, 75) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Run recipes as a user would (through their shells or the launcher) and read what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
+TIMEOUT = 600  # seconds; nothing here takes a third of it
+
+
+def environment(**extra) -> dict[str, str]:
+    """The user's environment with this Python first on PATH and none of danpu's own variables but DANPU_CACHE."""
+    ours = ("MODEL", "DATA", "OUTPUT", "NPROC", "DEVICES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE")
+    env = {k: v for k, v in os.environ.items() if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
+
+
+def start(command: list, **env) -> subprocess.Popen:
+    """Start a command in a process group of its own; stdout and stderr are kept apart."""
+    return subprocess.Popen(
+        [str(word) for word in command], cwd=env.pop("cwd", ROOT), env=environment(**env), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, timeout: int = TIMEOUT) -> subprocess.CompletedProcess:
+    """Wait; a run that hangs is killed with its group and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"hung for {timeout} s\n{out[-3000:]}\n{err[-3000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def shell(script: str | Path, *flags, **env) -> subprocess.CompletedProcess:
+    """bash SCRIPT FLAGS and wait."""
+    return finish(start(["bash", script, *flags], **env))
+
+
+def expect(result: subprocess.CompletedProcess, code: int = 0) -> subprocess.CompletedProcess:
+    """Assert the exit code and show the output when it differs."""
+    assert result.returncode == code, f"exit {result.returncode}, not {code}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    return result
+
+
+def error_line(result: subprocess.CompletedProcess, code: int) -> str:
+    """The one error line of a run that must fail with `code`: no traceback, and it is the last thing printed."""
+    expect(result, code)
+    assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("error: ", "launch: "))]
+    assert len(errors) == 1 and lines[-1] == errors[0], result.stderr[-3000:]
+    return errors[0]
+
+
+def history(output: str | Path) -> dict[int, float]:
+    """step -> training loss, from the finished run's trainer_state.json."""
+    state = json.loads((Path(output) / "trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def report(output: str | Path) -> dict:
+    return json.loads((Path(output) / "report.json").read_text())
+
+
+def weights(folder: str | Path) -> dict:
+    """All tensors of a model or adapter folder."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    assert files, f"no weights in {folder}"
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def weights_sha(folder: str | Path) -> str:
+    """sha256 over names and bytes of all tensors: equal only for bit-equal weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights(folder).items()):
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Largest absolute difference over two sets of tensors with equal names."""
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)

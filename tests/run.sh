@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them all. `--fast` leaves out the end-to-end runs; other flags go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source common/launch.sh
+choose_python "$PWD/requirements-dev.txt"
+PATH=$(dirname "$python"):$PATH
+export PATH
+
+# Debian's Chromium and CJK fonts for the demo tests, shellcheck for the scripts
+if ! command -v chromium >/dev/null || ! command -v shellcheck >/dev/null || ! fc-list 2>/dev/null | grep -qi "noto.*cjk"; then
+    if command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
+        echo "tests: installing chromium, fonts-noto-cjk and shellcheck"
+        apt-get update -qq >/dev/null
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk fontconfig shellcheck >/dev/null
+    else
+        echo "tests: chromium, fonts-noto-cjk or shellcheck is missing; the tests that need them will fail. As root: apt-get install them" >&2
+    fi
+fi
+
+ruff check .
+ruff format --check .
+git ls-files '*.sh' .ci/run | xargs shellcheck -x -e SC1091
+select=()
+if [[ ${1:-} == --fast ]]; then select=(-m "not slow"); shift; fi
+exec python -m pytest -q --durations=15 "${select[@]}" "$@"
