@@ -1,8 +1,8 @@
 """Crash-safe checkpoints by validation on read.
 
-After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256 of each file. A folder
-without it, or whose files differ from it, is torn: resume names it and takes the newest whole one. DeepSpeed's optimizer
-files are pickles: resume only from folders you wrote yourself.
+After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256 of each file. A
+folder without it, or whose files differ from it, is torn: resume names it and takes the newest whole one. DeepSpeed's
+optimizer files are pickles: resume only from folders you wrote yourself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def mark_complete(folder: str | Path, **facts) -> None:
-    """Declare `folder` whole. Call on one process, after all have written. `facts` (step, world_size, engine) are stored."""
+    """Declare `folder` whole. Call on one process after all have written. `facts` (step, world_size ...) are stored."""
     folder = Path(folder)
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(lambda p: _digest(p, sync=True), _files(folder)))

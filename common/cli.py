@@ -93,6 +93,7 @@ def parse_args(
     """
     from transformers import HfArgumentParser
 
+    quiet_libraries()
     argv = modern_flags(sys.argv[1:] if argv is None else argv)
     given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     parser = HfArgumentParser(classes, allow_abbrev=False)
@@ -111,6 +112,17 @@ def parse_args(
         return parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, ImportError, OSError) as error:
         raise usage_error(" ".join(str(error).split())) from None
+
+
+def quiet_libraries() -> None:
+    """Progress bars of libraries only on a terminal, and not those of single files."""
+    import datasets
+    import transformers
+
+    if os.environ.get("DANPU_VERBOSE") != "1":
+        transformers.utils.logging.disable_progress_bar()
+        if not (is_main() and sys.stderr.isatty()):
+            datasets.disable_progress_bars()
 
 
 def usage_error(message: str) -> SystemExit:

@@ -65,7 +65,7 @@ def device(local_rank: int | None = None) -> torch.device:
 
 
 def half_dtype() -> torch.dtype | None:
-    """bfloat16 where the device computes it in hardware, else float16 on an accelerator, else None (train in float32)."""
+    """bfloat16 where the hardware computes it, else float16 on an accelerator, else None (train in float32)."""
     if kind() == "cpu":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else None
@@ -86,7 +86,7 @@ def compile_pays() -> bool:
 
 
 def autocast(dtype: torch.dtype):
-    """Autocast context for `dtype`; float32 gives a context that does nothing. SystemExit where bf16 is not supported."""
+    """Autocast context for `dtype`; float32 gives one that does nothing. SystemExit where bf16 is not supported."""
     if dtype is torch.bfloat16 and kind() != "cpu" and half_dtype() is not torch.bfloat16:
         raise SystemExit(f"{name()} has no bf16: use --fp16 true (autocast would silently run in float32)")
     return torch.autocast(kind(), dtype=dtype, enabled=dtype is not torch.float32)
@@ -152,7 +152,9 @@ def prepare(training_args_given: set[str]) -> dict:
         defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend.
     """
     here, half = kind(), half_dtype()
-    defaults: dict = {"use_cpu": here == "cpu", "ddp_backend": dist_backend()}
+    defaults: dict = {"use_cpu": here == "cpu"}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        defaults["ddp_backend"] = dist_backend()
     if not {"bf16", "fp16"} & training_args_given:
         defaults |= {"bf16": half is torch.bfloat16, "fp16": half is torch.float16}
     if here == "npu":

@@ -17,7 +17,18 @@ TIMEOUT = 600  # seconds; nothing here takes a third of it
 
 def environment(**extra) -> dict[str, str]:
     """The user's environment with this Python first on PATH and none of danpu's own variables but DANPU_CACHE."""
-    ours = ("MODEL", "DATA", "OUTPUT", "NPROC", "DEVICES", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "HOSTFILE")
+    ours = (
+        "MODEL",
+        "DATA",
+        "OUTPUT",
+        "NPROC",
+        "DEVICES",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "HOSTFILE",
+    )
     env = {k: v for k, v in os.environ.items() if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
@@ -26,8 +37,8 @@ def environment(**extra) -> dict[str, str]:
 def start(command: list, **env) -> subprocess.Popen:
     """Start a command in a process group of its own; stdout and stderr are kept apart."""
     return subprocess.Popen(
-        [str(word) for word in command], cwd=env.pop("cwd", ROOT), env=environment(**env), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [str(word) for word in command], cwd=env.pop("cwd", ROOT), env=environment(**env), text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -49,7 +60,9 @@ def shell(script: str | Path, *flags, **env) -> subprocess.CompletedProcess:
 
 def expect(result: subprocess.CompletedProcess, code: int = 0) -> subprocess.CompletedProcess:
     """Assert the exit code and show the output when it differs."""
-    assert result.returncode == code, f"exit {result.returncode}, not {code}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    assert result.returncode == code, (
+        f"exit {result.returncode}, not {code}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    )
     return result
 
 
@@ -86,7 +99,9 @@ def weights_sha(folder: str | Path) -> str:
     """sha256 over names and bytes of all tensors: equal only for bit-equal weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights(folder).items()):
-        digest.update(name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

@@ -14,7 +14,13 @@ def output(tmp_path):
     for step in (5, 10):
         folder = tmp_path / f"checkpoint-{step}"
         (folder / "global_step").mkdir(parents=True)
-        for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "global_step/shard_0.pt"):
+        for name in (
+            "model.safetensors",
+            "optimizer.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+            "global_step/shard_0.pt",
+        ):
             (folder / name).write_bytes(os.urandom(5000))
         (folder / "latest").write_text("global_step")
         checkpoint.mark_complete(folder, step=step, world_size=2, engine="ddp")

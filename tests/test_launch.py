@@ -24,7 +24,9 @@ if mode != "ok": time.sleep(60)
 @pytest.fixture
 def recipe(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    (tmp_path / "run.sh").write_text(f'set -euo pipefail\nsource {ROOT}/common/launch.sh\nlaunch {tmp_path}/train.py "$@"\n')
+    (tmp_path / "run.sh").write_text(
+        f'set -euo pipefail\nsource {ROOT}/common/launch.sh\nlaunch {tmp_path}/train.py "$@"\n'
+    )
     return tmp_path / "run.sh"
 
 
@@ -39,7 +41,10 @@ def test_verbose_shows_every_rank_and_nproc_is_obeyed(recipe):
     assert all(f"rank {i} of 3" in out for i in range(3))
 
 
-@pytest.mark.parametrize("mode, code, words", [("usage", 2, ""), ("fail", 1, "error: rank one is unhappy"), ("killed", 1, "rank 1 was killed by SIGKILL")])  # fmt: skip
+FAILURES = [("usage", 2, ""), ("fail", 1, "error: rank one is unhappy"), ("killed", 1, "rank 1 was killed by SIGKILL")]
+
+
+@pytest.mark.parametrize("mode, code, words", FAILURES)
 def test_exit_code_and_last_words_of_a_failing_rank(recipe, mode, code, words):
     began = time.time()
     result = expect(shell(recipe, mode), code)
@@ -90,13 +95,15 @@ def test_no_venv_is_made_when_forbidden(recipe, tmp_path):
 
 
 def test_an_incomplete_python_gets_a_venv(recipe, tmp_path):
-    """The same Python without the flag: the launcher makes root/.venv. A copy of the project with no requirements keeps it quick."""
+    """Without the flag the launcher makes root/.venv; a copy of the project with one absent requirement keeps it quick."""
     project = tmp_path / "project"
     (project / "common").mkdir(parents=True)
     for name in ("launch.sh", "launch.py"):
         (project / "common" / name).write_text((ROOT / "common" / name).read_text())
     (project / "requirements.txt").write_text("danpu-no-such-package==1\n")
-    (project / "run.sh").write_text(f'set -euo pipefail\nsource {project}/common/launch.sh\nlaunch {project}/train.py "$@"\n')
+    (project / "run.sh").write_text(
+        f'set -euo pipefail\nsource {project}/common/launch.sh\nlaunch {project}/train.py "$@"\n'
+    )
     result = shell(project / "run.sh", "ok", PIP_NO_INDEX=1, cwd=project)
     assert f"making {project}/.venv" in result.stdout and "installing requirements.txt" in result.stdout
     assert "pip install failed" in result.stderr and result.returncode == 1

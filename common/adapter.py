@@ -1,0 +1,84 @@
+"""LoRA adapters and the base model they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+BASE_FILE = "base_model.json"
+
+
+def base_fingerprint(model: str) -> str:
+    """sha256 over the safetensors headers and evenly spread samples of the weights of `model` (folder or hub id).
+
+    Reads about 4 MiB, not the whole model: two fine-tunes of one architecture differ in nearly every block.
+    """
+    digest, block = hashlib.sha256(), 1 << 16
+    files = sorted(_folder(model).glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"{model} has no *.safetensors weights")
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for offset in sorted({0, *range(0, size, max(block, size // 64))}):
+                file.seek(offset)
+                digest.update(file.read(block))
+    return digest.hexdigest()
+
+
+def _folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+
+
+def remember_base(folder: str | Path, base: str) -> None:
+    """Leave the base model's name and fingerprint beside an adapter. Rank 0 writes, the others return at once."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        content = {"base_model": base, "fingerprint": base_fingerprint(base)}
+        (Path(folder) / BASE_FILE).write_text(json.dumps(content, indent=1))
+
+
+def check_base(folder: str | Path, base: str | None = None) -> str:
+    """The base model to use with the adapter in `folder`; SystemExit when the given `base` is another model."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise SystemExit(f"{folder} is not an adapter: it has no adapter_config.json")
+    told = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    known = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).is_file() else None
+    base = base or told
+    if known is None:
+        if base != told:
+            raise SystemExit(
+                f"{folder} was trained on {told}, not on {base} (and has no {BASE_FILE} to compare the weights)"
+            )
+    elif base_fingerprint(base) != known["fingerprint"]:
+        raise SystemExit(
+            f"{folder} was trained on {known['base_model']}; the weights of {base} differ, the merge would be wrong"
+        )
+    return base
+
+
+def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
+    """Write base + adapter as an ordinary model folder `out`, in the base's dtype, with the adapter's tokenizer."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, out = check_base(folder, base), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty; choose another --output_dir")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(part)
+    if out.exists():
+        out.rmdir()
+    os.replace(part, out)
+    return out

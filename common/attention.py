@@ -1,0 +1,216 @@
+"""Attention over packed rows: several documents in one row, each attending only to itself, no dense block mask.
+
+`register()` adds an implementation to transformers' attention interface; models stay stock. It is used where a row
+comes with `cu_seq_lens_q` (common.collators.PackedCollator); everything else (padded batches, generation with a cache,
+sliding windows) goes to transformers' own sdpa implementation, mask included.
+
+On CPU torch's fused attention is slow in backward and for short documents, so documents up to LONG tokens are computed
+with explicit matrix products: heads that share a key/value head are folded into the rows, queries go in blocks that
+skip the keys of the future, and backward computes the probabilities again instead of keeping them for every layer.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NAME = "packed"
+BLOCK = 128  # query rows of one product; documents are joined up to this length under one small mask
+LONG = {torch.bfloat16: 768, torch.float16: 768, torch.float32: 640}  # from here torch's fused attention is faster
+
+
+class _LazyMask:
+    """The stock mask of a packed row, built only if an attention layer cannot do without it (once for all layers)."""
+
+    def __init__(self, build):
+        self.build = build
+
+    @functools.cached_property
+    def tensor(self) -> Tensor | None:
+        return self.build()
+
+
+def _mask(**kwargs):
+    from transformers.masking_utils import sdpa_mask
+
+    build = functools.partial(sdpa_mask, **kwargs)
+    square = kwargs["q_length"] == kwargs["kv_length"] > 1
+    packed = square and kwargs.get("attention_mask") is None and not kwargs.get("allow_is_causal_skip", True)
+    return _LazyMask(build) if packed else build()
+
+
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
+    """query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d], None (the interface of transformers)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lazy, starts = isinstance(attention_mask, _LazyMask), kwargs.get("cu_seq_lens_q")
+    packed = (
+        starts is not None
+        and (attention_mask is None or lazy)
+        and query.shape[:1] + query.shape[2:3] == (1, key.shape[2])
+    )
+    plain = not dropout and getattr(module, "is_causal", True) and not any(
+        kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache")
+    )  # fmt: skip
+    longest = kwargs.get("max_length_q")
+    near = sliding_window is None or (longest is not None and longest <= sliding_window)
+    compute = _compute(query) if packed and plain and near else None
+    if compute is None:
+        if (
+            starts is not None and len(starts) > 2 and not lazy
+        ):  # a cache hides from transformers that the row is packed
+            raise ValueError("a packed row on this path needs use_cache=False and no attention_mask")
+        mask = attention_mask.tensor if lazy else attention_mask
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    return compute(query[0], key[0], value[0], starts, longest, scale)[None], None
+
+
+def _compute(query: Tensor):
+    """The function that computes a packed row on this device in this dtype; None where only a block mask is left."""
+    if query.device.type == "cpu":
+        return _on_cpu
+    from common import device
+
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    # torch's variable-length kernel needs a card with bf16 and a half dtype
+    fits = dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return _fused_varlen if fits and kind == "cuda" and device.half_dtype() is torch.bfloat16 else None
+
+
+def _fused_varlen(query, key, value, starts, longest, scale):
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
+    longest = int(starts.diff().max()) if longest is None else int(longest)
+    return varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def _on_cpu(query, key, value, starts, longest, scale):
+    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]."""
+    runs = _plan(tuple(starts.tolist()), len(query) // len(key), query.dtype)
+    sizes = [size for size, _ in runs]
+    parts = []
+    for q, k, v, (_, documents) in zip(*(x.split(sizes, 1) for x in (query, key, value)), runs, strict=True):
+        if documents is None:
+            gqa = len(q) != len(k)
+            o = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa)
+            parts.append(o[0].transpose(0, 1))
+        else:
+            parts.append(_Products.apply(q, k, v, documents, scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=4)  # all layers of a step ask for the same one
+def _plan(starts: tuple[int, ...], group: int, dtype: torch.dtype) -> list[tuple[int, list | None]]:
+    """Document boundaries -> runs (tokens, None) of one long document or (tokens, [(start, length, bias), ...]).
+
+    Neighbouring documents are joined while they fit into one block of queries: one product instead of many tiny ones.
+    """
+    long, runs = LONG.get(dtype, LONG[torch.float32]), []
+    for length in (b - a for a, b in zip(starts, starts[1:], strict=False) if b > a):
+        if length >= long:
+            runs.append((length, None))
+            continue
+        if not runs or runs[-1][1] is None:
+            runs.append((0, []))
+        size, documents = runs[-1]
+        if documents and sum(documents[-1][1]) + length <= BLOCK:
+            documents[-1][1].append(length)
+        else:
+            documents.append((size, [length]))
+        runs[-1] = (size + length, documents)
+    bias = lambda lengths: _joined(lengths, group, dtype) if len(lengths) > 1 else None  # noqa: E731
+    return [(size, docs and [(start, sum(lengths), bias(lengths)) for start, lengths in docs]) for size, docs in runs]
+
+
+def _joined(lengths: list[int], group: int, dtype: torch.dtype) -> Tensor:
+    """[group * sum, sum]: 0 where a token may look, -inf elsewhere."""
+    owner = torch.repeat_interleave(torch.tensor(lengths))
+    allowed = (owner[:, None] == owner).tril_()
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf).repeat(group, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _staircase(group: int, dtype: torch.dtype) -> Tensor:
+    """[group, BLOCK, width]: query i of a block may look at every column up to width - BLOCK + i."""
+    width = max(LONG.values()) + BLOCK
+    return torch.full((BLOCK, width), -torch.inf, dtype=dtype).triu_(width - BLOCK + 1).repeat(group, 1, 1)
+
+
+def _blocks(documents: list, group: int, dtype: torch.dtype):
+    """Yields (start, end) of a block of queries, the start of its keys, and its bias [group * queries, keys]."""
+    stairs = _staircase(group, dtype)
+    for start, length, bias in documents:
+        for a in range(0, length, BLOCK):
+            b = min(length, a + BLOCK)
+            left = stairs.shape[2] - BLOCK - a
+            block = stairs[:, : b - a, left : left + b].reshape(group * (b - a), b) if bias is None else bias
+            yield start + a, start + b, start, block
+
+
+class _Products(torch.autograd.Function):
+    """Causal attention of joined documents: query [H, T, d], key and value [K, T, d] -> [T, H, d]."""
+
+    @staticmethod
+    def _probs(query, key, bias, scale):
+        scores = torch.baddbmm(bias, query.flatten(1, 2), key.transpose(1, 2), alpha=scale)
+        return torch.softmax(scores, -1)  # fp32 inside
+
+    @staticmethod
+    def forward(ctx, query, key, value, documents, scale):
+        ctx.save_for_backward(query, key, value)
+        ctx.documents, ctx.scale = documents, scale
+        (heads, tokens, size), groups = query.shape, len(key)
+        query = query.view(groups, heads // groups, tokens, size)
+        out = torch.empty(tokens, heads, size, dtype=query.dtype)
+        folded = out.view(tokens, groups, -1, size).permute(1, 2, 0, 3)
+        with torch.autocast("cpu", enabled=False):
+            for a, b, first, bias in _blocks(documents, heads // groups, query.dtype):
+                probs = _Products._probs(query[:, :, a:b], key[:, first:b], bias, scale)
+                folded[:, :, a:b] = torch.bmm(probs, value[:, first:b]).view(groups, -1, b - a, size)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value = ctx.saved_tensors
+        (heads, tokens, size), groups, scale = query.shape, len(key), ctx.scale
+        query = query.view(groups, heads // groups, tokens, size)
+        grad = grad.to(query.dtype).view(tokens, groups, -1, size).permute(1, 2, 0, 3)
+        # laid out like the projections that they flow back into
+        d_query = torch.empty(tokens, heads, size, dtype=query.dtype).view(tokens, groups, -1, size).permute(1, 2, 0, 3)
+        d_key, d_value = (
+            torch.zeros(tokens, groups, size).transpose(0, 1) for _ in range(2)
+        )  # fp32: blocks are summed
+        with torch.autocast("cpu", enabled=False):
+            for a, b, first, bias in _blocks(ctx.documents, heads // groups, query.dtype):
+                q, g, k, v = query[:, :, a:b], grad[:, :, a:b], key[:, first:b], value[:, first:b]
+                probs = _Products._probs(q, k, bias, scale)
+                q, g = q.flatten(1, 2), g.flatten(1, 2)
+                d_value[:, first:b] += torch.bmm(probs.transpose(1, 2), g)
+                d_probs = torch.bmm(g, v.transpose(1, 2))
+                d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).mul_(scale)
+                d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, b - a, size)
+                d_key[:, first:b] += torch.bmm(d_scores.transpose(1, 2), q)
+        return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def register() -> str:
+    """Add the implementation to transformers; pass the returned name as `attn_implementation` to from_pretrained."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME

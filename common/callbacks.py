@@ -1,0 +1,88 @@
+"""What people see during training, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from . import cli
+
+
+class Progress(TrainerCallback):
+    """One line: a bar on a terminal, a plain line per logging step elsewhere."""
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and sys.stderr.isatty():
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        left = logs["seconds_left"]
+        text = (
+            f"loss {logs['loss']:.4f} | lr {logs['learning_rate']:.1e} | {logs['label_tokens_per_second']:,.0f} label "
+            f"tok/s | {logs['tokens_per_second']:,.0f} tok/s | {logs['samples_per_second']:,.1f} samples/s | "
+            f"{logs['memory_mb'] / 1024:.1f} GiB"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            share = state.global_step / max(1, state.max_steps)
+            print(f"step {state.global_step}/{state.max_steps} {share:4.0%} | {text} | left {clock(left)}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 45 s, 12 min, 3 h 05 min."""
+    minutes = int(seconds // 60)
+    return (
+        f"{seconds:.0f} s"
+        if minutes < 2
+        else f"{minutes} min"
+        if minutes < 120
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
+
+
+class SafeStop(TrainerCallback):
+    """SIGTERM / Ctrl-C: finish the step, save, stop. All ranks agree on the step through one tiny all-reduce."""
+
+    def __init__(self):
+        self.asked, self.stopped = 0.0, False
+
+    def listen(self):
+        def handle(number, frame):
+            if self.asked and time.time() - self.asked > 2:  # the launcher and the terminal may both send the first one
+                os._exit(cli.INTERRUPTED)
+            if not self.asked:
+                self.asked = time.time()
+                cli.say("\nstopping: this step is finished and saved first (once more: stop at once)")
+
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGINT, handle)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        flag = torch.tensor([1.0 if self.asked else 0.0], device=args.device)
+        if args.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+        return control

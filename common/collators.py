@@ -1,0 +1,141 @@
+"""Rows -> batches: packed (documents of one length budget in one row, no padding) and padded.
+
+A row is {"input_ids": [T], "labels": [T]}; other columns are ignored. Labels are not shifted (as transformers expects).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+IGNORE = -100
+
+
+def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
+    """Best-fit decreasing: put each row, longest first, into the fullest bin that still has room for it.
+
+    Args:
+        lengths: tokens per row; a row longer than max_length gets a bin of its own.
+        seed: order among rows of equal length, and of the bins; the same arguments give the same bins on every machine.
+    Returns:
+        lists of indices into `lengths`, each index once. O(n log n): a million rows take seconds.
+    """
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    order.sort(key=lengths.__getitem__, reverse=True)
+    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # bins by the tokens that still fit
+    rooms = 0  # bit r is set where by_room[r] is not empty: the smallest room that fits is the lowest bit from there
+    bins: list[list[int]] = []
+    for row in order:
+        length = lengths[row]
+        fits = rooms >> length
+        if fits:
+            room = length + (fits & -fits).bit_length() - 1
+            target = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, target = max(max_length, length), len(bins)
+            bins.append([])
+        bins[target].append(row)
+        by_room[room - length].append(target)
+        rooms |= 1 << (room - length)
+    rng.shuffle(bins)
+    return bins
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """Map-style dataset of bins: item i is the list of rows of bin i, each with its "row_id" (index into `rows`).
+
+    The sampler of the Trainer then shuffles bins anew in every epoch.
+    """
+
+    def __init__(self, rows, max_length: int, seed: int = 0, lengths: Sequence[int] | None = None):
+        """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if already known."""
+        self.rows = rows
+        self.bins = pack_bins(_lengths(rows) if lengths is None else lengths, max_length, seed)
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        return [_numbered(self.rows, i) for i in self.bins[index]]
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """The rows themselves, each with its "row_id"; what PackedDataset is for PackedCollator, for PaddedCollator."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return _numbered(self.rows, index)
+
+
+def _numbered(rows, index: int) -> dict:
+    row = rows[index]
+    return {"row_id": index, "input_ids": row["input_ids"], "labels": row["labels"]}
+
+
+def _lengths(rows) -> list[int]:
+    table = getattr(rows, "data", None)
+    if table is not None and getattr(rows, "_indices", None) is None:  # Arrow knows the lengths of its lists
+        import pyarrow.compute as pc
+
+        return pc.list_value_length(table.column("input_ids")).to_pylist()
+    return [len(row["input_ids"]) for row in rows]
+
+
+class PackedCollator:
+    """Bins (lists of rows) -> one row in which positions restart at every document.
+
+    Returns input_ids, labels, position_ids [1, T] int64, cu_seq_lens_q/k [documents + 1] int32, max_length_q/k int and
+    row_ids (the rows' "row_id", to be taken out before the model). The first label of each document is -100: nothing
+    before it predicts it. There is no attention mask; the boundaries are what keeps documents apart.
+    """
+
+    def __call__(self, bins: list[list[dict]]) -> dict:
+        rows = [row for one in bins for row in one]
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
+        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+        labels[starts[:-1]] = IGNORE
+        positions = torch.arange(len(ids)) - torch.repeat_interleave(starts[:-1], lengths)
+        boundaries, longest = starts.to(torch.int32), int(lengths.max())
+        return {
+            "input_ids": ids[None],
+            "labels": labels[None],
+            "position_ids": positions[None],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "row_ids": [row["row_id"] for row in rows if "row_id" in row],
+        }
+
+
+class PaddedCollator:
+    """Rows -> input_ids, labels, attention_mask [B, T] int64, padded on the right; row_ids as in PackedCollator."""
+
+    def __init__(self, pad_token_id: int, pad_to_multiple: int = 1):
+        self.pad, self.multiple = pad_token_id, pad_to_multiple
+
+    def __call__(self, rows: list[dict]) -> dict:
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
+        ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORE)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[i, :length] = torch.as_tensor(row["input_ids"])
+            labels[i, :length] = torch.as_tensor(row["labels"])
+            mask[i, :length] = 1
+        row_ids = [row["row_id"] for row in rows if "row_id" in row]
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask, "row_ids": row_ids}

@@ -1,0 +1,87 @@
+"""Answer prompts with a model that is being trained: batched, spread over the ranks, the same under every engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+
+@torch.no_grad()
+def generate_answers(
+    model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 64, batch_size: int = 32
+) -> list[str]:
+    """Greedy answers in the order of `prompts` (token ids of any lengths). All ranks call it and get all answers.
+
+    Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's generation config.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    mine = list(range(rank, len(prompts), world))
+    per_rank = -(-len(prompts) // world)
+    mine += [len(prompts) - 1] * (per_rank - len(mine))  # equal work: ZeRO-3 needs all ranks in every forward
+    mine.sort(key=lambda i: len(prompts[i]))
+    was_training, cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    answers: dict[int, str] = {}
+    for start in range(0, len(mine), batch_size):
+        chosen = mine[start : start + batch_size]
+        ids = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+        answers |= dict(zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
+    model.train(was_training)
+    model.config.use_cache = cache
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, answers)
+        answers = {k: v for part in parts for k, v in part.items()}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> torch.Tensor:
+    """B prompts -> new token ids [B, N]."""
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    where = model.device if model.device.type != "meta" else torch.device("cpu")
+    eos = model.generation_config.eos_token_id
+    stop = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    out = model.generate(
+        input_ids=ids.to(where), attention_mask=mask.to(where), max_new_tokens=max_new_tokens, do_sample=False,
+        pad_token_id=pad, eos_token_id=stop, synced_gpus=is_deepspeed_zero3_enabled(),
+        num_beams=1, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return out[:, width:]
+
+
+def answer_held_out(
+    model, tokenizer, rows: list[str], encode: Callable, max_new_tokens: int
+) -> tuple[dict, list[dict]]:
+    """Greedy answers to the last turn of chat rows against what stands there. Every rank calls it.
+
+    Args:
+        rows: canonical chat rows (JSON).
+        encode: (messages, tools) -> token ids that generation starts from.
+    Returns:
+        {"exact_match", "rouge_l"} and [{"prompt", "reference", "answer"}]; a thought before the answer is left out.
+    """
+    from .metrics import answer_match
+
+    loaded = [json.loads(row) for row in rows]
+    prompts = [encode(row["messages"][:-1], row.get("tools")) for row in loaded]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
+    samples = [
+        {
+            "prompt": row["messages"][-2]["content"],
+            "reference": row["messages"][-1]["content"],
+            "answer": answer.split("</think>")[-1].strip(),
+        }
+        for row, answer in zip(loaded, answers, strict=True)
+    ]
+    return answer_match([s["answer"] for s in samples], [s["reference"] for s in samples]), samples
