@@ -29,6 +29,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(1)
+        control.should_log |= state.global_step >= state.max_steps  # a run shorter than logging_steps has a loss too
+        return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:

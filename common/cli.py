@@ -163,6 +163,23 @@ def prepare_deepspeed() -> None:
             deepspeed.init_distributed(dist_backend="gloo")
 
 
+def model_config(name: str):
+    """AutoConfig of a model folder or hub id; SystemExit with one line when it is neither."""
+    from transformers import AutoConfig
+
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(name)):
+        raise SystemExit(f"--model_name_or_path {name}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # many kinds: no config.json, unknown type, no network, no such id
+        words = " ".join(str(error).split())[:300]
+        raise SystemExit(
+            f"--model_name_or_path {name} is not a model that can be loaded ({words}). "
+            "Give a folder with config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
+        ) from None
+
+
 def resume_command() -> str:
     """The command line that continues this run, for people to paste."""
     words = [
@@ -201,11 +218,11 @@ def explain(error: Exception) -> str | None:
     """One line with the remedy for an error that is not a bug of ours, else None."""
     import torch
 
-    text = str(error)
-    full_disk = (
-        getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "PytorchStreamWriter" in text
-    )
-    if full_disk or "file write failed" in text:
+    chain, link = [], error
+    while link is not None:
+        chain, link = [*chain, link], link.__cause__ or link.__context__
+    signs = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
+    if any(getattr(e, "errno", None) == errno.ENOSPC or any(sign in str(e) for sign in signs) for e in chain):
         import shutil
 
         place = getattr(error, "filename", None) or next(

@@ -13,7 +13,7 @@ import sys
 _autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
 if "torch" not in sys.modules:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-import torch  # noqa: E402
+import torch
 
 NPU_ERROR: Exception | None = None
 """Why an installed torch_npu cannot be used; None when it works or is not installed."""
@@ -83,6 +83,16 @@ def dist_backend() -> str:
 def compile_pays() -> bool:
     """Whether torch.compile works and repays its start-up here (inductor has no NPU back end in the pinned stack)."""
     return kind() == "cuda"
+
+
+def supports_4bit() -> bool:
+    """Whether bitsandbytes' 4-bit kernels run here."""
+    return kind() == "cuda"
+
+
+def supports_varlen_attention() -> bool:
+    """Whether torch's variable-length attention kernel runs here (a CUDA card with bf16)."""
+    return kind() == "cuda" and half_dtype() is torch.bfloat16
 
 
 def autocast(dtype: torch.dtype):

@@ -69,7 +69,8 @@ def answer_held_out(
         rows: canonical chat rows (JSON).
         encode: (messages, tools) -> token ids that generation starts from.
     Returns:
-        {"exact_match", "rouge_l"} and [{"prompt", "reference", "answer"}]; a thought before the answer is left out.
+        {"exact_match", "rouge_l"} and [{"messages", "tools", "prompt", "reference", "answer"}]; a thought before the
+        answer is left out.
     """
     from .metrics import answer_match
 
@@ -78,6 +79,8 @@ def answer_held_out(
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
     samples = [
         {
+            "messages": row["messages"][:-1],
+            "tools": row.get("tools"),
             "prompt": row["messages"][-2]["content"],
             "reference": row["messages"][-1]["content"],
             "answer": answer.split("</think>")[-1].strip(),

@@ -3,8 +3,8 @@
     python common/launch.py NPROC train.py [flags]
 
 What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage, 75 interrupted);
-the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM lets the ranks finish their step and save
-(a second one ends them at once).
+the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM lets the ranks finish their step and
+save (a second one ends them at once).
 """
 
 import logging

@@ -77,15 +77,15 @@ def _number(value) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}"
 
 
-def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict] = ()) -> str:
+def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict]) -> str:
     """Write loss.png, report.json and report.md into `out`; returns the table to print.
 
     Args:
         facts: a value for each of KEYS but "versions"; more keys are welcome.
         history: the Trainer's log_history.
-        samples: [{"prompt", "reference", "before", "after"}], shown in report.md.
+        samples: [{"prompt", "reference", "before", "after", ...}], shown in report.md, whole in report.json.
     """
-    facts = {**facts, "versions": versions()}
+    facts = {**facts, "versions": versions(), "samples": samples}
     missing = [key for key in KEYS if key not in facts]
     if missing:
         raise ValueError(f"report lacks {missing}")

@@ -14,10 +14,10 @@ from . import checkpoint, cli, device
 
 RUN_FILE = "run.json"  # in the output folder: what this run is, to recognise it when the same command comes again
 FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
-    "logging_steps", "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy",
-    "eval_generate", "per_device_eval_batch_size", "max_new_tokens", "report_to", "run_name", "disable_tqdm", "output_dir",
-    "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "ddp_timeout", "ddp_backend", "log_level",
-    "local_rank", "deepspeed",
+    "logging_steps", "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
+    "eval_strategy", "eval_generate", "per_device_eval_batch_size", "max_new_tokens", "report_to", "run_name",
+    "disable_tqdm", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers",
+    "ddp_timeout", "ddp_backend", "log_level", "local_rank", "deepspeed",
 }  # fmt: skip
 
 

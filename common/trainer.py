@@ -321,8 +321,9 @@ class RecipeTrainer(Trainer):
         }  # fmt: skip
         if self.is_world_process_zero():
             out = Path(self.args.output_dir)
-            old = {s["prompt"]: s["answer"] for s in self.before.get("samples", [])}
-            samples = [{**s, "before": old.get(s["prompt"], ""), "after": s["answer"]} for s in after["samples"][:12]]
+            old = [s["answer"] for s in self.before.get("samples", [])] or [""] * len(after["samples"])
+            samples = [{**s, "before": b, "after": s["answer"]} for s, b in zip(after["samples"], old, strict=True)]
+            samples = samples[:12]
             table = report.write_report(out, facts, self.state.log_history, samples)
             run = json.loads((out / RUN_FILE).read_text())
             write_run_file(out, run | {"step": self.state.global_step})

@@ -1,7 +1,27 @@
 """Shared fixtures. The repository root goes on sys.path so that tests import `common` like a recipe does."""
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Prepared data and tiny models of this session stay out of the user's cache; subprocesses inherit it."""
+    os.environ["DANPU_CACHE"] = str(tmp_path_factory.mktemp("danpu-cache"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch-extensions"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """train_qwen's first command, run once: (output folder, what it printed)."""
+    from harness import expect, shell
+
+    out = tmp_path_factory.mktemp("tiny-run")
+    printed = expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out)).stdout
+    return out, printed

@@ -95,7 +95,7 @@ def test_no_venv_is_made_when_forbidden(recipe, tmp_path):
 
 
 def test_an_incomplete_python_gets_a_venv(recipe, tmp_path):
-    """Without the flag the launcher makes root/.venv; a copy of the project with one absent requirement keeps it quick."""
+    """Without the flag the launcher makes root/.venv; a copy of the project with one absent requirement is quick."""
     project = tmp_path / "project"
     (project / "common").mkdir(parents=True)
     for name in ("launch.sh", "launch.py"):

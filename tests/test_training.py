@@ -225,10 +225,10 @@ def test_a_dead_rank_ends_the_run_with_its_error_last(tmp_path, fault, words):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A 30 MB file system."""
+    """A 60 MB file system."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"mounting a small tmpfs needs privileges this machine does not give: {mounted.stderr.strip()}")
     yield disk

@@ -20,7 +20,7 @@ from common import cli, device  # device before torch and transformers
 
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments, set_seed
 
 from common import adapter, attention, chat, collators, data, losses, tiny
 from common.generate import answer_held_out
@@ -80,28 +80,31 @@ class Args:
 DEFAULTS = dict(
     output_dir=str(HERE.parent / "output" / HERE.name), num_train_epochs=3, learning_rate=1e-5, weight_decay=0.0,
     lr_scheduler_type="cosine", warmup_steps=0.03, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-    gradient_accumulation_steps=4, logging_steps=5, save_steps=200, save_total_limit=2, report_to=["tensorboard"],
-    ddp_find_unused_parameters=False, ddp_timeout=7200,
+    gradient_accumulation_steps=4, logging_steps=5, logging_first_step=True, save_steps=200, save_total_limit=2,
+    report_to=["tensorboard"], ddp_find_unused_parameters=False, ddp_timeout=7200,
 )  # fmt: skip
 LORA_LEARNING_RATE = 2e-4  # an adapter wants about ten times the rate of full fine-tuning
 TINY = dict(  # sizes and steps only
-    model_max_length=256, num_train_epochs=30, learning_rate=3e-3, per_device_train_batch_size=2, save_steps=100,
-    gradient_accumulation_steps=1, logging_steps=20, eval_ratio=0.1, max_new_tokens=48,
+    model_max_length=256, num_train_epochs=20, learning_rate=3e-3, adam_beta2=0.98, weight_decay=0.1, warmup_steps=0.1,
+    per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=40, save_steps=400, eval_ratio=0.1,
+    eval_generate=100, max_new_tokens=64,
 )  # fmt: skip
 
 
 def tiny_model() -> str:
     """Folder of the embedded default: Qwen3's architecture at toy size, its tokenizer trained on the sample data."""
     files = sorted((HERE / "data").glob("*.jsonl"))
+    tags = ("think", "tool_call", "tool_response")
     tokenizer = tiny.make_tokenizer(
         [line for file in files for line in file.read_text(encoding="utf-8").splitlines()], vocab_size=2000,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        plain_tokens=["<think>", "</think>", "<tool_call>", "</tool_call>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", plain_tokens=[f"<{end}{tag}>" for tag in tags for end in ("", "/")],
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
     )  # fmt: skip
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=40, initializer_range=0.05, max_position_embeddings=2048,
+        tie_word_embeddings=True,
     )  # fmt: skip
     return tiny.save_tiny(config, tokenizer, data.cache_root() / "tiny")
 
@@ -133,7 +136,7 @@ def four_bit(compute_dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
-    if device.kind() != "cuda" or not is_bitsandbytes_available():
+    if not device.supports_4bit() or not is_bitsandbytes_available():
         need = "--load_in_4bit needs a CUDA card and `pip install bitsandbytes`"
         raise SystemExit(f"{need}; this device is {device.kind()}. Use --use_lora true without it")
     return BitsAndBytesConfig(
@@ -203,18 +206,15 @@ def main() -> None:
         training.learning_rate = LORA_LEARNING_RATE
 
     base = tiny_model() if args.model_name_or_path == "tiny" else args.model_name_or_path
-    config, tokenizer = AutoConfig.from_pretrained(base), load_tokenizer(args, base)
+    config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
 
     rows, stats = data.load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
     cli.say(data.summary(stats))
-    start = open_output(
-        training, asdict(args) | training.to_dict() | {"data": stats["sha256"]}, args.overwrite_output_dir
-    )
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir)
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, template)
-    cli.say(
-        f"split: {stats['used']:,} rows to train on, {stats['held_out']:,} held out, {stats['truncated']:,} shortened"
-    )
+    cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
     cli.say(chat.preview(tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()))
 
     model = load_model(args, training, base)

@@ -25,8 +25,8 @@ script, fault = sys.argv[1:3]
 sys.argv = [script, *sys.argv[3:]]
 sys.path[:0] = [str(Path(script).resolve().parents[1]), str(Path(script).resolve().parent)]
 
-from common import checkpoint, device  # noqa: E402, F401
-from common.trainer import RecipeTrainer  # noqa: E402
+from common import checkpoint, device  # noqa: F401
+from common.trainer import RecipeTrainer
 
 kind, at = fault.split("@")
 at, rank = int(at), int(os.environ.get("RANK", 0))
