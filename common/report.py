@@ -39,16 +39,19 @@ def plot_loss(history: list[dict], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     train = [(e["step"], e["loss"]) for e in history if "loss" in e]
-    held_out = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+    held_out = sorted({(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e})
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     if train:
         steps, losses = zip(*train, strict=True)
-        smooth, value = [], losses[0]
-        for loss in losses:
-            value = 0.8 * value + 0.2 * loss
-            smooth.append(value)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="train")
-        axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="train, smoothed")
+        window = len(losses) // 50  # on each side; a short history is shown as it is
+        smooth = [
+            sum(part) / len(part) for part in (losses[max(0, i - window) : i + window + 1] for i in range(len(losses)))
+        ]
+        axes.plot(
+            steps, losses, color="tab:blue", alpha=0.3 if window else 1, linewidth=1 if window else 2, label="train"
+        )
+        if window:
+            axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="train, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
     axes.set(xlabel="step", ylabel="loss per label token", title=title)
@@ -119,6 +122,6 @@ def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict
     return table
 
 
-def _cell(text: str, width: int = 160) -> str:
+def _cell(text: str, width: int = 80) -> str:
     text = " ".join(str(text).split()).replace("|", "\\|")
     return text if len(text) <= width else text[:width] + " ..."

@@ -323,8 +323,10 @@ class RecipeTrainer(Trainer):
             out = Path(self.args.output_dir)
             old = [s["answer"] for s in self.before.get("samples", [])] or [""] * len(after["samples"])
             samples = [{**s, "before": b, "after": s["answer"]} for s, b in zip(after["samples"], old, strict=True)]
-            samples = samples[:12]
-            table = report.write_report(out, facts, self.state.log_history, samples)
+            samples = samples[:: max(1, len(samples) // 12)][:12]
+            ends = [(0, facts["metrics"]["before"]), (self.state.global_step, after["metrics"])]
+            ends = [{"step": step, "eval_loss": metrics["loss"]} for step, metrics in ends if "loss" in metrics]
+            table = report.write_report(out, facts, [*self.state.log_history, *ends], samples)
             run = json.loads((out / RUN_FILE).read_text())
             write_run_file(out, run | {"step": self.state.global_step})
             self.state.save_to_json(str(out / "trainer_state.json"))

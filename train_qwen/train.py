@@ -91,13 +91,11 @@ TINY = dict(  # sizes and steps only
 )  # fmt: skip
 
 
-def tiny_model() -> str:
-    """Folder of the embedded default: Qwen3's architecture at toy size, its tokenizer trained on the sample data."""
-    files = sorted((HERE / "data").glob("*.jsonl"))
+def tiny_model(texts: list[str]) -> str:
+    """Folder of the embedded default: Qwen3's architecture at toy size, its tokenizer trained on the data at hand."""
     tags = ("think", "tool_call", "tool_response")
     tokenizer = tiny.make_tokenizer(
-        [line for file in files for line in file.read_text(encoding="utf-8").splitlines()], vocab_size=2000,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>",
+        texts, vocab_size=4000, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>",
         pad_token="<|endoftext|>", plain_tokens=[f"<{end}{tag}>" for tag in tags for end in ("", "/")],
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
     )  # fmt: skip
@@ -205,14 +203,14 @@ def main() -> None:
     if args.use_lora and training.learning_rate == DEFAULTS["learning_rate"]:
         training.learning_rate = LORA_LEARNING_RATE
 
-    base = tiny_model() if args.model_name_or_path == "tiny" else args.model_name_or_path
-    config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
-    template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
-
     rows, stats = data.load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
     cli.say(data.summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
+
+    base = tiny_model(rows["row"][:5000]) if args.model_name_or_path == "tiny" else args.model_name_or_path
+    config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
+    template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, template)
     cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
     cli.say(chat.preview(tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()))
@@ -229,7 +227,7 @@ def main() -> None:
     def ask(turns, tools):
         return chat.encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
-    questions = held_out["row"][: args.eval_generate]
+    questions = held_out["row"][:: max(1, len(held_out) // max(1, args.eval_generate))][: args.eval_generate]
     measure = partial(answer_held_out, model, tokenizer, questions, ask, args.max_new_tokens) if questions else None
     trainer = RecipeTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
