@@ -264,6 +264,12 @@ class RecipeTrainer(Trainer):
                     shutil.rmtree(old, ignore_errors=True)
         self._barrier()
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if engine(self.args) in ("zero-0", "zero-1", "zero-2"):
+            self._save(output_dir)  # the weights are whole; the stock way clones them, which unties tied embeddings
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _barrier(self):
         if self.args.world_size > 1:
             dist.barrier()
