@@ -1,0 +1,73 @@
+"""Every notebook: committed empty, short, and running top to bottom from a copy of its recipe under another name."""
+
+import shutil
+
+import nbformat
+import pytest
+from harness import ROOT
+
+NOTEBOOKS = sorted(ROOT.glob("*/*.ipynb"))
+CELL_SECONDS = 300
+SAID = {  # the faults that data.ipynb puts into its raw files, as it must find them
+    "train_qwen/data.ipynb": ("gb18030", "empty answer", "wrong JSON", "去掉 3 行", "[["),
+    "train_qwen/infer.ipynb": ("还没有模型",),
+}
+
+
+def name(path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=name)
+def notebook(request):
+    return request.param
+
+
+def test_there_are_notebooks():
+    assert {"train_qwen/data.ipynb", "train_qwen/infer.ipynb"} <= set(map(name, NOTEBOOKS))
+
+
+def test_committed_empty_and_short(notebook):
+    content = nbformat.read(notebook, as_version=4)
+    nbformat.validate(content)
+    code = [cell for cell in content.cells if cell.cell_type == "code"]
+    assert content.metadata.kernelspec.name == "python3"
+    assert all(not cell.outputs and cell.execution_count is None for cell in code), "outputs not stripped"
+    assert code[0].metadata.get("tags") == ["parameters"]
+    assert len(content.cells) <= 15
+    assert all(len(cell.source.splitlines()) <= 20 for cell in content.cells)
+    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 120
+    assert content.cells[0].cell_type == "markdown" and any("\u4e00" <= c <= "\u9fff" for c in content.cells[0].source)
+    assert content.cells[-1].cell_type == "code" and "assert " in content.cells[-1].source
+    assert notebook.parent.name not in notebook.read_text(encoding="utf-8"), "a copied recipe has another name"
+
+
+def execute(notebook, tmp_path, **parameters) -> str:
+    """Run a copy with other parameters; -> everything it printed or displayed as text."""
+    from nbclient import NotebookClient
+
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=ignore)
+    recipe = shutil.copytree(notebook.parent, tmp_path / "my_model", ignore=ignore)
+    content = nbformat.read(recipe / notebook.name, as_version=4)
+    first = next(cell for cell in content.cells if cell.cell_type == "code")
+    first.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+    NotebookClient(content, timeout=CELL_SECONDS, resources={"metadata": {"path": str(recipe)}}).execute()
+    outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
+    return "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
+
+
+@pytest.mark.slow
+def test_runs_as_it_is(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = execute(notebook, tmp_path)
+    for expected in SAID.get(name(notebook), ()):
+        assert expected in text
+    left = {path.name for path in (tmp_path / "my_model").iterdir()} - {"__pycache__"}
+    assert left == {path.name for path in notebook.parent.iterdir()} - {"__pycache__"}, "it wrote into the recipe"
+
+
+@pytest.mark.slow
+def test_infer_notebook_with_a_finished_run(tiny_run, tmp_path):
+    text = execute(ROOT / "train_qwen/infer.ipynb", tmp_path, MODEL=str(tiny_run[0]))
+    assert "还没有模型" not in text and "小丹" in text
