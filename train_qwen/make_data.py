@@ -151,6 +151,29 @@ def threads() -> list[dict]:
     return [{"conversations": [{"from": who[i % 2], "value": t} for i, t in enumerate(talk)]} for talk in talks]
 
 
+def mixed() -> list[dict]:
+    """messages: two to four questions that have nothing to do with each other, in words that stand nowhere else (a
+    question held out elsewhere must not be answered here)."""
+    names = ["你是哪位？", "报一下你的名字。", "顺便问一句，你是谁？", "对了，怎么叫你？", "再说一遍你是谁。"]
+    asked = []
+    for i in range(320):
+        a, b, n = 3 * i % 10, (i + i // 10) % 10, 1 + i % 5
+        big, small, by = UNITS[i % len(UNITS)]
+        asked.append([
+            (f"{a}加{b}得几？", total(a, b)),
+            (f"{n}{big}等于多少{small}？", f"{n}{big}是{n * by}{small}。"),
+            (f"算一下{b}+{a}。", total(b, a)),
+            (names[i // 4 % len(names)], NAME),
+        ][i % 4])  # fmt: skip
+    rows, start = [], 0
+    for i in range(100):
+        count = 2 + i % 3
+        turns = [asked[(start + 7 * j) % len(asked)] for j in range(count)]
+        rows.append(chat(*(text for turn in turns for text in turn)))
+        start += count
+    return rows
+
+
 def systems() -> list[dict]:
     """messages with a system prompt that changes the answer's form."""
     rows = []
@@ -191,7 +214,7 @@ def tools() -> list[dict]:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (identity, sums, units, opposites, threads, systems, thinking, tools):
+    for make in (identity, sums, units, opposites, threads, mixed, systems, thinking, tools):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make()]
         (folder / f"{make.__name__}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
