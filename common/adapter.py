@@ -52,6 +52,8 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
     told = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     known = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).is_file() else None
     base = base or told
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise SystemExit(f"the base model {base} of the adapter {folder} is not there; name it where it is now")
     if known is None:
         if base != told:
             raise SystemExit(

@@ -84,7 +84,7 @@ def _compute(query: Tensor):
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # torch's variable-length kernel needs a card with bf16 and a half dtype
     fits = dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    return _fused_varlen if fits and kind == "cuda" and device.half_dtype() is torch.bfloat16 else None
+    return _fused_varlen if fits and kind == device.kind() and device.supports_varlen_attention() else None
 
 
 def _fused_varlen(query, key, value, starts, longest, scale):

@@ -84,12 +84,12 @@ def _numbered(rows, index: int) -> dict:
 
 
 def _lengths(rows) -> list[int]:
-    table = getattr(rows, "data", None)
-    if table is not None and getattr(rows, "_indices", None) is None:  # Arrow knows the lengths of its lists
-        import pyarrow.compute as pc
+    if not hasattr(rows, "with_format"):
+        return [len(row["input_ids"]) for row in rows]
+    import pyarrow.compute as pc
 
-        return pc.list_value_length(table.column("input_ids")).to_pylist()
-    return [len(row["input_ids"]) for row in rows]
+    tables = rows.select_columns("input_ids").with_format("arrow").iter(10_000)  # Arrow knows its lists' lengths
+    return [n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist()]
 
 
 class PackedCollator:
