@@ -12,12 +12,13 @@ BASE_FILE = "base_model.json"
 
 
 def base_fingerprint(model: str) -> str:
-    """sha256 over the safetensors headers and evenly spread samples of the weights of `model` (folder or hub id).
+    """sha256 over evenly spread samples of the weight files of `model` (folder or hub id).
 
     Reads about 4 MiB, not the whole model: two fine-tunes of one architecture differ in nearly every block.
     """
     digest, block = hashlib.sha256(), 1 << 16
-    files = sorted(_folder(model).glob("*.safetensors"))
+    folder = _folder(model)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not files:
         raise SystemExit(f"{model} has no *.safetensors weights")
     for path in files:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from . import device
 
@@ -24,19 +25,21 @@ OLD_FLAGS = {
     "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "max_seq_length": "model_max_length",
     "max_length": "model_max_length",
     "data": "data_path",
     "train_data": "data_path",
     "lora_rank": "lora_r",
-    "dtype": "torch_dtype",
     "save_safetensors": None,
     "use_deepspeed": None,
     "logging_dir": None,
     "fp16_opt_level": None,
 }
-RENAMED_QUIETLY = {"gradient_checkpointing": "activation_checkpointing"}  # still the name that everybody types
+# still the names that everybody types; transformers for Python 3.10 has only these
+RENAMED_QUIETLY = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 def is_main() -> bool:
@@ -50,8 +53,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def modern_flags(argv: Sequence[str]) -> list[str]:
-    """Translate old spellings, with one warning that names them all."""
+def typed(name: str) -> bool:
+    """Whether the user gave this flag on the command line."""
+    return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in sys.argv[1:])
+
+
+def modern_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
+    """Translate old spellings to `known` ones, with one warning that names them all."""
     out, told, skip_value = [], [], False
     for word in argv:
         if skip_value and not word.startswith("--"):
@@ -75,7 +83,8 @@ def modern_flags(argv: Sequence[str]) -> list[str]:
             out += ["--train_sampling_strategy", "group_by_length"]
             skip_value = not equals
             continue
-        out.append(f"--{RENAMED_QUIETLY.get(name, name)}{equals}{value}")
+        new = RENAMED_QUIETLY.get(name, name)
+        out.append(f"--{new if new in known else name}{equals}{value}")
     if told:
         say("warning: old flags translated: " + ", ".join(told))
     return out
@@ -92,12 +101,13 @@ def parse_args(
     Errors: an unknown flag, or one without its value, ends the process with code 2 and names the nearest flag.
     """
     from transformers import HfArgumentParser
+    from transformers.integrations import get_reporting_integration_callbacks
 
     quiet_libraries()
-    argv = modern_flags(sys.argv[1:] if argv is None else argv)
-    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     parser = HfArgumentParser(classes, allow_abbrev=False)
     known = [option for action in parser._actions for option in action.option_strings]
+    argv = modern_flags(sys.argv[1:] if argv is None else argv, {option.lstrip("-") for option in known})
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     for name in sorted(given):
         if f"--{name}" not in known:
             near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.5)
@@ -109,9 +119,12 @@ def parse_args(
     if any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
         prepare_deepspeed()
     try:
-        return parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, ImportError, OSError) as error:
+        parsed = parser.parse_args_into_dataclasses(args=argv)
+        for tracker in parsed[-1].report_to:
+            get_reporting_integration_callbacks([tracker])[0]()
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise usage_error(" ".join(str(error).split())) from None
+    return parsed
 
 
 def quiet_libraries() -> None:
@@ -167,12 +180,21 @@ def model_config(name: str):
     """AutoConfig of a model folder or hub id; SystemExit with one line when it is neither."""
     from transformers import AutoConfig
 
+    return load(AutoConfig, name)
+
+
+def load(auto_class, name: str, **settings):
+    """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model folder or hub id."""
+    import torch
+
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise SystemExit(f"--model_name_or_path {name}: no such folder")
     try:
-        return AutoConfig.from_pretrained(name)
-    except Exception as error:  # many kinds: no config.json, unknown type, no network, no such id
+        return auto_class.from_pretrained(name, **settings)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # many kinds: no config.json, no weights, unknown type, no network, no such id
         words = " ".join(str(error).split())[:300]
         raise SystemExit(
             f"--model_name_or_path {name} is not a model that can be loaded ({words}). "
@@ -182,14 +204,18 @@ def model_config(name: str):
 
 def resume_command() -> str:
     """The command line that continues this run, for people to paste."""
-    words = [
-        w if w.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() else repr(w)
-        for w in sys.argv[1:]
-    ]
-    start = os.environ.get("DANPU_RERUN", f"python {sys.argv[0]}")
-    named = {"--deepspeed"} if "DANPU_RERUN" in os.environ else set()
-    pairs = [w for i, w in enumerate(words) if w not in named and (i == 0 or words[i - 1] not in named)]
-    return " ".join([start, *pairs])
+    shell = os.environ.get("DANPU_RERUN")
+    words, skip = [], {"--overwrite_output_dir"} | ({"--deepspeed"} if shell else set())
+    rest = iter(sys.argv[1:])
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name not in skip:
+            words.append(word)
+            continue
+        if not equals:
+            next(rest, None)
+        skip.discard("--deepspeed")  # the first is the shell's own, a second one the user's
+    return " ".join([shell or f"python {sys.argv[0]}", shlex.join(words)]).strip()
 
 
 def run(main: Callable[[], None]) -> None:

@@ -60,6 +60,18 @@ def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -
     return out[:, width:]
 
 
+def questions(held_out, encoded, count: int) -> list[str]:
+    """At most `count` held-out rows (canonical JSON), evenly spread, of those that were encoded whole.
+
+    Args:
+        held_out: rows as read, columns row and source.
+        encoded: their token rows, columns source and truncated; some may be missing.
+    """
+    whole = {row["source"] for row in encoded if not row["truncated"]}
+    rows = [row["row"] for row in held_out if row["source"] in whole]
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
+
+
 def answer_held_out(
     model, tokenizer, rows: list[str], encode: Callable, max_new_tokens: int
 ) -> tuple[dict, list[dict]]:
@@ -75,6 +87,8 @@ def answer_held_out(
     from .metrics import answer_match
 
     loaded = [json.loads(row) for row in rows]
+    if not loaded:
+        return {}, []
     prompts = [encode(row["messages"][:-1], row.get("tools")) for row in loaded]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
     samples = [

@@ -103,7 +103,7 @@ def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict
         f"- tokens: {facts['tokens']['total']:,}, of which {facts['tokens']['label']:,} trained on",
         f"- {facts['seconds']:,.0f} s, {facts['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {facts['peak_memory_mb']:,.0f} MiB",
-        f"- training loss: {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}",
+        f"- training loss: {_number(facts['loss']['first'])} -> {_number(facts['loss']['last'])}",
         f"- {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}",
         "", "```bash", facts["command"], "```", "",
     ]  # fmt: skip

@@ -62,60 +62,89 @@ def _on_first_rank(action: Callable[[], dict]) -> dict:
     return box[0]
 
 
+REMEDY = "Choose a new folder (OUTPUT=... or --output_dir ...)"
+REPLACE = "--overwrite_output_dir true to replace it"
+RESUME = "--resume_from_checkpoint true to continue it with these settings"
+
+
 def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
-    asked = args.resume_from_checkpoint
-    explicit = asked not in (None, "", "false", "False")
-    if overwrite and not explicit and out.is_dir():
-        for old in [*checkpoint.all_checkpoints(out), out / "final", out / "runs"]:
-            shutil.rmtree(old, ignore_errors=True)
-        for name in (RUN_FILE, "report.json", "report.md", "loss.png"):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    past = json.loads((out / RUN_FILE).read_text()) if (out / RUN_FILE).is_file() else None
-    changed = [k for k in settings if past and past["settings"].get(k) != settings[k]]
-    told = ", ".join(f"{k} {past['settings'].get(k)!r} -> {settings[k]!r}" for k in changed[:6]) if changed else ""
-    remedy = "Choose a new folder (OUTPUT=... or --output_dir ...), or --overwrite_output_dir true to replace it"
-    if explicit and str(asked).lower() not in ("true", "1"):
+    """On rank 0: {"say": lines, "start": folder or None} or {"say", "exit": code, "error": line}."""
+    asked = str(args.resume_from_checkpoint or "false")
+    explicit = asked.lower() != "false"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        past = json.loads((out / RUN_FILE).read_text()) if (out / RUN_FILE).is_file() else None
+    except (OSError, ValueError) as error:
+        return {"say": [], "exit": 1, "error": f"--output_dir {out} cannot be used: {error}"}
+    known = (past or {}).get("settings", {})
+    changed = [k for k in settings if past and known.get(k) != settings[k]]
+    told = ", ".join(f"{k} {known.get(k)!r} -> {settings[k]!r}" for k in changed[:6])
+    finished = past is not None and past.get("step") is not None
+    occupied = bool(checkpoint.all_checkpoints(out)) or (out / "final").is_dir()
+
+    if past is None and occupied and not explicit:  # never delete or continue what this project did not write
+        return {
+            "say": [],
+            "exit": 2,
+            "error": f"{out} has checkpoints or a model of another run. {REMEDY}, or {RESUME}",
+        }
+    if overwrite and not explicit and past and (changed or finished):
+        _clear(out)
+        past, changed = None, []
+    elif finished and not changed and not explicit:
+        return {
+            "say": [f"{out} holds this very run, finished at step {past['step']}. {REMEDY}, or {REPLACE}."],
+            "exit": 0,
+        }
+    elif changed and not explicit and occupied:
+        error = f"{out} is the output of another run ({told}). {REMEDY}, or {REPLACE}, or {RESUME}"
+        return {"say": [], "exit": 2, "error": error}
+
+    if asked.lower() in ("true", "1", "false"):
+        start, skipped = checkpoint.last_whole(out)
+        if start is None and skipped and explicit:
+            return {"say": skipped, "exit": 1, "error": f"no whole checkpoint in {out}. {REMEDY}, or {REPLACE}"}
+    else:
         start, skipped = Path(asked), []
         reason = checkpoint.why_torn(start) if start.is_dir() else "no such folder"
         if reason:
             return {"say": [], "exit": 1, "error": f"cannot resume from {start}: {reason}"}
-    elif past and (out / "report.json").is_file() and not changed:
-        return {"say": [f"{out} holds this very run, finished at step {past.get('step')}. {remedy}."], "exit": 0}
-    elif changed and not explicit and (checkpoint.all_checkpoints(out) or (out / "final").is_dir()):
-        return {"say": [], "exit": 2, "error": f"{out} is the output of another run ({told}). {remedy}, "
-                "or --resume_from_checkpoint true to continue it with these settings"}  # fmt: skip
-    else:
-        start, skipped = checkpoint.last_whole(out)
-        if start is None and skipped and explicit:
-            return {"say": skipped, "exit": 1, "error": f"no whole checkpoint in {out}. {remedy}"}
-        if start is not None and past is None and not explicit:
-            return {"say": [], "exit": 2, "error": f"{out} has checkpoints of another run. {remedy}, "
-                    "or --resume_from_checkpoint true to continue it"}  # fmt: skip
     say = skipped + ([f"warning: continuing with other settings: {told}"] if changed and start else [])
     if start is not None:
-        problem = _world_size_problem(args, checkpoint.facts(start), start)
-        if problem and problem.startswith("error"):
+        problem = _misfit(args, checkpoint.facts(start), start)
+        if problem.startswith("error: "):
             return {"say": say, "exit": 1, "error": problem.removeprefix("error: ")}
-        say += [problem] if problem else []
-        say.append(f"continuing from {start}")
-    if start is None or changed:
-        before = past.get("before") if past and start else None
-        write_run_file(out, {"settings": settings, "before": before})
+        say += [*filter(None, [problem]), f"continuing from {start}"]
+    before = past.get("before") if past and start else None
+    write_run_file(out, {"settings": settings, "before": before})  # without a step: not finished
+    (out / "report.json").unlink(missing_ok=True)
     return {"say": say, "start": str(start) if start else None}
 
 
-def _world_size_problem(args, facts: dict, start: Path) -> str | None:
+def _clear(out: Path) -> None:
+    """Remove what a run of this project left; anything else in the folder stays."""
+    for old in [*checkpoint.all_checkpoints(out), out / "final", out / "runs"]:
+        shutil.rmtree(old, ignore_errors=True)
+    for name in (RUN_FILE, "report.json", "report.md", "loss.png", "trainer_state.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _misfit(args, facts: dict, start: Path) -> str:
+    """ "" when the checkpoint fits this run, else a line that starts with warning: or error:."""
+    anew = f"start a new run from its weights: MODEL={start} OUTPUT=<new folder>"
+    if facts.get("weights_only"):
+        return f"error: {start} was saved with --save_only_model and has no optimizer state; {anew}"
     here, there = (engine(args), args.world_size), (facts.get("engine"), facts.get("world_size"))
     if here == there:
-        return None
+        return ""
     both = f"{start} was saved by {there[1]} process(es) with {there[0]}, this run has {here[1]} with {here[0]}"
-    if {here[0], there[0]} <= {"ddp", "single"}:
-        return f"warning: {both}; continuing, but the order of the data differs from an uninterrupted run"
-    return (
-        f"error: {both}; the optimizer state does not fit. Continue with NPROC={there[1]} and {there[0]}, or start a "
-        f"new run from its weights: MODEL={start} OUTPUT=<new folder>"
-    )
+    if not {here[0], there[0]} <= {"ddp", "single"}:
+        return (
+            f"error: {both}; the optimizer state does not fit. Continue with NPROC={there[1]} and {there[0]}, or {anew}"
+        )
+    if args.max_steps <= 0:
+        return f"error: {both}, so an epoch has other steps. Continue with NPROC={there[1]}, or give --max_steps"
+    return f"warning: {both}; continuing, but the order of the data differs from an uninterrupted run"
 
 
 def write_run_file(out: Path, content: dict) -> None:

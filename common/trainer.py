@@ -67,6 +67,9 @@ class RecipeTrainer(Trainer):
             self.before = self.measure_all()
             if self.args.should_save:
                 write_run_file(out, run | {"before": self.before})
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # a resumed state would keep the old save_steps and logging_steps
         past = next((entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {})
         self._past = {
             k: past.get(k, 0) for k in ("total_tokens", "total_label_tokens", "total_samples", "train_seconds")
@@ -79,7 +82,7 @@ class RecipeTrainer(Trainer):
 
     def measure_all(self) -> dict:
         """evaluate() and the recipe's own measure: {"metrics": {...}, "samples": [...]}. Call on every rank."""
-        metrics = {} if self.eval_dataset is None else self.evaluate(quiet=True)
+        metrics = {} if not self.eval_dataset else self.evaluate(quiet=True)
         metrics = {k.removeprefix("eval_"): v for k, v in metrics.items()}
         more, samples = self.measure() if self.measure else ({}, [])
         return {"metrics": metrics | more, "samples": samples}
@@ -92,8 +95,12 @@ class RecipeTrainer(Trainer):
             f"model: {total:,} parameters, {trained:,} trained ({trained / total:.0%}); {engine(self.args)} x "
             f"{self.args.world_size} on {device.name()}, {self.compute_dtype()}\n"
             f"steps: {max_steps:,} of {batch} items ({len(self.train_dataset):,} items an epoch), logged every "
-            f"{self.args.logging_steps}, saved every {self.args.save_steps} to {self.args.output_dir}"
+            f"{self.args.logging_steps:g} steps, saved every {self._saves()} to {self.args.output_dir}"
         )
+
+    def _saves(self) -> str:
+        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+        return f"{self.args.save_steps:g} steps" if strategy == "steps" else strategy
 
     def check_disk(self) -> None:
         """Warn before step 1 when the checkpoints to come will not fit (weights, fp32 masters, two moments)."""
@@ -110,8 +117,20 @@ class RecipeTrainer(Trainer):
             )
 
     # ---- one step ----
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: only final/ was missing
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        if self.safe_stop.stopped:  # the best model is loaded, and the rest deleted, at the real end only
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        return super()._finalize_training(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._row_ids = [i for batch in samples for i in batch.get("row_ids", [])]
         for batch in samples:
             mask = batch.get("attention_mask")
             rows = batch.get("row_ids", [])
@@ -123,12 +142,13 @@ class RecipeTrainer(Trainer):
         return samples, count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._row_ids = [int(i) for i in inputs.pop("row_ids", [])]
+        row_ids = inputs.pop("row_ids", [])
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             self.stop_on_rows("has not a single label to train on")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss).all():
+            self._row_ids = row_ids  # of the whole step until here
             self.stop_on_rows(f"gave a loss of {loss.item()}")
         return result
 
@@ -150,7 +170,7 @@ class RecipeTrainer(Trainer):
     def stop_on_rows(self, what: str) -> None:
         """End the run before the optimizer step and leave the batch's rows in nan_rows_<rank>.json."""
         path = Path(self.args.output_dir) / f"nan_rows_{self.args.process_index}.json"
-        rows = [{"row": i, "source": self.describe_row(i)} for i in self._row_ids]
+        rows = [{"row": i, "source": self.describe_row(int(i))} for i in self._row_ids]
         path.write_text(
             json.dumps(
                 {"step": self.state.global_step + 1, "problem": what, "rows": rows}, indent=1, ensure_ascii=False
@@ -166,6 +186,7 @@ class RecipeTrainer(Trainer):
 
     # ---- logging ----
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self.control.should_log |= self.control.should_save  # so that a checkpoint knows all losses and tokens up to it
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._totals = self.totals()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -205,12 +226,14 @@ class RecipeTrainer(Trainer):
         Needs a model under `losses.use_chunked_loss`: its `logits` in eval mode start with [loss sum, correct, labels].
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not data:
+            raise SystemExit("nothing is held out to evaluate on: raise --eval_ratio, or --eval_strategy no")
         rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
         mine = list(range(rank, len(data), world))
         mine += mine[-1:] or [0]  # a batch for ranks that have none left; ZeRO-3 needs all of them in each forward
-        loader = DataLoader(
-            Subset(data, mine[: len(range(rank, len(data), world)) or 1]), size, collate_fn=self.data_collator
-        )
+        share = Subset(data, mine[: len(range(rank, len(data), world)) or 1])
+        # a generator of its own: the loader would draw from the global one, and resume would not be exact
+        loader = DataLoader(share, size, collate_fn=self.data_collator, generator=torch.Generator())
         rounds = math.ceil(math.ceil(len(data) / world) / size)
         model, sums = self.model_wrapped, torch.zeros(3, dtype=torch.float32, device=self.args.device)
         was_training = model.training
@@ -255,14 +278,21 @@ class RecipeTrainer(Trainer):
             self.args.save_total_limit = limit
         self._barrier()
         if self.args.should_save:
-            checkpoint.mark_complete(
-                folder, step=self.state.global_step, world_size=self.args.world_size, engine=engine(self.args)
-            )
-            best = self.state.best_model_checkpoint
-            for old in checkpoint.all_checkpoints(self.args.output_dir)[limit or sys.maxsize :]:
-                if best is None or old.name != Path(best).name:
-                    shutil.rmtree(old, ignore_errors=True)
+            facts = {"world_size": self.args.world_size, "engine": engine(self.args)}
+            facts["weights_only"] = self.args.save_only_model
+            checkpoint.mark_complete(folder, step=self.state.global_step, **facts)
+            self._rotate(limit or sys.maxsize)
         self._barrier()
+
+    def _rotate(self, limit: int) -> None:
+        """Keep the newest `limit` checkpoints up to this step and the best one; drop torn ones beyond this step."""
+        best = self.state.best_model_checkpoint
+        every = checkpoint.all_checkpoints(self.args.output_dir)
+        ahead = [p for p in every if checkpoint.step_of(p) > self.state.global_step and checkpoint.why_torn(p)]
+        past = [p for p in every if checkpoint.step_of(p) <= self.state.global_step]
+        for old in [*ahead, *past[limit:]]:
+            if best is None or old.name != Path(best).name:
+                shutil.rmtree(old, ignore_errors=True)
 
     def save_model(self, output_dir=None, _internal_call=False):
         if engine(self.args) in ("zero-0", "zero-1", "zero-2"):
@@ -327,8 +357,9 @@ class RecipeTrainer(Trainer):
         }  # fmt: skip
         if self.is_world_process_zero():
             out = Path(self.args.output_dir)
-            old = [s["answer"] for s in self.before.get("samples", [])] or [""] * len(after["samples"])
-            samples = [{**s, "before": b, "after": s["answer"]} for s, b in zip(after["samples"], old, strict=True)]
+            same = lambda sample: json.dumps([sample["messages"], sample["tools"]], sort_keys=True)  # noqa: E731
+            old = {same(s): s["answer"] for s in self.before.get("samples", [])}
+            samples = [{**s, "before": old.get(same(s), ""), "after": s["answer"]} for s in after["samples"]]
             samples = samples[:: max(1, len(samples) // 12)][:12]
             ends = [(0, facts["metrics"]["before"]), (self.state.global_step, after["metrics"])]
             ends = [{"step": step, "eval_loss": metrics["loss"]} for step, metrics in ends if "loss" in metrics]

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments, set_seed
 
 from common import adapter, attention, chat, collators, data, losses, tiny
-from common.generate import answer_held_out
+from common.generate import answer_held_out, questions
 from common.run_folder import open_output
 from common.trainer import RecipeTrainer
 
@@ -109,7 +109,7 @@ def tiny_model(texts: list[str]) -> str:
 
 # 2. Model and tokenizer
 def load_tokenizer(args: Args, path: str):
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = cli.load(AutoTokenizer, path)
     if args.chat_template:
         chat.set_template(tokenizer, args.chat_template)
     return tokenizer
@@ -121,7 +121,7 @@ def load_model(args: Args, training: TrainingArguments, path: str):
     settings = {"dtype": half if args.use_lora else torch.float32, "attn_implementation": attention.register()}
     if args.load_in_4bit:
         settings["quantization_config"] = four_bit(half)
-    model = AutoModelForCausalLM.from_pretrained(path, **settings)
+    model = cli.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     losses.use_chunked_loss(model)
     if args.freeze_layers:
@@ -138,11 +138,9 @@ def four_bit(compute_dtype: torch.dtype):
         need = "--load_in_4bit needs a CUDA card and `pip install bitsandbytes`"
         raise SystemExit(f"{need}; this device is {device.kind()}. Use --use_lora true without it")
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-    )
+    )  # fmt: skip
 
 
 def freeze(model, layers: int) -> None:
@@ -154,17 +152,15 @@ def freeze(model, layers: int) -> None:
 def add_lora(model, args: Args, training: TrainingArguments):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    recompute = bool(getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing)
     if args.load_in_4bit:
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=bool(training.activation_checkpointing)
-        )
-    elif training.activation_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
+    elif recompute:
         model.enable_input_require_grads()
     targets = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
-    alpha = args.lora_alpha or 2 * args.lora_r
     return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules=targets,
-        use_dora=args.use_dora, use_rslora=args.use_rslora,
+        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha or 2 * args.lora_r,
+        lora_dropout=args.lora_dropout, target_modules=targets, use_dora=args.use_dora, use_rslora=args.use_rslora,
     ))  # fmt: skip
 
 
@@ -187,9 +183,10 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
         train, leaked = data.leak_check(train, args.leak_check, "chat", args.column_map or None)
         stats["dropped"]["in test file"] = leaked
     fn = partial(encode, tokenizer=tokenizer, args=args, template=template)
-    key = json.dumps([chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt, template])
+    code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
+    key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt, template])
     train_ids, counts = data.tokenise(train, fn, key)
-    held_out_ids, _ = data.tokenise(held_out, fn, key)
+    held_out_ids = data.tokenise(held_out, fn, key)[0] if len(held_out) else []
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
@@ -200,7 +197,10 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     set_seed(training.seed)
-    if args.use_lora and training.learning_rate == DEFAULTS["learning_rate"]:
+    is_tiny = args.model_name_or_path == "tiny"
+    if not is_tiny:
+        cli.model_config(args.model_name_or_path)  # a wrong name is told before anything is read or replaced
+    if args.use_lora and not is_tiny and not cli.typed("learning_rate"):
         training.learning_rate = LORA_LEARNING_RATE
 
     rows, stats = data.load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
@@ -208,7 +208,7 @@ def main() -> None:
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
 
-    base = tiny_model(rows["row"][:5000]) if args.model_name_or_path == "tiny" else args.model_name_or_path
+    base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, template)
@@ -216,6 +216,8 @@ def main() -> None:
     cli.say(chat.preview(tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()))
 
     model = load_model(args, training, base)
+    if args.packing and training.train_sampling_strategy == "group_by_length":
+        raise SystemExit("--group_by_length: packing already fills the windows; add --packing false to group rows")
     if args.packing:
         train_set = collators.PackedDataset(train_ids, args.model_max_length, training.seed)
         eval_set = collators.PackedDataset(held_out_ids, args.model_max_length, training.seed)
@@ -227,8 +229,8 @@ def main() -> None:
     def ask(turns, tools):
         return chat.encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
-    questions = held_out["row"][:: max(1, len(held_out) // max(1, args.eval_generate))][: args.eval_generate]
-    measure = partial(answer_held_out, model, tokenizer, questions, ask, args.max_new_tokens) if questions else None
+    asked = questions(held_out, held_out_ids, args.eval_generate)
+    measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens) if asked else None
     trainer = RecipeTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
         processing_class=tokenizer, measure=measure, describe_row=lambda i: train_ids[i]["source"],
