@@ -118,7 +118,7 @@ def _messages(turns, row: dict) -> tuple[list[dict], dict]:
     if not isinstance(turns, list):
         raise BadRow("no turns")
     messages = [_message(t) for t in turns]
-    first = turns[0]  # MiniMind keeps the tools on the system turn
+    first = turns[0]  # some sets keep the tools on the system turn
     tools = _parsed(row.get("tools") or first.get("tools") or first.get("functions"), "tools")
     if tools is not None and not isinstance(tools, list):
         raise BadRow("wrong tools", "not a list")
