@@ -82,12 +82,27 @@ def _compute(query: Tensor):
 
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    # torch's variable-length kernel needs a card with bf16 and a half dtype
+    # the fused kernels want a half dtype
     fits = dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    return _fused_varlen if fits and kind == device.kind() and device.supports_varlen_attention() else None
+    library = device.varlen_attention() if fits and kind == device.kind() else None
+    return {"torch": _torch_varlen, "torch_npu": _npu_varlen, None: None}[library]
 
 
-def _fused_varlen(query, key, value, starts, longest, scale):
+def _npu_varlen(query, key, value, starts, longest, scale):
+    """Ascend's fused kernel through transformers. query [H, T, d], key and value [K, T, d] -> [T, H, d]."""
+    from transformers.integrations.npu_flash_attention import npu_flash_attn_varlen_func
+
+    query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
+    if _on_host.get("of") is not starts:  # the kernel wants the lengths on the host: copied once, not in every layer
+        _on_host.update(of=starts, copy=starts.cpu())
+    starts = _on_host["copy"]
+    return npu_flash_attn_varlen_func(query, key, value, starts, starts, softmax_scale=scale, causal=True)
+
+
+_on_host: dict = {}
+
+
+def _torch_varlen(query, key, value, starts, longest, scale):
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))

@@ -114,8 +114,12 @@ def parse_args(
             raise usage_error(f"unknown flag --{name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     parser.error = lambda message: sys.exit(usage_error(message).code)
     parser.set_defaults(**defaults | device.prepare(given))
-    if parser.parse_known_args(argv)[0].model_name_or_path == "tiny":
+    flags = parser.parse_known_args(argv)[0]
+    if flags.model_name_or_path == "tiny":
         parser.set_defaults(**tiny_defaults)
+    problem = device.refusal(flags)
+    if problem:
+        raise usage_error(problem)
     if any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
         prepare_deepspeed()
     try:

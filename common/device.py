@@ -6,24 +6,66 @@ torch_npu unguarded; importing this module first turns such an install into one 
 
 from __future__ import annotations
 
+import glob
+import importlib.metadata
+import importlib.util
 import os
 import random
 import sys
+import warnings
 
+_wanted = os.environ.get("DANPU_DEVICE", "").lower()
 _autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
 if "torch" not in sys.modules:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 import torch
 
-NPU_ERROR: Exception | None = None
+CANN_PLACES = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest", "~/Ascend/ascend-toolkit/latest")
+
+
+def cann_home() -> str | None:
+    """CANN's folder: what its set_env.sh exported, else the first of its usual places that exists."""
+    exported = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    return exported or next(filter(os.path.isdir, map(os.path.expanduser, CANN_PLACES)), None)
+
+
+def npu_hardware() -> bool:
+    """Whether the Ascend driver shows a card to this machine (or container)."""
+    return bool(glob.glob("/dev/davinci[0-9]*"))
+
+
+def _load_torch_npu() -> Exception | None:
+    """Import torch_npu if it is installed; what stands in the way, in one line with the remedy, else None."""
+    if importlib.util.find_spec("torch_npu") is None or _wanted in ("cpu", "cuda"):
+        return None
+    try:
+        versions = [importlib.metadata.version(name).split("+")[0] for name in ("torch", "torch-npu")]
+    except importlib.metadata.PackageNotFoundError:  # built from source: its import will tell
+        versions = ["0", "0"]
+    torch_version, own = (version.split(".post")[0].split("rc")[0] for version in versions)
+    if torch_version != own:
+        return ImportError(
+            f"torch-npu {versions[1]} belongs to torch {own}, and torch is {versions[0]}: "
+            "pip install -r requirements-npu.txt"
+        )
+    try:
+        with warnings.catch_warnings():  # it changes the filters of the whole process
+            import torch_npu  # noqa: F401
+    except Exception as error:
+        words = " ".join(str(error).split())
+        if "cannot open shared object" not in words and "ASCEND" not in words:
+            return error  # for instance a second accelerator
+        place = cann_home() or CANN_PLACES[0]
+        remedy = f"source {os.path.join(place.removesuffix('/latest'), 'set_env.sh')}"
+        if not cann_home():
+            remedy = f"install CANN and then {remedy}"
+        return ImportError(f"CANN is missing or its environment is not set ({words}): {remedy}")
+    return None
+
+
+NPU_ERROR: Exception | None = _load_torch_npu()
 """Why an installed torch_npu cannot be used; None when it works or is not installed."""
-try:
-    import torch_npu  # noqa: F401
-except ModuleNotFoundError as error:
-    NPU_ERROR = None if error.name == "torch_npu" else error
-except Exception as error:  # missing libhccl.so, a second accelerator, a version that does not match torch
-    NPU_ERROR = error
-if NPU_ERROR is not None:
+if NPU_ERROR is not None or _wanted in ("cpu", "cuda"):
     for _name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
         del sys.modules[_name]
     sys.modules["torch_npu"] = None  # transformers, peft, accelerate and deepspeed now see "not installed"
@@ -90,9 +132,44 @@ def supports_4bit() -> bool:
     return kind() == "cuda"
 
 
-def supports_varlen_attention() -> bool:
-    """Whether torch's variable-length attention kernel runs here (a CUDA card with bf16)."""
-    return kind() == "cuda" and half_dtype() is torch.bfloat16
+def varlen_attention() -> str | None:
+    """Library whose variable-length attention kernel runs here: "torch", "torch_npu" (both want a chip with bf16)."""
+    return {"cuda": "torch", "npu": "torch_npu"}.get(kind()) if half_dtype() is torch.bfloat16 else None
+
+
+def saturates() -> bool:
+    """Whether an overflow gives the largest number and a sticky flag here instead of inf (first-generation NPUs)."""
+    return kind() == "npu" and not torch.npu.utils.is_support_inf_nan()
+
+
+def notice_saturation(optimizer) -> None:
+    """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN only.
+
+    As in torch_npu's own scaler the flag is cleared before the first backward of a step and read before the update,
+    and an overflow on one rank counts on all.
+    """
+    from torch import distributed as dist
+
+    if not saturates():
+        return
+    if not hasattr(optimizer, "has_overflow"):
+        raise SystemExit(f"fp16 overflow on {name()} is seen in ZeRO stages 1 to 3 only: set the stage in --deepspeed")
+    scale, stock, state = optimizer.scale_if_loss, optimizer.has_overflow, {"cleared": False}
+
+    def scale_if_loss(value):
+        if not state["cleared"]:
+            torch.npu.utils.clear_npu_overflow_flag()
+            state["cleared"] = True
+        return scale(value)
+
+    def has_overflow(*args, **kwargs):
+        flag = torch.tensor(float(torch.npu.utils.get_npu_overflow_flag()), device=device())
+        state["cleared"] = False
+        if dist.is_initialized():
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return stock(*args, **kwargs) or bool(flag.item())
+
+    optimizer.scale_if_loss, optimizer.has_overflow = scale_if_loss, has_overflow
 
 
 def autocast(dtype: torch.dtype):
@@ -168,15 +245,50 @@ def prepare(training_args_given: set[str]) -> dict:
     if not {"bf16", "fp16"} & training_args_given:
         defaults |= {"bf16": half is torch.bfloat16, "fp16": half is torch.float16}
     if here == "npu":
-        # fused AdamW and fp16 crash together in torch_npu, and its own fused optimizer trains on stale gradients
-        defaults["optim"] = "adamw_torch"
+        defaults["optim"] = "adamw_torch"  # why not a fused one: `refusal`
+        home = cann_home()
+        if home:  # DeepSpeed's NPU back end fails with a KeyError without it
+            os.environ.setdefault("ASCEND_HOME_PATH", home)
     if here == "cpu":
         # without it DeepSpeed takes an NPU whose driver is absent, and compiles a shared-memory op for minutes
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return defaults
 
 
-if __name__ == "__main__":  # `python -m common.device`: "<kind> <count>", read by launch.sh
+def refusal(flags) -> str | None:
+    """What the flags (bf16, fp16, optim, torch_compile, deepspeed) ask for that this device gets wrong, else None."""
+    if kind() == "cpu":
+        return None
+    optim = str(getattr(flags.optim, "value", flags.optim))
+    if flags.bf16 and half_dtype() is not torch.bfloat16:
+        return f"--bf16 true: {name()} has no bf16. Leave the flag away, or --fp16 true"
+    if kind() != "npu":
+        return None
+    if optim == "adamw_torch_npu_fused":
+        # it keeps a flat copy of the gradients that Trainer's zero_grad(set_to_none=True) cuts off
+        return "--optim adamw_torch_npu_fused repeats the first step's gradients under Trainer. Use --optim adamw_torch"
+    if flags.fp16 and "fused" in optim and not flags.deepspeed:
+        # torch_npu's scaler hands it an argument that its step() does not take
+        return f"--optim {optim} crashes with fp16 on an NPU. Use --optim adamw_torch"
+    if flags.deepspeed and not os.environ.get("ASCEND_HOME_PATH"):
+        return "--deepspeed on an NPU needs ASCEND_HOME_PATH: source CANN's set_env.sh"
+    if flags.torch_compile:
+        return "--torch_compile true: the default back end cannot compile for an NPU. Leave the flag away"
+    return None
+
+
+def main() -> int:
+    """`python -m common.device`: prints "<kind> <count>" for launch.sh; 3 when an NPU is there and cannot be used."""
+    if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not _wanted:
+        print(f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", file=sys.stderr)
+        return 3
     if NPU_ERROR is not None:
         print(f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", file=sys.stderr)
+    elif sys.modules.get("torch_npu") and kind() == "cpu":
+        print("torch_npu sees no NPU; continuing on the CPU. A container needs --device /dev/davinci0", file=sys.stderr)
     print(kind(), device_count())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

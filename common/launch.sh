@@ -38,6 +38,7 @@ choose_python() {
     local requirements=$1 active lacks="" candidate base=""
     active=$(command -v python || command -v python3 || true)
     if [[ -n $active ]]; then
+        if [[ ! -f $requirements ]]; then python=$active; return; fi # a recipe and common/ copied without the list
         lacks=$(missing "$active" "$requirements")
         if [[ -z $lacks ]]; then python=$active; return; fi
     fi
@@ -64,12 +65,43 @@ choose_python() {
 
 # Ascend: take CANN's environment from its usual places unless it is already set.
 source_cann() {
-    local file
-    [[ -z ${ASCEND_HOME_PATH:-} ]] || return 0
-    for file in /usr/local/Ascend/cann/set_env.sh /usr/local/Ascend/ascend-toolkit/set_env.sh "$HOME/Ascend/ascend-toolkit/set_env.sh"; do
+    local file options=$-
+    [[ -z ${ASCEND_HOME_PATH:-} && ${DANPU_DEVICE:-npu} == npu ]] || return 0
+    for file in /usr/local/Ascend/{cann,ascend-toolkit}/set_env.sh ~/Ascend/{cann,ascend-toolkit}/set_env.sh; do
+        [[ -r $file ]] || continue
+        set +eu # Ascend's script reads unset variables and ends with commands that may fail
         # shellcheck disable=SC1090
-        if [[ -r $file ]]; then set +u; source "$file"; set -u; return 0; fi
+        source "$file"
+        if [[ $options == *e* ]]; then set -e; fi
+        if [[ $options == *u* ]]; then set -u; fi
+        return 0
     done
+}
+
+# An Ascend driver is here: its cards, or its tool where the cards were not passed into the container.
+npu_machine() {
+    [[ ${DANPU_DEVICE:-npu} == npu ]] && { compgen -G "/dev/davinci[0-9]*" || command -v npu-smi; } >/dev/null
+}
+
+# HCCL and the NPU runtime; what the user has set stays.
+npu_settings() {
+    # seconds to wait for the other ranks when a communicator is made: the default of 120 is shorter than rank 0's
+    # tokenising, and a rank that gives up takes all down with EI0006 (120 to 7200)
+    export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
+    # seconds to wait inside a collective: rank 0 saves or evaluates alone meanwhile; matches --ddp_timeout 7200
+    export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-7200}
+    # no list of allowed hosts: it is a file that nobody has outside the factory settings
+    export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
+    # the driver's log: errors only, and not on the terminal
+    export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3} ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}
+}
+
+# Make only the devices in DEVICES visible. Ascend's driver stops reading at the first id that does not ascend.
+choose_devices() {
+    [[ $DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]] || die "DEVICES=$DEVICES is not a list like 0,2" 2
+    CUDA_VISIBLE_DEVICES=$DEVICES
+    ASCEND_RT_VISIBLE_DEVICES=$(tr , '\n' <<<"$DEVICES" | sort -nu | paste -sd, -)
+    export CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES
 }
 
 quiet_libraries() {
@@ -81,26 +113,28 @@ quiet_libraries() {
 }
 
 launch() {
-    local script=$1 kind count flags=()
+    local script=$1 kind count answer flags=() requirements=requirements.txt
     shift
     source_cann
-    choose_python "$root/requirements.txt"
+    if npu_machine && [[ -f $root/requirements-npu.txt ]]; then requirements="requirements-npu.txt"; fi
+    choose_python "$root/$requirements"
     quiet_libraries
-    if [[ -n ${DEVICES:-} ]]; then export CUDA_VISIBLE_DEVICES=$DEVICES ASCEND_RT_VISIBLE_DEVICES=$DEVICES; fi
-    read -r kind count < <(cd "$root" && "$python" -m common.device) || die "cannot import torch with $python"
+    if [[ -n ${DEVICES:-} ]]; then choose_devices; fi
+    answer=$(cd "$root" && "$python" -m common.device) || case $? in 3) exit 1 ;; *) die "cannot import torch with $python" ;; esac
+    read -r kind count <<<"$answer"
     [[ -n ${MODEL:-} ]] && flags+=(--model_name_or_path "$MODEL")
     [[ -n ${DATA:-} ]] && flags+=(--data_path "$DATA")
     [[ -n ${OUTPUT:-} ]] && flags+=(--output_dir "$OUTPUT")
     if [[ $kind == cpu ]]; then count=2; fi
     NPROC=${NPROC:-$count}
     [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
+    if ((NPROC > count)) && [[ $kind != cpu ]]; then die "NPROC=$NPROC, but $count $kind device(s) are visible" 2; fi
     if [[ $kind == cpu ]]; then
         # one thread team per process; more threads than cores slows gloo runs several times
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1))} DS_ACCELERATOR=cpu
         export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # huge pages for tensors: 6-10 % faster
     fi
-    # HCCL's default of 120 s is shorter than rank 0's tokenising or saving; NCCL's equivalent is --ddp_timeout
-    if [[ $kind == npu ]]; then export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800} HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-7200}; fi
+    if [[ $kind == npu ]]; then npu_settings; fi
     export DANPU_RERUN="${DANPU_RERUN:-bash $0}"
     if [[ -n ${HOSTFILE:-} ]]; then
         [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2

@@ -74,6 +74,8 @@ class RecipeTrainer(Trainer):
         self._past = {
             k: past.get(k, 0) for k in ("total_tokens", "total_label_tokens", "total_samples", "train_seconds")
         }
+        if self.is_deepspeed_enabled and self.args.fp16:
+            device.notice_saturation(self.deepspeed.optimizer)
         self.check_disk()
         self.say_plan(max_steps)
         self.safe_stop.listen()

@@ -18,6 +18,9 @@ if ! command -v chromium >/dev/null || ! command -v shellcheck >/dev/null || ! f
     fi
 fi
 
+# the simulated NPU: fetches the torch-npu wheel beside the environment and compiles, once
+python tests/npu_sim/simulator.py >/dev/null
+
 ruff check .
 ruff format --check .
 git ls-files '*.sh' .ci/run | xargs shellcheck -x -e SC1091

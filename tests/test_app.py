@@ -352,7 +352,8 @@ def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
     prompts, stream = [], tuned.stream
     monkeypatch.setattr(tuned, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k))
     page = visit.page
-    assert re.search(r"final · LoRA · \d\.\d M 参数 · .+ · float32$", page.locator("#about").inner_text())
+    dtype = "float32" if device.kind() == "cpu" else str(device.half_dtype()).removeprefix("torch.")
+    assert re.search(rf"final · LoRA · \d\.\d M 参数 · .+ · {dtype}$", page.locator("#about").inner_text())
 
     assert ELSEWHERE in visit.ask(QUESTION)
     page.get_by_label("用微调后的权重").uncheck()

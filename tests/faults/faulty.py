@@ -11,6 +11,7 @@ FAULT: name@N, at the N-th step or save:
     kill-in-marker@N        ... half of the marker
     nan-loss@N              the loss of step N is NaN
     nan-grad@N              a gradient of step N is NaN, the loss is sound
+    overflow-on-rank-0@N    the fp16 gradients of rank 0 overflow in step N; says whether DeepSpeed noticed
     raise-on-rank-1@N       rank 1 raises in step N
     die-on-rank-1@N         rank 1 is killed in step N
 """
@@ -79,7 +80,8 @@ def step_fault(self, model, inputs, **kwargs):
 
 
 def bad_loss(self, model, inputs, **kwargs):
-    factor = float("nan") if model.training and self.state.global_step + 1 == at and kind == "nan-loss" else 1.0
+    now = model.training and self.state.global_step + 1 == at
+    factor = {"nan-loss": float("nan"), "overflow-on-rank-0": 1.0 if rank else 1e6}[kind] if now else 1.0
     from transformers import Trainer
 
     stock = Trainer.compute_loss
@@ -113,6 +115,16 @@ elif kind == "kill-in-rng":
     after("_save_optimizer_and_scheduler", lambda trainer, folder: die())
 elif kind == "nan-loss":
     RecipeTrainer.compute_loss = bad_loss
+elif kind == "overflow-on-rank-0":
+    RecipeTrainer.compute_loss, stock_training_step = bad_loss, RecipeTrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        loss = stock_training_step(self, model, inputs, *args, **kwargs)
+        if self.state.global_step + 1 == at and rank == 0:
+            print("overflow noticed:", self.deepspeed.optimizer.overflow)
+        return loss
+
+    RecipeTrainer.training_step = watched
 elif kind == "nan-grad":
     stock_backward = RecipeTrainer.training_step
 
