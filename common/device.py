@@ -80,7 +80,11 @@ def kind() -> str:
     wanted = os.environ.get("DANPU_DEVICE", "").lower()
     if wanted not in ("", "npu", "cuda", "cpu"):
         raise SystemExit(f"DANPU_DEVICE={wanted!r} is not one of npu, cuda, cpu")
-    usable = {"npu": hasattr(torch, "npu") and torch.npu.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    usable = {
+        "npu": NPU_ERROR is None and hasattr(torch, "npu") and torch.npu.is_available(),
+        "cuda": torch.cuda.is_available(),
+        "cpu": True,
+    }
     if wanted and not usable[wanted]:
         reason = NPU_ERROR if wanted == "npu" and NPU_ERROR else "no such device is visible"
         raise SystemExit(f"DANPU_DEVICE={wanted} cannot be used: {reason}")

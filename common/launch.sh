@@ -12,9 +12,10 @@ die() { echo "launch: $1" >&2; exit "${2:-1}"; }
 # Print what python $1 lacks of requirements file $2, one per line; nothing when it has all.
 missing() {
     "$1" - "$2" <<'PY'
-import importlib.metadata as md, pathlib, platform, re, sys
+import pathlib, platform, re, sys
 if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    print(f"python 3.10-3.12 (this is {platform.python_version()})")
+    sys.exit(print("python 3.10-3.12 (this is %s)" % platform.python_version()))
+import importlib.metadata as md
 def check(path):
     for line in path.read_text().splitlines():
         if line.startswith("-r "):
@@ -118,6 +119,8 @@ launch() {
     source_cann
     if npu_machine && [[ -f $root/requirements-npu.txt ]]; then requirements="requirements-npu.txt"; fi
     choose_python "$root/$requirements"
+    PATH=$(cd "$(dirname "$python")" && pwd):$PATH # ninja, which DeepSpeed looks for
+    export PATH
     quiet_libraries
     if [[ -n ${DEVICES:-} ]]; then choose_devices; fi
     answer=$(cd "$root" && "$python" -m common.device) || case $? in 3) exit 1 ;; *) die "cannot import torch with $python" ;; esac

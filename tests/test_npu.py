@@ -170,6 +170,30 @@ def test_deepspeed_without_ascend_home_path(npu):
     assert "ASCEND_HOME_PATH" in error_line(finish(start(command, **env)), 2)
 
 
+CHECKED = {  # name: (chip, variables, exit code, {line: (status, words)})
+    "bf16": (A2, {}, 0, {"device": ("ok", "2 x Ascend910B2 over hccl"), "dtype": ("ok", "bf16: Ascend910B2")}),
+    "fp16": (FIRST, {}, 0, {"dtype": ("warn", "fp16: Ascend910A has no bf16")}),
+    "order": (A2, {"ASCEND_RT_VISIBLE_DEVICES": "1,0"}, 0, {"settings": ("warn", "1,0")}),
+    "too many": (A2, {"NPROC": 9}, 1, {"settings": ("MISSING", "NPROC=9")}),
+    "no operators": (A2, {"ASCEND_OPP_PATH": "/nowhere"}, 0, {"torch_npu": ("warn", ""), "device": ("ok", "CPU")}),
+}
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_check_env(npu, case):
+    chip, variables, code, expected = CHECKED[case]
+    command = [sys.executable, "-m", "common.check_env", "--json", "--offline"]
+    done = finish(start(command, **npu(chip, 2, **variables)))
+    assert done.returncode == code, done.stdout + done.stderr
+    page = json.loads(done.stdout)
+    assert page["ready"] == (code == 0)
+    for name, (status, words) in expected.items():
+        line = page["checks"][name]
+        assert line["status"] == status and words in line["fact"] + line["remedy"], (name, line)
+    if case == "bf16":
+        assert "2 processes on Ascend910B2 in bf16" in page["verdict"]
+
+
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
 
