@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import errno
 import os
@@ -226,6 +227,12 @@ def run(main: Callable[[], None]) -> None:
     """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # before training starts there is nothing to save
     signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    launcher = int(os.environ.get("DANPU_LAUNCHER", 0))
+    if sys.platform == "linux" and launcher:
+        # a launcher killed outright would leave its ranks training into the folder of the next start: they get SIGTERM
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() != launcher:  # it has gone already
+            sys.exit(INTERRUPTED)
     code = 0
     try:
         main()
@@ -233,6 +240,8 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error.code, str):
             fail(error.code, stop=False)
         code = 1 if isinstance(error.code, str) else int(error.code or 0)
+    except BrokenPipeError:  # the reader of a pipe has gone (| head)
+        os._exit(1)
     except Exception as error:
         message = explain(error)
         if message is None:

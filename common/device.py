@@ -179,7 +179,7 @@ def notice_saturation(optimizer) -> None:
 def autocast(dtype: torch.dtype):
     """Autocast context for `dtype`; float32 gives one that does nothing. SystemExit where bf16 is not supported."""
     if dtype is torch.bfloat16 and kind() != "cpu" and half_dtype() is not torch.bfloat16:
-        raise SystemExit(f"{name()} has no bf16: use --fp16 true (autocast would silently run in float32)")
+        raise SystemExit(f"{name()} has no bf16: train in fp16 (autocast would silently run in float32)")
     return torch.autocast(kind(), dtype=dtype, enabled=dtype is not torch.float32)
 
 

@@ -77,6 +77,7 @@ def main() -> int:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ["DANPU_LAUNCHER"] = str(os.getpid())
     forward_signals()
     with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:
         try:

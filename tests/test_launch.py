@@ -6,13 +6,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import ROOT, environment, error_line, expect, finish, shell, start
 
 SCRIPT = """
 import os, signal, sys, time
 mode, rank = sys.argv[-1], int(os.environ["RANK"])
-print("rank", rank, "of", os.environ["WORLD_SIZE"], "port", os.environ["MASTER_PORT"], *sys.argv[1:-1], flush=True)
+words = ["rank", str(rank), "of", os.environ["WORLD_SIZE"], "port", os.environ["MASTER_PORT"], *sys.argv[1:-1]]
+os.write(1, (" ".join(words) + "\\n").encode())  # at once: the ranks write to one pipe
 if mode == "fail" and rank == 1: sys.exit("error: rank one is unhappy")
 if mode == "usage": sys.exit(2)
 if mode == "killed" and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
@@ -51,6 +53,21 @@ def test_exit_code_and_last_words_of_a_failing_rank(recipe, mode, code, words):
     assert time.time() - began < 30, "the other rank sleeps for 60 s and must have been ended"
     assert words in (result.stderr.strip().splitlines() or [""])[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_ranks_end_with_a_launcher_that_is_killed_outright(tmp_path):
+    """Else they would train on into the folder that the next start uses."""
+    (tmp_path / "train.py").write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom common import cli\n"
+        "def main():\n    print('here', flush=True)\n    time.sleep(60)\ncli.run(main)\n"
+    )
+    (tmp_path / "run.sh").write_text(f"source {ROOT}/common/launch.sh; launch {tmp_path}/train.py")
+    process = start(["bash", tmp_path / "run.sh"])
+    assert process.stdout.readline() == "here\n"
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=20)
+    assert len(gone) == 2 and not alive
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -275,6 +275,28 @@ def test_recipe_trains(npu, tmp_path, recipe, case):
     assert all("lora_" in name for name in weights(tmp_path / "final")) == (kind == "lora")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chip, cards", [(A2, 2), (FIRST, 1), (FIRST, 2)])
+def test_quickstart(npu, tmp_path, chip, cards):
+    flags = ["--model_name", "tiny", "--num_samples", 600, "--epochs", 2, "--batch_size", 8 // cards]
+    done = expect(shell(ROOT / "minimind_npu/quickstart.sh", *flags, OUTPUT=tmp_path, **npu(chip, cards)))
+    facts = report(tmp_path)
+    assert BANNER in done.stderr and facts["device"] == chip and facts["world_size"] == cards
+    assert facts["dtype"] == ("bfloat16" if chip == A2 else "float16")
+    assert facts["metrics"]["before"]["loss"] > 5.5 and facts["metrics"]["after"]["loss"] < 1.5
+
+
+@pytest.mark.slow
+def test_quickstart_killed_in_a_save_continues_bit_exactly(npu, tmp_path):
+    flags = ["--model_name", "tiny", "--num_samples", 300, "--epochs", 2, "--batch_size", 4, "--warmup_steps", 5]
+    launcher, quickstart = [sys.executable, ROOT / "common/launch.py", 2], ROOT / "minimind_npu/quickstart.py"
+    fault = [ROOT / "tests/faults/faulty_loop.py", quickstart, "kill-in-save@2"]
+    for name, script, code in (("whole", [quickstart], 0), ("killed", fault, 1), ("killed", [quickstart], 0)):
+        command = [*launcher, *script, *flags, "--output_dir", tmp_path / name]
+        expect(finish(start(command, **npu(FIRST, 2))), code)
+    assert weights_sha(tmp_path / "whole/final") == weights_sha(tmp_path / "killed/final")
+
+
 # ---- the numbers of a whole run ---------------------------------------------------------------------------------
 
 RECIPE = ROOT / "train_qwen"
