@@ -227,7 +227,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # before training starts there is nothing to save
     signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
-    launcher = int(os.environ.get("DANPU_LAUNCHER", 0))
+    launcher = int(os.environ.pop("DANPU_LAUNCHER", 0))  # not for what this process starts itself
     if sys.platform == "linux" and launcher:
         # a launcher killed outright would leave its ranks training into the folder of the next start: they get SIGTERM
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
