@@ -28,6 +28,7 @@ def environment(**extra) -> dict[str, str]:
         "MASTER_ADDR",
         "MASTER_PORT",
         "HOSTFILE",
+        "DS_ACCELERATOR",  # set in this process by tests that call device.prepare
     )
     env = {k: v for k, v in os.environ.items() if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
