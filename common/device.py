@@ -281,17 +281,25 @@ def refusal(flags) -> str | None:
     return None
 
 
-def main() -> int:
-    """`python -m common.device`: prints "<kind> <count>" for launch.sh; 3 when an NPU is there and cannot be used."""
+def notice() -> tuple[str, bool]:
+    """What to tell about an installed torch_npu that is not used ("" if nothing), and whether that must end the run."""
     if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not _wanted:
-        print(f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", file=sys.stderr)
-        return 3
+        return f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", True
     if NPU_ERROR is not None:
-        print(f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", file=sys.stderr)
-    elif sys.modules.get("torch_npu") and kind() == "cpu":
-        print("torch_npu sees no NPU; continuing on the CPU. A container needs --device /dev/davinci0", file=sys.stderr)
-    print(kind(), device_count())
-    return 0
+        return f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", False
+    if sys.modules.get("torch_npu") and kind() == "cpu":
+        return "torch_npu sees no NPU; continuing on the CPU. A container needs --device /dev/davinci0", False
+    return "", False
+
+
+def main() -> int:
+    """`python -m common.device` prints "<kind> <count>"; 1 when an NPU is there and cannot be used."""
+    message, fatal = notice()
+    if message:
+        print(message, file=sys.stderr)
+    if not fatal:
+        print(kind(), device_count())
+    return int(fatal)
 
 
 if __name__ == "__main__":

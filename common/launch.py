@@ -1,6 +1,6 @@
 """Start one process per device through torchrun's elastic agent, and end them cleanly (called by launch.sh).
 
-    python common/launch.py NPROC train.py [flags]
+    python common/launch.py NPROC train.py [flags]        # NPROC: a number, or auto: one per device, 2 on a CPU
 
 What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage, 75 interrupted);
 the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM lets the ranks finish their step and
@@ -45,6 +45,29 @@ def agent_arguments(nproc: int, logs: str) -> list[str]:
     return flags
 
 
+def processes(wanted: str) -> int:
+    """Processes to start here, checked against the devices; sets what the ranks need on a CPU."""
+    from common import device
+
+    message, fatal = device.notice()
+    if message:
+        print(message, file=sys.stderr)
+    if fatal:
+        sys.exit(1)
+    kind, count = device.kind(), device.device_count()
+    nproc = int(wanted) if wanted != "auto" else count or 2
+    if count and nproc > count:
+        print(f"launch: NPROC={nproc}, but {count} {kind} device(s) are visible", file=sys.stderr)
+        sys.exit(2)
+    if not count:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # one thread team per process; more threads than cores slows gloo runs several times
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # huge pages for tensors: 6-10 % faster
+        os.environ["DS_ACCELERATOR"] = kind
+    return nproc
+
+
 def forward_signals() -> None:
     """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them."""
     import psutil
@@ -69,14 +92,14 @@ def last_words(logs: str, failure) -> str:
 
 
 def main() -> int:
-    nproc, script = int(sys.argv[1]), sys.argv[2:]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    nproc, script = processes(sys.argv[1]), sys.argv[2:]
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if os.environ.get("DANPU_VERBOSE") != "1":
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ["DANPU_LAUNCHER"] = str(os.getpid())
     forward_signals()
     with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:

@@ -114,7 +114,7 @@ quiet_libraries() {
 }
 
 launch() {
-    local script=$1 kind count answer flags=() requirements=requirements.txt
+    local script=$1 flags=() requirements=requirements.txt
     shift
     source_cann
     if npu_machine && [[ -f $root/requirements-npu.txt ]]; then requirements="requirements-npu.txt"; fi
@@ -123,25 +123,15 @@ launch() {
     export PATH
     quiet_libraries
     if [[ -n ${DEVICES:-} ]]; then choose_devices; fi
-    answer=$(cd "$root" && "$python" -m common.device) || case $? in 3) exit 1 ;; *) die "cannot import torch with $python" ;; esac
-    read -r kind count <<<"$answer"
     [[ -n ${MODEL:-} ]] && flags+=(--model_name_or_path "$MODEL")
     [[ -n ${DATA:-} ]] && flags+=(--data_path "$DATA")
     [[ -n ${OUTPUT:-} ]] && flags+=(--output_dir "$OUTPUT")
-    if [[ $kind == cpu ]]; then count=2; fi
-    NPROC=${NPROC:-$count}
-    [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
-    if ((NPROC > count)) && [[ $kind != cpu ]]; then die "NPROC=$NPROC, but $count $kind device(s) are visible" 2; fi
-    if [[ $kind == cpu ]]; then
-        # one thread team per process; more threads than cores slows gloo runs several times
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1))} DS_ACCELERATOR=cpu
-        export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # huge pages for tensors: 6-10 % faster
-    fi
-    if [[ $kind == npu ]]; then npu_settings; fi
+    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
+    if npu_machine; then npu_settings; fi
     export DANPU_RERUN="${DANPU_RERUN:-bash $0}"
     if [[ -n ${HOSTFILE:-} ]]; then
         [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2
         exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "$script" "${flags[@]}" "$@"
     fi
-    exec "$python" "$root/common/launch.py" "$NPROC" "$script" "${flags[@]}" "$@"
+    exec "$python" "$root/common/launch.py" "${NPROC:-auto}" "$script" "${flags[@]}" "$@"
 }
