@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NAME = "packed"
+PACKS = {NAME}  # implementations that keep packed rows apart; a recipe that brings its own adds it
 BLOCK = 128  # query rows of one product; documents are joined up to this length under one small mask
 LONG = {torch.bfloat16: 768, torch.float16: 768, torch.float32: 640}  # from here torch's fused attention is faster
 
@@ -68,10 +69,73 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
             module, query, key, value, mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    return compute(query[0], key[0], value[0], starts, longest, scale)[None], None
+    query, key, value = (_autocast(x)[0] for x in (query, key, value))
+    return compute(query, key, value, starts, longest, scale)[None], None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+@functools.cache
+def alibi_slopes(heads: int) -> Tensor:
+    """ALiBi's slope of each head, fp32 [heads]: 2^(-8i/n), filled up from 2n where `heads` is no power of two n."""
+    n = 2 ** (heads.bit_length() - 1)
+    more = [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+    return torch.tensor([2 ** (-8 * i / n) for i in range(1, n + 1)] + more)
+
+
+def alibi_attention(query, key, value, starts, longest, scale, slopes):
+    """Packed causal attention with ALiBi (Press et al. 2021): head h adds -slopes[h] * distance to its scores.
+
+    query, key, value [H, T, d]; starts [documents + 1]; longest: tokens of the longest document; slopes [H].
+    Returns [T, H, d].
+    """
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    if query.device.type == "cpu":
+        return _on_cpu(query, key, value, starts, longest, scale, tuple(slopes.tolist()))
+    compute = _compute(query)
+    if compute is None:
+        return _document_by_document(query, key, value, starts, scale, slopes)
+    size = query.shape[-1]
+    query, key = _alibi_columns(query, key, starts, scale, slopes)
+    value = F.pad(value, (0, query.shape[-1] - size))  # the kernels want one size
+    return compute(query, key, value, starts, longest, scale)[..., :size]
+
+
+def _alibi_columns(query: Tensor, key: Tensor, starts: Tensor, scale: float, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """query and key [H, T, d] with 8 more columns whose product is slope * position / scale.
+
+    A softmax does not see what all keys share, so slope * position of the key is the same as -slope * distance, and a
+    plain fused kernel (which sums in fp32) computes ALiBi. The factors are split so that half precision holds them:
+    the position into multiples of 256 and a rest, the slope into three parts.
+    """
+    tokens = torch.arange(query.shape[1], device=query.device)
+    first = starts.long()[torch.bucketize(tokens, starts[1:].long(), right=True)]
+    position = (tokens - first).float()
+    high = (position / 256).floor()
+    parts, rest = [], slopes.float() / scale
+    for _ in range(3):
+        parts.append(rest.to(query.dtype))
+        rest = rest - parts[-1].float()
+    slopes = torch.stack(parts, -1)  # [H, 3]
+    zeros = slopes.new_zeros(len(slopes), 2)
+    columns = torch.cat([slopes * 256, slopes, zeros], -1)[:, None].expand(-1, query.shape[1], -1)
+    split = torch.stack([high] * 3 + [position - 256 * high] * 3 + [0 * high] * 2, -1).to(key.dtype)
+    return torch.cat([query, columns], -1), torch.cat([key, split.expand(len(key), -1, -1)], -1)
+
+
+def _document_by_document(query, key, value, starts, scale, slopes):
+    """torch's own attention on each document with its bias; where no kernel for packed rows runs."""
+    edges, parts = starts.tolist(), []
+    for a, b in zip(edges, edges[1:], strict=False):
+        place = torch.arange(b - a, device=query.device)
+        distance = place[None, :] - place[:, None]
+        bias = (slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf).to(query.dtype)
+        q, k, v = (x[None, :, a:b] for x in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=scale)[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def _compute(query: Tensor):
@@ -113,9 +177,9 @@ def _torch_varlen(query, key, value, starts, longest, scale):
     )  # fmt: skip
 
 
-def _on_cpu(query, key, value, starts, longest, scale):
-    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]."""
-    runs = _plan(tuple(starts.tolist()), len(query) // len(key), query.dtype)
+def _on_cpu(query, key, value, starts, longest, scale, slopes=()):
+    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per head (then H = K)."""
+    runs = _plan(tuple(starts.tolist()), len(query) // len(key), query.dtype, slopes)
     sizes = [size for size, _ in runs]
     parts = []
     for q, k, v, (_, documents) in zip(*(x.split(sizes, 1) for x in (query, key, value)), runs, strict=True):
@@ -124,17 +188,18 @@ def _on_cpu(query, key, value, starts, longest, scale):
             o = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa)
             parts.append(o[0].transpose(0, 1))
         else:
-            parts.append(_Products.apply(q, k, v, documents, scale))
+            parts.append(_Products.apply(q, k, v, documents, scale, slopes))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a step ask for the same one
-def _plan(starts: tuple[int, ...], group: int, dtype: torch.dtype) -> list[tuple[int, list | None]]:
+def _plan(starts: tuple[int, ...], group: int, dtype: torch.dtype, slopes=()) -> list[tuple[int, list | None]]:
     """Document boundaries -> runs (tokens, None) of one long document or (tokens, [(start, length, bias), ...]).
 
     Neighbouring documents are joined while they fit into one block of queries: one product instead of many tiny ones.
+    torch's fused attention knows no ALiBi, so with slopes no document is a long one.
     """
-    long, runs = LONG.get(dtype, LONG[torch.float32]), []
+    long, runs = float("inf") if slopes else LONG.get(dtype, LONG[torch.float32]), []
     for length in (b - a for a, b in zip(starts, starts[1:], strict=False) if b > a):
         if length >= long:
             runs.append((length, None))
@@ -147,32 +212,53 @@ def _plan(starts: tuple[int, ...], group: int, dtype: torch.dtype) -> list[tuple
         else:
             documents.append((size, [length]))
         runs[-1] = (size + length, documents)
-    bias = lambda lengths: _joined(lengths, group, dtype) if len(lengths) > 1 else None  # noqa: E731
+    bias = lambda lengths: _joined(lengths, group, dtype, slopes) if len(lengths) > 1 else None  # noqa: E731
     return [(size, docs and [(start, sum(lengths), bias(lengths)) for start, lengths in docs]) for size, docs in runs]
 
 
-def _joined(lengths: list[int], group: int, dtype: torch.dtype) -> Tensor:
-    """[group * sum, sum]: 0 where a token may look, -inf elsewhere."""
+def _joined(lengths: list[int], group: int, dtype: torch.dtype, slopes: tuple = ()) -> Tensor:
+    """[group * sum, sum] ([H, sum, sum] with slopes): 0, or ALiBi's bias, where a token may look, -inf elsewhere."""
     owner = torch.repeat_interleave(torch.tensor(lengths))
     allowed = (owner[:, None] == owner).tril_()
+    if slopes:
+        place = torch.arange(len(owner))
+        return _biased(place[None, :] - place[:, None], allowed, slopes, dtype)
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf).repeat(group, 1)
 
 
+def _biased(distance: Tensor, allowed: Tensor, slopes: tuple, dtype: torch.dtype) -> Tensor:
+    """distance, allowed [q, k] -> [H, q, k]: slope * distance (key minus query) where allowed, else -inf."""
+    bias = torch.tensor(slopes)[:, None, None] * distance
+    return bias.masked_fill_(~allowed, -torch.inf).to(dtype)
+
+
 @functools.lru_cache(maxsize=4)
-def _staircase(group: int, dtype: torch.dtype) -> Tensor:
-    """[group, BLOCK, width]: query i of a block may look at every column up to width - BLOCK + i."""
-    width = max(LONG.values()) + BLOCK
+def _staircase(group: int, dtype: torch.dtype, slopes: tuple = (), width: int = max(LONG.values()) + BLOCK) -> Tensor:
+    """[group, BLOCK, width] ([H, BLOCK, width] with slopes): query i of a block may look at columns up to
+    width - BLOCK + i."""
+    if slopes:
+        distance = torch.arange(width)[None, :] - (width - BLOCK) - torch.arange(BLOCK)[:, None]
+        return _biased(distance, distance <= 0, slopes, dtype)
     return torch.full((BLOCK, width), -torch.inf, dtype=dtype).triu_(width - BLOCK + 1).repeat(group, 1, 1)
 
 
-def _blocks(documents: list, group: int, dtype: torch.dtype):
-    """Yields (start, end) of a block of queries, the start of its keys, and its bias [group * queries, keys]."""
-    stairs = _staircase(group, dtype)
+def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple = ()):
+    """Yields (start, end) of a block of queries, the start of its keys, and its bias: [group * queries, keys] for all
+    heads, or [H, queries, keys] with slopes."""
+    longest = max(length for _, length, _ in documents)
+    stairs = (
+        _staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK) if slopes else _staircase(group, dtype)
+    )
     for start, length, bias in documents:
         for a in range(0, length, BLOCK):
             b = min(length, a + BLOCK)
             left = stairs.shape[2] - BLOCK - a
-            block = stairs[:, : b - a, left : left + b].reshape(group * (b - a), b) if bias is None else bias
+            if bias is not None:
+                block = bias
+            elif slopes:
+                block = stairs[:, : b - a, left : left + b]
+            else:
+                block = stairs[:, : b - a, left : left + b].reshape(group * (b - a), b)
             yield start + a, start + b, start, block
 
 
@@ -185,15 +271,15 @@ class _Products(torch.autograd.Function):
         return torch.softmax(scores, -1)  # fp32 inside
 
     @staticmethod
-    def forward(ctx, query, key, value, documents, scale):
+    def forward(ctx, query, key, value, documents, scale, slopes):
         ctx.save_for_backward(query, key, value)
-        ctx.documents, ctx.scale = documents, scale
+        ctx.documents, ctx.scale, ctx.slopes = documents, scale, slopes
         (heads, tokens, size), groups = query.shape, len(key)
         query = query.view(groups, heads // groups, tokens, size)
         out = torch.empty(tokens, heads, size, dtype=query.dtype)
         folded = out.view(tokens, groups, -1, size).permute(1, 2, 0, 3)
         with torch.autocast("cpu", enabled=False):
-            for a, b, first, bias in _blocks(documents, heads // groups, query.dtype):
+            for a, b, first, bias in _blocks(documents, heads // groups, query.dtype, slopes):
                 probs = _Products._probs(query[:, :, a:b], key[:, first:b], bias, scale)
                 folded[:, :, a:b] = torch.bmm(probs, value[:, first:b]).view(groups, -1, b - a, size)
         return out
@@ -210,7 +296,7 @@ class _Products(torch.autograd.Function):
             torch.zeros(tokens, groups, size).transpose(0, 1) for _ in range(2)
         )  # fp32: blocks are summed
         with torch.autocast("cpu", enabled=False):
-            for a, b, first, bias in _blocks(ctx.documents, heads // groups, query.dtype):
+            for a, b, first, bias in _blocks(ctx.documents, heads // groups, query.dtype, ctx.slopes):
                 q, g, k, v = query[:, :, a:b], grad[:, :, a:b], key[:, first:b], value[:, first:b]
                 probs = _Products._probs(q, k, bias, scale)
                 q, g = q.flatten(1, 2), g.flatten(1, 2)
@@ -219,7 +305,7 @@ class _Products(torch.autograd.Function):
                 d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).mul_(scale)
                 d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, b - a, size)
                 d_key[:, first:b] += torch.bmm(d_scores.transpose(1, 2), q)
-        return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None
+        return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
 def register() -> str:
@@ -229,3 +315,14 @@ def register() -> str:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
+
+
+def refuse_unpackable(model) -> None:
+    """SystemExit for a model whose attention this module cannot reach: its packed rows would see each other."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = inner.config._attn_implementation
+    if name not in PACKS or (name == NAME and not inner._supports_attention_backend):
+        raise SystemExit(
+            f"{type(inner).__name__} has an attention of its own, which would look from one packed row into the next: "
+            "use --packing false (where every window is packed, another architecture)"
+        )

@@ -200,6 +200,9 @@ def load(auto_class, name: str, **settings):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # many kinds: no config.json, no weights, unknown type, no network, no such id
+        if isinstance(error, KeyError) and settings.get("attn_implementation") in error.args:
+            # an architecture that knows only attention of its own
+            return load(auto_class, name, **{k: v for k, v in settings.items() if k != "attn_implementation"})
         words = " ".join(str(error).split())[:300]
         raise SystemExit(
             f"--model_name_or_path {name} is not a model that can be loaded ({words}). "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 IGNORE = -100
@@ -56,13 +57,47 @@ class PackedDataset(torch.utils.data.Dataset):
     def __init__(self, rows, max_length: int, seed: int = 0, lengths: Sequence[int] | None = None):
         """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if already known."""
         self.rows = rows
-        self.bins = pack_bins(_lengths(rows) if lengths is None else lengths, max_length, seed)
+        self.bins = pack_bins(_lengths(rows).tolist() if lengths is None else lengths, max_length, seed)
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> list[dict]:
         return [_numbered(self.rows, i) for i in self.bins[index]]
+
+
+class TokenWindows(torch.utils.data.Dataset):
+    """Documents end to end, cut into windows of exactly `length` tokens (the last one may be shorter).
+
+    Item i is the list of the pieces of documents in window i, for PackedCollator: {"row_id", "input_ids", "labels"},
+    every token a label; a document that a cut parts goes on in the next window without its past. Only the number of
+    tokens per document is held in memory. Documents come in an order drawn by `seed`, windows in the sampler's.
+    """
+
+    def __init__(self, rows, length: int, seed: int = 0):
+        """rows: datasets.Dataset or list of {"input_ids"}, each with its end-of-text token."""
+        self.length = length
+        self.rows = rows.with_format("numpy", columns=["input_ids"]) if hasattr(rows, "with_format") else rows
+        sizes = _lengths(rows)
+        self.order = np.random.default_rng(seed).permutation(len(sizes))
+        self.ends = sizes[self.order].cumsum()
+
+    def __len__(self) -> int:
+        return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
+
+    def __getitem__(self, index: int) -> list[dict]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start, end = index * self.length, min((index + 1) * self.length, int(self.ends[-1]))
+        pieces, at = [], int(np.searchsorted(self.ends, start, side="right"))
+        while start < end:
+            row, stop = int(self.order[at]), min(end, int(self.ends[at]))
+            ids = np.asarray(self.rows[row]["input_ids"], dtype=np.int64)
+            begin = len(ids) - int(self.ends[at]) + start
+            ids = ids[begin : begin + stop - start]
+            pieces.append({"row_id": row, "input_ids": ids, "labels": ids})
+            start, at = stop, at + 1
+        return pieces
 
 
 class NumberedRows(torch.utils.data.Dataset):
@@ -83,13 +118,14 @@ def _numbered(rows, index: int) -> dict:
     return {"row_id": index, "input_ids": row["input_ids"], "labels": row["labels"]}
 
 
-def _lengths(rows) -> list[int]:
+def _lengths(rows) -> np.ndarray:
     if not hasattr(rows, "with_format"):
-        return [len(row["input_ids"]) for row in rows]
+        return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     import pyarrow.compute as pc
 
     tables = rows.select_columns("input_ids").with_format("arrow").iter(10_000)  # Arrow knows its lists' lengths
-    return [n for table in tables for n in pc.list_value_length(table["input_ids"]).to_pylist()]
+    parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
+    return np.concatenate(parts or [np.zeros(0)]).astype(np.int64)
 
 
 class PackedCollator:

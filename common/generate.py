@@ -102,3 +102,23 @@ def answer_held_out(
         for row, answer in zip(loaded, answers, strict=True)
     ]
     return answer_match([s["answer"] for s in samples], [s["reference"] for s in samples]), samples
+
+
+def continue_held_out(model, tokenizer, rows: list[str], max_new_tokens: int, share: float = 0.3) -> tuple[dict, list]:
+    """Greedy continuations of the beginning of held-out documents, to look at. Every rank calls it.
+
+    Args:
+        rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is given.
+    Returns:
+        {} (the loss on held-out text is the measure) and samples as in `answer_held_out`.
+    """
+    samples, prompts = [], []
+    for row in rows:
+        ids = tokenizer(json.loads(row)["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        cut = min(64, max(1, round(share * len(ids))))
+        start, rest = (tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + max_new_tokens]))
+        prompts.append(ids[:cut])
+        messages = [{"role": "user", "content": start}]
+        samples.append({"messages": messages, "tools": None, "prompt": start, "reference": rest})
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens) if prompts else []
+    return {}, [sample | {"answer": answer} for sample, answer in zip(samples, answers, strict=True)]

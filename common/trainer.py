@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import checkpoint, cli, device, report
+from . import attention, checkpoint, cli, device, report
 from .callbacks import Progress, SafeStop
+from .collators import PackedCollator
 from .run_folder import RUN_FILE, engine, write_run_file
 
 IGNORE = -100  # label of a token that is not trained
@@ -43,6 +44,8 @@ class RecipeTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, PackedCollator):
+            attention.refuse_unpackable(self.model)
         self.measure, self.describe_row = measure, describe_row
         self.before: dict = {}
         self.args.logging_nan_inf_filter = False  # the stock filter logs a NaN loss as 0 and goes on

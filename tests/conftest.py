@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,9 +25,14 @@ def tiny_run(tmp_path_factory):
 
     if made := os.environ.get("DANPU_TEST_RUN"):
         return Path(made), ""
-    out = tmp_path_factory.mktemp("tiny-run")
-    printed = expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out)).stdout
-    return out, printed
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one run for all workers
+        shared = shared.parent
+    out, printed = shared / "tiny-run", shared / "tiny-run.txt"
+    with FileLock(shared / "tiny-run.lock"):
+        if not printed.is_file():
+            printed.write_text(expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out)).stdout, encoding="utf-8")
+    return out, printed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +41,10 @@ def npu():
     from npu_sim import simulator
 
     return simulator.environment
+
+
+LONGEST = ("test_training.py", "test_npu.py", "test_bloom.py")  # begin with these, so that no worker ends long after
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

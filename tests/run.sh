@@ -26,4 +26,5 @@ ruff format --check .
 git ls-files '*.sh' .ci/run | xargs shellcheck -x -e SC1091
 select=()
 if [[ ${1:-} == --fast ]]; then select=(-m "not slow"); shift; fi
-exec python -m pytest -q --durations=15 "${select[@]}" "$@"
+# two files at a time: most of a run is the start of processes, which leaves a core idle
+exec python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"

@@ -225,3 +225,20 @@ def test_cuda_varlen_equals_block_mask():
     torch.testing.assert_close(loss, expected, atol=2e-2, rtol=2e-2)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
+    """Nothing would keep its packed rows apart: Bloom never asks for an implementation, Falcon knows no foreign one."""
+    import transformers
+
+    from common import cli
+
+    name = attention.register()
+    attention.refuse_unpackable(build("Qwen2", name))
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=48, n_layer=1, n_head=4))
+    bloom.config._attn_implementation = name
+    build("Falcon", "eager").save_pretrained(tmp_path)
+    falcon = cli.load(transformers.AutoModelForCausalLM, str(tmp_path), attn_implementation=name)
+    for model in (bloom, falcon):
+        with pytest.raises(SystemExit, match="--packing false"):
+            attention.refuse_unpackable(model)
