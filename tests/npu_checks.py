@@ -221,6 +221,62 @@ def packing():
     show(**results)
 
 
+def packing_alibi():
+    """As `packing`, for Bloom: beside its documents alone here also stock Bloom on the CPU in float32."""
+    import copy
+
+    import transformers
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chinese_bloom"))
+    import bloom_attention
+
+    from common import attention, collators
+
+    here, generator, used, results = device.device(), torch.Generator().manual_seed(0), set(), {}
+    ids = [torch.randint(97, (n,), generator=generator).tolist() for n in (5, 37, 300, 64, 12)]
+    rows = [{"row_id": i, "input_ids": x, "labels": [-100] * 2 + x[2:]} for i, x in enumerate(ids)]
+    for name in ("_npu_varlen", "_on_cpu", "_torch_varlen", "_alibi_columns", "_document_by_document"):
+        stock = getattr(attention, name)
+        setattr(attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1])
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=96, n_layer=2, n_head=6, initializer_range=0.1)
+    config._attn_implementation = "eager"
+    stock = transformers.BloomForCausalLM(config)
+    ours = bloom_attention.use(copy.deepcopy(stock)).to(here)
+
+    def summed(found):
+        losses, grads = zip(*found, strict=True)
+        return sum(losses), [sum(g) for g in zip(*grads, strict=True)]
+
+    def backward(model, **batch):
+        model.zero_grad()
+        loss = model(**batch, use_cache=False, num_items_in_batch=1).loss
+        loss.backward()
+        return loss.item(), [p.grad.float().cpu().clone() for p in model.parameters()]
+
+    def packed(rows, dtype):
+        batch = collators.PackedCollator()([rows])
+        batch = {k: v.to(here) if torch.is_tensor(v) else v for k, v in batch.items() if k != "row_ids"}
+        with device.autocast(dtype):
+            return backward(ours, **batch)
+
+    def apart(found, expected):
+        grads = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(found[1], expected[1], strict=True)]
+        return abs(found[0] - expected[0]) / expected[0], max(grads)
+
+    tensors = [{k: torch.tensor([row[k]]) for k in ("input_ids", "labels")} for row in rows]
+    truth = summed([backward(stock, **row) for row in tensors])
+    for dtype in (torch.float32, device.half_dtype()):
+        used.clear()
+        whole = packed(rows, dtype)
+        alone = summed([packed([row], dtype) for row in rows])
+        (loss, grads), (cpu_loss, cpu_grads) = apart(whole, alone), apart(whole, truth)
+        results[str(dtype)] = {
+            "loss": loss, "grads": grads, "of_cpu_loss": cpu_loss, "of_cpu_grads": cpu_grads, "paths": sorted(used)
+        }  # fmt: skip
+    show(**results)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     if torch.distributed.is_initialized():

@@ -4,13 +4,15 @@ import shutil
 
 import nbformat
 import pytest
-from harness import ROOT
+from harness import RECIPES, ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("*/*.ipynb"))
 CELL_SECONDS = 300
-SAID = {  # the faults that data.ipynb puts into its raw files, as it must find them
+SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts into its raw files
     "train_qwen/data.ipynb": ("gb18030", "empty answer", "wrong JSON", "去掉 3 行", "[["),
     "train_qwen/infer.ipynb": ("还没有模型",),
+    "chinese_bloom/data.ipynb": ("gb18030", "belle multi-turn", "———— belle", "### 指令", "[[", "位置 0–"),
+    "chinese_bloom/infer.ipynb": ("（--stage sft）", "（--stage pt）", "模板 alpaca-zh", "### 回答", "续写"),
 }
 
 
@@ -24,7 +26,9 @@ def notebook(request):
 
 
 def test_there_are_notebooks():
-    assert {"train_qwen/data.ipynb", "train_qwen/infer.ipynb"} <= set(map(name, NOTEBOOKS))
+    recipes = [recipe for recipe in RECIPES if (ROOT / recipe / "infer.ipynb").exists()]
+    assert {f"{r}/{n}.ipynb" for r in recipes for n in ("data", "infer")} == set(map(name, NOTEBOOKS))
+    assert {"train_qwen", "chinese_bloom"} <= set(recipes)
 
 
 def test_committed_empty_and_short(notebook):

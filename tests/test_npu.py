@@ -29,6 +29,7 @@ A2, FIRST = "Ascend910B2", "Ascend910A"  # with bf16; fp16 only
 CHECKS = ROOT / "tests/npu_checks.py"
 FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "train_qwen": {"full": [], "lora": ["--use_lora", "true"]},
+    "chinese_bloom": {"full": [], "lora": ["--use_lora", "true"]},
 }
 SHORT = ["--max_steps", 8, "--logging_steps", 1, "--eval_generate", 4, "--report_to", "none", "--save_strategy", "no"]
 PLAIN = 'source common/launch.sh; launch "$0" "$@"'
@@ -206,6 +207,22 @@ def test_packed_equals_unpacked(npu, chip):
     for dtype, found in said.items():
         assert found["loss"] < 1e-6 and found["grads"] < (1e-5 if dtype == "torch.float32" else 2e-2), (dtype, found)
         assert found["paths"] == (["_npu_varlen"] if dtype == "torch.bfloat16" else [])
+
+
+@pytest.mark.parametrize("chip", [A2, FIRST])
+def test_packed_equals_unpacked_with_alibi(npu, chip):
+    """Bloom: the fused kernel with its bias in columns where there is one, one document after the other elsewhere."""
+    said = check("packing_alibi", env=npu(chip, 1))
+    assert BANNER in said.pop("stderr") and len(said) == 2
+    for dtype, found in said.items():
+        fused, exact = dtype == "torch.bfloat16", dtype == "torch.float32"
+        assert found["paths"] == (["_alibi_columns", "_npu_varlen"] if fused else ["_document_by_document"]), (
+            dtype,
+            found,
+        )
+        assert found["loss"] < 1e-6 and found["grads"] < (1e-5 if exact else 2e-2), (dtype, found)
+        assert found["of_cpu_loss"] < (1e-5 if exact else 5e-3), (dtype, found)
+        assert found["of_cpu_grads"] < (1e-4 if exact else 5e-2), (dtype, found)
 
 
 def test_an_overflow_on_one_rank_parts_nobody(npu):

@@ -3,11 +3,12 @@
     python tests/bench/sft.py                        # all variants, full and LoRA, fp32 and the device's best dtype
     python tests/bench/sft.py --trl FOLDER           # with TRL from `pip install --no-deps --target FOLDER trl==1.16.0`
     python tests/bench/sft.py --only ours plain --modes full --dtypes float32 --rounds 1
+    python tests/bench/sft.py --arch bloom --only plain ours       # Bloom: 250,880 tokens, ALiBi
 
-One random model of Qwen2's architecture, rows as long as Chinese instruction data (long tail to 1,024 tokens), the same
-rows for all. Every variant runs in a process of its own, the rounds interleave them, the best round counts. TRL keeps
-packed rows apart in all its settings (transformers derives a block mask from their positions). On a CPU, tokens per CPU
-second stay comparable when others use the machine; a round takes 15 minutes on two free cores.
+One random model of Qwen2's (or Bloom's) architecture, rows as long as Chinese instruction data (long tail to 1,024
+tokens), the same rows for all. Every variant runs in a process of its own, the rounds interleave them, the best round
+counts. TRL keeps packed rows apart in all its settings (transformers derives a block mask from their positions). On a
+CPU, tokens per CPU second stay comparable when others use the machine; a round takes 15 minutes on two free cores.
 """
 
 import argparse
@@ -56,22 +57,42 @@ def make_rows(count: int, vocab: int, seed: int) -> list[dict]:
     return rows
 
 
-def build_model(args):
-    """A random model; under LoRA `ours` keeps the frozen base in the half dtype, as train_qwen does."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+SIZES = {
+    "qwen": {"vocab": 151936, "hidden": 512, "intermediate": 1408, "layers": 8},
+    "bloom": {"vocab": 250880, "hidden": 192, "intermediate": 768, "layers": 4},
+}
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
+
+def random_model(args):
+    from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    if args.arch == "bloom":
+        return BloomForCausalLM(BloomConfig(
+            vocab_size=args.vocab, hidden_size=args.hidden, n_layer=args.layers, n_head=args.hidden // 64
+        ))  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.intermediate,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=2,
         tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    ))  # fmt: skip
+
+
+def build_model(args):
+    """A random model; under LoRA `ours` keeps the frozen base in the half dtype, as the recipes do."""
+    import torch
+
+    torch.manual_seed(0)
+    model = random_model(args)
     if args.variant == "ours":
         from common import attention, losses
 
-        model.set_attn_implementation(attention.register())
+        if args.arch == "bloom":
+            sys.path.insert(0, str(ROOT / "chinese_bloom"))
+            import bloom_attention
+
+            bloom_attention.use(model)
+        else:
+            model.set_attn_implementation(attention.register())
         model.config.use_cache = False
         losses.use_chunked_loss(model)
         if args.mode == "lora" and args.dtype != "float32":
@@ -173,7 +194,7 @@ def memory_mb(name: str) -> float:
 def needed_flops(model, args, tokens, labels, squares):
     """Floating-point operations that the real tokens need: layers, causal attention, head at label positions."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = inner.model.layers
+    layers = inner.get_decoder().h if args.arch == "bloom" else inner.model.layers
     weights = sum(p.numel() for n, p in layers.named_parameters() if p.dim() == 2 and "lora_" not in n)
     adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
     times = 4 if args.mode == "lora" else 6  # forward and input gradient; with the weight gradient
@@ -243,7 +264,7 @@ def run_child(args, variant, mode, dtype, number, extra=()) -> dict | None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [args.trl, os.environ.get("PYTHONPATH")]))}
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TRANSFORMERS_VERBOSITY": "error"}
     with tempfile.TemporaryDirectory() as output:
-        sizes = [f"--{k}={getattr(args, k)}" for k in ("vocab", "hidden", "intermediate", "layers", "steps")]
+        sizes = [f"--{k}={getattr(args, k)}" for k in ("arch", *SIZES["qwen"], "steps")]
         what = ["--variant", variant, "--mode", mode, "--dtype", dtype, "--output", output, f"--round={number}"]
         run = subprocess.run([sys.executable, __file__, *what, *sizes, *extra], env=env, text=True, capture_output=True)
     if extra:
@@ -285,12 +306,14 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="the first one is warm-up")
     parser.add_argument("--trl", default="", help="folder that holds the trl package, if it is not installed")
     parser.add_argument("--profile", action="store_true", help="print torch's profile of each variant instead")
-    for name, value in {"vocab": 151936, "hidden": 512, "intermediate": 1408, "layers": 8}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--arch", default="qwen", choices=SIZES)
+    for name, value in SIZES["qwen"].items():
+        parser.add_argument(f"--{name}", type=int, help=f"default: {value}, {SIZES['bloom'][name]} for Bloom")
     for name in ("variant", "mode", "dtype", "output"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    vars(args).update({name: value for name, value in SIZES[args.arch].items() if getattr(args, name) is None})
     if args.variant:
         return child(args)
     best = str(device.half_dtype() or "torch.float32").removeprefix("torch.")

@@ -14,8 +14,10 @@ FAULT: name@N, at the N-th step or save:
     overflow-on-rank-0@N    the fp16 gradients of rank 0 overflow in step N; says whether DeepSpeed noticed
     raise-on-rank-1@N       rank 1 raises in step N
     die-on-rank-1@N         rank 1 is killed in step N
+    log-rows@N              write what every step consumes to consumed_<rank>.jsonl; kill-in-step@N (never with 0)
 """
 
+import json
 import os
 import runpy
 import signal
@@ -72,11 +74,21 @@ def counted_save(self, *args, **kwargs):
 def step_fault(self, model, inputs, **kwargs):
     loss = stock_step(self, model, inputs, **kwargs)
     if model.training and self.state.global_step + 1 == at:
-        if kind == "kill-in-step" or (kind == "die-on-rank-1" and rank == 1):
+        if kind in ("kill-in-step", "log-rows") or (kind == "die-on-rank-1" and rank == 1):
             die()
         if kind == "raise-on-rank-1" and rank == 1:
             raise RuntimeError("rank one broke on purpose")
     return loss
+
+
+def log_rows(self, *args, **kwargs):
+    """One line per step and rank: its micro-batches as [row ids, starts, token ids], and DeepSpeed's batch size."""
+    samples, count = stock_samples(self, *args, **kwargs)
+    batches = [[b["row_ids"], b["cu_seq_lens_q"].tolist(), b["input_ids"][0].tolist()] for b in samples]
+    engine = self.deepspeed.train_batch_size() if self.is_deepspeed_enabled else None
+    with open(Path(self.args.output_dir) / f"consumed_{rank}.jsonl", "a") as file:
+        file.write(json.dumps({"step": self.state.global_step + 1, "batches": batches, "engine_batch": engine}) + "\n")
+    return samples, count
 
 
 def bad_loss(self, model, inputs, **kwargs):
@@ -137,5 +149,7 @@ elif kind == "nan-grad":
     RecipeTrainer.training_step = poisoned
 else:
     RecipeTrainer.compute_loss = step_fault
+    if kind == "log-rows":
+        stock_samples, RecipeTrainer.get_batch_samples = RecipeTrainer.get_batch_samples, log_rows
 
 runpy.run_path(script, run_name="__main__")

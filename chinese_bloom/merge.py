@@ -1,0 +1,24 @@
+"""Merge a LoRA adapter into its base model, after checking that it was trained on that base.
+
+python chinese_bloom/merge.py --adapter output/lora/final --output_dir output/merged [--base MODEL]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
+from common import adapter, cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapter", required=True, help="folder with adapter_config.json")
+    parser.add_argument("--output_dir", required=True, help="where the merged model goes; must be empty")
+    parser.add_argument("--base", default=None, help="base model; default: the one the adapter names")
+    args = parser.parse_args()
+    print("merged model:", adapter.merge(args.adapter, args.output_dir, args.base))
+
+
+if __name__ == "__main__":
+    cli.run(main)
