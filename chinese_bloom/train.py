@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and bloom_attention
 from common import cli  # before torch and transformers: it brings the device
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 from transformers import TrainingArguments, set_seed
 
 import bloom_attention
@@ -102,6 +102,8 @@ def settle(args: Args, training: TrainingArguments) -> bool:
         raise cli.usage_error(f"--stage {args.stage}: sft or pt")
     if args.template not in (*TEMPLATES, "tokenizer") and not Path(args.template).is_file():
         raise cli.usage_error(f"--template {args.template}: {', '.join(TEMPLATES)}, tokenizer or a jinja file")
+    if args.use_lora and args.from_config:
+        raise cli.usage_error("--use_lora with --from_config: an adapter on random weights that are not kept")
     is_tiny = args.model_name_or_path == "tiny"
     args.data_path = args.data_path or str(HERE / "data" / args.stage)
     if not cli.typed("learning_rate"):
@@ -124,10 +126,8 @@ def load_config(args: Args, path: str, tokenizer):
     """The architecture: the model's own, or that of --from_config with room for the tokenizer's vocabulary."""
     if not args.from_config:
         return cli.model_config(path)
-    source = Path(args.from_config)
-    config = (
-        AutoConfig.for_model(**json.loads(source.read_text())) if source.is_file() else cli.model_config(str(source))
-    )
+    config = cli.model_config(args.from_config, "--from_config")
+    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     config.vocab_size = max(config.vocab_size, len(tokenizer)) if cli.typed("model_name_or_path") else len(tokenizer)
     return config
 
@@ -204,8 +204,9 @@ def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     is_tiny = settle(args, training)
     set_seed(training.seed)
-    if not is_tiny:
-        cli.model_config(args.model_name_or_path)  # a wrong name is told before anything is read or replaced
+    for flag, name in (("--model_name_or_path", args.model_name_or_path), ("--from_config", args.from_config)):
+        if name not in ("", "tiny"):
+            cli.model_config(name, flag)  # a wrong name is told before anything is read or replaced
 
     kind = "chat" if args.stage == "sft" else "text"
     rows, stats = data.load_rows(args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed)

@@ -156,8 +156,8 @@ def _headers_and_end(tokenizer, template, special, kwargs):
         return (), ""  # it wants more than one question: texts are then trained from their own start
     found = re.compile(f"({special.pattern})+").search(once, once.find(answer) + 1)
     tail = asked.partition(question)[2]
-    header = tail.strip()  # "[INST] .. [/INST]": the answer follows what the template writes after a question
-    short = ""
+    # "[INST] .. [/INST]": the answer follows what the template writes after a question, with its blanks if they stay
+    header, short = tail.lstrip(), tail.strip()
     if prompt != asked:
         header = prompt.partition(question)[2].removeprefix(tail)
         earlier = twice.partition(question)[2].partition(answer)[0].removeprefix(tail)

@@ -181,20 +181,23 @@ def prepare_deepspeed() -> None:
             deepspeed.init_distributed(dist_backend="gloo")
 
 
-def model_config(name: str):
+def model_config(name: str, flag: str = "--model_name_or_path"):
     """AutoConfig of a model folder or hub id; SystemExit with one line when it is neither."""
     from transformers import AutoConfig
 
-    return load(AutoConfig, name)
+    return load(AutoConfig, name, flag)
 
 
-def load(auto_class, name: str, **settings):
-    """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model folder or hub id."""
+def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
+    """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model folder or hub id.
+
+    `flag`: where the name came from. AutoConfig takes the path of a config.json too.
+    """
     import torch
 
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not os.path.isdir(os.path.expanduser(name)):
-        raise SystemExit(f"--model_name_or_path {name}: no such folder")
+    if looks_local and not os.path.exists(os.path.expanduser(name)):
+        raise SystemExit(f"{flag} {name}: no such folder")
     try:
         return auto_class.from_pretrained(name, **settings)
     except torch.OutOfMemoryError:
@@ -202,10 +205,10 @@ def load(auto_class, name: str, **settings):
     except Exception as error:  # many kinds: no config.json, no weights, unknown type, no network, no such id
         if isinstance(error, KeyError) and settings.get("attn_implementation") in error.args:
             # an architecture that knows only attention of its own
-            return load(auto_class, name, **{k: v for k, v in settings.items() if k != "attn_implementation"})
+            return load(auto_class, name, flag, **{k: v for k, v in settings.items() if k != "attn_implementation"})
         words = " ".join(str(error).split())[:300]
         raise SystemExit(
-            f"--model_name_or_path {name} is not a model that can be loaded ({words}). "
+            f"{flag} {name} is not a model that can be loaded ({words}). "
             "Give a folder with config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
         ) from None
 
@@ -277,6 +280,8 @@ def explain(error: Exception) -> str | None:
             f"no space left on device while writing under {place} ({free:.2f} GiB free). Older checkpoints are whole. "
             f"Free some space (or lower --save_total_limit), then: {resume_command()}"
         )
+    if isinstance(error, ValueError) and "arget modules" in str(error):
+        return f"--target_modules: {str(error).splitlines()[0][:200]} Give names of linear layers, or all-linear"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"out of memory at {device.peak_memory_mb() / 1024:.1f} GiB. Cheapest changes first: "

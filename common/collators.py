@@ -160,8 +160,8 @@ class PackedCollator:
 class PaddedCollator:
     """Rows -> input_ids, labels, attention_mask [B, T] int64, padded on the right; row_ids as in PackedCollator."""
 
-    def __init__(self, pad_token_id: int, pad_to_multiple: int = 1):
-        self.pad, self.multiple = pad_token_id, pad_to_multiple
+    def __init__(self, pad_token_id: int | None, pad_to_multiple: int = 1):
+        self.pad, self.multiple = pad_token_id or 0, pad_to_multiple  # masked: without a pad token any id will do
 
     def __call__(self, rows: list[dict]) -> dict:
         longest = max(len(row["input_ids"]) for row in rows)

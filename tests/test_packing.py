@@ -80,7 +80,7 @@ def test_packed_dataset_reads_arrow_and_lists_alike():
     chosen = table.select([0, 1, 2, 3, 4][::-1])
     a, b = collators.PackedDataset(rows, 32, 1), collators.PackedDataset(table, 32, 1)
     assert [a[i] for i in range(len(a))] == [b[i] for i in range(len(b))]
-    assert collators._lengths(chosen) == [14, 2, 30, 9, 5]
+    assert collators._lengths(chosen).tolist() == [14, 2, 30, 9, 5]
 
 
 # ---- collators ----
