@@ -34,9 +34,8 @@ _row: PackedRow | None = None  # of the forward pass that is building its mask
 
 
 def _mask(**kwargs):
-    return _row or sdpa_mask(
-        **kwargs | {"allow_is_causal_skip": False}
-    )  # "causal" means two things with a static cache
+    # never skipped: "causal" means two things where a static cache is longer than the queries
+    return _row or sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
 
 
 class FastBloomAttention(BloomAttention):

@@ -128,7 +128,7 @@ def _alibi_columns(query: Tensor, key: Tensor, starts: Tensor, scale: float, slo
 
 def _document_by_document(query, key, value, starts, scale, slopes):
     """torch's own attention on each document with its bias; where no kernel for packed rows runs."""
-    edges, parts = starts.tolist(), []
+    edges, parts = _on_host(starts).tolist(), []
     for a, b in zip(edges, edges[1:], strict=False):
         place = torch.arange(b - a, device=query.device)
         distance = place[None, :] - place[:, None]
@@ -157,13 +157,18 @@ def _npu_varlen(query, key, value, starts, longest, scale):
     from transformers.integrations.npu_flash_attention import npu_flash_attn_varlen_func
 
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
-    if _on_host.get("of") is not starts:  # the kernel wants the lengths on the host: copied once, not in every layer
-        _on_host.update(of=starts, copy=starts.cpu())
-    starts = _on_host["copy"]
+    starts = _on_host(starts)
     return npu_flash_attn_varlen_func(query, key, value, starts, starts, softmax_scale=scale, causal=True)
 
 
-_on_host: dict = {}
+_copied: dict = {}
+
+
+def _on_host(starts: Tensor) -> Tensor:
+    """The boundaries on the CPU: copied, which waits for the device, once for all layers of a step."""
+    if _copied.get("of") is not starts:
+        _copied.update(of=starts, copy=starts.cpu())
+    return _copied["copy"]
 
 
 def _torch_varlen(query, key, value, starts, longest, scale):

@@ -47,8 +47,10 @@ def agent_arguments(nproc: int, logs: str) -> list[str]:
 
 def processes(wanted: str) -> int:
     """Processes to start here, checked against the devices; sets what the ranks need on a CPU."""
-    from common import device
-
+    try:
+        from common import device
+    except ImportError as error:
+        sys.exit(f"launch: {sys.executable} cannot import torch ({error}); `bash common/check_env.sh` says what to do")
     message, fatal = device.notice()
     if message:
         print(message, file=sys.stderr)

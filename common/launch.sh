@@ -91,7 +91,7 @@ npu_settings() {
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
     # seconds to wait inside a collective: rank 0 saves or evaluates alone meanwhile; matches --ddp_timeout 7200
     export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-7200}
-    # no list of allowed hosts: it is a file that nobody has outside the factory settings
+    # every host of the run is trusted: else each machine needs a file that lists the others
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     # the driver's log: errors only, and not on the terminal
     export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3} ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}

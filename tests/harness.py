@@ -110,3 +110,24 @@ def largest_difference(a: dict, b: dict) -> float:
     """Largest absolute difference over two sets of tensors with equal names."""
     assert a.keys() == b.keys()
     return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+def make_rows(lengths, seed: int = 0, prompt: int = 3, vocab: int = 97) -> list[dict]:
+    """Random token rows of the given lengths, the first `prompt` tokens without a label."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = torch.randint(vocab, (length,), generator=generator).tolist()
+        rows.append({"row_id": i, "input_ids": ids, "labels": ([-100] * prompt + ids[prompt:])[:length]})
+    return rows
+
+
+def pack(rows: list[dict]) -> dict:
+    """One packed batch of `rows`, as a model takes it."""
+    from common import collators
+
+    batch = collators.PackedCollator()([rows])
+    batch.pop("row_ids")
+    return batch

@@ -123,3 +123,14 @@ def test_more_choices_train(tmp_path):
     flags = "--use_lora true --use_rslora true --lora_r 4 --target_modules q_proj,v_proj --gradient_checkpointing true"
     expect(run(tmp_path, *flags.split(), "--overwrite_output_dir", "true", "--enable_thinking", "false"))
     assert report(tmp_path / "out")["parameters"]["trained"] < 0.05 * facts["parameters"]["total"]
+
+
+def test_target_modules_that_the_model_has_not(tmp_path):
+    line = error_line(run(tmp_path, "--use_lora", "true", "--target_modules", "nosuch"), 1)
+    assert "--target_modules" in line and "nosuch" in line and "all-linear" in line
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    command = f"python {ROOT}/train_qwen/train.py {' '.join(map(str, QUICK))} --output_dir {tmp_path} | head -n 1"
+    done = finish(start(["bash", "-c", command]))
+    assert done.stdout.startswith("rows: ") and "Traceback" not in done.stderr

@@ -17,6 +17,8 @@ from harness import (
     finish,
     history,
     largest_difference,
+    make_rows,
+    pack,
     report,
     shell,
     start,
@@ -50,21 +52,6 @@ def build(heads=4, layers=2, **more):
         if getattr(module, "bias", None) is not None:
             torch.nn.init.normal_(module.bias, std=0.1)
     return stock, bloom_attention.use(copy.deepcopy(stock))
-
-
-def make_rows(lengths, seed=0, prompt=3):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i, length in enumerate(lengths):
-        ids = torch.randint(VOCAB, (length,), generator=generator).tolist()
-        rows.append({"row_id": i, "input_ids": ids, "labels": ([-100] * prompt + ids[prompt:])[:length]})
-    return rows
-
-
-def pack(rows):
-    batch = collators.PackedCollator()([rows])
-    batch.pop("row_ids")
-    return batch
 
 
 def pad(rows, side="right"):

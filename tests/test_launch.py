@@ -126,3 +126,11 @@ def test_an_incomplete_python_gets_a_venv(recipe, tmp_path):
     assert "pip install failed" in result.stderr and result.returncode == 1
     assert (project / ".venv/bin/python").exists()
     assert Path(ROOT / "requirements.txt").exists()
+
+
+def test_a_torch_that_cannot_be_imported_is_one_line(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch_cpu.so: broken')")
+    command = ["python", ROOT / "common/launch.py", "auto", tmp_path / "train.py"]
+    line = error_line(finish(start(command, PYTHONPATH=tmp_path)), 1)
+    assert "cannot import torch" in line and "libtorch_cpu.so" in line and "check_env" in line

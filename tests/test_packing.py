@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from harness import make_rows, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -33,21 +34,6 @@ def build(name: str, implementation: str, **more):
     config = getattr(transformers, f"{name}Config")(**COMMON, **extra, **more)
     config._attn_implementation, config.use_cache = implementation, False
     return getattr(transformers, f"{name}ForCausalLM")(config)
-
-
-def make_rows(lengths, seed=0, prompt=3):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i, length in enumerate(lengths):
-        ids = torch.randint(VOCAB, (length,), generator=generator).tolist()
-        rows.append({"row_id": i, "input_ids": ids, "labels": ([-100] * prompt + ids[prompt:])[:length]})
-    return rows
-
-
-def pack(rows):
-    batch = collators.PackedCollator()([rows])
-    batch.pop("row_ids")
-    return batch
 
 
 # ---- bins ----
@@ -225,6 +211,15 @@ def test_cuda_varlen_equals_block_mask():
     torch.testing.assert_close(loss, expected, atol=2e-2, rtol=2e-2)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+def test_padding_needs_no_pad_token():
+    """Llama has none: what stands in a masked place is never looked at."""
+    rows = make_rows([4, 7])
+    without, other = collators.PaddedCollator(None)(rows), collators.PaddedCollator(5)(rows)
+    model = build("Qwen2", "sdpa")
+    losses_of = [model(**{k: v for k, v in b.items() if k != "row_ids"}).loss.item() for b in (without, other)]
+    assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-6)
 
 
 def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
