@@ -58,7 +58,7 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     )  # fmt: skip
     longest = kwargs.get("max_length_q")
     near = sliding_window is None or (longest is not None and longest <= sliding_window)
-    compute = _compute(query) if packed and plain and near else None
+    compute = compute_packed(query) if packed and plain and near else None
     if compute is None:
         if (
             starts is not None and len(starts) > 2 and not lazy
@@ -95,7 +95,7 @@ def alibi_attention(query, key, value, starts, longest, scale, slopes):
     query, key, value = (_autocast(x) for x in (query, key, value))
     if query.device.type == "cpu":
         return _on_cpu(query, key, value, starts, longest, scale, tuple(slopes.tolist()))
-    compute = _compute(query) if query.shape[-1] <= 248 else None  # 8 columns come to it
+    compute = compute_packed(query) if query.shape[-1] <= 248 else None  # 8 columns come to it
     if compute is None:
         return _document_by_document(query, key, value, starts, scale, slopes)
     size = query.shape[-1]
@@ -138,7 +138,7 @@ def _document_by_document(query, key, value, starts, scale, slopes):
     return torch.cat(parts)
 
 
-def _compute(query: Tensor):
+def compute_packed(query: Tensor):
     """The function that computes a packed row on this device in this dtype; None where only a block mask is left."""
     if query.device.type == "cpu":
         return _on_cpu
@@ -152,33 +152,40 @@ def _compute(query: Tensor):
     return {"torch": _torch_varlen, "torch_npu": _npu_varlen, None: None}[library]
 
 
-def _npu_varlen(query, key, value, starts, longest, scale):
-    """Ascend's fused kernel through transformers. query [H, T, d], key and value [K, T, d] -> [T, H, d]."""
+def _npu_varlen(query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True):
+    """Ascend's fused kernel through transformers. query [H, T, d], key and value [K, S, d] -> [T, H, d].
+
+    key_starts: boundaries of the keys where they are not those of the queries; causal is then aligned at the ends.
+    """
     from transformers.integrations.npu_flash_attention import npu_flash_attn_varlen_func
 
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
-    starts = _on_host(starts)
-    return npu_flash_attn_varlen_func(query, key, value, starts, starts, softmax_scale=scale, causal=True)
+    starts, key_starts = _on_host(starts), _on_host(starts if key_starts is None else key_starts)
+    return npu_flash_attn_varlen_func(query, key, value, starts, key_starts, softmax_scale=scale, causal=causal)
 
 
-_copied: dict = {}
+_copied: list[tuple[Tensor, Tensor]] = []
 
 
 def _on_host(starts: Tensor) -> Tensor:
     """The boundaries on the CPU: copied, which waits for the device, once for all layers of a step."""
-    if _copied.get("of") is not starts:
-        _copied.update(of=starts, copy=starts.cpu())
-    return _copied["copy"]
+    for original, copy in _copied:
+        if original is starts:
+            return copy
+    _copied.append((starts, starts.cpu()))
+    del _copied[:-4]
+    return _copied[-1][1]
 
 
-def _torch_varlen(query, key, value, starts, longest, scale):
+def _torch_varlen(query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True):
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     longest = int(starts.diff().max()) if longest is None else int(longest)
+    longest_key = longest if longest_key is None else int(longest_key)
     return varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, starts, starts if key_starts is None else key_starts, longest, longest_key, scale=scale,
+        window_size=(-1, 0 if causal else -1), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
 
@@ -193,7 +200,8 @@ def _on_cpu(query, key, value, starts, longest, scale, slopes=()):
             o = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa)
             parts.append(o[0].transpose(0, 1))
         else:
-            parts.append(_Products.apply(q, k, v, documents, scale, slopes))
+            blocks = functools.partial(_blocks, documents, len(q) // len(k), q.dtype, slopes)
+            parts.append(Products.apply(q, k, v, blocks, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -238,7 +246,7 @@ def _biased(distance: Tensor, allowed: Tensor, slopes: tuple, dtype: torch.dtype
 
 
 @functools.lru_cache(maxsize=4)
-def _staircase(group: int, dtype: torch.dtype, slopes: tuple = (), width: int = max(LONG.values()) + BLOCK) -> Tensor:
+def staircase(group: int, dtype: torch.dtype, slopes: tuple = (), width: int = max(LONG.values()) + BLOCK) -> Tensor:
     """[group, BLOCK, width] ([H, BLOCK, width] with slopes): query i of a block may look at columns up to
     width - BLOCK + i."""
     if slopes:
@@ -248,12 +256,9 @@ def _staircase(group: int, dtype: torch.dtype, slopes: tuple = (), width: int = 
 
 
 def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple = ()):
-    """Yields (start, end) of a block of queries, the start of its keys, and its bias: [group * queries, keys] for all
-    heads, or [H, queries, keys] with slopes."""
+    """Yields what Products takes: start and end of a block of queries, of its keys, and its bias."""
     longest = max(length for _, length, _ in documents)
-    stairs = (
-        _staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK) if slopes else _staircase(group, dtype)
-    )
+    stairs = staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK) if slopes else staircase(group, dtype)
     for start, length, bias in documents:
         for a in range(0, length, BLOCK):
             b = min(length, a + BLOCK)
@@ -264,29 +269,35 @@ def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple = ())
                 block = stairs[:, : b - a, left : left + b]
             else:
                 block = stairs[:, : b - a, left : left + b].reshape(group * (b - a), b)
-            yield start + a, start + b, start, block
+            yield start + a, start + b, start, start + b, block
 
 
-class _Products(torch.autograd.Function):
-    """Causal attention of joined documents: query [H, T, d], key and value [K, T, d] -> [T, H, d]."""
+class Products(torch.autograd.Function):
+    """Attention in blocks of queries: query [H, T, d], key and value [K, T, d] -> [T, H, d]. The backward computes the
+    probabilities again instead of keeping them.
+
+    blocks: callable that yields (start, end) of the queries, (first, last) of their keys, and the bias, as one tuple of
+    five: [H / K * queries, keys] for all heads, [H, queries, keys], or None where every key is seen. Every query once.
+    """
 
     @staticmethod
     def _probs(query, key, bias, scale):
-        scores = torch.baddbmm(bias, query.flatten(1, 2), key.transpose(1, 2), alpha=scale)
+        query, key = query.flatten(1, 2), key.transpose(1, 2)
+        scores = torch.bmm(query, key).mul_(scale) if bias is None else torch.baddbmm(bias, query, key, alpha=scale)
         return torch.softmax(scores, -1)  # fp32 inside
 
     @staticmethod
-    def forward(ctx, query, key, value, documents, scale, slopes):
+    def forward(ctx, query, key, value, blocks, scale):
         ctx.save_for_backward(query, key, value)
-        ctx.documents, ctx.scale, ctx.slopes = documents, scale, slopes
+        ctx.blocks, ctx.scale = blocks, scale
         (heads, tokens, size), groups = query.shape, len(key)
         query = query.view(groups, heads // groups, tokens, size)
         out = torch.empty(tokens, heads, size, dtype=query.dtype)
         folded = out.view(tokens, groups, -1, size).permute(1, 2, 0, 3)
         with torch.autocast("cpu", enabled=False):
-            for a, b, first, bias in _blocks(documents, heads // groups, query.dtype, slopes):
-                probs = _Products._probs(query[:, :, a:b], key[:, first:b], bias, scale)
-                folded[:, :, a:b] = torch.bmm(probs, value[:, first:b]).view(groups, -1, b - a, size)
+            for a, b, first, last, bias in blocks():
+                probs = Products._probs(query[:, :, a:b], key[:, first:last], bias, scale)
+                folded[:, :, a:b] = torch.bmm(probs, value[:, first:last]).view(groups, -1, b - a, size)
         return out
 
     @staticmethod
@@ -301,16 +312,16 @@ class _Products(torch.autograd.Function):
             torch.zeros(tokens, groups, size).transpose(0, 1) for _ in range(2)
         )  # fp32: blocks are summed
         with torch.autocast("cpu", enabled=False):
-            for a, b, first, bias in _blocks(ctx.documents, heads // groups, query.dtype, ctx.slopes):
-                q, g, k, v = query[:, :, a:b], grad[:, :, a:b], key[:, first:b], value[:, first:b]
-                probs = _Products._probs(q, k, bias, scale)
+            for a, b, first, last, bias in ctx.blocks():
+                q, g, k, v = query[:, :, a:b], grad[:, :, a:b], key[:, first:last], value[:, first:last]
+                probs = Products._probs(q, k, bias, scale)
                 q, g = q.flatten(1, 2), g.flatten(1, 2)
-                d_value[:, first:b] += torch.bmm(probs.transpose(1, 2), g)
+                d_value[:, first:last] += torch.bmm(probs.transpose(1, 2), g)
                 d_probs = torch.bmm(g, v.transpose(1, 2))
                 d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).mul_(scale)
                 d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, b - a, size)
-                d_key[:, first:b] += torch.bmm(d_scores.transpose(1, 2), q)
-        return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+                d_key[:, first:last] += torch.bmm(d_scores.transpose(1, 2), q)
+        return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 def register() -> str:

@@ -121,7 +121,8 @@ def parse_args(
     problem = device.refusal(flags)
     if problem:
         raise usage_error(problem)
-    if any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if by_accelerate or any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
         prepare_deepspeed()
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)

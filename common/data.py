@@ -370,29 +370,44 @@ def _encoded(batch: dict, encode: Callable, columns: tuple[str, ...], forked: bo
     out = {name: [] for name in (*columns, "length", "truncated", "source")}
     for row, source in zip(batch["row"], batch["source"], strict=True):
         try:
-            tokens = encode(json.loads(row))
+            found = encode(json.loads(row)) or []
         except SystemExit as error:
             raise _Stop(f"{source}: {error}") from None
         except ValueError as error:  # the chat template refuses the row
-            with open(refusals / f"{os.getpid()}.refused", "a", encoding="utf-8") as file:
-                file.write(json.dumps([" ".join(str(error).split()), source]) + "\n")
+            _refuse(refusals, " ".join(str(error).split()), source)
             continue
-        labels = [tokens[name] for name in columns if name.endswith("labels")] if tokens else []
-        if not tokens or not all(any(label != -100 for label in part[1:]) for part in labels):
-            continue  # the first label is never a target of a causal model
-        for name in columns:
-            out[name].append(tokens[name])
-        out["length"].append(sum(len(tokens[name]) for name in columns if name.endswith("input_ids")))
-        out["truncated"].append(bool(tokens.get("truncated")))
-        out["source"].append(source)
+        usable = [tokens for tokens in (found if isinstance(found, list) else [found]) if _has_labels(tokens, columns)]
+        if not usable:
+            _refuse(refusals, NO_LABEL, source)
+        for tokens in usable:
+            for name in columns:
+                out[name].append(tokens[name])
+            out["length"].append(sum(len(tokens[name]) for name in columns if name.endswith("input_ids")))
+            out["truncated"].append(bool(tokens.get("truncated")))
+            out["source"].append(source)
     return out
+
+
+NO_LABEL = "no label left"
+
+
+def _has_labels(tokens: dict, columns: tuple[str, ...]) -> bool:
+    """Whether every column of labels has one; the first is never a target of a causal model."""
+    labels = [tokens[name] for name in columns if name.endswith("labels")]
+    return all(any(label != -100 for label in part[1:]) for part in labels)
+
+
+def _refuse(refusals: Path, reason: str, source: str) -> None:
+    with open(refusals / f"{os.getpid()}.refused", "a", encoding="utf-8") as file:
+        file.write(json.dumps([reason, source]) + "\n")
 
 
 def tokenise(dataset, encode: Callable, key: str, num_proc=None, columns=("input_ids", "labels"), cache_dir=None):
     """load_rows' Dataset -> (Dataset of token rows, counts), cached; safe when N ranks call it at once.
 
-    encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool} or None. It must depend on nothing that
-    `key` does not name (tokenizer, template, max length, version of the code). columns: the lists of ints it returns.
+    encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool}, a list of such, or None. It must depend on
+    nothing that `key` does not name (tokenizer, template, max length, version of the code). columns: the lists of ints
+    it returns.
     A ValueError of encode drops the row under its text.
     num_proc: worker processes (default: all cores; 1 below 5,000 rows).
     Columns: `columns` as int32, length (tokens), truncated, source. Rows without a label are dropped.
@@ -424,22 +439,19 @@ def tokenise(dataset, encode: Callable, key: str, num_proc=None, columns=("input
             raise SystemExit(str(stop)) from None
         refused = [json.loads(line) for file in folder.glob("*.refused") for line in file.open(encoding="utf-8")]
         if not len(tokens):
-            why = f"{refused[0][1]}: {refused[0][0]}" if refused else (
-                "the length limit cuts off every answer, or the chat template marks none"
-            )  # fmt: skip
+            told = [f"{source}: {reason}" for reason, source in refused if reason != NO_LABEL]
+            why = told[0] if told else "the length limit cuts off every answer, or the chat template marks none"
             raise SystemExit(f"none of {len(dataset)} rows has a label left: {why}")
-        return _counts(tokens, len(dataset), columns, refused)
+        return _counts(tokens, columns, refused)
 
     return cached(json.dumps(["tokens", VERSION, dataset._fingerprint, columns, key]), build, cache_dir)
 
 
-def _counts(tokens, rows: int, columns: tuple[str, ...], refused: list) -> dict:
+def _counts(tokens, columns: tuple[str, ...], refused: list) -> dict:
     counts = {"rows": len(tokens), "truncated": 0, "dropped": {}, "tokens": 0, "label_tokens": 0}
     counts["dropped"], counts["examples"] = dict(Counter(reason for reason, _ in refused)), {}
     for reason, source in refused:
         counts["examples"].setdefault(reason, f"{source}: {reason}")
-    if rows > len(tokens) + len(refused):
-        counts["dropped"]["no label left"] = rows - len(tokens) - len(refused)
     for table in tokens.with_format("arrow").iter(1000):
         counts["truncated"] += int(table["truncated"].to_numpy().sum())
         counts["tokens"] += int(table["length"].to_numpy().sum())

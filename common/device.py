@@ -6,6 +6,7 @@ torch_npu unguarded; importing this module first turns such an install into one 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.metadata
 import importlib.util
@@ -217,8 +218,28 @@ def _cpuinfo() -> list[str]:
         return []
 
 
+_highest = 0.0  # MiB, up to the last reset
+
+
 def peak_memory_mb() -> float:
     """Peak memory of this process in MiB: of the device's allocator, or resident memory on CPU."""
+    return max(_highest, _peak_since_reset())
+
+
+def next_peak_memory_mb() -> float:
+    """The peak since the last call (or the start), in MiB; on a CPU only Linux can tell it from the peak so far."""
+    global _highest
+    peak = _peak_since_reset()
+    _highest = max(_highest, peak)
+    if kind() != "cpu":
+        module().reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak of the resident memory starts again
+    return peak
+
+
+def _peak_since_reset() -> float:
     if kind() != "cpu":
         return module().max_memory_allocated() / 2**20
     import resource

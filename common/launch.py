@@ -1,6 +1,7 @@
 """Start one process per device through torchrun's elastic agent, and end them cleanly (called by launch.sh).
 
-    python common/launch.py NPROC train.py [flags]        # NPROC: a number, or auto: one per device, 2 on a CPU
+    python common/launch.py NPROC [--accelerate YAML] train.py [flags]
+        NPROC: a number, or auto: one per device, 2 on a CPU; YAML: a config of `accelerate launch` with DeepSpeed
 
 What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage, 75 interrupted);
 the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM lets the ranks finish their step and
@@ -70,6 +71,20 @@ def processes(wanted: str) -> int:
     return nproc
 
 
+def accelerate_environment(config: Path, nproc: int) -> None:
+    """Set what `accelerate launch --config_file config` tells its ranks through the environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    flags = ["--config_file", str(config), "--num_processes", str(nproc), "--main_process_port", "0", "train.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    if args.deepspeed_config_file:  # as a relative path it means a file beside the config
+        args.deepspeed_config_file = str(config.parent / args.deepspeed_config_file)
+    variables = prepare_deepspeed_cmd_env(args)[1]
+    os.environ.update({name: value for name, value in variables.items() if name.startswith("ACCELERATE_")})
+
+
 def forward_signals() -> None:
     """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them."""
     import psutil
@@ -96,6 +111,9 @@ def last_words(logs: str, failure) -> str:
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     nproc, script = processes(sys.argv[1]), sys.argv[2:]
+    if script[0] == "--accelerate":
+        accelerate_environment(Path(script[1]).resolve(), nproc)
+        script = script[2:]
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -113,9 +113,9 @@ quiet_libraries() {
     fi
 }
 
-launch() {
-    local script=$1 flags=() requirements=requirements.txt
-    shift
+# Everything before the start: set $python, the environment and ${flags[@]}, what the variables above say as flags.
+prepare() {
+    local requirements=requirements.txt
     source_cann
     if npu_machine && [[ -f $root/requirements-npu.txt ]]; then requirements="requirements-npu.txt"; fi
     choose_python "$root/$requirements"
@@ -123,15 +123,28 @@ launch() {
     export PATH
     quiet_libraries
     if [[ -n ${DEVICES:-} ]]; then choose_devices; fi
+    flags=()
     [[ -n ${MODEL:-} ]] && flags+=(--model_name_or_path "$MODEL")
     [[ -n ${DATA:-} ]] && flags+=(--data_path "$DATA")
     [[ -n ${OUTPUT:-} ]] && flags+=(--output_dir "$OUTPUT")
     [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
     if npu_machine; then npu_settings; fi
     export DANPU_RERUN="${DANPU_RERUN:-bash $0}"
+}
+
+# launch [--accelerate YAML] path/to/train.py [flags]
+launch() {
+    local script=("$1")
+    if [[ $1 == --accelerate ]]; then
+        script=("$1" "$2" "$3")
+        shift 2
+    fi
+    shift
+    prepare
     if [[ -n ${HOSTFILE:-} ]]; then
         [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2
-        exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "$script" "${flags[@]}" "$@"
+        [[ ${script[0]} != --accelerate ]] || die "HOSTFILE starts the deepspeed launcher, not accelerate: use train_zero3.sh" 2
+        exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "${script[@]}" "${flags[@]}" "$@"
     fi
-    exec "$python" "$root/common/launch.py" "${NPROC:-auto}" "$script" "${flags[@]}" "$@"
+    exec "$python" "$root/common/launch.py" "${NPROC:-auto}" "${script[@]}" "${flags[@]}" "$@"
 }

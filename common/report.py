@@ -95,6 +95,7 @@ def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict
     plot_loss(history, out / "loss.png", f"{facts['recipe']}: {facts['model']}")
     table = before_after(facts["metrics"])
     rows, dropped = facts["rows"], ", ".join(f"{n} {why}" for why, n in facts["rows"]["dropped"].items())
+    by_epoch = ", ".join(f"{peak:,.0f}" for peak in facts.get("peak_memory_mb_by_epoch", ()))
     text = [
         f"# {facts['recipe']}: {facts['model']}", "", table, "", "![loss](loss.png)", "",
         f"- {facts['device']}, {facts['world_size']} process(es), {facts['dtype']}",
@@ -102,7 +103,7 @@ def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict
         f"dropped: {dropped or 'none'}",
         f"- tokens: {facts['tokens']['total']:,}, of which {facts['tokens']['label']:,} trained on",
         f"- {facts['seconds']:,.0f} s, {facts['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {facts['peak_memory_mb']:,.0f} MiB",
+        f"peak memory {facts['peak_memory_mb']:,.0f} MiB{by_epoch and ' (by epoch: ' + by_epoch + ')'}",
         f"- training loss: {_number(facts['loss']['first'])} -> {_number(facts['loss']['last'])}",
         f"- {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}",
         "", "```bash", facts["command"], "```", "",

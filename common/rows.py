@@ -162,8 +162,8 @@ def _asked(text: str) -> list[dict]:
 
 
 def _history(row: dict) -> list[dict]:
-    turns = []
-    for pair in _parsed(row.get("history"), "history") or []:
+    turns, pairs = [], _parsed(row.get("history"), "history") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow("wrong history", "not pairs of question and answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -196,8 +196,8 @@ def _ask(row: dict) -> str:
 
 
 def _human_assistant(row: dict) -> dict:
-    turns = []
-    for pair in row.get("conversation") or []:
+    turns, pairs = [], row.get("conversation") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, dict):
             raise BadRow("a turn is not an object", type(pair).__name__)
         turns += [{"role": role, "content": pair.get(role)} for role in ("human", "assistant")]
@@ -208,6 +208,19 @@ def _completion(row: dict, prompt: str, answer: str) -> dict:
     if isinstance(row.get(prompt), list):  # trl: lists of messages
         return _dialogue(row, row[prompt] + _reply(row.get(answer), answer))
     return _answered(row, _history(row) + _asked(_text(row, prompt)), answer)
+
+
+def _framed(text: str) -> str:
+    """`Instruction: … Input: … Answer:` -> instruction and input joined by a newline; other texts stay as they are."""
+    inner, head, tail = text.strip(), "Instruction:", "\nAnswer:"
+    if not (inner.startswith(head) and inner.endswith(tail)):
+        return text
+    instruction, _, given = inner[len(head) : -len(tail)].partition("\nInput:")
+    return "\n".join(part.strip() for part in (instruction, given) if part.strip())
+
+
+def _context(row: dict) -> dict:
+    return _answered(row, _history(row) + _asked(_framed(_text(row, "context"))), "target")
 
 
 def _by_columns(name: str, needs: str, convert: Callable[[dict], dict], optional: str = "") -> Shape:
@@ -259,6 +272,7 @@ CHAT = [
     _by_columns("alpaca", "instruction output", _alpaca, "input history system"),
     _by_columns("ask/answer", "ask answer", lambda r: _answered(r, _asked(_ask(r)), "answer"), "title"),
     *(_by_columns(name, f"{p} {a}", lambda r, p=p, a=a: _completion(r, p, a)) for name, p, a in QUESTIONS),
+    _by_columns("context/target", "context target", _context, "history"),
 ]
 
 

@@ -23,9 +23,11 @@ FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
 
 def engine(args) -> str:
     """ "zero-2", "zero-3", "ddp" or "single": how the optimizer state is laid out over ranks."""
-    plugin = getattr(args, "hf_deepspeed_config", None)
-    if plugin is not None:
-        return f"zero-{plugin.config.get('zero_optimization', {}).get('stage', 0)}"
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is None and getattr(args, "deepspeed_plugin", None) is not None:  # from `accelerate launch`
+        config = args.deepspeed_plugin.hf_ds_config
+    if config is not None:
+        return f"zero-{config.config.get('zero_optimization', {}).get('stage', 0)}"
     return "ddp" if args.world_size > 1 else "single"
 
 

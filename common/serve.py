@@ -15,13 +15,23 @@ class Guard:
         """hosts: names that may stand in the address, none for all; max_body: bytes."""
         self.app, self.hosts, self.max_body = app, hosts, max_body
 
+    def stranger(self, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
+        """(status, text) for a foreign host name or a request of another page, else None."""
+        host, origin = headers.get(b"host", b""), headers.get(b"origin")
+        try:
+            name, page = urlsplit(b"//" + host).hostname, None if origin is None else urlsplit(origin).netloc
+        except ValueError:  # brackets that are no IPv6 address
+            return 421, b"this host name is not served here"
+        if self.hosts and name not in {name.encode() for name in self.hosts}:
+            return 421, b"this host name is not served here"
+        if origin is not None and page != host:
+            return 403, b"requests of other pages are refused"
+        return None
+
     def refusal(self, method: str, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
         """(status, text) for a request that is not meant for this page, else None."""
-        host, origin = headers.get(b"host", b""), headers.get(b"origin")
-        if self.hosts and urlsplit(b"//" + host).hostname not in {name.encode() for name in self.hosts}:
-            return 421, b"this host name is not served here"
-        if origin is not None and urlsplit(origin).netloc != host:
-            return 403, b"requests of other pages are refused"
+        if refused := self.stranger(headers):
+            return refused
         length = headers.get(b"content-length", b"")
         if method == "POST" and not (length.isdigit() and int(length) <= self.max_body):
             return 413, b"too large, or of unknown length"
@@ -41,6 +51,11 @@ class Guard:
         await send({"type": "http.response.body", "body": refused[1]})
 
 
+def own_names(host: str) -> set[str]:
+    """Names that may stand in the address of a server bound to `host`; none: any."""
+    return set() if host in ("0.0.0.0", "::") else {host.lower(), "127.0.0.1", "localhost"}
+
+
 def serve(demo, host: str = "127.0.0.1", port: int | None = None, max_body: int = MAX_BODY, **launch) -> str:
     """Start a gr.Blocks in the background and return its address; `demo.close()` ends it.
 
@@ -49,8 +64,7 @@ def serve(demo, host: str = "127.0.0.1", port: int | None = None, max_body: int 
     """
     from starlette.middleware import Middleware
 
-    hosts = set() if host in ("0.0.0.0", "::") else {host, "127.0.0.1", "localhost"}
-    guard = Middleware(Guard, hosts=hosts, max_body=max_body)
+    guard = Middleware(Guard, hosts=own_names(host), max_body=max_body)
     settings = {"share": False, "quiet": True, "show_error": True, "inbrowser": False, "footer_links": []}
     settings |= {"pwa": False, "ssr_mode": False, "mcp_server": False, "max_file_size": max_body, "allowed_paths": []}
     settings |= {"app_kwargs": {"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None}}

@@ -4,10 +4,11 @@ Both end as an ordinary checkpoint folder, so that everything after it treats th
 """
 
 import hashlib
+import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -73,7 +74,9 @@ def _random_model(config, seed: int, dtype, model_class, tokenizer):
     return model
 
 
-def save_tiny(config, tokenizer, folder: str | Path, seed: int = 0, dtype=None, model_class=None) -> str:
+def save_tiny(
+    config, tokenizer, folder: str | Path, seed: int = 0, dtype=None, model_class=None, teach: Callable | None = None
+) -> str:
     """Make the checkpoint FOLDER/<key> unless it is there, and return its path; any number of processes may call it.
 
     The key is a hash of config, tokenizer files, seed, dtype and class, so nothing is ever overwritten or outdated.
@@ -81,6 +84,7 @@ def save_tiny(config, tokenizer, folder: str | Path, seed: int = 0, dtype=None, 
     tokenizer: anything with save_pretrained (a processor too).
     seed: of the weights; the global generator stays as it was. dtype: torch dtype of the weights, default float32.
     model_class: default AutoModelForCausalLM.
+    teach: called with the random model before it is saved; the file it stands in belongs to the key.
     Raises ValueError for a config with too few tokens, OSError when the folder cannot be written.
     """
     from filelock import FileLock
@@ -94,11 +98,16 @@ def save_tiny(config, tokenizer, folder: str | Path, seed: int = 0, dtype=None, 
     try:
         tokenizer.save_pretrained(draft)
         parts = [config.to_json_string(use_diff=False), str((seed, dtype, model_class))]
-        parts += [f.name + f.read_text(encoding="utf-8") for f in sorted(draft.iterdir())]
-        final = folder / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        source = inspect.getsourcefile(getattr(teach, "func", teach)) if teach else None
+        parts += [Path(source).read_text(encoding="utf-8")] if source else []
+        files = [f.name.encode() + f.read_bytes() for f in sorted(draft.iterdir())]
+        final = folder / hashlib.sha256(b"\n".join([*(part.encode() for part in parts), *files])).hexdigest()[:16]
         with FileLock(f"{final}.lock"):
             if not final.exists():
-                _random_model(config, seed, dtype, model_class, tokenizer).save_pretrained(draft)
+                model = _random_model(config, seed, dtype, model_class, tokenizer)
+                if teach:
+                    teach(model)
+                model.save_pretrained(draft)
                 draft.chmod(0o755)  # mkdtemp makes it private
                 os.replace(draft, final)
     finally:

@@ -127,6 +127,7 @@ class RecipeTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        self.log({"epoch_peak_memory_mb": round(device.next_peak_memory_mb(), 1)})
 
     def _finalize_training(self, *args, **kwargs):
         if self.safe_stop.stopped:  # the best model is loaded, and the rest deleted, at the real end only
@@ -356,6 +357,9 @@ class RecipeTrainer(Trainer):
             "seconds": round(seconds, 3),
             "tokens_per_second": round(last.get("total_tokens", 0) / max(seconds, 1e-9), 1),
             "peak_memory_mb": round(device.peak_memory_mb(), 1), "steps": self.state.global_step,
+            "peak_memory_mb_by_epoch": [
+                e["epoch_peak_memory_mb"] for e in self.state.log_history if "epoch_peak_memory_mb" in e
+            ],
             "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
             "metrics": {"before": self.before.get("metrics", {}), "after": after["metrics"]},
             "command": cli.resume_command(),

@@ -14,7 +14,10 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Prepared data and tiny models of this session stay out of the user's cache; subprocesses inherit it."""
-    os.environ["DANPU_CACHE"] = str(tmp_path_factory.mktemp("danpu-cache"))
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers: what one has prepared serves the others
+        shared = shared.parent
+    os.environ["DANPU_CACHE"] = str(shared / "danpu-cache")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch-extensions"))
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,32 @@ CHATS = {
         },
     ),
     "content/summary": ("content/summary", {"content": "类型#裙", "summary": "一条裙子"}, chat("类型#裙", "一条裙子")),
+    "p-tuning history": (
+        "content/summary",
+        {"content": Q, "summary": A, "history": [[HI, HELLO]]},
+        chat(HI, HELLO, Q, A),
+    ),
+    "p-tuning no history": ("content/summary", {"content": Q, "summary": A, "history": []}, chat(Q, A)),
+    "context/target": (
+        "context/target",
+        {"context": f"Instruction: 翻译\nInput: {HI}\nAnswer: ", "target": "hello"},
+        chat(f"翻译\n{HI}", "hello"),
+    ),
+    "context/target no input": (
+        "context/target",
+        {"context": f"Instruction: {Q}\nAnswer: ", "target": A},
+        chat(Q, A),
+    ),
+    "context/target history": (
+        "context/target",
+        {"context": f"Instruction: {Q}\nInput: \nAnswer:", "target": A, "history": [[HI, HELLO]]},
+        chat(HI, HELLO, Q, A),
+    ),
+    "context/target bare": (
+        "context/target",
+        {"context": f"{Q}\nAnswer: 在后面", "target": A},
+        chat(f"{Q}\nAnswer: 在后面", A),
+    ),
     "firefly": ("firefly", {"kind": "QA", "input": Q, "target": A}, chat(Q, A)),
     "medical": (
         "ask/answer",
@@ -257,6 +284,39 @@ def test_every_shape(tmp_path, kind, shape, row, want):
     path = write(tmp_path / "a.jsonl", [row])
     got, stats = load(path, kind)
     assert got == [want] and stats["shapes"] == {str(path): shape}
+
+
+def test_frame_of_context_rows(tmp_path):
+    """Several lines each, a transcript inside, a frame without a question, a frame inside a question."""
+    frame = "Instruction: {}\nInput: {}\nAnswer: "
+    rows = [
+        {"context": frame.format("一\n二", "三\nAnswer: 四\nInput: 五"), "target": A},
+        {"context": frame.format(f"Human: {HI}\nAssistant: {HELLO}\nHuman: {Q}\nAssistant:", ""), "target": A},
+        {"context": f"解释 Instruction: {Q}\nAnswer: ", "target": A},
+        {"context": f"Instruction: {Q}\nInput: {HI}", "target": A},
+        {"context": frame.format("", " "), "target": A},
+    ]
+    got, stats = load(write(tmp_path / "a.jsonl", rows))
+    assert got[:2] == [chat("一\n二\n三\nAnswer: 四\nInput: 五", A), chat(HI, HELLO, Q, A)]
+    assert got[2:] == [chat(row["context"], A) for row in rows[2:4]]
+    assert stats["dropped"] == {"empty prompt": 1} and "a.jsonl:5" in stats["examples"]["empty prompt"]
+
+
+@pytest.mark.parametrize("known", ["alpaca", "belle", "firefly", "messages", "sharegpt", "question"])
+def test_context_target_beside_a_known_shape_loses(tmp_path, known):
+    """Sets keep an old column as `context` or `target`; the shape that was read before is read still."""
+    shape, row, want = CHATS[known]
+    path = write(tmp_path / "a.jsonl", [{"context": "旧的", "target": "旧的"} | row])
+    got, stats = load(path)
+    assert got == [want] and stats["shapes"] == {str(path): shape}
+
+
+@pytest.mark.parametrize("history", ["说过的话", [HI, HELLO], [[HI]], [[HI, None]], {"问": "答"}, 3, True])
+def test_a_history_that_is_none_drops_the_row(tmp_path, history):
+    good = [{"content": f"{Q}{i}", "summary": A, "history": [[HI, HELLO]]} for i in range(2)]
+    got, stats = load(write(tmp_path / "a.jsonl", [*good, {"content": Q, "summary": A, "history": history}]))
+    assert got == [chat(HI, HELLO, row["content"], A) for row in good]
+    assert sum(stats["dropped"].values()) == 1 and "a.jsonl:3" in next(iter(stats["examples"].values()))
 
 
 def test_shapes_survive_parquet(tmp_path):
@@ -735,6 +795,16 @@ def test_leak_check_spares_a_common_instruction(tmp_path):
 # ---- tokens -------------------------------------------------------------------------------------------------
 
 
+def test_a_row_may_become_several(tmp_path, cache):
+    dataset, _ = data.load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
+    twice = lambda row: [found for found in (encode(row), encode(row)) if found]  # noqa: E731
+    once, counts = data.tokenise(dataset, encode, "once")
+    tokens, doubled = data.tokenise(dataset, twice, "twice")
+    assert len(tokens) == 2 * len(once) and doubled["tokens"] == 2 * counts["tokens"]
+    assert tokens["source"][::2] == tokens["source"][1::2] == list(once["source"])
+    assert doubled["dropped"] == counts["dropped"] == {"no label left": 2}, "a row is counted once"
+
+
 def test_tokenise(tmp_path, cache):
     dataset, _ = data.load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
     tokens, counts = data.tokenise(dataset, encode, "k")
@@ -744,7 +814,7 @@ def test_tokenise(tmp_path, cache):
         "rows": 18,
         "truncated": 2,
         "dropped": {"no label left": 2},
-        "examples": {},
+        "examples": {"no label left": f"{tmp_path / 'a.jsonl'}:8: no label left"},
         "tokens": sum(tokens["length"]),
         "label_tokens": 18,
     }
@@ -862,3 +932,34 @@ def test_rows_that_the_template_refuses_are_counted_under_its_words(tmp_path):
     tokens, counts = data.tokenise(loaded, encode, "k", cache_dir=tmp_path / "cache")
     assert len(tokens) == 2 and counts["dropped"] == {"the template refuses it": 1}
     assert counts["examples"]["the template refuses it"].endswith("a.jsonl:2: the template refuses it")
+
+
+# ---- the recipes' samples -----------------------------------------------------------------------------------
+
+SAMPLES = sorted(ROOT.glob("*/make_data.py"))
+
+
+@pytest.mark.parametrize("script", SAMPLES, ids=lambda p: p.parent.name)
+def test_samples_are_what_their_script_writes(script, tmp_path):
+    """Twice, with another hash seed each: nothing depends on the order of a set."""
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        subprocess.run([sys.executable, script, out], check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        written = {file.relative_to(out): file.read_bytes() for file in out.rglob("*.*")}
+        shipped = script.parent / "data"
+        assert written == {file.relative_to(shipped): file.read_bytes() for file in shipped.rglob("*.*")}
+    assert sum(map(len, written.values())) < 400 * 1024
+
+
+def test_a_sample_with_every_shape_of_its_users():
+    """All rows are used, no prompt twice, and each of many facts is asked in at least three ways."""
+    rows, stats = load(ROOT / "chatglm_lora/data")
+    assert 900 <= stats["used"] == stats["read"] <= 1300 and not stats["dropped"]
+    assert len({shapes.prompt_of(row) for row in rows}) == len(rows)
+    found = {Path(file).stem: shape for file, shape in stats["shapes"].items()}
+    assert found["orders"] == found["adverts"] == "content/summary" and found["notices"] == "context/target"
+    assert found["floors"] == "belle multi-turn" and "gb18030" in stats["encodings"].values()
+    assert {len(row["messages"]) for row in rows} == {2, 4, 6}
+    answers = Counter(row["messages"][-1]["content"] for row in rows if len(row["messages"]) == 2)
+    assert sum(n >= 3 for n in answers.values()) > 150
+    assert len(set("".join(m["content"] for row in rows for m in row["messages"]))) < 700
