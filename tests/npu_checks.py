@@ -277,6 +277,58 @@ def packing_alibi():
     show(**results)
 
 
+def packing_prefix():
+    """As `packing`, for ChatGLM's two-sided prefixes: beside its documents alone here also on the CPU in float32."""
+    import copy
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chatglm_lora"))
+    from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+
+    from common import attention, collators
+
+    here, generator, used, results = device.device(), torch.Generator().manual_seed(0), set(), {}
+    rows = []
+    for i, (text, answer) in enumerate([(5, 3), (37, 12), (200, 90), (3, 61), (12, 1)]):
+        ids = torch.randint(80, (text + answer,), generator=generator).tolist()
+        ids = [*ids[:text], 91, 94, *ids[text:], 95]
+        rows.append({"row_id": i, "input_ids": ids, "labels": [-100] * (text + 2) + ids[text + 2 :]})
+    for name in ("_npu_varlen", "_on_cpu", "_torch_varlen"):
+        stock = getattr(attention, name)
+        setattr(attention, name, lambda *a, _stock=stock, _name=name, **k: (used.add(_name), _stock(*a, **k))[1])
+    torch.manual_seed(0)
+    config = ChatGLMConfig(
+        vocab_size=97, hidden_size=64, num_layers=2, num_attention_heads=4, inner_hidden_size=96, bos_token_id=94,
+        pad_token_id=3, initializer_range=0.1,
+    )  # fmt: skip
+    on_cpu = ChatGLMForConditionalGeneration(config).train()
+    ours = copy.deepcopy(on_cpu).to(here)
+
+    def run(model, rows, dtype, place):
+        batch = collators.PackedCollator()([rows])
+        kept = {k: batch[k].to(place) for k in ("input_ids", "labels", "cu_seq_lens_q")}
+        model.zero_grad()
+        with torch.autocast(place.type, dtype, enabled=dtype is not torch.float32):
+            loss = model(**kept, use_cache=False, num_items_in_batch=1).loss
+        loss.backward()
+        return loss.item(), [p.grad.float().cpu().clone() for p in model.parameters()]
+
+    def apart(found, expected):
+        grads = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(found[1], expected[1], strict=True)]
+        return abs(found[0] - expected[0]) / expected[0], max(grads)
+
+    truth = run(on_cpu, rows, torch.float32, torch.device("cpu"))
+    for dtype in (torch.float32, device.half_dtype()):
+        used.clear()
+        whole = run(ours, rows, dtype, here)
+        losses, grads = zip(*[run(ours, [row], dtype, here) for row in rows], strict=True)
+        alone = sum(losses), [sum(g) for g in zip(*grads, strict=True)]
+        (loss, worst), (cpu_loss, cpu_grads) = apart(whole, alone), apart(whole, truth)
+        results[str(dtype)] = {
+            "loss": loss, "grads": worst, "of_cpu_loss": cpu_loss, "of_cpu_grads": cpu_grads, "paths": sorted(used)
+        }  # fmt: skip
+    show(**results)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     if torch.distributed.is_initialized():

@@ -13,6 +13,8 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
     "train_qwen/infer.ipynb": ("还没有模型",),
     "chinese_bloom/data.ipynb": ("gb18030", "belle multi-turn", "———— belle", "### 指令", "[[", "位置 0–"),
     "chinese_bloom/infer.ipynb": ("（--stage sft）", "（--stage pt）", "模板 alpaca-zh", "### 回答", "续写"),
+    "chatglm_lora/data.ipynb": ("gb18030", "context/target", "empty answer", "wrong history", "[gMASK]<sop>[[", "块内"),
+    "chatglm_lora/infer.ipynb": ("还没有模型", "LoRA", "[gMASK]<sop>【", "训练前", "preference.jsonl 1 rows"),
 }
 
 

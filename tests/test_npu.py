@@ -27,9 +27,11 @@ from npu_sim.simulator import BANNER
 
 A2, FIRST = "Ascend910B2", "Ascend910A"  # with bf16; fp16 only
 CHECKS = ROOT / "tests/npu_checks.py"
+SAMPLES = ["--data_path", ROOT / "chatglm_lora/data"]  # given as a path: without teaching the built-in base first
 FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "train_qwen": {"full": [], "lora": ["--use_lora", "true"]},
     "chinese_bloom": {"full": [], "lora": ["--use_lora", "true"]},
+    "chatglm_lora": {"full": ["--use_lora", "false", *SAMPLES], "lora": SAMPLES},
 }
 SHORT = ["--max_steps", 8, "--logging_steps", 1, "--eval_generate", 4, "--report_to", "none", "--save_strategy", "no"]
 PLAIN = 'source common/launch.sh; launch "$0" "$@"'
@@ -223,6 +225,19 @@ def test_packed_equals_unpacked_with_alibi(npu, chip):
         assert found["loss"] < 1e-6 and found["grads"] < (1e-5 if exact else 2e-2), (dtype, found)
         assert found["of_cpu_loss"] < (1e-5 if exact else 5e-3), (dtype, found)
         assert found["of_cpu_grads"] < (1e-4 if exact else 5e-2), (dtype, found)
+
+
+@pytest.mark.parametrize("chip", [A2, FIRST])
+def test_packed_equals_unpacked_with_prefixes(npu, chip):
+    """ChatGLM: two calls of the fused kernel, prefixes among themselves and the rest; one mask where there is none."""
+    said = check("packing_prefix", env=npu(chip, 1))
+    assert BANNER in said.pop("stderr") and len(said) == 2
+    for dtype, found in said.items():
+        exact = dtype == "torch.float32"
+        assert found["paths"] == (["_npu_varlen"] if dtype == "torch.bfloat16" else []), (dtype, found)
+        assert found["loss"] < 1e-5 and found["grads"] < (1e-5 if exact else 5e-2), (dtype, found)
+        assert found["of_cpu_loss"] < (1e-5 if exact else 5e-3), (dtype, found)
+        assert found["of_cpu_grads"] < (1e-4 if exact else 1e-1), (dtype, found)
 
 
 def test_an_overflow_on_one_rank_parts_nobody(npu):

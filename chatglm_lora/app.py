@@ -1,0 +1,498 @@
+"""Gradio page for a trained model: talk to it, and judge two answers side by side, which writes rows to train on.
+
+    python chatglm_lora/app.py                              # what `bash chatglm_lora/train_zero2.sh` left in output/
+    python chatglm_lora/app.py --model THUDM/chatglm-6b --port 7860 --host 127.0.0.1
+    python chatglm_lora/app.py --model output/chatglm_lora/final --feedback_dir feedback --questions asked.txt
+    MODEL=models/chatglm3-native python chatglm_lora/app.py
+
+--model: a run's output folder, a model folder, a LoRA adapter or a hub id. --questions: a .txt with a question a line,
+or chat rows of any shape that train.py reads, without their last answers. What is written: see feedback.py.
+The prompt is built by the code that built the training rows (common/chat.py), so training and talking cannot differ.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside this one
+from common import data, device, files, serve  # noqa: I001  (device before torch and transformers)
+from common.talk import Talker
+
+import argparse
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import gradio as gr
+
+import modeling_chatglm  # noqa: F401  (tells the Auto classes about ChatGLM)
+from feedback import CHOICES, FILES, WHOLE, Store
+
+DEFAULT = HERE.parent / "output" / HERE.name
+MAX_CHARS, MAX_COMMENT, MAX_NEW_TOKENS, MAX_WAITING, MAX_VISITORS = 8000, 1000, 2048, 32, 1000
+EXAMPLES = ["你是谁？", "来两杯大杯红茶。", "类型#裙*颜色#红色", "换成二十四小时制。\n下午三点"]
+CSS = """
+.gradio-container { width: 100%; max-width: 60rem !important; margin: auto }
+#about p, #counts p { color: var(--body-text-color-subdued); font-size: var(--text-sm) }
+.message-buttons-right { display: none }  /* would copy a question with its escapes */
+.message.thought:last-child:not(:first-child) { & .thought-group { border: 0; background: none; padding: 0 }
+    & .title { padding: 0; opacity: 0.7; pointer-events: none } & .arrow { display: none } }
+"""  # the last rule: the line of facts under an answer is a thought without a fold
+FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT)
+IDLE, BUSY = {"submit_btn": "发送", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停止"}
+FREE, TAKEN = {"submit_btn": "出两个回答", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停下这个"}
+PRIVATE = {"api_visibility": "private"}  # the page's events are no API
+AT_ONCE = {"queue": False, **PRIVATE}
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, **PRIVATE}  # one generation at a time, on either tab
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+SIDES = {"left": "左边的回答", "right": "右边的回答"}
+WHO = {"base": "微调前", "tuned": "微调后", "A": "采样一", "B": "采样二"}
+VERDICTS = dict(zip(CHOICES, ("左好", "右好", "一样好", "都不好"), strict=True))
+UNFINISHED = {"stopped": " · 已停下", "length": " · 没说完", WHOLE: ""}
+
+
+def literal(text: str) -> str:
+    """Markdown that shows `text` as it was typed: no HTML, no formatting."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+
+def prose(text: str) -> str:
+    """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text anyway)."""
+    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
+    return "".join(p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts))
+
+
+# ---- talking --------------------------------------------------------------------------------------------------
+
+
+def show(history: list[dict]) -> list[gr.ChatMessage]:
+    """The conversation as the chatbot displays it, with a line of facts under each answer."""
+    shown = []
+    for row in history:
+        if row["role"] == "user":
+            shown.append(gr.ChatMessage(literal(row["content"]), "user"))
+            continue
+        shown.append(gr.ChatMessage(prose(row["content"]), "assistant"))
+        if row["note"]:
+            shown.append(gr.ChatMessage("", "assistant", {"title": row["note"], "status": "done"}))
+    return shown
+
+
+def turns_of(history: list[dict], system: str) -> list[dict]:
+    """The conversation as rows of the training data."""
+    head = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    return head + [{"role": row["role"], "content": row["content"]} for row in history]
+
+
+class Chat:
+    """What the events of the first tab do. `history`: user and assistant rows as trained, answers with a note each."""
+
+    def __init__(self, talker: Talker):
+        self.talker, self.stops = talker, {}
+
+    def ask(self, text, history, request: gr.Request, system, use_adapter, most, *numbers):
+        if not text.strip():
+            return
+        if len(text) > MAX_CHARS:
+            raise gr.Error(f"最多 {MAX_CHARS} 字，这里有 {len(text)} 字。", print_exception=False)
+        stop = self.stops[request.session_hash] = threading.Event()
+        history = [*history, {"role": "user", "content": text}]
+        turns, begun, count = turns_of(history, system), time.perf_counter(), 0
+        answer = {"role": "assistant", "content": "", "note": ""}
+        history.append(answer)
+        yield show(history), history, gr.update(value="", **BUSY)
+        try:
+            sampling = dict(zip(SAMPLING, numbers, strict=True))
+            for said, count in self.talker.stream(turns, stop, use_adapter, max_new_tokens=most, **sampling):  # noqa: B007
+                answer["content"] = said.strip()
+                yield show(history), history, gr.skip()
+        except Exception as error:
+            raise gr.Error(f"{type(error).__name__}: {str(error)[:300]}") from error
+        seconds = time.perf_counter() - begun
+        facts = [f"{count} 词元", f"{seconds:.1f} 秒", f"{count / seconds:.0f} 词元/秒"]
+        facts += ["微调前"] * (not use_adapter) + ["已停止"] * stop.is_set()
+        answer["note"] = " · ".join(facts)
+        yield show(history), history, gr.skip()
+
+    def pick(self, example: gr.SelectData, history, request: gr.Request, *controls):
+        yield from self.ask(example.value["text"], history, request, *controls)
+
+    def again(self, history, request: gr.Request, *controls):
+        if history:
+            yield from self.ask(history[-2]["content"], history[:-2], request, *controls)
+
+    def undo(self, history):
+        return show(history[:-2]), history[:-2], history[-2]["content"] if history else ""
+
+    def halt(self, request: gr.Request):
+        self.stops.pop(request.session_hash, threading.Event()).set()
+
+    def clear(self, request: gr.Request):
+        self.halt(request)
+        return [], gr.update(**IDLE)
+
+
+def chat_tab(talker: Talker) -> Chat:
+    chat = Chat(talker)
+    history = gr.State([])
+    chatbot = gr.Chatbot(
+        show_label=False, min_height=320, height="calc(100dvh - 22rem)", buttons=["copy"], allow_tags=False,
+        placeholder="问点什么，或选一个例子", examples=[{"text": text} for text in EXAMPLES],
+    )  # fmt: skip
+    box = gr.Textbox(
+        "", label="问题", show_label=False, placeholder="问点什么，回车发送", max_lines=8, max_length=MAX_CHARS, **IDLE
+    )
+    switch = gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter)
+    with gr.Accordion("设置", open=False):
+        knows = "system" in str(talker.tokenizer.chat_template)
+        system = gr.Textbox("", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=knows)
+        controls = [system, switch, length(talker), *sampling(own_sampling(talker))]
+    shown, one = [chatbot, history, box], MODEL | {"show_progress_on": chatbot}
+    runs = [
+        box.submit(chat.ask, [box, history, *controls], shown, **one),
+        chatbot.example_select(chat.pick, [history, *controls], shown, **one),
+        chatbot.retry(chat.again, [history, *controls], shown, **one),
+    ]
+    for run in runs:
+        run.then(lambda: gr.update(**IDLE), None, box, **AT_ONCE)
+    box.stop(chat.halt, **AT_ONCE)
+    chatbot.undo(chat.undo, history, shown, **AT_ONCE)
+    chatbot.clear(chat.clear, None, [history, box], cancels=runs, **AT_ONCE)
+    return chat
+
+
+def own_sampling(talker: Talker) -> tuple:
+    """temperature, top_p, top_k, repetition_penalty as the model's generation_config has them."""
+    own = talker.model.generation_config
+    heat = (own.temperature or 0) if own.do_sample else 0
+    return heat, own.top_p or 1, own.top_k or 0, own.repetition_penalty or 1
+
+
+def length(talker: Talker) -> gr.Slider:
+    most = min(MAX_NEW_TOKENS, talker.window // 2)
+    return gr.Slider(16, most, min(512, most), step=16, label="最多词元", info="max_new_tokens")
+
+
+def sampling(values: tuple) -> list[gr.Slider]:
+    """The controls of SAMPLING."""
+    heat, top_p, top_k, penalty = values
+    with gr.Row():
+        return [
+            gr.Slider(0, 2, heat, step=0.05, min_width=180, label="温度", info="0：不采样"),
+            gr.Slider(0.05, 1, top_p, step=0.05, min_width=180, label="核采样", info="top_p"),
+            gr.Slider(0, 200, top_k, step=1, min_width=180, label="候选数", info="0：不限"),
+            gr.Slider(1, 2, penalty, step=0.05, min_width=180, label="重复惩罚", info="penalty"),
+        ]
+
+
+# ---- judging --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sitting:
+    """One visitor of the second tab; kept here, so that the page itself does not hold which answer is which."""
+
+    taken: list | None = None  # the prompt from the file that is shown
+    pair: dict | None = None  # two answers that wait for a rating
+    fixed: str | None = None  # the side that is being corrected
+    stop: threading.Event = field(default_factory=threading.Event)
+    turn: int = 0  # counts up when what is being generated is no longer wanted
+    written: int = 0
+
+
+class Judge:
+    """What the events of the second tab do; `ui`: its components, set by judge_tab."""
+
+    ui: SimpleNamespace
+
+    def __init__(self, talker: Talker, store: Store, prompts: list[list[dict]]):
+        self.talker, self.store, self.sittings, self.lock = talker, store, {}, threading.Lock()
+        rated = {json.dumps(r["prompt"], ensure_ascii=False) for r in store.ratings() if r}
+        self.open = deque(p for p in prompts if json.dumps(p, ensure_ascii=False) not in rated)
+        self.asks = bool(prompts)  # questions come from a file
+        model = talker.model
+        base = model.peft_config["default"].base_model_name_or_path if talker.adapter else model.config._name_or_path
+        self.model = {"model": talker.name, "base": base}
+
+    def sitting(self, request: gr.Request) -> Sitting:
+        with self.lock:
+            while len(self.sittings) >= MAX_VISITORS and request.session_hash not in self.sittings:
+                self.sittings.pop(next(iter(self.sittings)))
+            return self.sittings.setdefault(request.session_hash, Sitting())
+
+    def sides(self, mode: str, most: int, numbers: tuple) -> list[tuple[str, bool, dict]]:
+        """(who, with the adapter, sampling) of the two answers, in random order."""
+        first, second = (dict(zip(SAMPLING, some, strict=True)) for some in (numbers[:4], numbers[4:]))
+        two = [("A", True, first), ("B", True, second)]
+        if mode == "adapter":
+            two = [("base", False, first), ("tuned", True, first)]
+        return [(who, on, {"max_new_tokens": most} | how) for who, on, how in random.SystemRandom().sample(two, 2)]
+
+    def compare(self, text, request: gr.Request, mode, most, *numbers):
+        """Two answers, one after the other; then they can be rated."""
+        ui, sitting = self.ui, self.sitting(request)
+        if not text.strip():
+            return
+        if len(text) > MAX_CHARS:
+            raise gr.Error(f"最多 {MAX_CHARS} 字，这里有 {len(text)} 字。", print_exception=False)
+        sitting.turn, sitting.pair, sitting.fixed = sitting.turn + 1, None, None
+        mode = mode if self.talker.adapter else "sampling"
+        turn, prompt = sitting.turn, [*(sitting.taken or [])[:-1], {"role": "user", "content": text.strip()}]
+        pair = {"prompt": prompt, "mode": mode} | self.model
+        yield {ui.question: gr.update(**TAKEN), ui.news: "", **self.cleared()}
+        for side, (who, use_adapter, how) in zip(SIDES, self.sides(mode, most, numbers), strict=True):
+            stop, said, count = threading.Event(), "", 0
+            sitting.stop = stop
+            try:
+                for said, count in self.talker.stream(prompt, stop, use_adapter, **how):  # noqa: B007
+                    yield {ui.answers[side]: said.strip()}
+            except Exception as error:
+                raise gr.Error(f"{type(error).__name__}: {str(error)[:300]}") from error
+            if sitting.turn != turn:
+                return
+            ended = "stopped" if stop.is_set() else "length" if count >= most else WHOLE
+            pair[side] = {"who": who, "answer": said.strip(), "ended": ended, "tokens": count, "sampling": how}
+            yield {ui.answers[side]: gr.update(value=said.strip(), label=SIDES[side] + UNFINISHED[ended])}
+        sitting.pair = pair
+        same = "两个回答一字不差。" if pair["left"]["answer"] == pair["right"]["answer"] else ""
+        yield {ui.rate: gr.update(visible=True), ui.send: gr.update(interactive=True), ui.news: same}
+
+    def cleared(self) -> dict:
+        """No answers, nothing to rate."""
+        ui = self.ui
+        empty = {ui.answers[side]: gr.update(value="", label=label) for side, label in SIDES.items()}
+        return empty | self.unrated()
+
+    def unrated(self) -> dict:
+        """The controls of a rating, as they are before one."""
+        ui = self.ui
+        return {
+            ui.rate: gr.update(visible=False), ui.send: gr.update(interactive=False), ui.verdict: None, ui.comment: "",
+            ui.correction: gr.update(value="", visible=False),
+        }  # fmt: skip
+
+    def halt(self, request: gr.Request):
+        self.sitting(request).stop.set()
+
+    def fix(self, side: str, choice, request: gr.Request):
+        """Open an answer for editing; unless something is chosen, it is the better one."""
+        ui, sitting = self.ui, self.sitting(request)
+        pair, sitting.fixed = sitting.pair, side
+        if pair is None:
+            return {ui.news: "没有等着评的回答；请再出两个。"}
+        box = gr.update(value=pair[side]["answer"], label=f"改{SIDES[side]}", visible=True)
+        return {ui.correction: box, ui.verdict: choice or side}
+
+    def submit(self, choice, correction, comment, request: gr.Request):
+        ui, sitting, correction, comment = self.ui, self.sitting(request), correction or "", comment or ""
+        if len(correction) > MAX_CHARS or len(comment) > MAX_COMMENT:
+            return {ui.news: f"没有写入：修改最多 {MAX_CHARS} 字，备注最多 {MAX_COMMENT} 字。"}
+        if choice not in CHOICES:
+            return {ui.news: "先选一项：左好、右好、一样好，还是都不好。"}
+        with self.lock:  # of two clicks one finds the pair
+            pair, sitting.pair = sitting.pair, None
+        if pair is None:
+            return {ui.news: "没有等着评的回答；请再出两个。"}
+        fixed, text = sitting.fixed, correction.strip()
+        changed = fixed and text and text != pair[fixed]["answer"]
+        correction = {"of": fixed, "text": text} if changed else None
+        said = {"choice": choice, "correction": correction, "comment": comment.strip()}
+        try:
+            written = self.store.add(pair | said)
+        except (ValueError, OSError) as error:
+            sitting.pair = pair
+            return {ui.news: f"没有写入：{literal(str(error))}。"}
+        sitting.written += 1
+        return self.revealed(pair, said, written) | self.unrated() | self.following(sitting)
+
+    def revealed(self, pair: dict, said: dict, written: list[str]) -> dict:
+        """Which answer was whose, and what became of the rating."""
+        ui = self.ui
+        news = f"揭晓：左边是**{WHO[pair['left']['who']]}**，右边是**{WHO[pair['right']['who']]}**。"
+        news += f"你选了{VERDICTS[said['choice']]}" + "，并改了一个回答" * bool(said["correction"]) + "。"
+        news += f"已写入 {'、'.join(written)}。"
+        liked = {"left": ["left"], "right": ["right"], "tie": list(SIDES)}.get(said["choice"], [])
+        if not said["correction"] and any(pair[side]["ended"] != WHOLE for side in liked):
+            news += "没说完的回答不当作榜样。"
+        labels = {
+            ui.answers[side]: gr.update(label=f"{label}：{WHO[pair[side]['who']]}") for side, label in SIDES.items()
+        }
+        return labels | {ui.news: news}
+
+    def skip(self, request: gr.Request):
+        """The next question; nothing is written."""
+        sitting = self.sitting(request)
+        sitting.turn, sitting.pair, sitting.fixed = sitting.turn + 1, None, None
+        sitting.stop.set()
+        return self.cleared() | {self.ui.news: ""} | self.following(sitting)
+
+    def following(self, sitting: Sitting) -> dict:
+        """The next question of the file, or an empty box."""
+        ui = self.ui
+        with self.lock:
+            sitting.taken = self.open.popleft() if self.open else None
+        said = {"user": "问", "assistant": "答", "system": "系统"}
+        earlier = "\n".join(f"{said.get(m['role'], m['role'])}：{m['content']}" for m in (sitting.taken or [])[:-1])
+        text = sitting.taken[-1]["content"] if sitting.taken else ""
+        return {
+            ui.question: gr.update(value=text, **FREE), ui.earlier: gr.update(value=earlier, visible=bool(earlier)),
+            ui.counts: self.told(sitting),
+        }  # fmt: skip
+
+    def told(self, sitting: Sitting) -> str:
+        """How much was written, and where."""
+        counts, files_of = self.store.counts(), literal(str(self.store.folder))
+        here = "，".join(f"{name} {counts[name]} 行" for name in FILES)
+        left = f" · 文件里还有 {len(self.open)} 题" if self.open else " · 文件里的题都出过了" if self.asks else ""
+        return f"这一次写了 {sitting.written} 条，一共 {counts[FILES[0]]} 条 · {files_of}：{literal(here)}{left}"
+
+    def arrive(self, request: gr.Request):
+        return self.following(self.sitting(request))
+
+    def leave(self, request: gr.Request):
+        with self.lock:
+            sitting = self.sittings.pop(request.session_hash, Sitting())
+            if sitting.taken:
+                self.open.appendleft(sitting.taken)
+        sitting.turn += 1
+        sitting.stop.set()
+
+
+def judge_tab(judge: Judge) -> None:
+    talker, ui = judge.talker, SimpleNamespace()
+    judge.ui = ui
+    modes = [("微调前和微调后", "adapter")] * talker.adapter + [("两种采样", "sampling")]
+    mode = gr.Radio(modes, value=modes[0][1], label="比较什么", visible=talker.adapter)
+    ui.earlier = gr.Textbox(label="前文", interactive=False, visible=False, max_lines=12)
+    ui.question = gr.Textbox(
+        "", label="题目", placeholder="写一个问题，回车出两个回答", max_lines=8, max_length=MAX_CHARS, **FREE
+    )
+    with gr.Row():
+        ui.answers = {
+            side: gr.Textbox(
+                label=label, interactive=False, lines=5, max_lines=24, min_width=300, buttons=["copy"], elem_id=side
+            )
+            for side, label in SIDES.items()
+        }
+    with gr.Column(visible=False) as ui.rate:
+        ui.verdict = gr.Radio([(text, choice) for choice, text in VERDICTS.items()], label="哪个好？左右是随机排的")
+        with gr.Row():
+            fixes = {side: gr.Button(f"修改{label}", size="sm", min_width=120) for side, label in SIDES.items()}
+        ui.correction = gr.Textbox("", visible=False, lines=4, max_lines=24, max_length=MAX_CHARS)
+        ui.comment = gr.Textbox("", label="备注（可以不写）", max_length=MAX_COMMENT)
+    with gr.Row():
+        skip = gr.Button("跳过", min_width=120)
+        ui.send = gr.Button("提交", variant="primary", interactive=False, min_width=120)
+    ui.news = gr.Markdown(elem_id="news")
+    ui.counts = gr.Markdown(elem_id="counts")
+    numbers = judge_settings(talker, mode)
+    view = [
+        ui.question, ui.earlier, *ui.answers.values(), ui.rate, ui.verdict, ui.correction, ui.comment, ui.send,
+        ui.news, ui.counts,
+    ]  # fmt: skip
+    run = ui.question.submit(judge.compare, [ui.question, mode, *numbers], view, **MODEL, show_progress="hidden")
+    run.then(lambda: gr.update(**FREE), None, ui.question, **AT_ONCE)
+    ui.question.stop(judge.halt, **AT_ONCE)
+    for side, button in fixes.items():
+        start = judge_fix(judge, side)
+        button.click(start, ui.verdict, [ui.correction, ui.verdict, ui.news], **AT_ONCE)
+    ui.send.click(judge.submit, [ui.verdict, ui.correction, ui.comment], view, **AT_ONCE)
+    skip.click(judge.skip, None, view, cancels=[run], **AT_ONCE)
+
+
+def judge_fix(judge: Judge, side: str):
+    def start(choice, request: gr.Request):  # Gradio looks for the request in the signature
+        return judge.fix(side, choice, request)
+
+    return start
+
+
+def judge_settings(talker: Talker, mode: gr.Radio) -> list[gr.Slider]:
+    """Length, the first sampling, and the second one, which is shown when two samplings are compared."""
+    first = own_sampling(talker)
+    with gr.Accordion("设置", open=False):
+        most, apart = length(talker), not talker.adapter
+        name = gr.Markdown(WHO["A"], visible=apart)
+        one = sampling(first)
+        with gr.Column(visible=apart) as more:
+            gr.Markdown(WHO["B"])
+            two = sampling((0.95, 0.7, 0, 1))
+    mode.change(lambda chosen: [gr.update(visible=chosen == "sampling")] * 2, mode, [name, more], **AT_ONCE)
+    return [most, *one, *two]
+
+
+# ---- the page -------------------------------------------------------------------------------------------------
+
+
+def size(model) -> str:
+    count = model.num_parameters()
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def read_questions(path: str | Path) -> list[list[dict]]:
+    """A .txt with a question a line, or chat rows -> prompts (messages that end with the user's), each once."""
+    path = Path(path)
+    if files.suffix_of(path) == ".txt" and path.is_file():
+        found = [[{"role": "user", "content": row["text"]}] for _, row in files.records(path, files.encoding_of(path))]
+    else:
+        loaded, stats = data.load_rows(path, kind="chat")
+        print(data.summary(stats), flush=True)
+        found = [json.loads(row)["messages"][:-1] for row in loaded["row"]]
+    fit = [p for p in found if p[-1]["role"] == "user" and sum(len(m["content"]) for m in p) <= MAX_CHARS]
+    prompts = list({json.dumps(p): p for p in fit}.values())
+    if not prompts:
+        raise SystemExit(f"{path}: no question of at most {MAX_CHARS} characters")
+    print(f"{len(prompts)} questions of {len(found)}: the others are too long, or there already", flush=True)
+    return prompts
+
+
+def build_demo(model: str | Path | Talker = DEFAULT, feedback_dir: str | Path = "feedback", questions=()) -> gr.Blocks:
+    """The page for a run, model or adapter folder; SystemExit with one line when there is no model.
+
+    feedback_dir: where ratings go, made by the first one. questions: prompts as read_questions gives them.
+    """
+    store = Store(feedback_dir)
+    talker = model if isinstance(model, Talker) else Talker(model)
+    judge = Judge(talker, store, list(questions))
+    about = f"{talker.name}{' · LoRA' * talker.adapter} · {size(talker.model)} 参数 · {device.name()}"
+    with gr.Blocks(title=f"{HERE.name} · 对话与标注", analytics_enabled=False, fill_height=True) as demo:
+        gr.Markdown(f"### {HERE.name}\n{about} · {talker.model.dtype}".replace("torch.", ""), elem_id="about")
+        with gr.Tabs():
+            with gr.Tab("对话"):
+                chat = chat_tab(talker)
+            with gr.Tab("标注"):
+                judge_tab(judge)
+        demo.load(judge.arrive, None, [judge.ui.question, judge.ui.earlier, judge.ui.counts], **AT_ONCE)
+        demo.unload(chat.halt)
+        demo.unload(judge.leave)
+    return demo.queue(max_size=MAX_WAITING)
+
+
+def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Start the page in the background and return its address; `demo.close()` ends it."""
+    return serve.serve(demo, host, port, theme=THEME, css=CSS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=os.environ.get("MODEL", DEFAULT), help="folder of a run, model or adapter")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines talk to it")
+    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
+    parser.add_argument("--feedback_dir", default="feedback", help="folder for the rows that ratings give")
+    parser.add_argument("--questions", default=None, help="file of questions to judge answers to: .txt, or chat rows")
+    args = parser.parse_args()
+    questions = read_questions(args.questions) if args.questions else ()
+    demo = build_demo(args.model, args.feedback_dir, questions)
+    print(f"chat with {args.model}: {launch(demo, args.host, args.port)}  (Ctrl-C ends)", flush=True)
+    demo.block_thread()
+
+
+if __name__ == "__main__":
+    main()

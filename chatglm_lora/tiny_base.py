@@ -1,0 +1,50 @@
+"""What the built-in tiny model knows before it is fine-tuned: the facts of the sample data, in nobody's voice.
+
+An adapter on random weights learns little, and an adapter is what this recipe trains. So the built-in base is trained
+here, once: it answers the questions of make_data.py plainly and has no name. The adapter then learns the voice of data/
+and who it is, as an adapter on a real model does.
+"""
+
+import math
+
+import make_data
+import torch
+
+from common import chat, cli, collators, losses, rows
+
+STEPS, WINDOW, WINDOWS, PEAK = 450, 256, 4, 3e-3  # optimizer steps of so many windows of tokens; highest learning rate
+
+
+def conversations() -> list[list[dict]]:
+    """The sample rows as messages, without the voice."""
+    found = []
+    for task in make_data.TASKS:
+        raw = task(voice=False)
+        shape = rows.detect("chat", raw)
+        found += [shape.convert(row)["messages"] for row in raw]
+    return found
+
+
+def teach(model, tokenizer) -> None:
+    """Train all weights of the random `model` in place, on the CPU, the same in every process."""
+    cli.say(f"teaching the built-in base model what its adapter builds on: {STEPS} steps, once")
+    encoded = [chat.encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
+    windows, collate, order = collators.PackedDataset(encoded, WINDOW), collators.PackedCollator(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)
+    losses.use_chunked_loss(model.train())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(STEPS):
+            order = order if len(order) >= WINDOWS else torch.randperm(len(windows)).tolist()
+            batch = collate([windows[order.pop()] for _ in range(WINDOWS)])
+            kept = {name: batch[name] for name in ("input_ids", "labels", "cu_seq_lens_q")}
+            model(**kept, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def _warm_up_and_cosine(step: int) -> float:
+    return min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
