@@ -170,8 +170,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # 28 buffers of the published files: recomputed
 
     @classmethod
-    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but a checkpoint that lacks weights, or has others, is a ValueError, not a warning."""
+        name = pretrained_model_name_or_path
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if keys := sorted(map(str, info[what])):
@@ -278,6 +279,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )  # generate()'s guess is one-dimensional; what a tokenizer gave is the same again
         if attention_mask is not None and attention_mask.dim() > 2:
             raise ValueError("generate() takes a 2-D attention_mask, 0 on padding")
+        if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+            raise ValueError("a static cache is not supported: leave cache_implementation away")
         # a rank that has finished before the others goes on with a mask that grows alone
         kept = None if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
         prefix, positions = layout(self.config, input_ids, kept)

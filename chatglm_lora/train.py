@@ -109,9 +109,10 @@ def add_lora(model, args: Args, training: TrainingArguments):
         model.enable_input_require_grads()
     own = "query_key_value" if is_prefix_model(model.config) else "q_proj,k_proj,v_proj"
     named = {"attention": own, "all": "all-linear"}.get(args.target_modules, args.target_modules)
+    targets = adapter.linear_layers(model, named)
     return get_peft_model(model, LoraConfig(
         task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=named if named == "all-linear" else named.split(","),
+        target_modules=targets,
     ))  # fmt: skip
 
 
@@ -141,12 +142,12 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
     key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, every_answer])
     encoder = partial(encode, tokenizer=tokenizer, args=args, every_answer=every_answer)
-    train_ids, counts = data.tokenise(train, encoder, key)
-    held_out_ids = data.tokenise(held_out, encoder, key)[0] if len(held_out) else []
+    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, encoder, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    stats |= {"used": len(train_ids), "held_out": len(held_out_ids), "truncated": counts["truncated"]}
+    used, kept = len(set(train_ids["source"])), len({row["source"] for row in held_out_ids})  # conversations
+    stats |= {"used": used, "held_out": kept, "answers": len(train_ids), "truncated": counts["truncated"]}
     return train_ids, held_out_ids, held_out
 
 
@@ -181,6 +182,8 @@ def main() -> None:
     given = args.data_path
     args.data_path = given or str(HERE / "data")
     set_seed(training.seed)
+    if args.model_max_length < 32:
+        raise cli.usage_error(f"--model_max_length {args.model_max_length}: no question fits; give 32 or more")
     if not is_tiny:
         cli.model_config(args.model_name_or_path)  # a wrong name is told before anything is read or replaced
 
@@ -191,9 +194,16 @@ def main() -> None:
 
     base = tiny_model(rows["row"][:5000], taught=not given) if is_tiny else args.model_name_or_path
     config, tokenizer = cli.model_config(base), cli.load(AutoTokenizer, base)
+    if args.model_max_length > config.max_position_embeddings:
+        cli.say(
+            f"warning: --model_max_length above the {config.max_position_embeddings} positions the model has learned"
+        )
     prefix = is_prefix_model(config)
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, every_answer=prefix)
-    cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
+    told = (
+        "split: {used:,} rows ({answers:,} answers) to train on, {held_out:,} held out, {truncated:,} answers shortened"
+    )
+    cli.say(told.format(**stats))
     shown = [train_ids[0][name][:200] for name in ("input_ids", "labels")]
     cli.say(chat.preview(tokenizer, *shown, color=sys.stdout.isatty()))
 

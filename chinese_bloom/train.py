@@ -150,7 +150,7 @@ def add_lora(model, args: Args, training: TrainingArguments):
 
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         model.enable_input_require_grads()
-    targets = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
+    targets = adapter.linear_layers(model, args.target_modules)
     return get_peft_model(model, LoraConfig(
         task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha or 2 * args.lora_r,
         lora_dropout=args.lora_dropout, target_modules=targets,
@@ -181,9 +181,8 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
     columns = ("input_ids", "labels") if args.stage == "sft" else ("input_ids",)
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
     key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage])
-    tokens = partial(data.tokenise, encode=partial(encode, tokenizer=tokenizer, args=args), key=key, columns=columns)
-    train_ids, counts = tokens(train)
-    held_out_ids = tokens(held_out)[0] if len(held_out) else []
+    encoder = partial(encode, tokenizer=tokenizer, args=args)
+    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, encoder, key, columns=columns)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")

@@ -11,6 +11,25 @@ from pathlib import Path
 BASE_FILE = "base_model.json"
 
 
+def linear_layers(model, names: str) -> str | list[str]:
+    """peft's target_modules from "all-linear" or names with commas; SystemExit for a name that no layer has.
+
+    peft itself complains only when not one of several names is found.
+    """
+    if names == "all-linear":
+        return names
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    layers = [name for name, _ in model.named_modules()]
+    unknown = [name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if unknown or not wanted:
+        linear = sorted({name.split(".")[-1] for name, layer in model.named_modules() if hasattr(layer, "in_features")})
+        raise SystemExit(
+            f"--target_modules: no layer is called {', '.join(unknown) or repr(names)}; "
+            f"give all-linear or some of {','.join(linear)}"
+        )
+    return wanted
+
+
 def base_fingerprint(model: str) -> str:
     """sha256 over evenly spread samples of the weight files of `model` (folder or hub id).
 

@@ -118,10 +118,11 @@ def parse_args(
     flags = parser.parse_known_args(argv)[0]
     if flags.model_name_or_path == "tiny":
         parser.set_defaults(**tiny_defaults)
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    flags.deepspeed = flags.deepspeed or by_accelerate
     problem = device.refusal(flags)
     if problem:
         raise usage_error(problem)
-    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if by_accelerate or any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
         prepare_deepspeed()
     try:
@@ -287,7 +288,7 @@ def explain(error: Exception) -> str | None:
         return (
             f"out of memory at {device.peak_memory_mb() / 1024:.1f} GiB. Cheapest changes first: "
             "--gradient_checkpointing true; --per_device_train_batch_size 1 with more --gradient_accumulation_steps; "
-            "a smaller --model_max_length; --use_lora true; train_zero3.sh"
+            "a smaller --model_max_length; --use_lora true; --eval_generate 0; train_zero3.sh"
         )
     return None
 

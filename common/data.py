@@ -402,13 +402,15 @@ def _refuse(refusals: Path, reason: str, source: str) -> None:
         file.write(json.dumps([reason, source]) + "\n")
 
 
-def tokenise(dataset, encode: Callable, key: str, num_proc=None, columns=("input_ids", "labels"), cache_dir=None):
+def tokenise(
+    dataset, encode: Callable, key: str, num_proc=None, columns=("input_ids", "labels"), cache_dir=None, required=True
+):
     """load_rows' Dataset -> (Dataset of token rows, counts), cached; safe when N ranks call it at once.
 
     encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool}, a list of such, or None. It must depend on
     nothing that `key` does not name (tokenizer, template, max length, version of the code). columns: the lists of ints
     it returns.
-    A ValueError of encode drops the row under its text.
+    A ValueError of encode drops the row under its text. required: SystemExit when no row is left.
     num_proc: worker processes (default: all cores; 1 below 5,000 rows).
     Columns: `columns` as int32, length (tokens), truncated, source. Rows without a label are dropped.
     counts: {"rows", "truncated", "dropped": {"no label left": n}, "examples", "tokens", "label_tokens"}."""
@@ -438,13 +440,29 @@ def tokenise(dataset, encode: Callable, key: str, num_proc=None, columns=("input
         except _Stop as stop:
             raise SystemExit(str(stop)) from None
         refused = [json.loads(line) for file in folder.glob("*.refused") for line in file.open(encoding="utf-8")]
-        if not len(tokens):
+        if required and not len(tokens):
             told = [f"{source}: {reason}" for reason, source in refused if reason != NO_LABEL]
             why = told[0] if told else "the length limit cuts off every answer, or the chat template marks none"
             raise SystemExit(f"none of {len(dataset)} rows has a label left: {why}")
         return _counts(tokens, columns, refused)
 
-    return cached(json.dumps(["tokens", VERSION, dataset._fingerprint, columns, key]), build, cache_dir)
+    return cached(json.dumps(["tokens", VERSION, dataset._fingerprint, columns, required, key]), build, cache_dir)
+
+
+def tokenise_split(train, held_out, encode: Callable, key: str, **settings):
+    """`tokenise` both parts -> (token rows to train on, token rows held out, the counts of both).
+
+    Held-out rows may all be unusable (then none are held out); they are counted like the others.
+    """
+    train_ids, counts = tokenise(train, encode, key, **settings)
+    if not len(held_out):
+        return train_ids, [], counts
+    held_out_ids, more = tokenise(held_out, encode, key, required=False, **settings)
+    for reason, n in more["dropped"].items():
+        counts["dropped"][reason] = counts["dropped"].get(reason, 0) + n
+    counts["examples"] = more["examples"] | counts["examples"]
+    counts["truncated"] += more["truncated"]
+    return train_ids, held_out_ids, counts
 
 
 def _counts(tokens, columns: tuple[str, ...], refused: list) -> dict:

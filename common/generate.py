@@ -12,12 +12,15 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 @torch.no_grad()
 def generate_answers(
-    model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 64, batch_size: int = 32
+    model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 64, batch_size: int | None = None
 ) -> list[str]:
     """Greedy answers in the order of `prompts` (token ids of any lengths). All ranks call it and get all answers.
 
+    batch_size: default 32, of models above a billion parameters 8: their caches take gigabytes.
     Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's generation config.
     """
+    if batch_size is None:
+        batch_size = 32 if sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) < 1e9 else 8
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mine = list(range(rank, len(prompts), world))
     per_rank = -(-len(prompts) // world)
@@ -67,7 +70,8 @@ def questions(held_out, encoded, count: int) -> list[str]:
         held_out: rows as read, columns row and source.
         encoded: their token rows, columns source and truncated; some may be missing.
     """
-    whole = {row["source"] for row in encoded if not row["truncated"]}
+    cut = {row["source"] for row in encoded if row["truncated"]}  # of several rows of one source none may be cut
+    whole = {row["source"] for row in encoded} - cut
     rows = [row["row"] for row in held_out if row["source"] in whole]
     return rows[:: max(1, len(rows) // max(1, count))][:count]
 

@@ -805,6 +805,18 @@ def test_a_row_may_become_several(tmp_path, cache):
     assert doubled["dropped"] == counts["dropped"] == {"no label left": 2}, "a row is counted once"
 
 
+def test_held_out_rows_that_cannot_be_used_are_counted_and_end_nothing(tmp_path, cache):
+    dataset, _ = data.load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
+    good, bad = dataset.select([0, 1, 2]), dataset.select([7])  # numbered() makes row 8 one without a label
+    train, held_out, counts = data.tokenise_split(good, bad, encode, "k")
+    assert len(train) == 3 and len(held_out) == 0 and counts["dropped"] == {"no label left": 1}
+    assert len(data.tokenise_split(good, bad, encode, "k")[1]) == 0, "from the cache"
+    train, held_out, counts = data.tokenise_split(dataset.select([3, 7]), dataset.select([4, 7]), encode, "k")
+    assert (len(train), len(held_out)) == (1, 1) and counts["dropped"] == {"no label left": 2}
+    assert "a.jsonl:8" in counts["examples"]["no label left"]
+    assert data.tokenise_split(good, dataset.select([]), encode, "k")[1] == []
+
+
 def test_tokenise(tmp_path, cache):
     dataset, _ = data.load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
     tokens, counts = data.tokenise(dataset, encode, "k")

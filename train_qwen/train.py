@@ -157,7 +157,7 @@ def add_lora(model, args: Args, training: TrainingArguments):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
     elif recompute:
         model.enable_input_require_grads()
-    targets = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
+    targets = adapter.linear_layers(model, args.target_modules)
     return get_peft_model(model, LoraConfig(
         task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha or 2 * args.lora_r,
         lora_dropout=args.lora_dropout, target_modules=targets, use_dora=args.use_dora, use_rslora=args.use_rslora,
@@ -185,8 +185,7 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
     fn = partial(encode, tokenizer=tokenizer, args=args, template=template)
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
     key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt, template])
-    train_ids, counts = data.tokenise(train, fn, key)
-    held_out_ids = data.tokenise(held_out, fn, key)[0] if len(held_out) else []
+    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, fn, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
