@@ -14,7 +14,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
     "chinese_bloom/data.ipynb": ("gb18030", "belle multi-turn", "———— belle", "### 指令", "[[", "位置 0–"),
     "chinese_bloom/infer.ipynb": ("（--stage sft）", "（--stage pt）", "模板 alpaca-zh", "### 回答", "续写"),
     "chatglm_lora/data.ipynb": ("gb18030", "context/target", "empty answer", "wrong history", "[gMASK]<sop>[[", "块内"),
-    "chatglm_lora/infer.ipynb": ("还没有模型", "LoRA", "[gMASK]<sop>【", "训练前", "preference.jsonl 1 rows"),
+    "chatglm_lora/infer.ipynb": ("还没有模型", "[gMASK]<sop>【", "还没有名字", "叫我小谱", "preference.jsonl 1 rows"),
 }
 
 
