@@ -1,0 +1,256 @@
+"""Published Baichuan and Baichuan2 checkpoints -> folders that transformers programs load without remote code.
+
+    python baichuan2_dpo/convert.py --model models/Baichuan2-7B-Chat --output_dir models/baichuan2-7b    # a plain Llama
+    python baichuan2_dpo/convert.py --model models/Baichuan2-7B-Chat --output_dir OUT --keep_norm_head
+    python baichuan2_dpo/convert.py --model models/Baichuan2-13B-Chat --output_dir models/baichuan2-13b
+    python baichuan2_dpo/convert.py --model old-adapter --base models/baichuan2-7b --output_dir new-adapter
+
+W_pack becomes q_proj, k_proj and v_proj. The 7B's NormHead, h . w / |w|, becomes the head of a LlamaForCausalLM, its
+rows normalised in float32: the same logits while the head is frozen (LoRA), and norm_head_folded in its config.json. A
+head that trains needs the gradient through the normalisation: --keep_norm_head keeps the raw rows, and the folder opens
+once modeling_baichuan.py is imported, as every 13B (ALiBi) does. In bfloat16 the folded rows are rounded once more: of
+random logits of size 1.6 the mean error is 0.0036, with the NormHead kept 0.0030, in the original, which rounds row and
+length, 0.0043. --dtype float32 rounds nothing.
+
+Weights are read from *.safetensors or pytorch_model*.bin (never unpickled as code) and written shard by shard: memory
+holds one shard. Every tensor of the source must have its place, and every place a tensor.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
+from common import adapter, cli  # noqa: I001  (before torch and transformers: it brings the device)
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import fast_tokenizer
+from modeling_baichuan import BaichuanConfig, BaichuanForCausalLM
+from weight_files import SHARD_GB, Draft, Weights, read_pickle, save_sharded
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+DERIVED = re.compile(r"rotary_emb\.inv_freq$|alibi_mask$|future_mask$")  # buffers that are computed, not learned
+FIRST_VOCABULARY = 64000  # of the first Baichuan, whose head is a plain one
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+PLAIN_LORA = {
+    "peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {},
+}  # fmt: skip
+# what else of a generation_config.json holds for generate()
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+
+
+# ---- config -----------------------------------------------------------------------------------------------------
+
+
+def kind(folder: Path, old: dict) -> tuple[bool, bool]:
+    """(ALiBi instead of rotation, NormHead): the folder's code tells (read, not run), else fields and vocabulary."""
+    code = folder / "modeling_baichuan.py"
+    if code.is_file():
+        text = code.read_text(encoding="utf-8", errors="replace")
+        return "alibi_mask" in text, "NormHead(" in text
+    alibi = "max_position_embeddings" not in old or old.get("hidden_size") == 5120
+    return alibi, old.get("vocab_size") != FIRST_VOCABULARY
+
+
+def native_config(old: dict, alibi: bool, norm_head: bool) -> LlamaConfig:
+    """Fields of a published config.json -> the config of a plain Llama, or of this recipe's model where it needs one.
+
+    SystemExit for what neither computes.
+    """
+    if missing := [name for name in NEEDED if name not in old]:
+        raise SystemExit(f"config.json lacks {', '.join(missing)}: not a Baichuan checkpoint")
+    plain = {"hidden_act": "silu", "tie_word_embeddings": False, "quantization_config": None}
+    wrong = [f"{name}={old[name]}" for name, value in plain.items() if old.get(name, value) != value]
+    if wrong:
+        raise SystemExit(f"this checkpoint cannot be computed by Llama's blocks: {', '.join(wrong)}")
+    if old.get("z_loss_weight"):
+        cli.say(f"z_loss_weight {old['z_loss_weight']} of config.json only concerns training and is left out")
+    fields = {name: old[name] for name in NEEDED} | {
+        "num_key_value_heads": old["num_attention_heads"], "rms_norm_eps": old.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": old.get("max_position_embeddings") or old.get("model_max_length", 4096),
+        "initializer_range": old.get("initializer_range", 0.02), "bos_token_id": old.get("bos_token_id", 1),
+        "eos_token_id": old.get("eos_token_id", 2), "pad_token_id": old.get("pad_token_id", 0),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if alibi or norm_head:
+        return BaichuanConfig(**fields, alibi=alibi, norm_head=norm_head, architectures=["BaichuanForCausalLM"])
+    return LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
+
+
+def empty_weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """The weights that the model of such a config has, without memory."""
+    with torch.device("meta"):
+        return (BaichuanForCausalLM if isinstance(config, BaichuanConfig) else LlamaForCausalLM)(config).state_dict()
+
+
+def native_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """Native parameters (or modules) -> {the published one: its native ones}: three for W_pack, else itself."""
+    found = {}
+    for name in names:
+        found.setdefault(re.sub(r"self_attn\.[qkv]_proj\b", "self_attn.W_pack", name), []).append(name)
+    return found
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def to_native(folder: Path, out: Path, keep_norm_head: bool = False, dtype: str = "auto", shard_gb: float = SHARD_GB):
+    """A published folder -> a native one with its tokenizer. All checks come first."""
+    old, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), Weights(folder)
+    alibi, norm_head = kind(folder, old)
+    fold = norm_head and not alibi and not keep_norm_head
+    config = native_config(old, alibi, norm_head and not fold)
+    if fold:
+        config.norm_head_folded = True
+    names = check_weights(weights, config, folder)
+    target = weights["lm_head.weight"].dtype if dtype == "auto" else getattr(torch, dtype)
+    tokenizer = make_tokenizer(folder, config)
+
+    def converted():
+        for name, new in names.items():
+            tensor = weights[name]
+            if fold and name == "lm_head.weight":
+                tensor = F.normalize(tensor.float(), dim=-1)
+            parts = tensor.to(target).chunk(len(new))
+            yield from zip(new, (part.clone() for part in parts) if len(new) > 1 else parts, strict=True)
+
+    config.dtype = target
+    with Draft(out) as part:
+        config.save_pretrained(part)
+        generation_config(folder, config).save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        size = save_sharded(converted(), part, shard_gb)
+    head = "with its NormHead" if config.model_type == "baichuan" and config.norm_head else "with a plain head"
+    head = "its NormHead folded into the head: do not train that" if fold else head
+    about = f"{size / 1e9:.2f} GB in {str(target).removeprefix('torch.')}"
+    cli.say(f"{out}: {config.architectures[0]}{', ALiBi' if alibi else ''}, {head}; {about}")
+
+
+def check_weights(weights: Weights, config: LlamaConfig, folder: Path) -> dict[str, list[str]]:
+    """-> `native_names`; SystemExit where the names or shapes of the weights are not those of `config`."""
+    expected = empty_weights(config)
+    names = native_names(expected)
+    found = {name for name in weights if not DERIVED.search(name)}
+    for problem, wrong in (("lacks", set(names) - found), ("has unknown", found - set(names))):
+        if wrong:
+            raise SystemExit(f"{folder} {problem} {len(wrong)} tensors: {', '.join(sorted(wrong)[:3])}")
+    for name, new in names.items():
+        rows, *columns = expected[new[0]].shape
+        check_shape(name, weights.shape(name), [rows * len(new), *columns])
+    return names
+
+
+def check_shape(name: str, found, expected) -> None:
+    if list(found) != list(expected):
+        raise SystemExit(f"{name} has the shape {list(found)}; config.json says {list(expected)}")
+
+
+def generation_config(folder: Path, config: LlamaConfig) -> GenerationConfig:
+    """The token ids of `config`, and how the published generation_config.json samples."""
+    path, told = folder / "generation_config.json", {}
+    if path.is_file():
+        told = json.loads(path.read_text(encoding="utf-8"))
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**{name: told[name] for name in SAMPLING if name in told} | ids)
+
+
+def make_tokenizer(folder: Path, config: LlamaConfig):
+    """The fast tokenizer of a published folder, or None, said in one line, where it has none."""
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        cli.say(f"{folder} has no tokenizer.model: only the weights are converted")
+        return None
+    proto = fast_tokenizer.read_model(path)
+    tokenizer = fast_tokenizer.make_tokenizer(proto, model_max_length=config.max_position_embeddings)
+    fast_tokenizer.compare(tokenizer, proto)
+    if len(tokenizer) > config.vocab_size:
+        raise SystemExit(f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; not its tokenizer?")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if wrong := [f"{k} {getattr(config, k)}, not {v}" for k, v in ids.items() if getattr(config, k) != v]:
+        raise SystemExit(f"{path} does not fit config.json: there is {', '.join(wrong)}")
+    template = "the chat template of Baichuan2-Chat" if tokenizer.chat_template else "no chat template (no turn tokens)"
+    cli.say(f"tokenizer: {len(proto.pieces):,} pieces, {template}")
+    return tokenizer
+
+
+# ---- LoRA adapters ----------------------------------------------------------------------------------------------
+
+
+def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
+    """A peft adapter trained on the published code -> one for the converted model `base`; the same update of weights.
+
+    Of W_pack + s B A the rows of B are split in thirds like those of W_pack, and each part keeps A.
+    """
+    if base is None:
+        raise SystemExit("an adapter needs --base, the folder of its converted base model")
+    settings, config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), base_config(base)
+    if wrong := [f"{k}={settings[k]}" for k, plain in PLAIN_LORA.items() if (settings.get(k) or plain) != plain]:
+        raise SystemExit(f"{folder}: only plain LoRA can be converted, not {', '.join(wrong)}")
+    shapes = {k.removesuffix(".weight"): v.shape for k, v in empty_weights(config).items() if "proj" in k}
+    names, tensors = native_names(shapes), {}
+    for name, tensor in adapter_tensors(folder).items():
+        module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if module not in names or part not in ("lora_A", "lora_B"):
+            raise SystemExit(f"{folder}: {name} has no place in Baichuan")
+        new = names[module]
+        rows, columns = shapes[new[0]]
+        wanted = [settings["r"], columns] if part == "lora_A" else [len(new) * rows, settings["r"]]
+        check_shape(name, tensor.shape, wanted)
+        parts = [tensor] * len(new) if part == "lora_A" else tensor.chunk(len(new))
+        tensors |= {f"base_model.model.{one}.{part}.weight": x.clone() for one, x in zip(new, parts, strict=True)}
+    kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    settings |= {"base_model_name_or_path": base, "target_modules": kinds}
+    with Draft(out) as part:
+        save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+        adapter.remember_base(part, base)
+    cli.say(f"{out}: adapter for {base} on {', '.join(kinds)}")
+
+
+def base_config(base: str) -> LlamaConfig:
+    config = AutoConfig.from_pretrained(base)
+    if not isinstance(config, LlamaConfig):
+        raise SystemExit(f"--base {base} is not a converted Baichuan")
+    return config
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a peft folder, in either of its formats."""
+    if (folder / "adapter_model.safetensors").is_file():
+        return load_file(folder / "adapter_model.safetensors")
+    if (folder / "adapter_model.bin").is_file():
+        return read_pickle(folder / "adapter_model.bin")
+    raise SystemExit(f"{folder} has no adapter_model.safetensors and no adapter_model.bin")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a published checkpoint, or of an adapter for one")
+    parser.add_argument("--output_dir", required=True, help="where the result goes; must be empty")
+    parser.add_argument("--keep_norm_head", action="store_true", help="of a 7B: its head can then be trained, too")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as it is")
+    parser.add_argument("--base", help="for an adapter: the converted base model")
+    parser.add_argument("--max_shard_size", type=float, default=SHARD_GB, help="GB in one file of weights")
+    args = parser.parse_args()
+    folder, out = Path(args.model), Path(args.output_dir)
+    Draft(out)  # tells at once when there is something
+    if (folder / "adapter_config.json").is_file():
+        return to_native_adapter(folder, out, args.base)
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"--model {folder}: no folder with a config.json; download the checkpoint first")
+    to_native(folder, out, args.keep_norm_head, args.dtype, args.max_shard_size)
+
+
+if __name__ == "__main__":
+    cli.run(main)
