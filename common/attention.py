@@ -7,11 +7,15 @@ sliding windows) goes to transformers' own sdpa implementation, mask included.
 On CPU torch's fused attention is slow in backward and for short documents, so documents up to LONG tokens are computed
 with explicit matrix products: heads that share a key/value head are folded into the rows, queries go in blocks that
 skip the keys of the future, and backward computes the probabilities again instead of keeping them for every layer.
+
+Sequences may share a beginning that stands in the row once: `key_columns` names the columns of the keys of each
+sequence, one after another, with boundaries `cu_seq_lens_k`; its queries are the last of them (`cu_seq_lens_q`).
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,9 +60,17 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     plain = not dropout and getattr(module, "is_causal", True) and not any(
         kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache")
     )  # fmt: skip
-    longest = kwargs.get("max_length_q")
-    near = sliding_window is None or (longest is not None and longest <= sliding_window)
+    longest, columns, far = kwargs.get("max_length_q"), kwargs.get("key_columns"), kwargs.get("max_length_k")
+    near = sliding_window is None or (far is not None and far <= sliding_window)
     compute = compute_packed(query) if packed and plain and near else None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if columns is not None:
+        if not (packed and plain and near):
+            raise ValueError("this model's attention cannot share a beginning between sequences")
+        query, key, value = (_autocast(x)[0] for x in (query, key, value))
+        key, value = key.index_select(1, columns), value.index_select(1, columns)
+        key_starts, compute = kwargs["cu_seq_lens_k"], compute or _sequence_by_sequence
+        return compute(query, key, value, starts, longest, scale, key_starts=key_starts, longest_key=far)[None], None
     if compute is None:
         if (
             starts is not None and len(starts) > 2 and not lazy
@@ -68,7 +80,6 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (_autocast(x)[0] for x in (query, key, value))
     return compute(query, key, value, starts, longest, scale)[None], None
 
@@ -138,6 +149,18 @@ def _document_by_document(query, key, value, starts, scale, slopes):
     return torch.cat(parts)
 
 
+def _sequence_by_sequence(query, key, value, starts, longest, scale, key_starts, longest_key=None):
+    """torch's own attention on each sequence, whose queries are the last of its keys; where no kernel above runs."""
+    edges, key_edges, parts = _on_host(starts).tolist(), _on_host(key_starts).tolist(), []
+    for (a, b), (c, d) in zip(pairwise(edges), pairwise(key_edges), strict=True):
+        seen = torch.ones(b - a, d - c, dtype=torch.bool, device=query.device).tril_(d - c - b + a)
+        q, k, v = query[None, :, a:b], key[None, :, c:d], value[None, :, c:d]
+        grouped = len(query) != len(key)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+        parts.append(o[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
 def compute_packed(query: Tensor):
     """The function that computes a packed row on this device in this dtype; None where only a block mask is left."""
     if query.device.type == "cpu":
@@ -189,8 +212,15 @@ def _torch_varlen(query, key, value, starts, longest, scale, key_starts=None, lo
     )  # fmt: skip
 
 
-def _on_cpu(query, key, value, starts, longest, scale, slopes=()):
-    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per head (then H = K)."""
+def _on_cpu(query, key, value, starts, longest, scale, slopes=(), key_starts=None, longest_key=None):
+    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per head (then H = K).
+
+    key_starts: boundaries of the keys where they are not those of the queries; queries are then the last of their keys.
+    """
+    if key_starts is not None:
+        edges = tuple(starts.tolist()), tuple(key_starts.tolist())
+        blocks = functools.partial(iter, _shared_blocks(*edges, len(query) // len(key), query.dtype))
+        return Products.apply(query, key, value, blocks, scale)
     runs = _plan(tuple(starts.tolist()), len(query) // len(key), query.dtype, slopes)
     sizes = [size for size, _ in runs]
     parts = []
@@ -272,8 +302,41 @@ def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple = ())
             yield start + a, start + b, start, start + b, block
 
 
+@functools.lru_cache(maxsize=4)  # all layers of a step ask for the same ones
+def _shared_blocks(edges: tuple, key_edges: tuple, group: int, dtype: torch.dtype) -> list[tuple]:
+    """What Products takes for sequences whose queries are the last of their keys; short neighbours share a block."""
+    sequences, blocks, joined = list(zip(pairwise(edges), pairwise(key_edges), strict=True)), [], []
+    longest = max(d - c for _, (c, d) in sequences)
+    stairs = staircase(group, dtype, (), -(-longest // 1024) * 1024 + BLOCK)
+
+    def flush():
+        if joined:
+            (a, _), (c, _) = joined[0]
+            (_, b), (_, d) = joined[-1]
+            seen = [torch.ones(y - x, w - v, dtype=torch.bool).tril_(w - v - y + x) for (x, y), (v, w) in joined]
+            bias = torch.zeros(b - a, d - c, dtype=dtype).masked_fill_(~torch.block_diag(*seen).bool(), -torch.inf)
+            blocks.append((a, b, c, d, bias.repeat(group, 1)))
+            joined.clear()
+
+    for (a, b), (c, d) in sequences:
+        if d - c <= BLOCK:
+            if joined and d - joined[0][1][0] > BLOCK:
+                flush()
+            joined.append(((a, b), (c, d)))
+            continue
+        flush()
+        for x in range(a, b, BLOCK):
+            y = min(b, x + BLOCK)
+            past = d - c - (b - x)  # keys before the block's first query
+            left = stairs.shape[2] - BLOCK - past
+            bias = stairs[:, : y - x, left : left + past + y - x].reshape(group * (y - x), -1)
+            blocks.append((x, y, c, c + past + y - x, bias))
+    flush()
+    return blocks
+
+
 class Products(torch.autograd.Function):
-    """Attention in blocks of queries: query [H, T, d], key and value [K, T, d] -> [T, H, d]. The backward computes the
+    """Attention in blocks of queries: query [H, T, d], key and value [K, S, d] -> [T, H, d]. The backward computes the
     probabilities again instead of keeping them.
 
     blocks: callable that yields (start, end) of the queries, (first, last) of their keys, and the bias, as one tuple of
@@ -309,7 +372,7 @@ class Products(torch.autograd.Function):
         # laid out like the projections that they flow back into
         d_query = torch.empty(tokens, heads, size, dtype=query.dtype).view(tokens, groups, -1, size).permute(1, 2, 0, 3)
         d_key, d_value = (
-            torch.zeros(tokens, groups, size).transpose(0, 1) for _ in range(2)
+            torch.zeros(key.shape[1], groups, size).transpose(0, 1) for _ in range(2)
         )  # fp32: blocks are summed
         with torch.autocast("cpu", enabled=False):
             for a, b, first, last, bias in ctx.blocks():

@@ -62,7 +62,7 @@ def typed(name: str) -> bool:
 def modern_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
     """Translate old spellings to `known` ones, with one warning that names them all."""
     out, told, skip_value = [], [], False
-    for word in argv:
+    for word, after in zip(argv, [*argv[1:], "--"], strict=False):
         if skip_value and not word.startswith("--"):
             skip_value = False
             continue
@@ -80,9 +80,10 @@ def modern_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
                 continue
             name = new
         elif name == "group_by_length":
-            told.append("--group_by_length -> --train_sampling_strategy group_by_length")
-            out += ["--train_sampling_strategy", "group_by_length"]
-            skip_value = not equals
+            skip_value, value = not equals, value if equals else after
+            strategy = "random" if value.lower() in ("false", "0", "no") else "group_by_length"
+            told.append(f"--group_by_length -> --train_sampling_strategy {strategy}")
+            out += ["--train_sampling_strategy", strategy]
             continue
         new = RENAMED_QUIETLY.get(name, name)
         out.append(f"--{new if new in known else name}{equals}{value}")

@@ -114,8 +114,7 @@ class NumberedRows(torch.utils.data.Dataset):
 
 
 def _numbered(rows, index: int) -> dict:
-    row = rows[index]
-    return {"row_id": index, "input_ids": row["input_ids"], "labels": row["labels"]}
+    return {**rows[index], "row_id": index}
 
 
 def _lengths(rows) -> np.ndarray:

@@ -71,25 +71,18 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, scale, count):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        rows, vocab = len(hidden), len(weight)
-        h, w = hidden.to(dtype), weight.to(dtype)
-        chunk = _chunk_rows(h.device, vocab)
+        rows, h, w = len(hidden), hidden.to(dtype), weight.to(dtype)
         log_probs = torch.zeros(rows, dtype=torch.float32, device=h.device)
         correct = torch.zeros(rows, dtype=torch.bool, device=h.device)
-        buffer = torch.empty(min(chunk, rows), vocab, dtype=dtype, device=h.device)
         ctx.hidden = torch.empty_like(h) if need_hidden else None
         ctx.weight = torch.empty_like(weight) if need_weight and rows else None
         ctx.bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for part in _pieces(rows, chunk):
-            x, logits = h[part], buffer[: part.stop - part.start]
-            torch.mm(x, w.t(), out=logits)
-            if bias is not None:
-                logits += bias
+        for part, logits in _logit_chunks(h, w, bias):
             _softmax_loss_(logits, targets[part], log_probs[part], correct[part] if count else None)
             if need_hidden:
                 torch.mm(logits, w, out=ctx.hidden[part])
             if ctx.weight is not None:
-                _add_weight_grad_(ctx.weight, logits, x, scale, part.start == 0)
+                _add_weight_grad_(ctx.weight, logits, h[part], scale, part.start == 0)
             if need_bias:
                 ctx.bias += logits.sum(0, dtype=torch.float32)
         ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.shape, weight.dtype)
@@ -107,6 +100,57 @@ class _HeadLoss(torch.autograd.Function):
         elif weight is not None and not (grad.device.type == "cpu" and grad == 1):
             weight.mul_(grad)  # usually 1 on CPU: the scale is already in
         return hidden, weight, bias, None, None, None, None
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> log_probs [N], each with a gradient of its own.
+
+    A frozen head needs no second product in backward: d(log_prob)/d(hidden) is kept, [N, D]. For a head that trains the
+    logits are computed again, chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype):
+        need_hidden, *need_head = ctx.needs_input_grad[:3]
+        h, w = hidden.to(dtype), weight.to(dtype)
+        log_probs = torch.zeros(len(hidden), dtype=torch.float32, device=h.device)
+        ctx.slope = torch.empty_like(h) if need_hidden and not any(need_head) else None
+        for part, logits in _logit_chunks(h, w, bias):
+            _softmax_loss_(logits, targets[part], log_probs[part], None)
+            if ctx.slope is not None:
+                torch.mm(logits, w, out=ctx.slope[part])
+        ctx.inputs = (hidden, weight, bias, targets, dtype) if any(need_head) else None
+        ctx.hidden_dtype = hidden.dtype
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.inputs is None:
+            return (ctx.slope * -grad[:, None]).to(ctx.hidden_dtype), None, None, None, None
+        hidden, weight, bias, targets, dtype = ctx.inputs
+        h, w, scratch = hidden.to(dtype), weight.to(dtype), torch.empty_like(grad)
+        d_hidden, d_weight = torch.empty_like(h), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for part, logits in _logit_chunks(h, w, bias):
+            _softmax_loss_(logits, targets[part], scratch[part], None)
+            logits *= -grad[part, None]
+            torch.mm(logits, w, out=d_hidden[part])
+            _add_weight_grad_(d_weight, logits, h[part], 1.0, part.start == 0)
+            if bias is not None:
+                d_bias += logits.sum(0, dtype=torch.float32)
+        return d_hidden.to(hidden.dtype), d_weight, None if bias is None else d_bias.to(bias.dtype), None, None
+
+
+def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    """Yields (slice, logits [n, V]); the logits share one buffer."""
+    rows, size = len(hidden), _chunk_rows(hidden.device, len(weight))
+    buffer = torch.empty(min(size, rows), len(weight), dtype=hidden.dtype, device=hidden.device)
+    for part in _pieces(rows, size):
+        logits = buffer[: part.stop - part.start]
+        torch.mm(hidden[part], weight.t(), out=logits)
+        if bias is not None:
+            logits += bias
+        yield part, logits
 
 
 class _State:
@@ -171,8 +215,13 @@ def _head_forward(self, hidden, *args, **kwargs):
 def _head_loss(head: nn.Module, rows: Tensor, state: _State) -> tuple[Tensor, Tensor | None]:
     """Sets state.loss; returns the targets' log-probabilities and (in eval mode) which were the most likely token."""
     kind = rows.device.type
-    if type(head) is nn.Linear and not state.per_token:
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    if type(head) is nn.Linear and state.per_token:
+        with torch.autocast(kind, enabled=False):
+            log_probs = _HeadLogProbs.apply(rows, head.weight, head.bias, state.targets, dtype)
+        state.loss = -log_probs.sum() / _items(state)
+        return log_probs, None
+    if type(head) is nn.Linear:
         # on CPU reading the count is free, and a gradient that is scaled while computed saves a pass over [V, D]
         scale = 1 / max(1, float(_items(state))) if kind == "cpu" else 1.0
         with torch.autocast(kind, enabled=False):
@@ -277,12 +326,14 @@ def check_chunked_loss(model: nn.Module, tolerance: float = 1e-2) -> None:
         _refuse(inner, f"has another loss in chunks ({chunked[0]:.4f}) than from full logits ({stock:.4f})")
 
 
-def sequence_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs) -> Tensor:
-    """Sum of the log-probabilities of each sequence's label tokens, in fp32 and with a graph, without full logits.
+def answer_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs) -> tuple[Tensor, Tensor, int]:
+    """Log-probability of each label token, in fp32 and with a graph, without full logits.
 
     Args:
         model: under `use_chunked_loss`; may be wrapped (peft, DDP, DeepSpeed).
-        input_ids, labels: [B, T] padded rows -> [B]; or one packed row [1, T] with cu_seq_lens_q [n + 1] -> [n].
+        input_ids, labels: [B, T] padded rows, or one packed row [1, T] with cu_seq_lens_q [n + 1].
+    Returns:
+        log_probs [N] in the order of the labels, the sequence each belongs to [N], and the number of sequences.
     """
     inner = next(m for m in model.modules() if "_stock_loss" in m.__dict__)
     state, batch, length = inner._chunked, *labels.shape
@@ -294,5 +345,10 @@ def sequence_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inp
     index = (F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten() != IGNORE).nonzero().squeeze(1)
     starts = inputs.get("cu_seq_lens_q")
     starts = torch.arange(0, batch * length + 1, length) if starts is None else starts
-    owner = torch.bucketize(index, starts.to(index)[1:], right=True)
-    return torch.zeros(len(starts) - 1, device=log_probs.device).index_add(0, owner, log_probs)
+    return log_probs, torch.bucketize(index, starts.to(index)[1:], right=True), len(starts) - 1
+
+
+def sequence_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs) -> Tensor:
+    """Sum of the log-probabilities of each sequence's label tokens, as `answer_logprobs` gives them: [B], or [n]."""
+    log_probs, owner, count = answer_logprobs(model, input_ids, labels, **inputs)
+    return torch.zeros(count, device=log_probs.device).index_add(0, owner, log_probs)

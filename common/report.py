@@ -14,6 +14,7 @@ KEYS = (
     "recipe", "model", "device", "dtype", "world_size", "rows", "tokens", "seconds", "tokens_per_second",
     "peak_memory_mb", "loss", "metrics", "versions", "command",
 )  # fmt: skip
+PLOTS = {"loss": "loss per label token"}
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "torch-npu")
 
 
@@ -31,33 +32,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def plot_loss(history: list[dict], path: Path, title: str) -> None:
-    """Training loss (raw and smoothed) and held-out loss over steps, as PNG."""
+def plot_curve(history: list[dict], key: str, path: Path, title: str, ylabel: str) -> None:
+    """`key` in training (raw and smoothed) and held out (eval_<key>) over steps, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train = [(e["step"], e["loss"]) for e in history if "loss" in e]
-    held_out = sorted({(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e})
+    train = [(e["step"], e[key]) for e in history if key in e]
+    held_out = sorted({(e["step"], e[f"eval_{key}"]) for e in history if f"eval_{key}" in e})
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     if train:
-        steps, losses = zip(*train, strict=True)
-        window = len(losses) // 50  # on each side; a short history is shown as it is
-        smooth = [
-            sum(part) / len(part) for part in (losses[max(0, i - window) : i + window + 1] for i in range(len(losses)))
-        ]
+        steps, values = zip(*train, strict=True)
+        window = len(values) // 50  # on each side; a short history is shown as it is
+        parts = (values[max(0, i - window) : i + window + 1] for i in range(len(values)))
+        smooth = [sum(part) / len(part) for part in parts]
         axes.plot(
-            steps, losses, color="tab:blue", alpha=0.3 if window else 1, linewidth=1 if window else 2, label="train"
+            steps, values, color="tab:blue", alpha=0.3 if window else 1, linewidth=1 if window else 2, label="train"
         )
         if window:
             axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="train, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="loss per label token", title=title)
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel=ylabel, title=title)
+    if min([value for _, value in [*train, *held_out]], default=0) >= 0:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or held_out:
+        axes.legend()
     figure.tight_layout()
     part = path.with_suffix(".part.png")
     figure.savefig(part)
@@ -80,24 +82,28 @@ def _number(value) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}"
 
 
-def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict]) -> str:
-    """Write loss.png, report.json and report.md into `out`; returns the table to print.
+def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict], plots: dict = PLOTS) -> str:
+    """Write report.json, report.md and a picture of each curve (loss.png, ...) into `out`; returns the table to print.
 
     Args:
         facts: a value for each of KEYS but "versions"; more keys are welcome.
         history: the Trainer's log_history.
         samples: [{"prompt", "reference", "before", "after", ...}], shown in report.md, whole in report.json.
+        plots: key in the history -> label of its axis; the picture is called after what follows the key's last "/".
     """
     facts = {**facts, "versions": versions(), "samples": samples}
     missing = [key for key in KEYS if key not in facts]
     if missing:
         raise ValueError(f"report lacks {missing}")
-    plot_loss(history, out / "loss.png", f"{facts['recipe']}: {facts['model']}")
+    pictures = {key: f"{key.split('/')[-1]}.png" for key in plots}
+    for key, name in pictures.items():
+        plot_curve(history, key, out / name, f"{facts['recipe']}: {facts['model']}", plots[key])
     table = before_after(facts["metrics"])
     rows, dropped = facts["rows"], ", ".join(f"{n} {why}" for why, n in facts["rows"]["dropped"].items())
+    shown = [f"![{key}]({name})" for key, name in pictures.items()]
     by_epoch = ", ".join(f"{peak:,.0f}" for peak in facts.get("peak_memory_mb_by_epoch", ()))
     text = [
-        f"# {facts['recipe']}: {facts['model']}", "", table, "", "![loss](loss.png)", "",
+        f"# {facts['recipe']}: {facts['model']}", "", table, "", *shown, "",
         f"- {facts['device']}, {facts['world_size']} process(es), {facts['dtype']}",
         f"- rows: {rows['read']:,} read, {rows['used']:,} used for training, {rows.get('held_out', 0):,} held out; "
         f"dropped: {dropped or 'none'}",

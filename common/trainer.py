@@ -36,6 +36,8 @@ class RecipeTrainer(Trainer):
     The batch may carry `row_ids` (list of ints); it is taken out before the model sees the batch.
     """
 
+    plots = report.PLOTS  # what the report draws: name of the logged value -> what its axis says
+
     def __init__(
         self,
         *args,
@@ -62,6 +64,7 @@ class RecipeTrainer(Trainer):
     # ---- before the first step ----
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.before_measuring()
         out = Path(self.args.output_dir)
         run = json.loads((out / RUN_FILE).read_text()) if (out / RUN_FILE).is_file() else {}
         if resume_from_checkpoint is not None and run.get("before"):
@@ -84,6 +87,9 @@ class RecipeTrainer(Trainer):
         self.safe_stop.listen()
         self._started = time.time()
         return prepared
+
+    def before_measuring(self) -> None:
+        """For subclasses: the model is wrapped (DDP, DeepSpeed), a checkpoint is loaded, nothing is measured yet."""
 
     def measure_all(self) -> dict:
         """evaluate() and the recipe's own measure: {"metrics": {...}, "samples": [...]}. Call on every rank."""
@@ -151,12 +157,16 @@ class RecipeTrainer(Trainer):
         row_ids = inputs.pop("row_ids", [])
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             self.stop_on_rows("has not a single label to train on")
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = self.loss_of(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss).all():
             self._row_ids = row_ids  # of the whole step until here
             self.stop_on_rows(f"gave a loss of {loss.item()}")
         return result
+
+    def loss_of(self, model, inputs, return_outputs, num_items_in_batch):
+        """For subclasses with a loss of their own: the batch without row_ids -> loss, or (loss, outputs)."""
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs):
         return 0  # the stock estimate counts padded tokens; tokens per second are reported instead
@@ -241,7 +251,7 @@ class RecipeTrainer(Trainer):
         # a generator of its own: the loader would draw from the global one, and resume would not be exact
         loader = DataLoader(share, size, collate_fn=self.data_collator, generator=torch.Generator())
         rounds = math.ceil(math.ceil(len(data) / world) / size)
-        model, sums = self.model_wrapped, torch.zeros(3, dtype=torch.float32, device=self.args.device)
+        model, sums = self.model_wrapped, 0.0
         was_training = model.training
         model.eval()
         batch = None
@@ -254,22 +264,26 @@ class RecipeTrainer(Trainer):
                     batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
                 inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "row_ids"})
                 with self.compute_loss_context_manager():
-                    sums += model(**inputs).logits[:3].detach().float()
+                    sums = sums + self.eval_sums(model, inputs)
         model.train(was_training)
         if world > 1:
             dist.all_reduce(sums)
-        loss = (sums[0] / sums[2].clamp(min=1)).item()
-        metrics = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 50)),
-            "token_accuracy": (sums[1] / sums[2].clamp(min=1)).item(),
-        }
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.eval_metrics(sums.tolist()).items()}
         if not quiet:
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             cli.say("  held out: " + ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items()))
         return metrics
+
+    def eval_sums(self, model, inputs) -> torch.Tensor:
+        """One batch -> what is summed over batches and ranks, fp32 [n]; 0 for a batch without a label."""
+        return model(**inputs).logits[:3].detach().float()
+
+    def eval_metrics(self, sums: list[float]) -> dict[str, float]:
+        """The sums over the held-out set -> metrics."""
+        loss, correct, labels = sums
+        loss, labels = loss / max(1, labels), max(1, labels)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50)), "token_accuracy": correct / labels}
 
     # ---- checkpoints ----
     def _save_checkpoint(self, model, trial):
@@ -371,8 +385,9 @@ class RecipeTrainer(Trainer):
             samples = [{**s, "before": old.get(same(s), ""), "after": s["answer"]} for s in after["samples"]]
             samples = samples[:: max(1, len(samples) // 12)][:12]
             ends = [(0, facts["metrics"]["before"]), (self.state.global_step, after["metrics"])]
-            ends = [{"step": step, "eval_loss": metrics["loss"]} for step, metrics in ends if "loss" in metrics]
-            table = report.write_report(out, facts, [*self.state.log_history, *ends], samples)
+            ends = [{"step": step} | {f"eval_{k}": metrics[k] for k in self.plots if k in metrics}
+                    for step, metrics in ends]  # fmt: skip
+            table = report.write_report(out, facts, [*self.state.log_history, *ends], samples, self.plots)
             run = json.loads((out / RUN_FILE).read_text())
             write_run_file(out, run | {"step": self.state.global_step})
             self.state.save_to_json(str(out / "trainer_state.json"))

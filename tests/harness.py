@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import forking
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
@@ -35,12 +39,45 @@ def environment(**extra) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
 
 
+_servers: dict[str, forking.Server | None] = {}
+
+
+def forked_python(env: dict) -> str | None:
+    """The client of a fork server (tests/forking.py) for processes with these variables; None when first asked for, as
+    a server costs as much as one process."""
+    key = json.dumps(forking.watched(env), sort_keys=True)
+    if key in _servers and _servers[key] is None:
+        _servers[key] = forking.Server(Path(tempfile.mkdtemp(prefix="danpu-fork-")), env)
+    return str(_servers[key].python) if _servers.setdefault(key, None) else None
+
+
+@functools.cache
+def settled(env: str) -> dict:
+    """Variables (JSON) as launch.sh leaves them to the processes it starts on an NPU."""
+    script = 'source "$0"; quiet_libraries; npu_settings; env -0'
+    command = ["bash", "-c", script, ROOT / "common/launch.sh"]
+    done = subprocess.run(command, env=json.loads(env), text=True, capture_output=True, check=True)
+    found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
+    return {k: v for k, v in found.items() if k not in ("_", "SHLVL", "PWD", "OLDPWD")}
+
+
 def start(command: list, **env) -> subprocess.Popen:
-    """Start a command in a process group of its own; stdout and stderr are kept apart."""
+    """Start a command in a process group of its own; stdout and stderr are kept apart.
+
+    Python processes with equal variables, the ranks they launch, and those that shells launch on simulated NPUs are
+    forks of a server that has the libraries imported. Runs of shells on the CPU start as a user's do.
+    """
+    words, folder, env = [str(word) for word in command], env.pop("cwd", ROOT), environment(**env)
+    is_python = words[0] in ("python", sys.executable)
+    if not is_python and "NPU_SIM_SOC" in env:
+        env = settled(json.dumps(env))
+    client = forked_python(env) if is_python or "NPU_SIM_SOC" in env else None
+    if client:
+        env["PYTHON_EXEC"] = client
+        words[0] = client if is_python else words[0]
     return subprocess.Popen(
-        [str(word) for word in command], cwd=env.pop("cwd", ROOT), env=environment(**env), text=True,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        words, cwd=folder, env=env, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def finish(process: subprocess.Popen, timeout: int = TIMEOUT) -> subprocess.CompletedProcess:

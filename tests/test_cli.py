@@ -34,6 +34,14 @@ def test_defaults_of_the_recipe_and_of_tiny(tmp_path):
     assert training.learning_rate == 1
 
 
+@pytest.mark.parametrize(
+    "words, strategy", [("", "group_by_length"), (" true", "group_by_length"), (" false", "random")]
+)
+def test_grouping_can_be_switched_off(words, strategy):
+    given = f"--group_by_length{words} --seed 1".split()
+    assert cli.modern_flags(given, ["seed"]) == ["--train_sampling_strategy", strategy, "--seed", "1"]
+
+
 def test_old_spellings_are_translated_with_one_warning(tmp_path, capsys):
     words = "--evaluation_strategy steps --eval_steps 5 --warmup_ratio 0.1 --save_safetensors true --group_by_length"
     words += " --logging_dir x"

@@ -1,0 +1,193 @@
+"""Processes that start with torch and its friends imported: tests spend most of their time on those imports.
+
+A server imports the libraries once (nothing of the project) and forks itself for each process that a test, or a
+launcher under test, wants to start. What is started instead of Python is a small client: it hands its arguments,
+variables, folder and streams to the server, passes signals on and ends as its process ended. Where the variables would
+change what the libraries read at import, the client becomes the real Python.
+
+    server = forking.Server(folder)      # folder/python is the client; goes with this process
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+LIBRARIES = (
+    "torch", "torch.distributed.run", "transformers.trainer", "transformers.generation", "transformers.masking_utils",
+    "transformers.models.llama.modeling_llama", "deepspeed", "peft", "datasets", "evaluate", "matplotlib.pyplot",
+    "torch.utils.tensorboard", "accelerate", "psutil",
+)  # fmt: skip
+READ_AT_IMPORT = (  # beginnings of variables
+    "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "PYTHON", "DS_", "CUDA_", "TORCH", "LD_", "ASCEND", "NPU", "NUMEXPR", "MPL",
+    "DANPU_DEVICE", "DANPU_VERBOSE", "ACCELERATE_", "XDG_", "HOME", "LANG", "LC_",
+)  # fmt: skip
+NOT_READ = ("TORCHELASTIC", "TORCH_EXTENSIONS_DIR", "TORCH_NCCL", "PYTHON_EXEC", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+
+CLIENT = """
+import os, signal, socket, sys
+def become_python():
+    os.execv(PYTHON, [PYTHON, *sys.argv[1:]])
+seen = {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(NOT_READ)}
+if seen != KNOWN:
+    if "DANPU_FORK_DEBUG" in os.environ:
+        print({k: (seen.get(k), KNOWN.get(k)) for k in {*seen, *KNOWN} if seen.get(k) != KNOWN.get(k)}, file=sys.stderr)
+    become_python()
+import json
+line = socket.socket(socket.AF_UNIX)
+try:
+    line.connect(ADDRESS)
+except OSError:
+    become_python()
+what = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(line, [len(what).to_bytes(4, "big")], [0, 1, 2])
+line.sendall(what)
+pid = int.from_bytes(line.recv(4), "big")
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+status = line.recv(4)
+code = os.waitstatus_to_exitcode(int.from_bytes(status, "big")) if len(status) == 4 else 70
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+def watched(env: dict) -> dict:
+    return {k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(NOT_READ)}
+
+
+class Server:
+    """Starts the server beside this process; `python` is the client to start instead of sys.executable."""
+
+    def __init__(self, folder: Path, env: dict):
+        """env: variables of the processes to come; see READ_AT_IMPORT."""
+        address, self.python = folder / "socket", folder / "python"
+        names = {"PYTHON": sys.executable, "KNOWN": watched(env), "ADDRESS": str(address)}
+        names |= {"READ_AT_IMPORT": READ_AT_IMPORT, "NOT_READ": NOT_READ}
+        head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
+        self.python.write_text(f"#!{sys.executable} -IS\n{head}{CLIENT}")
+        self.python.chmod(0o755)
+        command = [sys.executable, __file__, address]
+        # it ends when this pipe closes, that is, with this process
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.process.stdout.readline() != "ready\n":
+            raise RuntimeError("the fork server did not start")
+
+
+def serve(address: str) -> list[str]:
+    """Fork for each client; returns, in a fork, the arguments of the process it is to be."""
+    import gc
+    import importlib
+    import selectors
+
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    woken, wake = socket.socketpair()
+    for end in (woken, wake):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno())
+    print("ready", flush=True)
+    selector, lines = selectors.DefaultSelector(), {}
+    for source in (listener, woken, 0):
+        selector.register(source, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj == 0:
+                for pid in lines:
+                    os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            elif key.fileobj is listener:
+                line, _ = listener.accept()
+                if words := fork(line, lines, (listener, woken, wake)):
+                    return words
+                selector.register(line, selectors.EVENT_READ)
+            elif key.fileobj is woken:
+                woken.recv(4096)
+                bury(lines, selector)
+            else:  # a client has gone before its process
+                selector.unregister(key.fileobj)
+                for pid in [pid for pid, line in lines.items() if line is key.fileobj]:
+                    os.kill(pid, signal.SIGKILL)
+
+
+def fork(line: socket.socket, lines: dict, own: tuple) -> list[str] | None:
+    """In the new process its arguments, in the server None."""
+    size, streams, *_ = socket.recv_fds(line, 4, 3)
+    what = b""
+    while len(what) < int.from_bytes(size, "big"):
+        what += line.recv(1 << 20)
+    pid = os.fork()
+    if pid:
+        for stream in streams:
+            os.close(stream)
+        lines[pid] = line
+        line.sendall(pid.to_bytes(4, "big"))
+        return None
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for other in (*own, *lines.values(), line):
+        other.close()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    words, env, folder = json.loads(what)
+    os.environ.clear()
+    os.environ.update(env)
+    os.environ.pop("DANPU_LAUNCHER", None)  # the launcher is not this process's parent
+    os.chdir(folder)
+    return words
+
+
+def bury(lines: dict, selector) -> None:
+    """Tell the clients how their processes ended."""
+    while lines:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        line = lines.pop(pid)
+        try:
+            selector.unregister(line)
+            line.sendall(status.to_bytes(4, "big"))
+        except (OSError, KeyError):
+            pass
+        line.close()
+
+
+def run(words: list[str]) -> None:
+    """Be `python words`."""
+    import runpy
+
+    if words[0] == "-u":
+        words = words[1:]
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)
+    sys.path.pop(0)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(serve(sys.argv[1]))
