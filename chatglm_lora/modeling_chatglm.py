@@ -128,8 +128,18 @@ class Attention(nn.Module):
         if documents is not None:
             out = prefix_attention(query[0], key[0], value[0], documents)[None]
         else:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+            out = attend(query, key, value, mask).transpose(1, 2)
         return self.dense(out.flatten(-2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """query [B, H, T, d], key and value [B, H, S, d], mask bool or None -> [B, H, T, d]."""
+    if query.shape[2] > 1 or query.device.type != "cpu" or query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # one query a row: torch's fused kernel for CPUs takes ten times as long in half precision
+    scores = torch.matmul(query, key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+    scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.matmul(torch.softmax(scores, -1).to(value.dtype), value)
 
 
 class MLP(nn.Module):
