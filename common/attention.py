@@ -24,6 +24,7 @@ from torch.nn import functional as F
 NAME = "packed"
 PACKS = {NAME}  # implementations that keep packed rows apart; a recipe that brings its own adds it
 BLOCK = 128  # query rows of one product; documents are joined up to this length under one small mask
+STEP = 32  # sizes of products are multiples of it: oneDNN compiles a kernel for every new shape in half precision
 LONG = {torch.bfloat16: 768, torch.float16: 768, torch.float32: 640}  # from here torch's fused attention is faster
 
 
@@ -230,7 +231,7 @@ def _on_cpu(query, key, value, starts, longest, scale, slopes=(), key_starts=Non
             o = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa)
             parts.append(o[0].transpose(0, 1))
         else:
-            blocks = functools.partial(_blocks, documents, len(q) // len(k), q.dtype, slopes)
+            blocks = functools.partial(_blocks, documents, len(q) // len(k), q.dtype, slopes, q.shape[1])
             parts.append(Products.apply(q, k, v, blocks, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -285,29 +286,35 @@ def staircase(group: int, dtype: torch.dtype, slopes: tuple = (), width: int = m
     return torch.full((BLOCK, width), -torch.inf, dtype=dtype).triu_(width - BLOCK + 1).repeat(group, 1, 1)
 
 
-def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple = ()):
+def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple, total: int):
     """Yields what Products takes: start and end of a block of queries, of its keys, and its bias."""
     longest = max(length for _, length, _ in documents)
     stairs = staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK) if slopes else staircase(group, dtype)
     for start, length, bias in documents:
         for a in range(0, length, BLOCK):
             b = min(length, a + BLOCK)
-            left = stairs.shape[2] - BLOCK - a
+            left, end = stairs.shape[2] - BLOCK - a, start + b
             if bias is not None:
                 block = bias
             elif slopes:
                 block = stairs[:, : b - a, left : left + b]
             else:
-                block = stairs[:, : b - a, left : left + b].reshape(group * (b - a), b)
-            yield start + a, start + b, start, start + b, block
+                rows, end = _round_up(b - a, total - start - a), start + _round_up(b, total - start)
+                block = _window(stairs, rows, left, end - start)
+            yield start + a, start + b, start, end, block
+
+
+def _round_up(size: int, most: int) -> int:
+    """The next multiple of STEP, but not above `most`."""
+    return min(-(-size // STEP) * STEP, most)
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a step ask for the same ones
 def _shared_blocks(edges: tuple, key_edges: tuple, group: int, dtype: torch.dtype) -> list[tuple]:
     """What Products takes for sequences whose queries are the last of their keys; short neighbours share a block."""
     sequences, blocks, joined = list(zip(pairwise(edges), pairwise(key_edges), strict=True)), [], []
-    longest = max(d - c for _, (c, d) in sequences)
-    stairs = staircase(group, dtype, (), -(-longest // 1024) * 1024 + BLOCK)
+    longest, queries, keys = max(d - c for _, (c, d) in sequences), edges[-1], key_edges[-1]
+    stairs = staircase(group, dtype, (), -(-longest // 1024) * 1024 + BLOCK + STEP)
 
     def flush():
         if joined:
@@ -315,7 +322,10 @@ def _shared_blocks(edges: tuple, key_edges: tuple, group: int, dtype: torch.dtyp
             (_, b), (_, d) = joined[-1]
             seen = [torch.ones(y - x, w - v, dtype=torch.bool).tril_(w - v - y + x) for (x, y), (v, w) in joined]
             bias = torch.zeros(b - a, d - c, dtype=dtype).masked_fill_(~torch.block_diag(*seen).bool(), -torch.inf)
-            blocks.append((a, b, c, d, bias.repeat(group, 1)))
+            rows, columns = _round_up(b - a, queries - a), _round_up(d - c, keys - c)
+            bias = F.pad(bias, (0, columns - (d - c)), value=-torch.inf)
+            bias = F.pad(bias, (0, 0, 0, rows - (b - a)))
+            blocks.append((a, b, c, c + columns, bias.repeat(group, 1)))
             joined.clear()
 
     for (a, b), (c, d) in sequences:
@@ -328,11 +338,18 @@ def _shared_blocks(edges: tuple, key_edges: tuple, group: int, dtype: torch.dtyp
         for x in range(a, b, BLOCK):
             y = min(b, x + BLOCK)
             past = d - c - (b - x)  # keys before the block's first query
+            rows, columns = _round_up(y - x, queries - x), _round_up(past + y - x, keys - c)
             left = stairs.shape[2] - BLOCK - past
-            bias = stairs[:, : y - x, left : left + past + y - x].reshape(group * (y - x), -1)
-            blocks.append((x, y, c, c + past + y - x, bias))
+            bias = _window(stairs, rows, left, columns)
+            blocks.append((x, y, c, c + columns, bias))
     flush()
     return blocks
+
+
+def _window(stairs: Tensor, rows: int, left: int, columns: int) -> Tensor:
+    """[group * rows, columns] of a staircase from column `left`; -inf where it ends."""
+    found = stairs[:, :rows, left : left + columns]
+    return F.pad(found, (0, columns - found.shape[2]), value=-torch.inf).reshape(-1, columns)
 
 
 class Products(torch.autograd.Function):
@@ -341,7 +358,13 @@ class Products(torch.autograd.Function):
 
     blocks: callable that yields (start, end) of the queries, (first, last) of their keys, and the bias, as one tuple of
     five: [H / K * queries, keys] for all heads, [H, queries, keys], or None where every key is seen. Every query once.
+    A bias for all heads may have more rows than there are queries: as many are computed, and left out.
     """
+
+    @staticmethod
+    def _rows(query, bias, a, b):
+        """Query rows of the product: those of the bias."""
+        return b - a if bias is None or bias.dim() == 3 else len(bias) // query.shape[1]
 
     @staticmethod
     def _probs(query, key, bias, scale):
@@ -359,8 +382,10 @@ class Products(torch.autograd.Function):
         folded = out.view(tokens, groups, -1, size).permute(1, 2, 0, 3)
         with torch.autocast("cpu", enabled=False):
             for a, b, first, last, bias in blocks():
-                probs = Products._probs(query[:, :, a:b], key[:, first:last], bias, scale)
-                folded[:, :, a:b] = torch.bmm(probs, value[:, first:last]).view(groups, -1, b - a, size)
+                rows = Products._rows(query, bias, a, b)
+                probs = Products._probs(query[:, :, a : a + rows], key[:, first:last], bias, scale)
+                heads_out = torch.bmm(probs, value[:, first:last]).view(groups, -1, rows, size)
+                folded[:, :, a:b] = heads_out[:, :, : b - a]
         return out
 
     @staticmethod
@@ -376,13 +401,18 @@ class Products(torch.autograd.Function):
         )  # fp32: blocks are summed
         with torch.autocast("cpu", enabled=False):
             for a, b, first, last, bias in ctx.blocks():
-                q, g, k, v = query[:, :, a:b], grad[:, :, a:b], key[:, first:last], value[:, first:last]
+                rows = Products._rows(query, bias, a, b)
+                q, g = query[:, :, a : a + rows], grad[:, :, a : a + rows]
+                if rows > b - a:
+                    g = g.clone()
+                    g[:, :, b - a :] = 0
+                k, v = key[:, first:last], value[:, first:last]
                 probs = Products._probs(q, k, bias, scale)
                 q, g = q.flatten(1, 2), g.flatten(1, 2)
                 d_value[:, first:last] += torch.bmm(probs.transpose(1, 2), g)
                 d_probs = torch.bmm(g, v.transpose(1, 2))
                 d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).mul_(scale)
-                d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, b - a, size)
+                d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, rows, size)[:, :, : b - a]
                 d_key[:, first:last] += torch.bmm(d_scores.transpose(1, 2), q)
         return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None
 

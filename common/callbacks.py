@@ -17,8 +17,9 @@ from . import cli
 class Progress(TrainerCallback):
     """One line: a bar on a terminal, a plain line per logging step elsewhere."""
 
-    def __init__(self):
-        self.bar = None
+    def __init__(self, more: dict[str, str] | None = None):
+        """more: logged values to show beside the loss, name -> what to call it."""
+        self.bar, self.more = None, more or {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and sys.stderr.isatty():
@@ -36,10 +37,11 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in logs:
             return
         left = logs["seconds_left"]
+        more = "".join(f"{name} {logs[key]:.3f} | " for key, name in self.more.items() if key in logs)
         text = (
-            f"loss {logs['loss']:.4f} | lr {logs['learning_rate']:.1e} | {logs['label_tokens_per_second']:,.0f} label "
-            f"tok/s | {logs['tokens_per_second']:,.0f} tok/s | {logs['samples_per_second']:,.1f} samples/s | "
-            f"{logs['memory_mb'] / 1024:.1f} GiB"
+            f"loss {logs['loss']:.4f} | {more}lr {logs['learning_rate']:.1e} | "
+            f"{logs['label_tokens_per_second']:,.0f} label tok/s | {logs['tokens_per_second']:,.0f} tok/s | "
+            f"{logs['samples_per_second']:,.1f} samples/s | {logs['memory_mb'] / 1024:.1f} GiB"
         )
         if self.bar is not None:
             self.bar.set_postfix_str(text)

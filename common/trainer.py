@@ -33,7 +33,8 @@ class RecipeTrainer(Trainer):
         measure: called on every rank before the first step and again by `measure_all`; returns extra metrics (exact
             match ...) and samples [{"prompt", "reference", "answer"}]. `self.before` keeps what came before training.
         describe_row: row id -> text, used to name the rows of a batch whose loss is not finite.
-    The batch may carry `row_ids` (list of ints); it is taken out before the model sees the batch.
+    The batch may carry `row_ids` (list of ints); it is taken out before the model sees the batch. `filling` (int):
+    tokens of a packed row that are none of the data's; whoever calls the model takes it out.
     """
 
     plots = report.PLOTS  # what the report draws: name of the logged value -> what its axis says
@@ -54,7 +55,7 @@ class RecipeTrainer(Trainer):
         self.args.remove_unused_columns = False
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        self.add_callback(Progress())
+        self.add_callback(Progress({key: name for key, name in self.plots.items() if key != "loss"}))
         self.safe_stop = SafeStop()
         self.add_callback(self.safe_stop)
         self._counts = torch.zeros(3, dtype=torch.int64)  # tokens, label tokens, samples of this rank
@@ -147,7 +148,8 @@ class RecipeTrainer(Trainer):
             mask = batch.get("attention_mask")
             rows = batch.get("row_ids", [])
             self._counts += torch.tensor([
-                int(mask.sum() if mask is not None else batch["input_ids"].numel()) if "input_ids" in batch else 0,
+                int(mask.sum() if mask is not None else batch["input_ids"].numel() - batch.get("filling", 0))
+                if "input_ids" in batch else 0,
                 int((batch["labels"] != IGNORE).sum()) if "labels" in batch else 0,
                 len(rows),
             ])  # fmt: skip

@@ -15,6 +15,8 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
     "chinese_bloom/infer.ipynb": ("（--stage sft）", "（--stage pt）", "模板 alpaca-zh", "### 回答", "续写"),
     "chatglm_lora/data.ipynb": ("gb18030", "context/target", "empty answer", "wrong history", "[gMASK]<sop>[[", "块内"),
     "chatglm_lora/infer.ipynb": ("还没有模型", "[gMASK]<sop>【", "还没有名字", "叫我小谱", "preference.jsonl 1 rows"),
+    "baichuan2_dpo/data.ipynb": ("gb18030", "hh strings", "different prompts", "are the same", "[[", "写一遍"),
+    "baichuan2_dpo/infer.ipynb": ("还没有模型", "<reserved_106>书店几点开门？<reserved_107>【", "训练前的奖励", "胜率"),
 }
 
 
