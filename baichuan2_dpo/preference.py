@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from dpo_losses import BETA, REFERENCE_FREE, Answers, preference_loss, rewards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -173,7 +174,7 @@ class PreferenceTrainer(RecipeTrainer):
         """Give each pair the reference's log-probs: from disk, or computed by all ranks together and then kept."""
         key = hashlib.sha256(json.dumps([pairs.index(), self.fingerprint, self.compute_dtype()]).encode()).hexdigest()
         file = data.cache_root() / "reference" / f"{key[:32]}.safetensors"
-        if self._all_have(file):
+        if self._all_have(file, int(pairs.starts[-1])):
             found = load_file(file)["logprobs"]
             cli.say(f"reference log-probs of {len(pairs):,} pairs: kept from an earlier run, {file}")
         else:
@@ -186,8 +187,14 @@ class PreferenceTrainer(RecipeTrainer):
             self._barrier()
         pairs.reference = found.numpy()
 
-    def _all_have(self, file: Path) -> bool:
-        have = torch.tensor(int(file.is_file()), device=self.args.device)
+    def _all_have(self, file: Path, tokens: int) -> bool:
+        """Whether every rank finds the file, whole."""
+        try:
+            with safe_open(file, "pt") as kept:
+                whole = kept.get_slice("logprobs").get_shape() == [tokens]
+        except (OSError, SafetensorError):
+            whole = False
+        have = torch.tensor(int(whole), device=self.args.device)
         if self.args.world_size > 1:
             dist.all_reduce(have, dist.ReduceOp.MIN)
         return bool(have)

@@ -688,8 +688,8 @@ def test_precomputed_log_probs_are_kept_and_belong_to_data_and_base(run, cache, 
     told = capsys.readouterr().out
     assert told.count("kept from an earlier run") == 2 and str(made[0]) in told and str(made[1]) in told
     assert torch.equal(curves(again), curves(first)) and weights_sha(again / "final") == weights_sha(first / "final")
-    for file in made:
-        file.unlink()
+    made[0].unlink()
+    made[1].write_bytes(content[1][:-5])  # torn
     run("computed anew", *flags)
     assert [file.read_bytes() for file in made] == content and len(list(cache.iterdir())) == 2
 
