@@ -75,7 +75,7 @@ class Server:
         command = [sys.executable, __file__, address]
         # it ends when this pipe closes, that is, with this process
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self.process.stdout.readline() != "ready\n":
+        if "ready\n" not in iter(self.process.stdout.readline, ""):  # after what the libraries have to say
             raise RuntimeError("the fork server did not start")
 
 
