@@ -2,8 +2,10 @@
 
     python tests/bench/dpo.py                                        # all variants, fp32 and the device's best dtype
     python tests/bench/dpo.py --only ours trl_precompute --dtypes float32 --rounds 1
-    python tests/bench/dpo.py --batch 1                              # forward batches of 1 pair, 8 to a step as before
-    python tests/bench/dpo.py --prompts 4                            # prompts of several rounds: sharing pays more
+    python tests/bench/dpo.py --batch 1                              # forward batches of 1 pair, 8 to a step as before:
+                                                                     # the best that TRL's padding can do on a CPU
+    python tests/bench/dpo.py --vocab 16000 --hidden 512 --prompts 4 # layers outweigh the head as in a large model, and
+                                                                     # prompts have several rounds: sharing them pays
     python tests/bench/dpo.py --profile --only ours                  # torch's profile of each variant instead
 
 TRL is pinned in requirements-dev.txt. One random Qwen2 of 152k tokens with LoRA on all linear layers, pairs as long as
@@ -19,7 +21,8 @@ times_trl and memory_of_trl compare with the best of TRL as it is (trl_labels is
 pairs/s are of training steps after the first; pass_* are of the pass over the pairs that comes before them. The `same`
 line tells that both compute the same: loss and gradients of one batch, and how far each is from fp32 on the same
 weights. Every variant runs in a process of its own; the best round counts. On a CPU, pairs per CPU second stay
-comparable when others use the machine.
+comparable when others use the machine; a round takes half an hour on a free core, nearly all of it TRL's. On a CPU
+TRL's head runs in plain torch; how the two compare on an accelerator, where it has a Triton kernel, this does not tell.
 """
 
 import argparse
@@ -49,8 +52,7 @@ STEP = 8  # pairs of an optimizer step
 
 
 def lengths_like_preferences(count: int, rng: random.Random, times: float) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) tokens per pair; the rejected answer is somewhat shorter, and as long in the median
-    case as the chosen one."""
+    """(prompt, chosen, rejected) tokens per pair; a rejected answer has 0.9 times the chosen one's in the median."""
     found = []
     for prompt, answer in sft.lengths_like_chinese_data(count, rng):
         prompt = min(WINDOW // 2, round(prompt * times))
