@@ -61,8 +61,8 @@ def settled(env: str) -> dict:
     return {k: v for k, v in found.items() if k not in ("_", "SHLVL", "PWD", "OLDPWD")}
 
 
-def start(command: list, **env) -> subprocess.Popen:
-    """Start a command in a process group of its own; stdout and stderr are kept apart.
+def start(command: list, fork: bool = True, **env) -> subprocess.Popen:
+    """Start a command in a process group of its own; stdout and stderr are kept apart. fork=False: as a user does.
 
     Python processes with equal variables, the ranks they launch, and those that shells launch on simulated NPUs are
     forks of a server that has the libraries imported. Runs of shells on the CPU start as a user's do.
@@ -71,7 +71,7 @@ def start(command: list, **env) -> subprocess.Popen:
     is_python = words[0] in ("python", sys.executable)
     if not is_python and "NPU_SIM_SOC" in env:
         env = settled(json.dumps(env))
-    client = forked_python(env) if is_python or "NPU_SIM_SOC" in env else None
+    client = forked_python(env) if fork and (is_python or "NPU_SIM_SOC" in env) else None
     if client:
         env["PYTHON_EXEC"] = client
         words[0] = client if is_python else words[0]

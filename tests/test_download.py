@@ -62,7 +62,7 @@ def get(tmp_path, monkeypatch):
 
     def begin(hub, *flags, what=REPO, **env):
         settings = {"HF_ENDPOINT": hub.url, "MODELSCOPE_ENDPOINT": hub.url, "HF_HOME": tmp_path / "hf"}
-        return start([sys.executable, "-m", "common.download", *words(flags, what)], **settings | env)
+        return start([sys.executable, "-m", "common.download", *words(flags, what)], fork=False, **settings | env)
 
     def inside(hub, *flags, what=REPO):
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)

@@ -288,9 +288,12 @@ def test_every_recipe_is_here():
     assert set(FLAGS) == set(RECIPES)
 
 
+# each recipe on both chips; the first one in every way
+RUNS = [(case, recipe) for case in CASES for recipe in RECIPES if recipe == RECIPES[0] or "ZeRO-2" in case]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, recipe", RUNS)
 def test_recipe_trains(npu, tmp_path, recipe, case):
     chip, cards, deepspeed, kind = CASES[case]
     flags = [*SHORT, *FLAGS[recipe][kind]]

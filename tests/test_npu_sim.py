@@ -164,7 +164,7 @@ def test_environment_lies_over_the_users(monkeypatch):
 
 def test_without_a_home(tmp_path):
     code = "import simulator; print(simulator.cache())"
-    env = {"HOME": "/nonexistent", "TMPDIR": tmp_path, "NPU_SIM_CACHE": "", "cwd": simulator.HERE}
+    env = {"HOME": "/nonexistent", "TMPDIR": tmp_path, "NPU_SIM_CACHE": "", "cwd": simulator.HERE, "fork": False}
     folder = Path(expect(finish(start([sys.executable, "-c", code], **env))).stdout.strip())
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
     done = expect(finish(start([sys.executable, "-c", code], **env)))
