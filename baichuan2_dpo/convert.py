@@ -29,22 +29,17 @@ import re
 from collections.abc import Iterable
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import fast_tokenizer
+from common.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
 from modeling_baichuan import BaichuanConfig, BaichuanForCausalLM
-from weight_files import SHARD_GB, Draft, Weights, read_pickle, save_sharded
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|alibi_mask$|future_mask$")  # buffers that are computed, not learned
 FIRST_VOCABULARY = 64000  # of the first Baichuan, whose head is a plain one
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-PLAIN_LORA = {
-    "peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {},
-}  # fmt: skip
 # what else of a generation_config.json holds for generate()
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
@@ -151,11 +146,6 @@ def check_weights(weights: Weights, config: LlamaConfig, folder: Path) -> dict[s
     return names
 
 
-def check_shape(name: str, found, expected) -> None:
-    if list(found) != list(expected):
-        raise SystemExit(f"{name} has the shape {list(found)}; config.json says {list(expected)}")
-
-
 def generation_config(folder: Path, config: LlamaConfig) -> GenerationConfig:
     """The token ids of `config`, and how the published generation_config.json samples."""
     path, told = folder / "generation_config.json", {}
@@ -194,12 +184,11 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     """
     if base is None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
-    settings, config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), base_config(base)
-    if wrong := [f"{k}={settings[k]}" for k, plain in PLAIN_LORA.items() if (settings.get(k) or plain) != plain]:
-        raise SystemExit(f"{folder}: only plain LoRA can be converted, not {', '.join(wrong)}")
+    settings, old = adapter.read_plain(folder)
+    config = base_config(base)
     shapes = {k.removesuffix(".weight"): v.shape for k, v in empty_weights(config).items() if "proj" in k}
     names, tensors = native_names(shapes), {}
-    for name, tensor in adapter_tensors(folder).items():
+    for name, tensor in old.items():
         module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         if module not in names or part not in ("lora_A", "lora_B"):
             raise SystemExit(f"{folder}: {name} has no place in Baichuan")
@@ -209,12 +198,7 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
         check_shape(name, tensor.shape, wanted)
         parts = [tensor] * len(new) if part == "lora_A" else tensor.chunk(len(new))
         tensors |= {f"base_model.model.{one}.{part}.weight": x.clone() for one, x in zip(new, parts, strict=True)}
-    kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
-    settings |= {"base_model_name_or_path": base, "target_modules": kinds}
-    with Draft(out) as part:
-        save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
-        (part / "adapter_config.json").write_text(json.dumps(settings, indent=1))
-        adapter.remember_base(part, base)
+    kinds = adapter.write_plain(out, settings, tensors, base)
     cli.say(f"{out}: adapter for {base} on {', '.join(kinds)}")
 
 
@@ -223,15 +207,6 @@ def base_config(base: str) -> LlamaConfig:
     if not isinstance(config, LlamaConfig):
         raise SystemExit(f"--base {base} is not a converted Baichuan")
     return config
-
-
-def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a peft folder, in either of its formats."""
-    if (folder / "adapter_model.safetensors").is_file():
-        return load_file(folder / "adapter_model.safetensors")
-    if (folder / "adapter_model.bin").is_file():
-        return read_pickle(folder / "adapter_model.bin")
-    raise SystemExit(f"{folder} has no adapter_model.safetensors and no adapter_model.bin")
 
 
 def main() -> None:

@@ -9,50 +9,29 @@ which split_special_tokens=True (as in common/chat.py) leaves as text.
 from pathlib import Path
 
 import sentencepiece
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from common import sentence_pieces
+from common.sentence_pieces import SPACE, merges
+
 HERE = Path(__file__).resolve().parent
 USER, ASSISTANT = "<reserved_106>", "<reserved_107>"
-SPACE = "▁"
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
-    """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast tokenizer cannot."""
-    try:
-        proto = model_pb2.ModelProto.FromString(path.read_bytes())
-    except DecodeError:
-        raise SystemExit(f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?") from None
-    trainer, changes = proto.trainer_spec, proto.normalizer_spec
-    reasons = {
-        "not a BPE model": trainer.model_type != trainer.BPE,
-        "blanks stand behind words": trainer.treat_whitespace_as_suffix,
+    """The sentencepiece model in a file; SystemExit when it is something else, or not one that is read like this."""
+    return sentence_pieces.read_model(path, ("<unk>", "<s>", "</s>"), _refusals)
+
+
+def _refusals(proto: model_pb2.ModelProto) -> dict[str, bool]:
+    changes = proto.normalizer_spec
+    return {
         "it normalises texts": changes.precompiled_charsmap or changes.remove_extra_whitespaces,
         "it puts a blank in front": changes.add_dummy_prefix,
         "it keeps blanks as they are": not changes.escape_whitespaces,
-        "it has unused pieces": any(p.type == p.UNUSED for p in proto.pieces),
-        "it has no pieces <unk>, <s>, </s>": not {"<unk>", "<s>", "</s>"} <= {p.piece for p in proto.pieces},
     }
-    if found := [reason for reason, true in reasons.items() if true]:
-        raise SystemExit(f"{path}: cannot become a fast tokenizer: {', '.join(found)}")
-    return proto
-
-
-def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pieces with scores -> the pairs that sentencepiece joins, in its order: best result first.
-
-    Of two pairs with one result the one with the longer left part comes first: where they overlap it begins further
-    left, and sentencepiece takes the leftmost.
-    """
-    pairs = [
-        (-score, -cut, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    return [pair[2:] for pair in sorted(pairs)]
 
 
 def make_tokenizer(proto: model_pb2.ModelProto, **settings) -> PreTrainedTokenizerFast:
@@ -98,10 +77,5 @@ def as_text(proto: model_pb2.ModelProto) -> sentencepiece.SentencePieceProcessor
 
 def compare(tokenizer: PreTrainedTokenizerFast, proto: model_pb2.ModelProto) -> None:
     """SystemExit when the two give different ids for the pieces of the vocabulary, alone and in rows."""
-    original = as_text(proto)
-    texts = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)]
-    texts += ["".join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    for text, found in zip(texts, ids, strict=True):
-        if found != original.encode(text):
-            raise SystemExit(f"a fast tokenizer would read {text!r} differently: this tokenizer.model is not supported")
+    pieces = [p.piece for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)]
+    sentence_pieces.compare(tokenizer, as_text(proto), pieces)

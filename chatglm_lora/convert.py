@@ -22,13 +22,12 @@ import re
 from collections.abc import Iterable
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
+from common.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from tokenization_chatglm import ChatGLMTokenizer
-from weight_files import SHARD_GB, Draft, Weights, read_pickle, save_sharded
 
 
 # ---- ChatGLM2, ChatGLM3, GLM-4 -> Glm ---------------------------------------------------------------------------
@@ -126,11 +125,6 @@ def check_names(found: Iterable[str], expected: Iterable[str], what) -> None:
     for problem, names in (("lacks", expected - found), ("has unknown", found - expected)):
         if names:
             raise SystemExit(f"{what} {problem} {len(names)} tensors: {', '.join(sorted(names)[:3])}")
-
-
-def check_shape(name: str, found, expected) -> None:
-    if list(found) != list(expected):
-        raise SystemExit(f"{name} has the shape {list(found)}; config.json says {list(expected)}")
 
 
 def to_native(folder: Path, out: Path, dtype: str = "auto", family: str | None = None, shard_gb: float = SHARD_GB):
@@ -286,15 +280,12 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     """
     if base is None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings, old = adapter.read_plain(folder)
     config = AutoConfig.from_pretrained(base)
     if not isinstance(config, GlmConfig):
         raise SystemExit(f"--base {base} is not a converted ChatGLM2 or ChatGLM3")
-    unknown = {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}}
-    if wrong := [f"{k}={settings[k]}" for k, plain in unknown.items() if (settings.get(k) or plain) != plain]:
-        raise SystemExit(f"{folder}: only plain LoRA can be converted, not {', '.join(wrong)}")
     names, expected, tensors = native_modules(config), empty_weights(GlmForCausalLM, config), {}
-    for name, tensor in adapter_tensors(folder).items():
+    for name, tensor in old.items():
         module, _, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         if module not in names or kind not in ("lora_A", "lora_B"):
             raise SystemExit(f"{folder}: {name} has no place in ChatGLM2 or ChatGLM3")
@@ -304,22 +295,8 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
         check_shape(name, tensor.shape, wanted)
         parts = [tensor.clone() for _ in new] if kind == "lora_A" else split_rows(config, tensor, len(new))
         tensors |= {f"base_model.model.{one}.{kind}.weight": part for one, part in zip(new, parts, strict=True)}
-    kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
-    settings |= {"base_model_name_or_path": base, "target_modules": kinds}
-    with Draft(out) as part:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part / "adapter_model.safetensors", {"format": "pt"})
-        (part / "adapter_config.json").write_text(json.dumps(settings, indent=1))
-        adapter.remember_base(part, base)
+    kinds = adapter.write_plain(out, settings, tensors, base)
     cli.say(f"{out}: adapter for {base} on {', '.join(kinds)}")
-
-
-def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a peft folder, in either of its formats."""
-    if (folder / "adapter_model.safetensors").is_file():
-        return load_file(folder / "adapter_model.safetensors")
-    if (folder / "adapter_model.bin").is_file():
-        return read_pickle(folder / "adapter_model.bin")
-    raise SystemExit(f"{folder} has no adapter_model.safetensors and no adapter_model.bin")
 
 
 def main() -> None:

@@ -8,50 +8,23 @@ The file is a sentencepiece BPE of bytes and pieces; the special tokens stand be
 from pathlib import Path
 
 import sentencepiece
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from common import sentence_pieces
+from common.sentence_pieces import SPACE, merges
 
 HERE = Path(__file__).resolve().parent
 TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 SPECIALS = {"chatglm2": TASKS, "chatglm3": TASKS + ROLES}
-SPACE = "▁"
 PRIVATE = 0x100000  # first of the characters that stand for pieces which are matched before all others
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
     """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast tokenizer cannot."""
-    try:
-        proto = model_pb2.ModelProto.FromString(path.read_bytes())
-    except DecodeError:
-        raise SystemExit(f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?") from None
-    piece = model_pb2.ModelProto.SentencePiece
-    reasons = {
-        "not a BPE model": proto.trainer_spec.model_type != proto.trainer_spec.BPE,
-        "blanks stand behind words": proto.trainer_spec.treat_whitespace_as_suffix,
-        "it has unused pieces": any(p.type == piece.UNUSED for p in proto.pieces),
-        "it has no pieces <unk>, </s>": not {"<unk>", "</s>"} <= {p.piece for p in proto.pieces},
-    }
-    if found := [reason for reason, true in reasons.items() if true]:
-        raise SystemExit(f"{path}: cannot become a fast tokenizer: {', '.join(found)}")
-    return proto
-
-
-def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pieces with scores -> the pairs that sentencepiece joins, in its order: best result first.
-
-    Of two pairs with one result the one with the longer left part comes first: where they overlap it begins further
-    left, and sentencepiece takes the leftmost.
-    """
-    pairs = [
-        (-score, -cut, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    return [pair[2:] for pair in sorted(pairs)]
+    return sentence_pieces.read_model(path, ("<unk>", "</s>"))
 
 
 def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreTrainedTokenizerFast:
@@ -103,9 +76,4 @@ def _normalizers(spec, stand_in: dict[str, str]) -> list:
 def compare(tokenizer: PreTrainedTokenizerFast, proto: model_pb2.ModelProto) -> None:
     """SystemExit when the two give different ids for the pieces of the vocabulary, alone and in rows."""
     original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    texts = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == p.NORMAL]
-    texts += ["".join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    for text, found in zip(texts, ids, strict=True):
-        if found != original.encode(text):
-            raise SystemExit(f"a fast tokenizer would read {text!r} differently: this tokenizer.model is not supported")
+    sentence_pieces.compare(tokenizer, original, [p.piece for p in proto.pieces if p.type == p.NORMAL])

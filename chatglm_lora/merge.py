@@ -28,9 +28,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from convert import DERIVED, check_shape, empty_weights
+from common.weight_files import Draft, Weights, check_shape, read_pickle, save_sharded
+from convert import DERIVED, empty_weights
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, inverse_frequencies
-from weight_files import Draft, Weights, read_pickle, save_sharded
 
 # the fields of the published config.json; its code knows no others
 PUBLISHED = [

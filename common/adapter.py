@@ -9,6 +9,10 @@ import shutil
 from pathlib import Path
 
 BASE_FILE = "base_model.json"
+PLAIN = {  # settings of an adapter whose update is s B A and nothing else
+    "peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {},
+}  # fmt: skip
 
 
 def linear_layers(model, names: str) -> str | list[str]:
@@ -84,6 +88,37 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
             f"{folder} was trained on {known['base_model']}; the weights of {base} differ, the merge would be wrong"
         )
     return base
+
+
+def read_plain(folder: str | Path) -> tuple[dict, dict]:
+    """A peft folder, weights in either of its formats -> (settings, tensors); SystemExit unless it is plain LoRA."""
+    from safetensors.torch import load_file
+
+    from .weight_files import read_pickle
+
+    folder = Path(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if wrong := [f"{k}={settings[k]}" for k, plain in PLAIN.items() if (settings.get(k) or plain) != plain]:
+        raise SystemExit(f"{folder}: only plain LoRA can be converted, not {', '.join(wrong)}")
+    for name, read in (("adapter_model.safetensors", load_file), ("adapter_model.bin", read_pickle)):
+        if (folder / name).is_file():
+            return settings, read(folder / name)
+    raise SystemExit(f"{folder} has no adapter_model.safetensors and no adapter_model.bin")
+
+
+def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> list[str]:
+    """Write a peft folder for the model `base`, which it remembers -> the kinds of layers the adapter is on."""
+    from safetensors.torch import save_file
+
+    from .weight_files import Draft
+
+    kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    settings = settings | {"base_model_name_or_path": base, "target_modules": kinds}
+    with Draft(out) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part / "adapter_model.safetensors", {"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+        remember_base(part, base)
+    return kinds
 
 
 def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:

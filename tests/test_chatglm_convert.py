@@ -20,13 +20,12 @@ sys.path.insert(0, str(RECIPE))
 import convert
 import fast_tokenizer
 import merge
-import weight_files
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenization_chatglm import ChatGLMTokenizer, train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common import chat
+from common import chat, weight_files
 
 GOLDEN = ROOT / "tests/golden/chatglm2"
 TEXTS = [

@@ -91,6 +91,12 @@ class Weights(Mapping):
         return len(self.place)
 
 
+def check_shape(name: str, found, expected) -> None:
+    """SystemExit where a tensor has not the shape that its config gives it."""
+    if list(found) != list(expected):
+        raise SystemExit(f"{name} has the shape {list(found)}; config.json says {list(expected)}")
+
+
 def save_sharded(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_gb: float = SHARD_GB) -> int:
     """Write (name, tensor) pairs as model*.safetensors, several with an index; memory holds one. -> bytes in all."""
     shards, batch, held, total = [], {}, 0, 0

@@ -1,0 +1,58 @@
+"""A sentencepiece BPE -> the parts of a fast tokenizer with the same ids; each recipe adds what is its model's own."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+SPACE = "▁"
+
+
+def read_model(
+    path: Path, pieces: Iterable[str], refusals: Callable[[model_pb2.ModelProto], dict] = lambda proto: {}
+) -> model_pb2.ModelProto:
+    """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast tokenizer cannot.
+
+    pieces: that it must have; refusals: further reasons to refuse it -> whether they hold.
+    """
+    try:
+        proto = model_pb2.ModelProto.FromString(path.read_bytes())
+    except DecodeError:
+        raise SystemExit(f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?") from None
+    trainer, pieces = proto.trainer_spec, list(pieces)
+    reasons = {
+        "not a BPE model": trainer.model_type != trainer.BPE,
+        "blanks stand behind words": trainer.treat_whitespace_as_suffix,
+        "it has unused pieces": any(p.type == p.UNUSED for p in proto.pieces),
+        f"it has no pieces {', '.join(pieces)}": not set(pieces) <= {p.piece for p in proto.pieces},
+    } | refusals(proto)
+    if found := [reason for reason, true in reasons.items() if true]:
+        raise SystemExit(f"{path}: cannot become a fast tokenizer: {', '.join(found)}")
+    return proto
+
+
+def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pieces with scores -> the pairs that sentencepiece joins, in its order: best result first.
+
+    Of two pairs with one result the one with the longer left part comes first: where they overlap it begins further
+    left, and sentencepiece takes the leftmost.
+    """
+    pairs = [
+        (-score, -cut, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [pair[2:] for pair in sorted(pairs)]
+
+
+def compare(tokenizer, original: sentencepiece.SentencePieceProcessor, pieces: Iterable[str]) -> None:
+    """SystemExit when the two give different ids for the pieces, alone and in rows."""
+    texts = [piece.replace(SPACE, " ") for piece in pieces]
+    texts += ["".join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for text, found in zip(texts, ids, strict=True):
+        if found != original.encode(text):
+            raise SystemExit(f"a fast tokenizer would read {text!r} differently: this tokenizer.model is not supported")
