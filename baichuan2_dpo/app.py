@@ -17,156 +17,37 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside this one
-from common import adapter, chat, device, losses, serve  # noqa: I001  (device before torch and transformers)
-from common.talk import Talker, find_model, split_thought
+from common import chat, device  # noqa: I001  (device before torch and transformers)
+from common import page as shared
+from common.page import AT_ONCE, BUSY, IDLE, MAX_CHARS, MAX_WAITING, MODEL, SAMPLING, literal, prose, size
+from common.talk import split_thought
 
-import argparse
-import json
 import math
-import os
 import random
-import re
 import threading
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import gradio as gr
-import huggingface_hub
 import torch
 
 import dpo_losses
-import modeling_baichuan  # noqa: F401  (tells the Auto classes about ALiBi and NormHead)
+from reference import Side, Speaker, answer_message, find_reference, scored_row
+from reference import huggingface_hub, load_reference, losses  # noqa: F401  (for the tests)
 
 DEFAULT = HERE.parent / "output" / HERE.name
-NO_REFERENCE = "none"
-MAX_CHARS, MAX_NEW_TOKENS, MAX_WAITING, MAX_SEED = 8000, 2048, 16, 2**31 - 1
+MAX_SEED = 2**31 - 1
 EXAMPLES = ["书店几点开门？", "中国的首都是哪里？", "1加1等于几？", "把“我吃苹果”改成否定句。"]
-CSS = """
-.gradio-container { width: 100%; max-width: 80rem !important; margin: auto }
-#about p { color: var(--body-text-color-subdued); font-size: var(--text-sm); margin: 0.25rem 0 }
+TWO_COLUMNS = """
+.gradio-container { max-width: 80rem !important }
+#about p { margin: 0.25rem 0 }
 #policy, #reference { height: calc(100dvh - 23rem) !important; & .bubble-wrap { padding-top: 1.5rem } }
 @media (max-width: 45rem) {  /* one above the other */
     #policy, #reference { height: 33dvh !important; & .placeholder { display: none } }
     #policy .examples { grid-template-columns: 1fr; gap: 0.4rem; & .example { padding: 0.4rem 0.8rem } } }
-.message-buttons-right { display: none }  /* would copy a question with its escapes */
-.message.thought:last-child:not(:first-child) { & .thought-group { border: 0; background: none; padding: 0 }
-    & .title { padding: 0; opacity: 0.7; pointer-events: none } & .arrow { display: none } }
-"""  # the last rule: the line of facts under an answer is a thought without a fold
-FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
-THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT)
-IDLE, BUSY = {"submit_btn": "发送", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停止"}
-PRIVATE = {"api_visibility": "private"}  # the page's events are no API
-AT_ONCE = {"queue": False, **PRIVATE}
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""
+CSS = shared.CSS + TWO_COLUMNS
 TITLES = {"policy": "策略 · 训练后", "reference": "参考 · 训练前"}
-
-
-def literal(text: str) -> str:
-    """Markdown that shows `text` as it was typed: no HTML, no formatting."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
-
-
-def prose(text: str) -> str:
-    """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text anyway)."""
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
-    return "".join(p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts))
-
-
-# ---- the two models -------------------------------------------------------------------------------------------
-
-
-class Speaker(Talker):
-    """A Talker that draws with a given seed, and tells how likely an answer is."""
-
-    def __init__(self, model: str | Path):
-        super().__init__(model)
-        losses.use_chunked_loss(self.model)  # log_prob then builds no logits of a whole conversation
-        self.folder = Path(find_model(model))
-
-    def _generate(self, prompt, room, heard, seed=0, **sampling):
-        torch.manual_seed(seed)
-        super()._generate(prompt, room, heard, **sampling)
-
-    @torch.no_grad()
-    def log_prob(self, ids: list[int], labels: list[int], use_adapter: bool = True) -> float:
-        """Sum of the log-probabilities, in nats, of the labels [T] that are not IGNORE, after the ids [T] before."""
-        row = [torch.tensor([values], device=self.model.device) for values in (ids, labels)]
-        with self.lock, nullcontext() if use_adapter or not self.adapter else self.model.disable_adapter():
-            return losses.sequence_logprobs(self.model, *row, use_cache=False).item()
-
-
-@dataclass
-class Side:
-    """A column of the page: a model, and whether its adapter is on."""
-
-    talker: Speaker
-    use_adapter: bool = True
-
-    def stream(self, *args, **options):
-        return self.talker.stream(*args, use_adapter=self.use_adapter, **options)
-
-    def log_prob(self, ids, labels) -> float:
-        return self.talker.log_prob(ids, labels, self.use_adapter)
-
-
-def load_reference(policy: Speaker, model: str | Path) -> Speaker:
-    """`model`, asked with the policy's tokenizer and template; SystemExit when its vocabulary is another one."""
-    reference = Speaker(model)
-    theirs, ours = (talker.tokenizer.get_vocab() for talker in (reference, policy))
-    rows = reference.model.get_input_embeddings().num_embeddings
-    if not theirs.items() <= ours.items() or rows < len(policy.tokenizer):
-        raise SystemExit(f"{model}: its vocabulary is not the one of {policy.name}, so it cannot be its reference")
-    reference.tokenizer, reference.can_think = policy.tokenizer, policy.can_think
-    return reference
-
-
-def find_reference(policy: Speaker, given: str | Path | None = None) -> tuple[Side | None, str]:
-    """(the reference, "") or (None, why there is none). SystemExit when `given` cannot be loaded or does not fit."""
-    if given == NO_REFERENCE:
-        return None, "打开时选了不要参考"
-    if given:
-        return Side(load_reference(policy, given)), ""
-    if policy.adapter and not policy.settings.get("reference_model"):
-        return Side(policy, use_adapter=False), ""
-    name, reason = began_with(policy)
-    if not name:
-        return None, reason
-    if not (folder := on_this_machine(name)):
-        return None, f"训练前的模型 {name} 不在这台机器上"
-    try:
-        return Side(load_reference(policy, folder)), ""
-    except SystemExit as error:
-        return None, f"训练前的模型用不了（{error}）"
-
-
-def on_this_machine(model: str) -> str:
-    """Its folder, "" when there is none: nothing large is downloaded unless --reference asks for it."""
-    if Path(model).is_dir():
-        return model
-    try:
-        found = huggingface_hub.try_to_load_from_cache(model, "config.json")
-    except ValueError:  # no name of a repository
-        return ""
-    return str(Path(found).parent) if isinstance(found, str) else ""
-
-
-def began_with(policy: Speaker) -> tuple[str, str]:
-    """(the reference model of the run that left `policy`, "") or ("", why it is unknown)."""
-    if named := policy.settings.get("reference_model"):
-        return named, ""
-    note = policy.folder / adapter.BASE_FILE
-    if note.is_file():
-        known = json.loads(note.read_text(encoding="utf-8"))
-        base = known["base_model"]
-        if Path(base).is_dir() and adapter.base_fingerprint(base) != known["fingerprint"]:
-            return "", f"{base} 的权重已经不是训练开始时的了"
-        return base, ""
-    name = policy.settings.get("model_name_or_path", "")
-    if name == "tiny":
-        return "", "训练从内置的小模型开始，运行记录里没有它的位置"
-    return name, "" if name else "模型旁边没有 run.json，不知道训练从哪个模型开始"
 
 
 # ---- a conversation: turns {"question", "answers": {side: answer}, "verdict"} ----------------------------------------
@@ -189,12 +70,6 @@ def show(history: list[dict], name: str) -> list[gr.ChatMessage]:
     return shown
 
 
-def answer_message(said: str) -> dict:
-    """A generated text as a row of the training data has it."""
-    thought, content, _ = split_thought(said)
-    return {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thought else {})
-
-
 def messages_of(history: list[dict], name: str, system: str) -> list[dict]:
     """What a model is asked: the turns as rows of the training data, with the answers of side `name`.
 
@@ -209,26 +84,6 @@ def messages_of(history: list[dict], name: str, system: str) -> list[dict]:
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------
-
-
-def scored_row(
-    talker: Talker, messages: list[dict], said: str, whole: bool, window: int
-) -> tuple[list[int], list[int]] | None:
-    """(ids [T], labels [T]) with labels on the last answer alone, its end token too if it is `whole`.
-
-    None when the conversation does not fit into `window` tokens or nothing would be scored.
-    """
-    template = {"enable_thinking": True} if talker.can_think else {}
-    row = chat.encode_chat(talker.tokenizer, [*messages, answer_message(said)], window, **template)
-    if row is None or row["truncated"]:
-        return None
-    labels = row["labels"]
-    end = max(i for i, label in enumerate(labels) if label != chat.IGNORE)
-    begin = max((i for i in range(end) if labels[i] == chat.IGNORE), default=-1) + 1
-    end += whole
-    if begin >= end:
-        return None
-    return row["input_ids"][:end], [chat.IGNORE] * begin + labels[begin:end]
 
 
 def verdict_of(rewards: dict[str, float], same_prompt: bool, same_answer: bool, odds: bool = True) -> str:
@@ -248,21 +103,14 @@ def verdict_of(rewards: dict[str, float], same_prompt: bool, same_answer: bool, 
 # ---- what the events do ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """A question that is being answered; cleared: nobody wants to see it any more."""
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    cleared: bool = False
-
-
-class Page:
+class Page(shared.Runs):
     """What the events of the page do. `ui`: its components, set by build_demo."""
 
     ui: SimpleNamespace
 
     def __init__(self, policy: Speaker, reference: Side | None):
-        self.policy, self.running = policy, {}
+        super().__init__()
+        self.policy = policy
         self.sides = {"policy": Side(policy)} | ({"reference": reference} if reference else {})
         self.kind = policy.settings.get("loss_type", "sigmoid")
         self.beta = float(policy.settings.get("beta") or dpo_losses.BETA.get(self.kind, 0.1))
@@ -280,8 +128,7 @@ class Page:
     def refuse(self, text: str, system: str, room: int) -> None:
         """gr.Error for what the models cannot take whole."""
         for what in (text, system):
-            if len(what) > MAX_CHARS:
-                raise gr.Error(f"最多 {MAX_CHARS} 字，这里有 {len(what)} 字。", print_exception=False)
+            shared.refuse_long(what)
         try:
             asked = messages_of([{"question": text}], "policy", system)
             tokens, most = len(chat.encode_prompt(self.policy.tokenizer, asked)), self.window - room
@@ -300,7 +147,7 @@ class Page:
         how = {"max_new_tokens": most, "seed": seed} | dict(zip(SAMPLING, numbers, strict=True))
         turn = {"question": text, "verdict": "", "answers": {name: {"said": "", "note": ""} for name in self.sides}}
         history = [*history, turn]
-        run = self.running[request.session_hash] = Run()
+        run = self.begin(request)
         try:
             yield self.view(history) | self.busy(True) | {self.ui.box: gr.update(value="", **BUSY)}
             for _ in self.answers(history, run.stop, shared, system, how):
@@ -309,9 +156,9 @@ class Page:
             if run.cleared:  # after the last look at it, which else would come back
                 yield self.view([])
         except Exception as error:
-            raise gr.Error(f"{type(error).__name__}: {str(error)[:300]}") from error
+            raise shared.failed(error) from error
         finally:
-            self.running.pop(request.session_hash, None)
+            self.end(request)
 
     def answers(self, history: list[dict], stop: threading.Event, shared: bool, system: str, how: dict):
         """Let the last turn of `history` grow, with a step for each look at it."""
@@ -333,9 +180,8 @@ class Page:
             yield
         seconds = time.perf_counter() - begun
         answer["whole"] = not stop.is_set() and count < how["max_new_tokens"]
-        facts = [f"{count} 词元", f"{seconds:.1f} 秒", f"{count / seconds:.0f} 词元/秒"]
         cut = "已停止" if stop.is_set() else "没说完"
-        answer["note"] = " · ".join(facts + [cut] * (not answer["whole"]))
+        answer["note"] = shared.facts(count, seconds, *[cut] * (not answer["whole"]))
         yield
 
     def weigh(self, turn: dict, asked: dict[str, list[dict]], how: dict) -> None:
@@ -389,29 +235,12 @@ class Page:
             return {self.ui.history: history}
         return self.view(history[:-1]) | {self.ui.box: history[-1]["question"]}
 
-    def halt(self, request: gr.Request) -> Run | None:
-        run = self.running.get(request.session_hash)
-        if run:
-            run.stop.set()
-        return run
-
-    def stop(self, request: gr.Request):
-        self.halt(request)
-
     def clear(self, request: gr.Request):
         """Empty columns; a run that is on empties them again at its end, and only then another can begin."""
-        if run := self.halt(request):
-            run.cleared = True
-            return self.view([])
-        return self.view([]) | self.busy(False)
+        return self.view([]) | ({} if self.drop(request) else self.busy(False))
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
-
-
-def size(model) -> str:
-    count = model.num_parameters()
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
 def about(page: Page, reason: str) -> str:
@@ -473,7 +302,7 @@ def column(name: str) -> gr.Chatbot:
 def connect(page: Page, demo: gr.Blocks) -> None:
     ui = page.ui
     shown = [*ui.chats.values(), ui.history, ui.verdict, ui.box, ui.again, ui.undo]
-    one = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", **PRIVATE}
+    one = MODEL | {"show_progress": "hidden"}
     runs = [
         ui.box.submit(page.ask, [ui.box, ui.history, *ui.controls], shown, **one),
         ui.chats["policy"].example_select(page.pick, [ui.history, *ui.controls], shown, **one),
@@ -481,17 +310,16 @@ def connect(page: Page, demo: gr.Blocks) -> None:
     ]
     for run in runs:
         run.then(lambda: page.busy(False), None, [ui.box, ui.again, ui.undo], **AT_ONCE)
-    ui.box.stop(page.stop, **AT_ONCE)
+    ui.box.stop(page.halt, **AT_ONCE)
     ui.undo.click(page.back, ui.history, shown, **AT_ONCE)
     clears = [ui.clear.click, *(chat.clear for chat in ui.chats.values())]
     gr.on(clears, page.clear, None, shown, **AT_ONCE)
-    demo.unload(page.stop)
+    demo.unload(page.halt)
 
 
 def settings(page: Page) -> list[gr.components.Component]:
     """System prompt and sampling, in the order of Page.ask; their defaults are those of the run and of the model."""
-    policy, own = page.policy, page.policy.model.generation_config
-    most, heat = min(MAX_NEW_TOKENS, page.window // 2), (own.temperature or 0) if own.do_sample else 0
+    policy = page.policy
     with gr.Accordion("设置", open=False):
         system = gr.Textbox(
             policy.settings.get("system_prompt") or "", label="系统提示词", lines=2, max_length=MAX_CHARS,
@@ -500,33 +328,20 @@ def settings(page: Page) -> list[gr.components.Component]:
         with gr.Row():
             info = "两边相同；-1：每次另抽"
             seed = gr.Number(-1, precision=0, minimum=-1, maximum=MAX_SEED, min_width=300, label="种子", info=info)
-            numbers = [
-                gr.Slider(16, most, min(512, most), step=16, min_width=300, label="最多词元", info="max_new_tokens"),
-                gr.Slider(0, 2, heat, step=0.05, min_width=300, label="温度", info="temperature；0：不采样"),
-                gr.Slider(0.05, 1, own.top_p or 1, step=0.05, min_width=300, label="核采样", info="top_p"),
-                gr.Slider(0, 200, own.top_k or 0, step=1, min_width=300, label="候选数", info="top_k；0：不限"),
-                gr.Slider(
-                    1, 2, own.repetition_penalty or 1, step=0.05, min_width=300, label="重复惩罚", info="penalty"
-                ),
-            ]
+            numbers = [shared.length(page.window, 300), *shared.sampling(shared.own_sampling(policy), 300)]
     return [system, seed, *numbers]
 
 
 def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
     """Start the page in the background and return its address; `demo.close()` ends it."""
-    return serve.serve(demo, host, port, theme=THEME, css=CSS)
+    return shared.launch(demo, host, port, CSS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("MODEL", DEFAULT), help="folder of a run, model or adapter")
+    parser = shared.arguments(__doc__, DEFAULT)
     parser.add_argument("--reference", default=None, help="what to compare with; default: the base; none: nothing")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines talk to it")
-    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
     args = parser.parse_args()
-    demo = build_demo(args.model, args.reference)
-    print(f"chat with {args.model}: {launch(demo, args.host, args.port)}  (Ctrl-C ends)", flush=True)
-    demo.block_thread()
+    shared.stay(build_demo(args.model, args.reference), args, launch)
 
 
 if __name__ == "__main__":

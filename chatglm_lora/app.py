@@ -15,16 +15,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside this one
-from common import data, device, files, serve  # noqa: I001  (device before torch and transformers)
+from common import data, device, files, page  # noqa: I001  (device before torch and transformers)
+from common.page import AT_ONCE, IDLE, MAX_CHARS, MODEL, SAMPLING, literal, size
 from common.talk import Talker
 
-import argparse
 import json
-import os
 import random
-import re
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -35,113 +32,21 @@ import modeling_chatglm  # noqa: F401  (tells the Auto classes about ChatGLM)
 from feedback import CHOICES, FILES, WHOLE, Store
 
 DEFAULT = HERE.parent / "output" / HERE.name
-MAX_CHARS, MAX_COMMENT, MAX_NEW_TOKENS, MAX_WAITING, MAX_VISITORS = 8000, 1000, 2048, 32, 1000
+MAX_COMMENT, MAX_WAITING, MAX_VISITORS = 1000, 32, 1000
 EXAMPLES = ["你是谁？", "来两杯大杯红茶。", "类型#裙*颜色#红色", "换成二十四小时制。\n下午三点"]
-CSS = """
-.gradio-container { width: 100%; max-width: 60rem !important; margin: auto }
-#about p, #counts p { color: var(--body-text-color-subdued); font-size: var(--text-sm) }
-.message-buttons-right { display: none }  /* would copy a question with its escapes */
-.message.thought:last-child:not(:first-child) { & .thought-group { border: 0; background: none; padding: 0 }
-    & .title { padding: 0; opacity: 0.7; pointer-events: none } & .arrow { display: none } }
-"""  # the last rule: the line of facts under an answer is a thought without a fold
-FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
-THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT)
-IDLE, BUSY = {"submit_btn": "发送", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停止"}
+CSS = page.CSS + "#counts p { color: var(--body-text-color-subdued); font-size: var(--text-sm) }\n"
 FREE, TAKEN = {"submit_btn": "出两个回答", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停下这个"}
-PRIVATE = {"api_visibility": "private"}  # the page's events are no API
-AT_ONCE = {"queue": False, **PRIVATE}
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1, **PRIVATE}  # one generation at a time, on either tab
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 SIDES = {"left": "左边的回答", "right": "右边的回答"}
 WHO = {"base": "微调前", "tuned": "微调后", "A": "采样一", "B": "采样二"}
 VERDICTS = dict(zip(CHOICES, ("左好", "右好", "一样好", "都不好"), strict=True))
 UNFINISHED = {"stopped": " · 已停下", "length": " · 没说完", WHOLE: ""}
 
 
-def literal(text: str) -> str:
-    """Markdown that shows `text` as it was typed: no HTML, no formatting."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
-
-
-def prose(text: str) -> str:
-    """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text anyway)."""
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
-    return "".join(p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts))
-
-
 # ---- talking --------------------------------------------------------------------------------------------------
 
 
-def show(history: list[dict]) -> list[gr.ChatMessage]:
-    """The conversation as the chatbot displays it, with a line of facts under each answer."""
-    shown = []
-    for row in history:
-        if row["role"] == "user":
-            shown.append(gr.ChatMessage(literal(row["content"]), "user"))
-            continue
-        shown.append(gr.ChatMessage(prose(row["content"]), "assistant"))
-        if row["note"]:
-            shown.append(gr.ChatMessage("", "assistant", {"title": row["note"], "status": "done"}))
-    return shown
-
-
-def turns_of(history: list[dict], system: str) -> list[dict]:
-    """The conversation as rows of the training data."""
-    head = [{"role": "system", "content": system.strip()}] if system.strip() else []
-    return head + [{"role": row["role"], "content": row["content"]} for row in history]
-
-
-class Chat:
-    """What the events of the first tab do. `history`: user and assistant rows as trained, answers with a note each."""
-
-    def __init__(self, talker: Talker):
-        self.talker, self.stops = talker, {}
-
-    def ask(self, text, history, request: gr.Request, system, use_adapter, most, *numbers):
-        if not text.strip():
-            return
-        if len(text) > MAX_CHARS:
-            raise gr.Error(f"最多 {MAX_CHARS} 字，这里有 {len(text)} 字。", print_exception=False)
-        stop = self.stops[request.session_hash] = threading.Event()
-        history = [*history, {"role": "user", "content": text}]
-        turns, begun, count = turns_of(history, system), time.perf_counter(), 0
-        answer = {"role": "assistant", "content": "", "note": ""}
-        history.append(answer)
-        yield show(history), history, gr.update(value="", **BUSY)
-        try:
-            sampling = dict(zip(SAMPLING, numbers, strict=True))
-            for said, count in self.talker.stream(turns, stop, use_adapter, max_new_tokens=most, **sampling):  # noqa: B007
-                answer["content"] = said.strip()
-                yield show(history), history, gr.skip()
-        except Exception as error:
-            raise gr.Error(f"{type(error).__name__}: {str(error)[:300]}") from error
-        seconds = time.perf_counter() - begun
-        facts = [f"{count} 词元", f"{seconds:.1f} 秒", f"{count / seconds:.0f} 词元/秒"]
-        facts += ["微调前"] * (not use_adapter) + ["已停止"] * stop.is_set()
-        answer["note"] = " · ".join(facts)
-        yield show(history), history, gr.skip()
-
-    def pick(self, example: gr.SelectData, history, request: gr.Request, *controls):
-        yield from self.ask(example.value["text"], history, request, *controls)
-
-    def again(self, history, request: gr.Request, *controls):
-        if history:
-            yield from self.ask(history[-2]["content"], history[:-2], request, *controls)
-
-    def undo(self, history):
-        return show(history[:-2]), history[:-2], history[-2]["content"] if history else ""
-
-    def halt(self, request: gr.Request):
-        self.stops.pop(request.session_hash, threading.Event()).set()
-
-    def clear(self, request: gr.Request):
-        self.halt(request)
-        return [], gr.update(**IDLE)
-
-
-def chat_tab(talker: Talker) -> Chat:
-    chat = Chat(talker)
-    history = gr.State([])
+def chat_tab(talker: Talker) -> page.Chat:
+    chat = page.Chat(talker, ("use_adapter", "max_new_tokens", *SAMPLING))
     chatbot = gr.Chatbot(
         show_label=False, min_height=320, height="calc(100dvh - 22rem)", buttons=["copy"], allow_tags=False,
         placeholder="问点什么，或选一个例子", examples=[{"text": text} for text in EXAMPLES],
@@ -153,43 +58,10 @@ def chat_tab(talker: Talker) -> Chat:
     with gr.Accordion("设置", open=False):
         knows = "system" in str(talker.tokenizer.chat_template)
         system = gr.Textbox("", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=knows)
-        controls = [system, switch, length(talker), *sampling(own_sampling(talker))]
-    shown, one = [chatbot, history, box], MODEL | {"show_progress_on": chatbot}
-    runs = [
-        box.submit(chat.ask, [box, history, *controls], shown, **one),
-        chatbot.example_select(chat.pick, [history, *controls], shown, **one),
-        chatbot.retry(chat.again, [history, *controls], shown, **one),
-    ]
-    for run in runs:
-        run.then(lambda: gr.update(**IDLE), None, box, **AT_ONCE)
-    box.stop(chat.halt, **AT_ONCE)
-    chatbot.undo(chat.undo, history, shown, **AT_ONCE)
-    chatbot.clear(chat.clear, None, [history, box], cancels=runs, **AT_ONCE)
+        with gr.Row():
+            numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
+    chat.connect(chatbot, box, [system, switch, *numbers])
     return chat
-
-
-def own_sampling(talker: Talker) -> tuple:
-    """temperature, top_p, top_k, repetition_penalty as the model's generation_config has them."""
-    own = talker.model.generation_config
-    heat = (own.temperature or 0) if own.do_sample else 0
-    return heat, own.top_p or 1, own.top_k or 0, own.repetition_penalty or 1
-
-
-def length(talker: Talker) -> gr.Slider:
-    most = min(MAX_NEW_TOKENS, talker.window // 2)
-    return gr.Slider(16, most, min(512, most), step=16, label="最多词元", info="max_new_tokens")
-
-
-def sampling(values: tuple) -> list[gr.Slider]:
-    """The controls of SAMPLING."""
-    heat, top_p, top_k, penalty = values
-    with gr.Row():
-        return [
-            gr.Slider(0, 2, heat, step=0.05, min_width=180, label="温度", info="0：不采样"),
-            gr.Slider(0.05, 1, top_p, step=0.05, min_width=180, label="核采样", info="top_p"),
-            gr.Slider(0, 200, top_k, step=1, min_width=180, label="候选数", info="0：不限"),
-            gr.Slider(1, 2, penalty, step=0.05, min_width=180, label="重复惩罚", info="penalty"),
-        ]
 
 
 # ---- judging --------------------------------------------------------------------------------------------------
@@ -240,8 +112,7 @@ class Judge:
         ui, sitting = self.ui, self.sitting(request)
         if not text.strip():
             return
-        if len(text) > MAX_CHARS:
-            raise gr.Error(f"最多 {MAX_CHARS} 字，这里有 {len(text)} 字。", print_exception=False)
+        page.refuse_long(text)
         sitting.turn, sitting.pair, sitting.fixed = sitting.turn + 1, None, None
         mode = mode if self.talker.adapter else "sampling"
         turn, prompt = sitting.turn, [*(sitting.taken or [])[:-1], {"role": "user", "content": text.strip()}]
@@ -254,7 +125,7 @@ class Judge:
                 for said, count in self.talker.stream(prompt, stop, use_adapter, **how):  # noqa: B007
                     yield {ui.answers[side]: said.strip()}
             except Exception as error:
-                raise gr.Error(f"{type(error).__name__}: {str(error)[:300]}") from error
+                raise page.failed(error) from error
             if sitting.turn != turn:
                 return
             ended = "stopped" if stop.is_set() else "length" if count >= most else WHOLE
@@ -416,24 +287,20 @@ def judge_fix(judge: Judge, side: str):
 
 def judge_settings(talker: Talker, mode: gr.Radio) -> list[gr.Slider]:
     """Length, the first sampling, and the second one, which is shown when two samplings are compared."""
-    first = own_sampling(talker)
     with gr.Accordion("设置", open=False):
-        most, apart = length(talker), not talker.adapter
+        most, apart = page.length(talker.window), not talker.adapter
         name = gr.Markdown(WHO["A"], visible=apart)
-        one = sampling(first)
+        with gr.Row():
+            one = page.sampling(page.own_sampling(talker), 300)
         with gr.Column(visible=apart) as more:
             gr.Markdown(WHO["B"])
-            two = sampling((0.95, 0.7, 0, 1))
+            with gr.Row():
+                two = page.sampling((0.95, 0.7, 0, 1), 300)
     mode.change(lambda chosen: [gr.update(visible=chosen == "sampling")] * 2, mode, [name, more], **AT_ONCE)
     return [most, *one, *two]
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
-
-
-def size(model) -> str:
-    count = model.num_parameters()
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
 def read_questions(path: str | Path) -> list[list[dict]]:
@@ -477,21 +344,16 @@ def build_demo(model: str | Path | Talker = DEFAULT, feedback_dir: str | Path = 
 
 def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
     """Start the page in the background and return its address; `demo.close()` ends it."""
-    return serve.serve(demo, host, port, theme=THEME, css=CSS)
+    return page.launch(demo, host, port, CSS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("MODEL", DEFAULT), help="folder of a run, model or adapter")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines talk to it")
-    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
+    parser = page.arguments(__doc__, DEFAULT)
     parser.add_argument("--feedback_dir", default="feedback", help="folder for the rows that ratings give")
     parser.add_argument("--questions", default=None, help="file of questions to judge answers to: .txt, or chat rows")
     args = parser.parse_args()
     questions = read_questions(args.questions) if args.questions else ()
-    demo = build_demo(args.model, args.feedback_dir, questions)
-    print(f"chat with {args.model}: {launch(demo, args.host, args.port)}  (Ctrl-C ends)", flush=True)
-    demo.block_thread()
+    page.stay(build_demo(args.model, args.feedback_dir, questions), args, launch)
 
 
 if __name__ == "__main__":

@@ -399,7 +399,7 @@ def test_thinking_is_folded_and_can_be_forbidden(visit, full):
     assert page.get_by_text("思考过程").count() == 0
 
 
-def test_stream_stop_and_a_closed_tab(visit, tuned):
+def test_stream_stop_clear_and_a_closed_tab(visit, tuned):
     page, bubble = visit.page, visit.page.locator(".bot-row .message-content").last
     with Endless(tuned) as slow:
         visit.ask(QUESTION, wait=False)
@@ -415,16 +415,21 @@ def test_stream_stop_and_a_closed_tab(visit, tuned):
         assert slow.tokens < seen + 100 and "已停止" in visit.notes.inner_text()
         page.get_by_role("button", name="发送").wait_for()
 
-        visit.ask("再说一遍", wait=False)
-        page.get_by_role("button", name="停止").wait_for()
-        seen = slow.tokens
-        page.wait_for_timeout(300)
-        page.close()
-        deadline = time.monotonic() + 15
-        while tuned.lock.locked() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not tuned.lock.locked(), "a closed tab keeps the model busy"
-        assert slow.tokens < seen + 450
+        for leave_it in (page.get_by_role("button", name="清空对话").click, page.close):
+            visit.ask("再说一遍", wait=False)
+            page.get_by_role("button", name="停止").wait_for()
+            seen = slow.tokens
+            visit.until(lambda seen=seen: slow.tokens > seen + 10)
+            leave_it()
+            deadline = time.monotonic() + 15
+            while tuned.lock.locked() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not tuned.lock.locked(), "the model is still busy"
+            assert slow.tokens < seen + 450
+            if not page.is_closed():
+                page.get_by_role("button", name="发送").wait_for()
+                page.wait_for_timeout(300)
+                assert page.locator(".bot-row, .user-row").count() == 0, "what was cleared came back"
 
 
 @pytest.mark.parametrize("visit", [{"viewport": {"width": 390, "height": 844}}], indirect=True)

@@ -12,130 +12,24 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for common/
-from common import device, serve  # noqa: I001  (device before torch and transformers)
-from common.talk import Talker, split_thought
-
-import argparse
-import os
-import re
-import threading
-import time
+from common import device, page  # noqa: I001  (device before torch and transformers)
+from common.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch, literal, prose, show, turns_of  # noqa: F401
+from common.talk import Talker
 
 import gradio as gr
 
 DEFAULT = HERE.parent / "output" / HERE.name
-MAX_CHARS, MAX_NEW_TOKENS, MAX_WAITING = 8000, 2048, 16
 EXAMPLES = ["你是谁？", "3加5等于几？", "2加3再加4，一共是多少？", "把3千米换算成米。"]
-CSS = """
-.gradio-container { width: 100%; max-width: 60rem !important; margin: auto }
-#about p { color: var(--body-text-color-subdued); font-size: var(--text-sm) }
-.message-buttons-right { display: none }  /* would copy a question with its escapes */
-.message.thought:last-child:not(:first-child) { & .thought-group { border: 0; background: none; padding: 0 }
-    & .title { padding: 0; opacity: 0.7; pointer-events: none } & .arrow { display: none } }
-"""  # the last rule: the line of facts under an answer is a thought without a fold
-FONT = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
-THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT)
-IDLE, BUSY = {"submit_btn": "发送", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停止"}
-PRIVATE = {"api_visibility": "private"}  # the page's events are no API
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-
-
-def literal(text: str) -> str:
-    """Markdown that shows `text` as it was typed: no HTML, no formatting."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
-
-
-def prose(text: str) -> str:
-    """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text anyway)."""
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
-    return "".join(p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts))
-
-
-def show(history: list[dict]) -> list[gr.ChatMessage]:
-    """The conversation as the chatbot displays it: thoughts folded, a line of facts under each answer."""
-    shown = []
-    for row in history:
-        if row["role"] == "user":
-            shown.append(gr.ChatMessage(literal(row["content"]), "user"))
-            continue
-        if row["reasoning_content"]:
-            fold = {"title": "思考过程", "status": "done" if row["thought_done"] else "pending"}
-            shown.append(gr.ChatMessage(prose(row["reasoning_content"]), "assistant", fold))
-        if row["content"] or not row["reasoning_content"]:
-            shown.append(gr.ChatMessage(prose(row["content"]), "assistant"))
-        if row["note"]:
-            shown.append(gr.ChatMessage("", "assistant", {"title": row["note"], "status": "done"}))
-    return shown
-
-
-def turns_of(history: list[dict], system: str) -> list[dict]:
-    """The conversation as rows of the training data."""
-    keys = ("role", "content", "reasoning_content")
-    head = [{"role": "system", "content": system.strip()}] if system.strip() else []
-    return head + [{k: row[k] for k in keys if k in row} for row in history]
-
-
-class Page:
-    """What the events of the page do. `history`: user and assistant rows as in the training data, with a note each."""
-
-    def __init__(self, talker: Talker):
-        self.talker, self.stops = talker, {}
-
-    def ask(self, text, history, request: gr.Request, system, use_adapter, thinking, *numbers):
-        if not text.strip():
-            return
-        if len(text) > MAX_CHARS:
-            raise gr.Error(f"最多 {MAX_CHARS} 字，这里有 {len(text)} 字。", print_exception=False)
-        stop = self.stops[request.session_hash] = threading.Event()
-        history = [*history, {"role": "user", "content": text}]
-        turns, begun, count = turns_of(history, system), time.perf_counter(), 0
-        answer = {"role": "assistant", "content": "", "reasoning_content": "", "thought_done": True, "note": ""}
-        history.append(answer)
-        yield show(history), history, gr.update(value="", **BUSY)
-        try:
-            sampling = dict(zip(SAMPLING, numbers, strict=True))
-            for said, count in self.talker.stream(turns, stop, use_adapter, thinking, **sampling):  # noqa: B007
-                answer["reasoning_content"], answer["content"], answer["thought_done"] = split_thought(said)
-                yield show(history), history, gr.skip()
-        except Exception as error:
-            raise gr.Error(f"{type(error).__name__}: {str(error)[:300]}") from error
-        seconds, answer["thought_done"] = time.perf_counter() - begun, True
-        facts = [f"{count} 词元", f"{seconds:.1f} 秒", f"{count / seconds:.0f} 词元/秒"]
-        facts += ["微调前"] * (not use_adapter) + ["已停止"] * stop.is_set()
-        answer["note"] = " · ".join(facts)
-        yield show(history), history, gr.skip()
-
-    def pick(self, example: gr.SelectData, history, request: gr.Request, *controls):
-        yield from self.ask(example.value["text"], history, request, *controls)
-
-    def again(self, history, request: gr.Request, *controls):
-        if history:
-            yield from self.ask(history[-2]["content"], history[:-2], request, *controls)
-
-    def undo(self, history):
-        return show(history[:-2]), history[:-2], history[-2]["content"] if history else ""
-
-    def halt(self, request: gr.Request):
-        self.stops.pop(request.session_hash, threading.Event()).set()
-
-    def clear(self, request: gr.Request):
-        self.halt(request)
-        return [], gr.update(**IDLE)
-
-
-def size(model) -> str:
-    count = model.num_parameters()
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
 def build_demo(model: str | Path | Talker = DEFAULT) -> gr.Blocks:
     """The chat page for a run, model or adapter folder; SystemExit with one line when there is no model."""
     talker = model if isinstance(model, Talker) else Talker(model)
-    page, adapter = Page(talker), " · LoRA" * talker.adapter
-    about = f"{talker.name}{adapter} · {size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
+    chat = page.Chat(talker, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
+    adapter = " · LoRA" * talker.adapter
+    about = f"{talker.name}{adapter} · {page.size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
     with gr.Blocks(title=f"{HERE.name} · 聊天", analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
-        history = gr.State([])
         chatbot = gr.Chatbot(
             show_label=False, scale=1, min_height=320, buttons=["copy"], allow_tags=False,
             placeholder="问点什么，或选一个例子", examples=[{"text": text} for text in EXAMPLES],
@@ -144,27 +38,13 @@ def build_demo(model: str | Path | Talker = DEFAULT) -> gr.Blocks:
             label="问题", show_label=False, placeholder="输入问题，回车发送", max_lines=8,
             max_length=MAX_CHARS, **IDLE,
         )  # fmt: skip
-        controls = settings(talker)
-        shown = [chatbot, history, box]
-        one = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress_on": chatbot}
-        runs = [
-            box.submit(page.ask, [box, history, *controls], shown, **one, **PRIVATE),
-            chatbot.example_select(page.pick, [history, *controls], shown, **one, **PRIVATE),
-            chatbot.retry(page.again, [history, *controls], shown, **one, **PRIVATE),
-        ]
-        for run in runs:
-            run.then(lambda: gr.update(**IDLE), None, box, queue=False, **PRIVATE)
-        box.stop(page.halt, queue=False, **PRIVATE)
-        chatbot.undo(page.undo, history, shown, queue=False, **PRIVATE)
-        chatbot.clear(page.clear, None, [history, box], cancels=runs, queue=False, **PRIVATE)
-        demo.unload(page.halt)
+        chat.connect(chatbot, box, settings(talker))
+        demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
 def settings(talker: Talker) -> list[gr.components.Component]:
-    """The controls under the chat, in the order of Page.ask; their defaults are those of the run and of the model."""
-    own, most = talker.model.generation_config, min(MAX_NEW_TOKENS, talker.window // 2)
-    heat = (own.temperature or 0) if own.do_sample else 0
+    """The controls under the chat, in the order of Chat.ask; their defaults are those of the run and of the model."""
     may_think = talker.settings.get("enable_thinking") is not False
     with gr.Row():
         switches = [
@@ -175,32 +55,13 @@ def settings(talker: Talker) -> list[gr.components.Component]:
         prompt = talker.settings.get("system_prompt", "")
         system = gr.Textbox(prompt, label="系统提示词", lines=2, max_length=MAX_CHARS)
         with gr.Row():
-            numbers = [
-                gr.Slider(16, most, min(512, most), step=16, min_width=220, label="最多词元", info="max_new_tokens"),
-                gr.Slider(0, 2, heat, step=0.05, min_width=220, label="温度", info="temperature；0：不采样"),
-                gr.Slider(0.05, 1, own.top_p or 1, step=0.05, min_width=220, label="核采样", info="top_p"),
-                gr.Slider(0, 200, own.top_k or 0, step=1, min_width=220, label="候选数", info="top_k；0：不限"),
-                gr.Slider(
-                    1, 2, own.repetition_penalty or 1, step=0.05, min_width=220, label="重复惩罚", info="penalty"
-                ),
-            ]
+            numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
     return [system, *switches, *numbers]
 
 
-def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Start the page in the background and return its address; `demo.close()` ends it."""
-    return serve.serve(demo, host, port, theme=THEME, css=CSS)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("MODEL", DEFAULT), help="folder of a run, model or adapter")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines talk to it")
-    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
-    args = parser.parse_args()
-    demo = build_demo(args.model)
-    print(f"chat with {args.model}: {launch(demo, args.host, args.port)}  (Ctrl-C ends)", flush=True)
-    demo.block_thread()
+    args = page.arguments(__doc__, DEFAULT).parse_args()
+    page.stay(build_demo(args.model), args, launch)
 
 
 if __name__ == "__main__":

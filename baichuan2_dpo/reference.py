@@ -1,0 +1,139 @@
+"""The two models of the page: the trained one, and the reference it is compared with, which may be the same one.
+
+Which reference: a LoRA run has it inside, any other run is compared with the model it began with (see began_with).
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import modeling_baichuan  # noqa: F401  (tells the Auto classes about ALiBi and NormHead)
+import torch
+
+from common import adapter, chat, losses
+from common.talk import Talker, find_model, split_thought
+
+NO_REFERENCE = "none"
+
+
+class Speaker(Talker):
+    """A Talker that draws with a given seed, and tells how likely an answer is."""
+
+    def __init__(self, model: str | Path):
+        super().__init__(model)
+        losses.use_chunked_loss(self.model)  # log_prob then builds no logits of a whole conversation
+        self.folder = Path(find_model(model))
+
+    def _generate(self, prompt, room, heard, seed=0, **sampling):
+        torch.manual_seed(seed)
+        super()._generate(prompt, room, heard, **sampling)
+
+    @torch.no_grad()
+    def log_prob(self, ids: list[int], labels: list[int], use_adapter: bool = True) -> float:
+        """Sum of the log-probabilities, in nats, of the labels [T] that are not IGNORE, after the ids [T] before."""
+        row = [torch.tensor([values], device=self.model.device) for values in (ids, labels)]
+        with self.lock, nullcontext() if use_adapter or not self.adapter else self.model.disable_adapter():
+            return losses.sequence_logprobs(self.model, *row, use_cache=False).item()
+
+
+@dataclass
+class Side:
+    """A column of the page: a model, and whether its adapter is on."""
+
+    talker: Speaker
+    use_adapter: bool = True
+
+    def stream(self, *args, **options):
+        return self.talker.stream(*args, use_adapter=self.use_adapter, **options)
+
+    def log_prob(self, ids, labels) -> float:
+        return self.talker.log_prob(ids, labels, self.use_adapter)
+
+
+def load_reference(policy: Speaker, model: str | Path) -> Speaker:
+    """`model`, asked with the policy's tokenizer and template; SystemExit when its vocabulary is another one."""
+    reference = Speaker(model)
+    theirs, ours = (talker.tokenizer.get_vocab() for talker in (reference, policy))
+    rows = reference.model.get_input_embeddings().num_embeddings
+    if not theirs.items() <= ours.items() or rows < len(policy.tokenizer):
+        raise SystemExit(f"{model}: its vocabulary is not the one of {policy.name}, so it cannot be its reference")
+    reference.tokenizer, reference.can_think = policy.tokenizer, policy.can_think
+    return reference
+
+
+def find_reference(policy: Speaker, given: str | Path | None = None) -> tuple[Side | None, str]:
+    """(the reference, "") or (None, why there is none). SystemExit when `given` cannot be loaded or does not fit."""
+    if given == NO_REFERENCE:
+        return None, "打开时选了不要参考"
+    if given:
+        return Side(load_reference(policy, given)), ""
+    if policy.adapter and not policy.settings.get("reference_model"):
+        return Side(policy, use_adapter=False), ""
+    name, reason = began_with(policy)
+    if not name:
+        return None, reason
+    if not (folder := on_this_machine(name)):
+        return None, f"训练前的模型 {name} 不在这台机器上"
+    try:
+        return Side(load_reference(policy, folder)), ""
+    except SystemExit as error:
+        return None, f"训练前的模型用不了（{error}）"
+
+
+def on_this_machine(model: str) -> str:
+    """Its folder, "" when there is none: nothing large is downloaded unless --reference asks for it."""
+    if Path(model).is_dir():
+        return model
+    try:
+        found = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    except ValueError:  # no name of a repository
+        return ""
+    return str(Path(found).parent) if isinstance(found, str) else ""
+
+
+def began_with(policy: Speaker) -> tuple[str, str]:
+    """(the reference model of the run that left `policy`, "") or ("", why it is unknown)."""
+    if named := policy.settings.get("reference_model"):
+        return named, ""
+    note = policy.folder / adapter.BASE_FILE
+    if note.is_file():
+        known = json.loads(note.read_text(encoding="utf-8"))
+        base = known["base_model"]
+        if Path(base).is_dir() and adapter.base_fingerprint(base) != known["fingerprint"]:
+            return "", f"{base} 的权重已经不是训练开始时的了"
+        return base, ""
+    name = policy.settings.get("model_name_or_path", "")
+    if name == "tiny":
+        return "", "训练从内置的小模型开始，运行记录里没有它的位置"
+    return name, "" if name else "模型旁边没有 run.json，不知道训练从哪个模型开始"
+
+
+# ---- an answer that is weighed ----------------------------------------------------------------------------------
+
+
+def answer_message(said: str) -> dict:
+    """A generated text as a row of the training data has it."""
+    thought, content, _ = split_thought(said)
+    return {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thought else {})
+
+
+def scored_row(
+    talker: Talker, messages: list[dict], said: str, whole: bool, window: int
+) -> tuple[list[int], list[int]] | None:
+    """(ids [T], labels [T]) with labels on the last answer alone, its end token too if it is `whole`.
+
+    None when the conversation does not fit into `window` tokens or nothing would be scored.
+    """
+    template = {"enable_thinking": True} if talker.can_think else {}
+    row = chat.encode_chat(talker.tokenizer, [*messages, answer_message(said)], window, **template)
+    if row is None or row["truncated"]:
+        return None
+    labels = row["labels"]
+    end = max(i for i, label in enumerate(labels) if label != chat.IGNORE)
+    begin = max((i for i in range(end) if labels[i] == chat.IGNORE), default=-1) + 1
+    end += whole
+    if begin >= end:
+        return None
+    return row["input_ids"][:end], [chat.IGNORE] * begin + labels[begin:end]
