@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -37,6 +38,21 @@ def environment(**extra) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
+
+
+def own_modules(recipe: str, *names: str) -> list:
+    """Modules of a recipe; other recipes have files of the same names, so nothing of it stays importable."""
+    folder = ROOT / recipe
+    path, own = sys.path[:], [file.stem for file in folder.glob("*.py")]
+    before = {name: sys.modules.pop(name) for name in own if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path[:] = path
+        for name in own:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 _servers: dict[str, forking.Server | None] = {}

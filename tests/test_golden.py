@@ -52,6 +52,9 @@ def altered(folder, out, name, change):
     ("chatglm_v11", "transformer.layers.0.attention.dense.bias", lambda x: x * float("nan")),
     ("baichuan2_7b", "lm_head.weight", lambda x: x + 1e-3),
     ("baichuan2_13b", "model.layers.1.self_attn.W_pack.weight", lambda x: x.roll(1, 0)),
+    ("minimind_moe", "model.layers.1.mlp.gate.weight", lambda x: x.roll(1, 0)),
+    ("minimind2_moe", "model.layers.0.mlp.shared_experts.0.up_proj.weight", lambda x: x * 1.001),
+    ("minimind_dense", "model.layers.0.self_attn.q_norm.weight", lambda x: x * 1.001),
 ])  # fmt: skip
 def test_other_weights_fail(tmp_path, name, tensor, change):
     result = expect(run(name, altered(GOLDEN / name, tmp_path / "other", tensor, change)), 1)

@@ -1,0 +1,403 @@
+"""The language model: dense or mixture of experts, in both generations of MiniMind, as a transformers model.
+
+    model = build("26m", vocab_size=6400)                 # random weights, float32
+    model = MiniMindForCausalLM.from_pretrained(folder)   # importing this module tells the Auto classes about it
+
+A block is RMSNorm -> attention with rotary positions and grouped key/value heads -> RMSNorm -> SwiGLU, both added to
+the residual; the head shares its weight with the embedding. Generation 3 normalises each head of query and key before
+the rotation (then the dense model is Qwen3's, the sparse one Qwen3-MoE's); generation 2 does not (Llama's; with experts
+Qwen2-MoE's, its shared expert always on). Names of parameters are those of the original weight files.
+
+B rows, T tokens, N = B * T, D width, H heads, K key/value heads, d size of a head, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+# Su et al. 2021 (rotary positions) stretched as in Peng et al. 2023 (YaRN): from 2,048 positions to 16 times as many
+YARN = {"factor": 16.0, "original_max_position_embeddings": 2048, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+class MiniMindConfig(PretrainedConfig):
+    """Fields of the original's config; `None` takes what the generation (2 or 3) has.
+
+    intermediate_size, moe_intermediate_size: width of the SwiGLU, of one expert.
+    norm_topk_prob: weights of the chosen experts sum to 1. With one expert per token that leaves the router without a
+        gradient from the language model's loss, so `build` switches it off; the original has it on.
+    seq_aux: balance the experts within each sequence (generation 2), not over the batch.
+    inference_rope_scaling: stretch positions 16-fold beyond 2,048 (YaRN).
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self, vocab_size=6400, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=None,
+        head_dim=None, intermediate_size=None, max_position_embeddings=32768, rms_norm_eps=None, rope_theta=1e6,
+        inference_rope_scaling=False, generation=3, use_moe=False, num_experts=4, num_experts_per_tok=None,
+        n_shared_experts=None, moe_intermediate_size=None, norm_topk_prob=True, router_aux_loss_coef=None,
+        seq_aux=None, hidden_act="silu", initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=True, use_cache=True, **kwargs,
+    ):  # fmt: skip
+        if generation not in (2, 3):
+            raise ValueError(f"generation {generation}: 2 or 3")
+        # the original's names in generation 2
+        num_experts = kwargs.pop("n_routed_experts", None) or num_experts
+        router_aux_loss_coef = kwargs.pop("aux_loss_alpha", router_aux_loss_coef)
+        old = generation == 2
+        pick = lambda value, second, third: value if value is not None else second if old else third  # noqa: E731
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = pick(num_key_value_heads, 2, 4)
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.intermediate_size = intermediate_size or swiglu_width(hidden_size, generation)
+        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
+        self.rms_norm_eps = pick(rms_norm_eps, 1e-5, 1e-6)
+        self.inference_rope_scaling, self.generation, self.use_moe = inference_rope_scaling, generation, use_moe
+        self.num_experts, self.num_experts_per_tok = num_experts, pick(num_experts_per_tok, 2, 1)
+        self.n_shared_experts = pick(n_shared_experts, 1, 0)
+        self.norm_topk_prob = norm_topk_prob
+        self.router_aux_loss_coef = pick(router_aux_loss_coef, 0.01, 5e-4)
+        self.seq_aux = pick(seq_aux, True, False)
+        self.hidden_act, self.initializer_range, self.use_cache = hidden_act, initializer_range, use_cache
+        super().__init__(
+            bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings, **kwargs,
+        )  # fmt: skip
+
+
+def swiglu_width(hidden_size: int, generation: int) -> int:
+    """8/3 (generation 2) or pi (generation 3) times the width, up to a multiple of 64."""
+    return 64 * math.ceil((int(hidden_size * 8 / 3) if generation == 2 else hidden_size * math.pi) / 64)
+
+
+TOY = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.04)
+SIZES = {
+    "26m": dict(hidden_size=512, num_hidden_layers=8, generation=2),
+    "104m": dict(hidden_size=768, num_hidden_layers=16, generation=2),
+    "145m-moe": dict(hidden_size=640, num_hidden_layers=8, generation=2, use_moe=True),
+    "64m": dict(hidden_size=768, num_hidden_layers=8),
+    "198m-moe": dict(hidden_size=768, num_hidden_layers=8, use_moe=True),
+    "tiny": TOY,
+    "tiny-moe": TOY | dict(hidden_size=96, use_moe=True),
+}
+
+
+def build(size: str, vocab_size: int = 6400, **changes) -> MiniMindForCausalLM:
+    """A model of SIZES with random fp32 weights (torch's global generator); KeyError for an unknown size."""
+    settings = SIZES[size] | changes
+    if settings.get("use_moe") and settings.get("generation", 3) == 3:
+        settings.setdefault("norm_topk_prob", False)
+    return MiniMindForCausalLM(MiniMindConfig(vocab_size=vocab_size, **settings))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019), computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+@functools.cache
+def frequencies(size: int, theta: float, stretched: bool, device: torch.device) -> Tensor:
+    """Angle per position of each pair of a head's `size` numbers, fp32 [size / 2].
+
+    stretched: YaRN divides by its factor where a wave is longer than the original window, keeps short ones.
+    """
+    plain = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    if stretched:
+        window = YARN["original_max_position_embeddings"]
+        turns = lambda n: size * math.log(window / (n * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
+        low = max(0, math.floor(turns(YARN["beta_fast"])))
+        high = min(size // 2 - 1, math.ceil(turns(YARN["beta_slow"])))
+        ramp = ((torch.arange(size // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        plain = plain * (1 - ramp + ramp / YARN["factor"])
+    return plain.to(device)
+
+
+def rotary(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """position_ids [B, T] -> cos, sin [B, 1, T, d], fp32."""
+    window = YARN["original_max_position_embeddings"]
+    stretched = config.inference_rope_scaling and config.max_position_embeddings > window
+    angle = frequencies(config.head_dim, float(config.rope_theta), stretched, position_ids.device)
+    angle = position_ids[:, None, :, None].float() * angle
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, d] turned by its position: number i of a head pairs with number i + d/2."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Attention(nn.Module):
+    """Causal attention, K key/value heads shared by H query heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
+        query, shared = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        if config.generation == 3:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask, cache, **kwargs) -> Tensor:
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        query, key, value = (p(hidden).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.generation == 3:
+            query, key = self.q_norm(query), self.k_norm(key)
+        cos, sin = (x.to(query.dtype) for x in rotation)
+        query, key = rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        heads, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(heads.reshape(*hidden.shape[:-1], -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: MiniMindConfig, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseFeedForward(nn.Module):
+    """Each token goes through its `num_experts_per_tok` likeliest experts, and through the shared ones.
+
+    Tokens are sorted by expert once, so that an expert is three products over its tokens, however many they are.
+    """
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        width = config.moe_intermediate_size if config.generation == 3 else config.intermediate_size
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList([FeedForward(config, width) for _ in range(config.num_experts)])
+        shared = config.n_shared_experts or 0
+        if shared:
+            self.shared_experts = nn.ModuleList([FeedForward(config, config.intermediate_size) for _ in range(shared)])
+
+    def forward(self, x: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], counted [N] (0 at padding), owner [N] (sequence of each token) -> [B, T, D], balance loss."""
+        config, flat = self.config, x.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # half precision would tie experts that differ a little
+            scores = F.linear(flat.float(), self.gate.weight.float()).softmax(-1)
+        weight, chosen = scores.topk(config.num_experts_per_tok, sorted=False)
+        if config.norm_topk_prob and (config.generation == 3 or config.num_experts_per_tok > 1):
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        order = chosen.flatten().argsort(stable=True)
+        slots = flat[:, None].expand(-1, config.num_experts_per_tok, -1).flatten(0, 1)
+        sizes = chosen.flatten().bincount(minlength=config.num_experts)
+        done = grouped(self.experts, slots.index_select(0, order), sizes)
+        done = done.index_select(0, order.argsort()).view(*chosen.shape, -1)
+        out = (done * weight[..., None].to(done.dtype)).sum(1)
+        for expert in self.shared_experts if config.n_shared_experts else ():
+            out = out + expert(flat)
+        return out.view(x.shape), self.balance(scores, chosen, counted, owner)
+
+    def balance(self, scores: Tensor, chosen: Tensor, counted: Tensor, owner: Tensor) -> Tensor:
+        """E * sum over experts of (share of tokens sent to it) * (mean probability of it), times its coefficient.
+
+        Smallest when all experts get the same (Fedus et al. 2021). Only in training; padding does not count.
+        """
+        config = self.config
+        if not (self.training and config.router_aux_loss_coef):
+            return scores.new_zeros(())
+        sent = F.one_hot(chosen, config.num_experts).sum(1) * counted[:, None]
+        likely, counted = scores * counted[:, None], counted[:, None].to(scores.dtype)
+        if not config.seq_aux:
+            size = counted.sum().clamp(min=1)
+            picks = config.num_experts_per_tok if config.generation == 2 else 1
+            balance = (sent.sum(0) / size / picks * (likely.sum(0) / size)).sum()
+        else:
+            spread = lambda x: x.new_zeros(int(owner[-1]) + 1, x.shape[1]).index_add(0, owner, x)  # noqa: E731
+            size = spread(counted).clamp(min=1)
+            per = spread(sent.to(scores.dtype)) / size / config.num_experts_per_tok * (spread(likely) / size)
+            balance = per.sum() / (spread(counted) > 0).sum().clamp(min=1)
+        return config.num_experts * config.router_aux_loss_coef * balance
+
+
+def grouped(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
+    """rows [M, D] sorted by expert, sizes [E] -> [M, D]: each part through its expert.
+
+    On accelerators with torch's grouped product the host need not know the sizes; elsewhere it is E calls.
+    """
+    kind = rows.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    plain = all(type(p) is nn.Linear and p.weight.numel() for expert in experts for p in expert.children())
+    if not (rows.is_cuda and plain and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
+        return torch.cat([e(part) for e, part in zip(experts, rows.split(sizes.tolist()), strict=True)])
+    return grouped_swiglu(experts, rows.to(dtype), sizes)
+
+
+def grouped_swiglu(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
+    """What `grouped` computes, as three products; rows in bfloat16."""
+    ends = sizes.cumsum(0).to(torch.int32)
+    product = lambda x, name: F.grouped_mm(  # noqa: E731
+        x, torch.stack([getattr(e, name).weight.to(x.dtype) for e in experts]).transpose(1, 2), offs=ends
+    )
+    return product(F.silu(product(rows, "gate_proj")) * product(rows, "up_proj"), "down_proj")
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseFeedForward(config) if config.use_moe else FeedForward(config, config.intermediate_size)
+
+    def forward(self, hidden: Tensor, rotation, mask, cache, balance: tuple | None, **kwargs) -> tuple[Tensor, Tensor]:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, cache, **kwargs)
+        normed = self.post_attention_layernorm(hidden)
+        out, aux = (self.mlp(normed), hidden.new_zeros(())) if balance is None else self.mlp(normed, *balance)
+        return hidden + out, aux
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
+    _no_split_modules = ["Layer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module):
+        """Normal weights; what is added to the residual is smaller by the number of additions (Radford et al. 2019)."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, (Attention, FeedForward)):
+            last = module.o_proj if isinstance(module, Attention) else module.down_proj
+            nn.init.normal_(last.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """The blocks without the head; arguments as of MiniMindForCausalLM."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, counted=None, output_hidden_states=None, **kwargs,
+    ) -> MoeModelOutputWithPast:  # fmt: skip
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+        mask = attention_mask
+        if mask is None or mask.ndim == 2:
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask,
+                past_key_values=past_key_values, position_ids=position_ids,
+            )  # fmt: skip
+        balance = self.balanced(hidden, attention_mask, counted, kwargs.get("cu_seq_lens_q"))
+        rotation, aux, states = rotary(self.config, position_ids), hidden.new_zeros(()), [hidden]
+        for layer in self.layers:
+            hidden, more = layer(hidden, rotation, mask, past_key_values, balance, **kwargs)
+            aux = aux + more
+            states = [*states, hidden] if output_hidden_states else states
+        hidden = self.norm(hidden)
+        states = (*states[:-1], hidden) if output_hidden_states else None
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, hidden_states=states,
+            router_logits=aux,
+        )  # fmt: skip
+
+    def balanced(self, hidden: Tensor, attention_mask, counted, starts) -> tuple[Tensor, Tensor] | None:
+        """(counted [N], owner [N]) for the balance of experts; None for a dense model."""
+        if not self.config.use_moe:
+            return None
+        rows, length = hidden.shape[:2]
+        if counted is None and attention_mask is not None and attention_mask.ndim == 2:
+            counted = attention_mask[:, -length:]
+        counted = torch.ones(rows, length, device=hidden.device) if counted is None else counted
+        place = torch.arange(rows * length, device=hidden.device)
+        owner = place // length if starts is None else torch.bucketize(place, starts[1:].to(place), right=True)
+        return counted.flatten(), owner
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, logits_to_keep=0, **kwargs,
+    ) -> MoeCausalLMOutputWithPast:  # fmt: skip
+        """input_ids [B, T] -> logits [B, T, V] (of the last `logits_to_keep` positions, 0: all).
+
+        Args:
+            attention_mask: [B, T], 0 on padding (either side); a packed row has none, but cu_seq_lens_q/k [n + 1],
+                max_length_q/k and positions that restart (common/attention.py).
+            labels: [B, T], -100 without; shifted here. loss is their mean cross entropy (num_items_in_batch: the
+                divisor instead of their number) without aux_loss, the summed balance of the experts in training.
+            counted: [B, T], 0 at tokens that are filler of a packed row; the balance leaves them out.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        hidden = out.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=out.router_logits, logits=logits, past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )  # fmt: skip
+
+
+AutoConfig.register(MiniMindConfig.model_type, MiniMindConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
