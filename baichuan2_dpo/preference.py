@@ -326,6 +326,6 @@ class PreferenceTrainer(RecipeTrainer):
 def answers(log_probs: Tensor, owner: Tensor, count: int) -> Answers:
     """Log-probs of tokens [N] and the sequence each belongs to [N] -> sums and lengths of chosen and rejected [n]."""
     count -= count % 2  # a last sequence alone is filling
-    sums = torch.zeros(count, device=log_probs.device).index_add(0, owner, log_probs)
+    sums = losses.sum_by_owner(log_probs, owner, count)
     lengths = torch.bincount(owner, minlength=count).clamp(min=1).to(sums)
     return Answers(sums[::2], sums[1::2], lengths[::2], lengths[1::2])
