@@ -35,7 +35,7 @@ def open_output(args, settings: dict, overwrite: bool = False) -> Path | None:
     """Decide whether this run starts, continues or is refused, before the model is loaded. Call on every rank.
 
     Args:
-        args: TrainingArguments.
+        args: TrainingArguments; `keeps_order` on it: rows come in one order whatever the number of processes.
         settings: all that defines the run (recipe arguments, data fingerprint); compared with the folder's last run.
         overwrite: delete what is there and start anew.
     Returns:
@@ -144,6 +144,8 @@ def _misfit(args, facts: dict, start: Path) -> str:
         return (
             f"error: {both}; the optimizer state does not fit. Continue with NPROC={there[1]} and {there[0]}, or {anew}"
         )
+    if getattr(args, "keeps_order", False):
+        return f"{both}; continuing at the same row"
     if args.max_steps <= 0:
         return f"error: {both}, so an epoch has other steps. Continue with NPROC={there[1]}, or give --max_steps"
     return f"warning: {both}; continuing, but the order of the data differs from an uninterrupted run"

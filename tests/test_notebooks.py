@@ -17,6 +17,8 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
     "chatglm_lora/infer.ipynb": ("还没有模型", "[gMASK]<sop>【", "还没有名字", "叫我小谱", "preference.jsonl 1 rows"),
     "baichuan2_dpo/data.ipynb": ("gb18030", "hh strings", "different prompts", "are the same", "[[", "写一遍"),
     "baichuan2_dpo/infer.ipynb": ("还没有模型", "<reserved_106>书店几点开门？<reserved_107>【", "训练前的奖励", "胜率"),
+    "minimind_npu/data.ipynb": ("gb18030", "empty answer", "'一字不差': 2", "个窗口填满", "[[<think>"),
+    "minimind_npu/infer.ipynb": ("还没有会对话的模型", "assistant\n【", "想完了", "每字节", "Qwen3ForCausalLM"),
 }
 
 

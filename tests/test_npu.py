@@ -34,6 +34,7 @@ FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "chinese_bloom": {"full": [], "lora": ["--use_lora", "true"]},
     "chatglm_lora": {"full": ["--use_lora", "false", *SAMPLES], "lora": SAMPLES},
     "baichuan2_dpo": {"full": ["--use_lora", "false", *PAIRS], "lora": PAIRS},
+    "minimind_npu": {"full": [], "lora": ["--stage", "lora"]},
 }
 SHORT = ["--max_steps", 8, "--logging_steps", 1, "--eval_generate", 4, "--report_to", "none", "--save_strategy", "no"]
 PLAIN = 'source common/launch.sh; launch "$0" "$@"'

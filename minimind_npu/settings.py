@@ -1,0 +1,145 @@
+"""The flags of train.py, and what they are for each stage when nobody gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import optim
+import torch
+from model import SIZES
+from transformers import TrainingArguments
+
+from common import cli, device
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parent / "output" / HERE.name
+STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason")
+FROM = {"sft": ("pretrain",), "lora": ("sft",), "dpo": ("sft",), "reason": ("dpo", "sft")}  # what a stage goes on from
+SAMPLES = {"pretrain": "pretrain", "sft": "sft", "lora": "lora_identity.jsonl", "dpo": "dpo.jsonl", "distill": "sft",
+           "reason": "reason.jsonl"}  # fmt: skip
+NAMES = (
+    f"random weights of a size: {', '.join(SIZES)}; to go on from: a folder, or a stage whose output is there; unset: "
+    "the stage before, else tiny"
+)
+
+
+@dataclass
+class Args:
+    stage: str = field(default="pretrain", metadata={"help": ", ".join(STAGES)})
+    model_name_or_path: str = field(default="tiny", metadata={"aliases": ["--size", "--from_weight"], "help": NAMES})
+    hidden_size: int = field(default=0, metadata={"help": "changes the size: width; 0: the size's own"})
+    num_hidden_layers: int = field(default=0, metadata={"help": "changes the size: layers"})
+    use_moe: bool | None = field(default=None, metadata={"help": "changes the size: experts instead of one SwiGLU"})
+    tokenizer: str = field(default="", metadata={"help": "folder; unset: the model's, for random weights the shipped"})
+    data_path: str = field(default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"})
+    column_map: str = field(default="", metadata={"help": "rename columns: 'text=content'"})
+    strict_data: bool = field(default=False, metadata={"help": "a bad row is an error, not counted and left out"})
+    eval_ratio: float = field(default=0.05, metadata={"help": "share held out; equal prompts stay on one side"})
+    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
+    model_max_length: int = field(default=512, metadata={"aliases": ["--max_seq_len"], "help": "tokens of a window"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon for the matrices of the blocks"})
+    muon_lr: float = field(default=0.02, metadata={"help": "peak learning rate of Muon's matrices"})
+    min_lr_ratio: float = field(default=0.1, metadata={"help": "the learning rate ends at this part of its peak"})
+    max_minutes: float = field(default=0.0, metadata={"help": "end after so long, the schedule with it; 0: by epochs"})
+    use_lora: bool = field(default=False, metadata={"help": "train an adapter; --stage lora does"})
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: float = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
+    beta: float = field(default=0.15, metadata={"help": "dpo: strength of the reference"})
+    reference: str = field(default="cached", metadata={"help": "dpo: cached (once), or adapter (switched off)"})
+    teacher: str = field(default="", metadata={"help": "distill: folder of the teacher"})
+    alpha: float = field(default=0.5, metadata={"help": "distill: part of the labels; the rest is the teacher's"})
+    temperature: float = field(default=1.5, metadata={"help": "distill: of both distributions"})
+    think_weight: float = field(default=10.0, metadata={"help": "reason: weight of the tags' tokens in the loss"})
+    eval_generate: int = field(default=64, metadata={"help": "held-out rows answered before and after; 0: none"})
+    max_new_tokens: int = field(default=96, metadata={"help": "length limit of those answers"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left"})
+
+
+DEFAULTS = dict(
+    output_dir="", per_device_train_batch_size=16, gradient_accumulation_steps=1, num_train_epochs=2, warmup_steps=0.03,
+    weight_decay=0.1, max_grad_norm=1.0, lr_scheduler_type="cosine", logging_steps=20, save_steps=1000, eval_steps=1000,
+    save_total_limit=2, report_to=["tensorboard"], ddp_timeout=7200,
+)  # fmt: skip
+STAGE = {  # learning rates, windows and epochs of real models; windows as for an accelerator
+    "pretrain": dict(learning_rate=1e-3, model_max_length=512, per_device_train_batch_size=32),
+    "sft": dict(learning_rate=1e-4, model_max_length=1024, per_device_train_batch_size=16),
+    "lora": dict(learning_rate=3e-4, model_max_length=512, per_device_train_batch_size=16, num_train_epochs=5),
+    "dpo": dict(learning_rate=1e-6, model_max_length=2048, per_device_train_batch_size=8, num_train_epochs=1),
+    "distill": dict(learning_rate=2e-4, model_max_length=1024, per_device_train_batch_size=16),
+    "reason": dict(learning_rate=2e-5, model_max_length=1024, per_device_train_batch_size=16),
+}
+CPU_TOKENS = 4096  # of a batch: larger ones leave the caches, and every buffer comes from the system anew
+TOY = {  # sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many of them
+    "pretrain": dict(learning_rate=4e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=1.5),
+    "sft": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=2),
+    "lora": dict(learning_rate=1e-2, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=30),
+    "dpo": dict(learning_rate=2e-4, model_max_length=512, per_device_train_batch_size=4, num_train_epochs=2),
+    "distill": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=2),
+    "reason": dict(learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4),
+}
+TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
+HONOURED = {  # fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "logging_steps",
+    "save_steps", "save_strategy", "eval_steps", "save_total_limit", "report_to", "seed", "bf16", "fp16",
+    "gradient_checkpointing", "torch_compile", "deepspeed", "resume_from_checkpoint", "ddp_timeout", "optim", "use_cpu",
+    "local_rank",
+}  # fmt: skip
+
+
+def settle(args: Args, training: TrainingArguments, width: int) -> None:
+    """Defaults that hang on the stage and the model's width; flags that do not go together."""
+    if width < 256 and args.stage in TOY_MUON and not training.deepspeed and not cli.typed("optimizer"):
+        args.optimizer = "muon" if device.half_dtype() is not torch.float16 else "adamw"
+    for name, value in ((STAGE if width >= 256 else TOY)[args.stage]).items():
+        if not cli.typed(name) and not (name == "model_max_length" and cli.typed("max_seq_len")):
+            setattr(args if hasattr(args, name) else training, name, value)
+    split = training.per_device_train_batch_size * args.model_max_length // CPU_TOKENS
+    given = any(map(cli.typed, ("per_device_train_batch_size", "gradient_accumulation_steps")))
+    if device.kind() == "cpu" and split > 1 and not given:  # the same step in smaller batches
+        training.per_device_train_batch_size //= split
+        training.gradient_accumulation_steps *= split
+    for name in (f.name for f in fields(TrainingArguments)):
+        if cli.typed(name) and name not in HONOURED:
+            raise cli.usage_error(f"--{name}: the loop of this recipe does not know it; see --help and settings.py")
+    args.data_path = args.data_path or str(HERE / "data" / SAMPLES[args.stage])
+    args.use_lora = args.use_lora or args.stage == "lora"
+    problems = {
+        f"--optimizer {args.optimizer}: adamw or muon": args.optimizer not in ("adamw", "muon"),
+        f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": training.lr_scheduler_type not in optim.SCHEDULES,
+        "--optimizer muon: DeepSpeed cuts the matrices that it needs whole; train without --deepspeed":
+            args.optimizer == "muon" and bool(training.deepspeed),
+        f"--optimizer muon computes in bfloat16, which {device.name()} lacks":
+            args.optimizer == "muon" and device.kind() != "cpu" and device.half_dtype() is not torch.bfloat16,
+        "--teacher: --stage distill needs the folder of one": args.stage == "distill" and not args.teacher,
+        f"--teacher: --stage {args.stage} has none": args.stage != "distill" and bool(args.teacher),
+        f"--model_max_length {args.model_max_length}: 16 or more": args.model_max_length < 16,
+        f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": not 0 <= training.warmup_steps < 1,
+        f"--beta {args.beta}: above 0": args.beta <= 0,
+        f"--reference {args.reference}: cached or adapter": args.reference not in ("cached", "adapter"),
+        "--reference adapter: there is no adapter to switch off; add --use_lora true":
+            args.reference == "adapter" and not args.use_lora,
+        f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
+        f"--temperature {args.temperature}: above 0": args.temperature <= 0,
+    }  # fmt: skip
+    for message, wrong in problems.items():
+        if wrong:
+            raise cli.usage_error(message)
+
+
+def start_from(args: Args) -> str:
+    """Where the weights come from: a name of SIZES (random ones), or a folder."""
+    if args.stage not in STAGES:
+        raise cli.usage_error(f"--stage {args.stage}: {', '.join(STAGES)}")
+    name, given = args.model_name_or_path, any(map(cli.typed, ("model_name_or_path", "size", "from_weight")))
+    choices = (name,) if name in STAGES else () if given else FROM.get(args.stage, ())
+    for stage in choices:
+        if (OUTPUT / stage / "final").is_dir():
+            return str(OUTPUT / stage / "final")
+    if name in STAGES:
+        raise SystemExit(f"--from_weight {name}: {OUTPUT / name / 'final'} is not there; train that stage first")
+    if choices:
+        cli.say(f"note: no output of {' or '.join(choices)} to go on from; starting from random weights")
+    return name

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Any stage with DeepSpeed ZeRO-2 on every visible device: for the larger sizes, whose optimizer state it spreads.
+#   bash minimind_npu/train_zero2.sh                                       # pre-trains a tiny model on the sample data
+#   DATA=my.jsonl bash minimind_npu/train_zero2.sh --stage pretrain --size 104m
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/../common/launch.sh"
+launch "$here/train.py" --deepspeed "$here/ds_zero2.json" "$@"
