@@ -69,25 +69,28 @@ def forked_python(env: dict) -> str | None:
 
 @functools.cache
 def settled(env: str) -> dict:
-    """Variables (JSON) as launch.sh leaves them to the processes it starts on an NPU."""
-    script = 'source "$0"; quiet_libraries; npu_settings; env -0'
+    """Variables (JSON) as launch.sh leaves them to the processes it starts."""
+    more = "npu_settings" if "NPU_SIM_SOC" in env else ":"
+    script = f'source "$0"; quiet_libraries; {more}; env -0'
     command = ["bash", "-c", script, ROOT / "common/launch.sh"]
     done = subprocess.run(command, env=json.loads(env), text=True, capture_output=True, check=True)
     found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
     return {k: v for k, v in found.items() if k not in ("_", "SHLVL", "PWD", "OLDPWD")}
 
 
-def start(command: list, fork: bool = True, **env) -> subprocess.Popen:
-    """Start a command in a process group of its own; stdout and stderr are kept apart. fork=False: as a user does.
+def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
+    """Start a command in a process group of its own; stdout and stderr are kept apart.
 
     Python processes with equal variables, the ranks they launch, and those that shells launch on simulated NPUs are
-    forks of a server that has the libraries imported. Runs of shells on the CPU start as a user's do.
+    forks of a server that has the libraries imported. Runs of shells on the CPU start as a user's do, unless `fork` is
+    True; with False all do.
     """
     words, folder, env = [str(word) for word in command], env.pop("cwd", ROOT), environment(**env)
     is_python = words[0] in ("python", sys.executable)
-    if not is_python and "NPU_SIM_SOC" in env:
+    fork = is_python or "NPU_SIM_SOC" in env if fork is None else fork
+    if fork and not is_python:
         env = settled(json.dumps(env))
-    client = forked_python(env) if fork and (is_python or "NPU_SIM_SOC" in env) else None
+    client = forked_python(env) if fork else None
     if client:
         env["PYTHON_EXEC"] = client
         words[0] = client if is_python else words[0]

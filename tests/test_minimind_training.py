@@ -176,7 +176,7 @@ def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
     """Every stage through run_all.sh, a few steps each; what is finished stays as it is."""
     flags = ["--max_steps", 3, "--eval_generate", 2, "--max_new_tokens", 8, "--report_to", "none", "--bf16", "false"]
     stages = "tokenizer pretrain sft lora dpo distill reason eval chat"
-    done = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES=stages))
+    done = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES=stages, fork=True))
     for stage in ("pretrain", "sft", "lora", "dpo", "distill", "reason"):
         facts = report(tmp_path / stage)
         assert facts["steps"] == 3 and facts["stage"] == stage and facts["metrics"]["after"]["loss"] > 0
@@ -185,5 +185,5 @@ def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
     assert report(tmp_path / "lora")["parameters"]["trained"] < report(tmp_path / "lora")["parameters"]["total"] / 5
     assert (tmp_path / "summary.md").read_text(encoding="utf-8").count("|") > 60 and "你" in done.stdout
     assert (tmp_path / "dpo/dpo_128.safetensors").is_file()
-    again = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES="tokenizer reason"))
+    again = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES="tokenizer reason", fork=True))
     assert "is there" in again.stdout and "holds this very run" in again.stdout

@@ -107,7 +107,7 @@ SHORT = ["--max_steps", "6", "--logging_steps", "2", "--eval_generate", "8", "--
 @pytest.mark.parametrize("script", ["train_zero3.sh", "train_lora.sh"])
 def test_generation_of_the_saved_model_equals_that_of_the_model_in_training(tmp_path, script):
     """The answers in the report came from the model in training (spread over two ranks under ZeRO-3)."""
-    expect(shell(ROOT / "train_qwen" / script, *SHORT, "--bf16", "false", OUTPUT=tmp_path))
+    expect(shell(ROOT / "train_qwen" / script, *SHORT, "--bf16", "false", OUTPUT=tmp_path, fork=True))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from common import chat
@@ -166,5 +166,8 @@ def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
 def test_copied_recipe_runs_under_another_name(tmp_path, recipe):
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / recipe, tmp_path / "my recipe", ignore=shutil.ignore_patterns("__pycache__"))
-    expect(shell(tmp_path / "my recipe/train_zero2.sh", *SHORT, cwd="/"))
-    assert report(tmp_path / "output/my recipe")["recipe"] == "my recipe"
+    expect(shell(tmp_path / "my recipe/train_zero2.sh", *SHORT, cwd="/", fork=True))
+    found = next(
+        (tmp_path / "output/my recipe").rglob("report.json")
+    ).parent  # a recipe of stages has a folder for each
+    assert report(found)["recipe"] == "my recipe"
