@@ -34,10 +34,11 @@ for stage in $STAGES; do
         sft) train sft "$root_out/pretrain/final" "${SFT:-}" "$@" ;;
         lora) train lora "$root_out/sft/final" "${LORA:-}" "$@" ;;
         dpo) train dpo "$root_out/sft/final" "${DPO:-}" "$@" ;;
-        distill) train distill "$SIZE" "${SFT:-}" --tokenizer "$root_out/sft/final" --teacher "$root_out/sft/final" "$@" ;;
+        distill) train distill "$SIZE" "${SFT:-}" --teacher "$root_out/sft/final" "$@" ;;
         reason) train reason "$root_out/dpo/final" "${REASON:-}" "$@" ;;
         eval) "$python" "$here/eval.py" --model_name_or_path "$root_out/sft/final" --output_dir "$root_out/eval" ;;
-        chat) printf '%s\n' 你是谁？ 三加五等于几？ /exit | "$python" "$here/chat.py" --model_name_or_path "$root_out/sft/final" ;;
+        chat) printf '%s\n' 你是谁？ 三加五等于几？ /exit | "$python" "$here/chat.py" --max_new_tokens 64 \
+            --model_name_or_path "$root_out/sft/final" ;;
         *) die "STAGES: unknown stage $stage" 2 ;;
     esac
 done

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import optim
 import torch
-from model import SIZES
+from model import SIZES, MiniMindConfig
 from transformers import TrainingArguments
 
-from common import cli, device
+from common import cli, device, talk
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
@@ -70,7 +70,7 @@ STAGE = {  # learning rates, windows and epochs of real models; windows as for a
     "distill": dict(learning_rate=2e-4, model_max_length=1024, per_device_train_batch_size=16),
     "reason": dict(learning_rate=2e-5, model_max_length=1024, per_device_train_batch_size=16),
 }
-CPU_TOKENS = 4096  # of a batch: larger ones leave the caches, and every buffer comes from the system anew
+CPU_TOKENS = 2048  # of a batch: larger ones need more memory and are not faster
 TOY = {  # sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many of them
     "pretrain": dict(learning_rate=4e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=1.5),
     "sft": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=2),
@@ -79,6 +79,7 @@ TOY = {  # sizes and steps of models below 256 wide, which learn the samples fro
     "distill": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=2),
     "reason": dict(learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4),
 }
+TOY = {stage: settings | {"save_steps": 300} for stage, settings in TOY.items()}
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
 HONOURED = {  # fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
@@ -137,9 +138,35 @@ def start_from(args: Args) -> str:
     choices = (name,) if name in STAGES else () if given else FROM.get(args.stage, ())
     for stage in choices:
         if (OUTPUT / stage / "final").is_dir():
-            return str(OUTPUT / stage / "final")
+            return own_model(str(OUTPUT / stage), "--from_weight")
     if name in STAGES:
         raise SystemExit(f"--from_weight {name}: {OUTPUT / name / 'final'} is not there; train that stage first")
     if choices:
         cli.say(f"note: no output of {' or '.join(choices)} to go on from; starting from random weights")
-    return name
+    return name if name in SIZES else own_model(name, "--from_weight")
+
+
+def own_model(name: str, flag: str) -> str:
+    """A run's folder -> its final/; a model folder and a hub id stay. SystemExit for what this model class cannot go
+    on from: a folder of transformers' own classes would load in part, with random weights for the rest."""
+    if "/" not in name and not Path(name).is_dir():
+        raise SystemExit(f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage")
+    folder = talk.find_model(name)
+    if Path(folder, "adapter_config.json").is_file():
+        raise SystemExit(f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import")
+    kind = cli.model_config(folder, flag).model_type
+    if kind != MiniMindConfig.model_type:
+        raise SystemExit(f"{flag} {name} is a {kind} model; bring it over first: export.py --import --model {name}")
+    return folder
+
+
+def tokenizer_of(args: Args, base: str) -> str:
+    """The folder of the tokenizer: the one named, the teacher's, the model's, or for random weights the shipped one."""
+    if args.tokenizer or base not in SIZES or args.teacher:
+        return args.tokenizer or (base if base not in SIZES else args.teacher)
+    if not base.startswith("tiny"):
+        cli.say(
+            "warning: the shipped tokenizer knows the characters of the sample data and spells other text byte by "
+            f"byte; for --size {base} train one on your texts (train_tokenizer.py) and give it with --tokenizer"
+        )
+    return str(HERE / "tokenizer")

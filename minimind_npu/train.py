@@ -37,7 +37,7 @@ import state
 from batches import Loader, Order, TokenRows
 from common import adapter, attention, chat, data, device, generate, losses, run_folder
 from common.callbacks import SafeStop
-from settings import DEFAULTS, OUTPUT, Args, settle, start_from
+from settings import DEFAULTS, OUTPUT, Args, own_model, settle, start_from, tokenizer_of
 
 STAGES = {"pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "distill": distill, "reason": reason}
 
@@ -118,11 +118,10 @@ def make_objective(args: Args, training, model, tokenizer, parts: list, dtype, *
                 loader.extra["reference"] = dpo.reference(model, loader, dtype, file, *about)
     if args.stage == "distill":
         with parallel.whole_weights():
-            implementation = attention.register()
             teacher = cli.load(models.MiniMindForCausalLM, args.teacher, "--teacher", dtype=dtype, use_cache=False,
-                               attn_implementation=implementation)  # fmt: skip
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise SystemExit(f"--teacher {args.teacher} has another vocabulary than the student")
+                               attn_implementation=attention.register())  # fmt: skip
+        if cli.load(AutoTokenizer, args.teacher, "--teacher").get_vocab() != tokenizer.get_vocab():
+            raise SystemExit(f"--teacher {args.teacher} has another tokenizer than the student")
         teacher.to(training.device).requires_grad_(False).eval()
         objective = Objective(model, STAGES["distill"].loss, alpha=args.alpha, temperature=args.temperature)
         objective.settings["teacher"] = teacher  # in a plain dict: no part of the module
@@ -184,6 +183,7 @@ def answers(args: Args, model, tokenizer, asked: list[str]) -> tuple[dict, list]
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, {})
     base = start_from(args)
+    args.teacher = own_model(args.teacher, "--teacher") if args.teacher else ""
     config = None if base in models.SIZES else cli.model_config(base)
     settle(args, training, config.hidden_size if config else args.hidden_size or models.SIZES[base]["hidden_size"])
     device.seed_all(training.seed)
@@ -199,7 +199,7 @@ def main() -> None:
     settings |= {name: getattr(training, name) for name in state.DEFINING}
     start = run_folder.open_output(training, settings, args.overwrite_output_dir)
 
-    tokenizer = cli.load(AutoTokenizer, args.tokenizer or (str(HERE / "tokenizer") if base in models.SIZES else base))
+    tokenizer = cli.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
     train_ids, held_out_ids, held_out = read(args, training, tokenizer, rows, stats)
     parts = loader, held_loader = loaders(args, training, tokenizer, train_ids, held_out_ids)
     model = load_model(base, args, training, tokenizer, dtype).to(training.device)

@@ -250,7 +250,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data_path", nargs="+", default=sample, help="files and folders to learn from")
     parser.add_argument("--output_dir", type=Path, default=output, help="where the tokenizer goes")
     parser.add_argument("--vocab_size", type=int, default=6400, help="tokens, at most (default 6400)")
-    parser.add_argument("--max_rows", type=int, default=0, help="rows read, 0: all")
+    parser.add_argument("--max_rows", type=int, default=100000, help="rows read (default 100000), 0: all")
     parser.add_argument(
         "--max_han", type=int, default=2, help="Chinese characters in one token, at most; 4 save 1 %% of tokens"
     )

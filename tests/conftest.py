@@ -48,10 +48,12 @@ def npu():
     return simulator.environment
 
 
-LONGEST = [  # begin with these, so that no worker ends long after the other
-    f"test_{name}.py" for name in ("training", "npu", "bloom", "chatglm", "notebooks", "dpo", "recipes", "quickstart")
-]
+LONGEST = (  # begin with these, so that no worker ends long after the other
+    "training", "npu", "bloom", "chatglm", "notebooks", "dpo", "recipes", "minimind_training", "minimind_use",
+    "quickstart",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))

@@ -167,6 +167,23 @@ def test_usage_mistakes(tmp_path, flags, words):
     assert words in error_line(finish(begin(tmp_path, *flags)), 2)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--size", "27m"], "neither a folder nor a size (26m"), (["--from_weight", "no/such/folder"], "no trained model"),
+    (["--stage", "distill", "--teacher", "sft2"], "--teacher sft2: neither"),
+])  # fmt: skip
+def test_weights_that_are_not_there(tmp_path, flags, words):
+    assert words in error_line(finish(begin(tmp_path, *flags)), 1)
+
+
+def test_weights_of_other_classes_are_refused(tmp_path):
+    """An exported model would load in part, and train with random weights for the rest."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    line = error_line(finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1)
+    assert "is a llama model" in line and "export.py --import" in line
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is an adapter" in error_line(finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1)
+
+
 def test_a_stage_that_was_not_trained(tmp_path):
     assert "is not there" in error_line(finish(begin(tmp_path, "--stage", "sft", "--from_weight", "distill")), 1)
 
