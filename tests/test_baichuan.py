@@ -4,7 +4,6 @@ Its numbers are compared with the original implementation in test_golden.py.
 """
 
 import copy
-import importlib
 import io
 import json
 import socket
@@ -14,7 +13,7 @@ import numpy
 import pytest
 import sentencepiece
 import torch
-from harness import ROOT, error_line, expect, finish, start, weights
+from harness import ROOT, error_line, expect, finish, own_modules, start, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -32,21 +31,7 @@ from common import chat, collators, losses
 RECIPE = ROOT / "baichuan2_dpo"
 
 
-def own_modules(*names):
-    """Modules of this recipe; other recipes have files of the same names, so nothing of it stays importable."""
-    path, own = sys.path[:], [file.stem for file in RECIPE.glob("*.py")]
-    before = {name: sys.modules.pop(name) for name in own if name in sys.modules}
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path[:] = path
-        for name in own:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
-
-
-modeling, convert, fast_tokenizer = own_modules("modeling_baichuan", "convert", "fast_tokenizer")
+modeling, convert, fast_tokenizer = own_modules(RECIPE.name, "modeling_baichuan", "convert", "fast_tokenizer")
 GOLDEN = {size: ROOT / f"tests/golden/baichuan2_{size}" for size in ("7b", "13b")}
 LENGTHS = [5, 30, 1, 200, 64, 300, 130, 3]
 

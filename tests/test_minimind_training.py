@@ -24,6 +24,7 @@ RECIPE = ROOT / "minimind_npu"
 SHORT = [
     "--max_steps", 8, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
     "--eval_ratio", 0.01, "--bf16", "false", "--model_max_length", 128, "--hidden_size", 32, "--num_hidden_layers", 2,
+    "--optimizer", "adamw",
 ]  # fmt: skip
 ENGINES = {"ddp": [], "zero-2": [RECIPE / "ds_zero2.json"], "zero-3": [RECIPE / "ds_zero3.json"]}
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
@@ -190,7 +191,7 @@ def test_a_stage_that_was_not_trained(tmp_path):
 
 @pytest.mark.slow
 def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
-    """Every stage through run_all.sh, a few steps each; what is finished stays as it is."""
+    """Every stage through run_all.sh, a few steps each."""
     flags = ["--max_steps", 3, "--eval_generate", 2, "--max_new_tokens", 8, "--report_to", "none", "--bf16", "false"]
     stages = "tokenizer pretrain sft lora dpo distill reason eval chat"
     done = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES=stages, fork=True))
@@ -202,5 +203,3 @@ def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
     assert report(tmp_path / "lora")["parameters"]["trained"] < report(tmp_path / "lora")["parameters"]["total"] / 5
     assert (tmp_path / "summary.md").read_text(encoding="utf-8").count("|") > 60 and "你" in done.stdout
     assert (tmp_path / "dpo/dpo_128.safetensors").is_file()
-    again = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES="tokenizer reason", fork=True))
-    assert "is there" in again.stdout and "holds this very run" in again.stdout

@@ -319,7 +319,7 @@ def test_recipe_trains(npu, tmp_path, recipe, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip, cards", [(A2, 2), (FIRST, 1), (FIRST, 2)])
+@pytest.mark.parametrize("chip, cards", [(A2, 1), (FIRST, 2)])
 def test_quickstart(npu, tmp_path, chip, cards):
     flags = ["--model_name", "tiny", "--num_samples", 600, "--epochs", 2, "--batch_size", 8 // cards]
     done = expect(shell(ROOT / "minimind_npu/quickstart.sh", *flags, OUTPUT=tmp_path, **npu(chip, cards)))
