@@ -73,10 +73,12 @@ STAGE = {  # learning rates, windows and epochs of real models; windows as for a
 CPU_TOKENS = 2048  # of a batch: larger ones need more memory and are not faster
 TOY = {  # sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many of them
     "pretrain": dict(learning_rate=4e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=1.5),
-    "sft": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=2),
+    "sft": dict(
+        learning_rate=3e-3, muon_lr=0.01, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=3
+    ),
     "lora": dict(learning_rate=1e-2, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=30),
     "dpo": dict(learning_rate=2e-4, model_max_length=512, per_device_train_batch_size=4, num_train_epochs=2),
-    "distill": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=2),
+    "distill": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=3),
     "reason": dict(learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4),
 }
 TOY = {stage: settings | {"save_steps": 300} for stage, settings in TOY.items()}
