@@ -332,11 +332,11 @@ def test_quickstart(npu, tmp_path, chip, cards):
 @pytest.mark.slow
 def test_quickstart_killed_in_a_save_continues_bit_exactly(npu, tmp_path):
     flags = ["--model_name", "tiny", "--num_samples", 300, "--epochs", 2, "--batch_size", 4, "--warmup_steps", 5]
-    launcher, quickstart = [sys.executable, ROOT / "common/launch.py", 2], ROOT / "minimind_npu/quickstart.py"
+    launcher, quickstart = [sys.executable, ROOT / "common/launch.py", 1], ROOT / "minimind_npu/quickstart.py"
     fault = [ROOT / "tests/faults/faulty_loop.py", quickstart, "kill-in-save@2"]
     for name, script, code in (("whole", [quickstart], 0), ("killed", fault, 1), ("killed", [quickstart], 0)):
         command = [*launcher, *script, *flags, "--output_dir", tmp_path / name]
-        expect(finish(start(command, **npu(FIRST, 2))), code)
+        expect(finish(start(command, **npu(FIRST, 1))), code)
     assert weights_sha(tmp_path / "whole/final") == weights_sha(tmp_path / "killed/final")
 
 
