@@ -26,7 +26,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules besi
 from common import cli, device  # noqa: I001  (device before torch and transformers)
 
 import argparse
-import difflib
 import os
 import time
 from collections import Counter
@@ -48,18 +47,8 @@ DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfl
 # ---- command line -----------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        if unknown.startswith("--") and "unrecognized" in message:
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        raise cli.usage_error(message)
-
-
 def parse_args(argv=None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     add, default = parser.add_argument, str(HERE.parent / "output" / HERE.name)
     add("--model", "--model_name_or_path", default=default, help="run, adapter or model folder, or hub id")
     add("--input", "--data_path", default=str(HERE / "data"), help="files or folders; unset: the samples")

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import difflib
 import errno
@@ -13,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 
 from . import device
@@ -141,9 +143,26 @@ def quiet_libraries() -> None:
     import transformers
 
     if os.environ.get("DANPU_VERBOSE") != "1":
+        warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell one another
         transformers.utils.logging.disable_progress_bar()
         if not (is_main() and sys.stderr.isatty()):
             datasets.disable_progress_bars()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are one line with exit code 2; an unknown flag is answered with the nearest."""
+
+    def __init__(self, description: str):
+        """description: shown by --help as it stands."""
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown.startswith("--") and "unrecognized" in message:
+            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
+            message = f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise usage_error(message)
 
 
 def usage_error(message: str) -> SystemExit:

@@ -107,8 +107,7 @@ def talk(chat: Chat, lines=None, say=print) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--model_name_or_path", "--model", help="run, model or adapter folder; unset: the newest run")
     add("--adapter", help="LoRA folder; its base is found by itself")
@@ -119,7 +118,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--top_k", type=int)
     add("--repetition_penalty", type=float)
     add("--max_new_tokens", type=int, default=512)
-    parser.error = lambda message: sys.exit(cli.usage_error(message).code)
     args = parser.parse_args(argv)
     if args.adapter and args.model_name_or_path:
         raise cli.usage_error("--adapter finds its base by itself; give only one of both")

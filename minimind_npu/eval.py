@@ -23,7 +23,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules besi
 from common import cli, device  # noqa: I001  (device before torch and transformers)
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -322,18 +321,8 @@ def harness(speaker: Speaker, args) -> dict:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        if unknown.startswith("--") and "unrecognized" in message:
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        raise cli.usage_error(message)
-
-
 def parse_args(argv=None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--model_name_or_path", "--model", help="run, model or adapter folder; unset: the newest run")
     add("--held_out", nargs="+", help="files or folders of texts")

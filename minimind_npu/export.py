@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this file
-from common import cli  # noqa: I001  (before torch and transformers: it brings the device)
+from common import cli, device  # noqa: I001  (before torch and transformers: it brings the device)
 
 import argparse
 import json
@@ -336,8 +336,7 @@ def bring_in(args) -> str:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--model", "--model_name_or_path", help="a run, model or adapter folder; with --import also a weight file")
     add("--adapter", help="LoRA folder that is merged in (its base is found by itself)")
@@ -347,7 +346,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--tokenizer", help="folder, where the imported weights have none beside them")
     add("--num_attention_heads", type=int, default=8, help="of an imported weight file of generation 2")
     add("--num_experts_per_tok", type=int, help="of an imported weight file (default: generation 2 two, 3 one)")
-    parser.error = lambda message: sys.exit(cli.usage_error(message).code)
     args = parser.parse_args(argv)
     if not args.model and (args.bring_in or not args.adapter):
         raise cli.usage_error("give --model FOLDER" + (" or --adapter FOLDER" if not args.bring_in else ""))
@@ -357,6 +355,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
+    device.prepare(set())
     if args.bring_in:
         cli.say(f"imported: {bring_in(args)} -> {args.output_dir}")
         return

@@ -243,8 +243,7 @@ def flag(text: str) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = cli.Parser(__doc__)
     sample = [str(HERE / "data" / name) for name in ("pretrain", "sft")]
     output = HERE.parent / "output" / HERE.name / "tokenizer"
     parser.add_argument("--data_path", nargs="+", default=sample, help="files and folders to learn from")
