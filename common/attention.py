@@ -213,6 +213,7 @@ def _torch_varlen(query, key, value, starts, longest, scale, key_starts=None, lo
     )  # fmt: skip
 
 
+@torch.compiler.disable  # a product per document: traced, each new row would be compiled anew
 def _on_cpu(query, key, value, starts, longest, scale, slopes=(), key_starts=None, longest_key=None):
     """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per head (then H = K).
 
