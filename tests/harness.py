@@ -40,12 +40,16 @@ def environment(**extra) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
 
 
-def own_modules(recipe: str, *names: str) -> list:
-    """Modules of a recipe; other recipes have files of the same names, so nothing of it stays importable."""
+def own_modules(recipe: str, *names: str, **known) -> list:
+    """Modules of a recipe; other recipes have files of the same names, so nothing of it stays importable.
+
+    known: modules of the recipe that were loaded before, e.g. a model that the Auto classes know.
+    """
     folder = ROOT / recipe
     path, own = sys.path[:], [file.stem for file in folder.glob("*.py")]
     before = {name: sys.modules.pop(name) for name in own if name in sys.modules}
     sys.path.insert(0, str(folder))
+    sys.modules.update(known)
     try:
         return [importlib.import_module(name) for name in names]
     finally:

@@ -4,7 +4,6 @@ Its model, tokenizer and converter: test_baichuan.py; the page: test_baichuan_ap
 """
 
 import functools
-import importlib
 import json
 import shutil
 import signal
@@ -20,6 +19,7 @@ from harness import (
     expect,
     finish,
     largest_difference,
+    own_modules,
     report,
     shell,
     start,
@@ -47,22 +47,9 @@ METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "r
            "logps/rejected", "kl")  # fmt: skip
 
 
-def own_modules(*names):
-    """Modules of this recipe with the model of test_baichuan; nothing of it stays importable for other recipes."""
-    path, own = sys.path[:], [file.stem for file in RECIPE.glob("*.py")]
-    before = {name: sys.modules.pop(name) for name in own if name in sys.modules}
-    sys.path.insert(0, str(RECIPE))
-    sys.modules["modeling_baichuan"] = modeling  # the Auto classes know one
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path[:] = path
-        for name in own:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
-
-
-train, preference, pairs, merge = own_modules("train", "preference", "pairs", "merge")
+train, preference, pairs, merge = own_modules(
+    RECIPE.name, "train", "preference", "pairs", "merge", modeling_baichuan=modeling
+)
 
 
 # ---- shared prompts ---------------------------------------------------------------------------------------------
