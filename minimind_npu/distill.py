@@ -41,4 +41,4 @@ def loss(model, batch: dict, items: float, teacher, alpha: float, temperature: f
     sums = {"nll": nll + 0 * count, "correct": correct + 0 * count, "count": count}
     if not len(where):  # a filler batch at an epoch's end: a loss of nothing, with a graph
         total = student.sum()
-    return total / items + balance(out.router_logits, count, items), sums
+    return total / items + balance(out.aux_loss, count, items), sums

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -306,6 +307,13 @@ class MiniMindPreTrainedModel(PreTrainedModel):
             nn.init.normal_(last.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
 
+@dataclass
+class ModelOutput(BaseModelOutputWithPast):
+    """aux_loss: the summed balance of the experts; 0 outside training, and of a dense model."""
+
+    aux_loss: Tensor | None = None
+
+
 class MiniMindModel(MiniMindPreTrainedModel):
     """The blocks without the head; arguments as of MiniMindForCausalLM."""
 
@@ -320,7 +328,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
         use_cache=None, counted=None, output_hidden_states=None, **kwargs,
-    ) -> MoeModelOutputWithPast:  # fmt: skip
+    ) -> ModelOutput:  # fmt: skip
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -344,9 +352,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             states = [*states, hidden] if output_hidden_states else states
         hidden = self.norm(hidden)
         states = (*states[:-1], hidden) if output_hidden_states else None
-        return MoeModelOutputWithPast(
+        return ModelOutput(
             last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, hidden_states=states,
-            router_logits=aux,
+            aux_loss=aux,
         )  # fmt: skip
 
     def balanced(self, hidden: Tensor, attention_mask, counted, starts) -> tuple[Tensor, Tensor] | None:
@@ -394,7 +402,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=out.router_logits, logits=logits, past_key_values=out.past_key_values,
+            loss=loss, aux_loss=out.aux_loss, logits=logits, past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
         )  # fmt: skip
 

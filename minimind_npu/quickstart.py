@@ -232,7 +232,7 @@ def run(args: Args) -> None:
     test = partial(measure, model, tokenizer, held_out, asked, args.batch_size, dtype)
     torch.manual_seed(args.seed + RANK)  # dropout, where a model has it, differs between the ranks
     if start:
-        progress = restore(start, parts, where, RANK)
+        progress = restore(start, parts, where)
     else:
         progress = {"step": 0, "epoch": 0, "seconds": 0.0, "history": [], "before": test()}
 

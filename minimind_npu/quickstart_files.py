@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from state import barrier, random_state, restore_random
 from tqdm.auto import tqdm
 
 from common import checkpoint, cli, device, report, run_folder
@@ -39,16 +39,6 @@ def note(text: str) -> None:
         tqdm.write(text)
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"host": torch.get_rng_state()}
-    return state if device.kind() == "cpu" else state | {"device": device.module().get_rng_state()}
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def save(out: Path, model, tokenizer, parts: dict, progress: dict, rank: int, world: int) -> None:
     """OUT/checkpoint-<step>: weights, `parts` (optimizer, scaler), progress, each rank's random state. All ranks call.
 
@@ -60,9 +50,9 @@ def save(out: Path, model, tokenizer, parts: dict, progress: dict, rank: int, wo
         tokenizer.save_pretrained(folder)
         states = {name: part.state_dict() for name, part in parts.items()}
         torch.save(states | {"progress": progress}, folder / "training.pt")
-    _barrier()
-    torch.save(_random_state(), folder / f"random_{rank}.pt")
-    _barrier()
+    barrier()
+    torch.save(random_state(), folder / f"random_{rank}.pt")
+    barrier()
     if cli.is_main():
         engine = "ddp" if world > 1 else "single"
         checkpoint.mark_complete(folder, step=progress["step"], world_size=world, engine=engine, weights_only=False)
@@ -71,15 +61,12 @@ def save(out: Path, model, tokenizer, parts: dict, progress: dict, rank: int, wo
                 shutil.rmtree(old)
 
 
-def restore(folder: Path, parts: dict, where: torch.device, rank: int) -> dict:
+def restore(folder: Path, parts: dict, where: torch.device) -> dict:
     """Put back what `save` wrote beside the weights; returns the progress."""
     saved = torch.load(folder / "training.pt", map_location=where, weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    state = torch.load(folder / f"random_{rank}.pt", map_location="cpu", weights_only=True)
-    torch.set_rng_state(state["host"])
-    if "device" in state:
-        device.module().set_rng_state(state["device"])
+    restore_random(folder, 0)
     return saved["progress"]
 
 

@@ -81,8 +81,12 @@ TOY = {  # sizes and steps of models below 256 wide, which learn the samples fro
     "distill": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=3),
     "reason": dict(learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4),
 }
-TOY = {stage: settings | {"save_steps": 300} for stage, settings in TOY.items()}
+TOY_EVERY = {"save_steps": 300, "eval_steps": 200}
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
+DEFINING = (  # of TrainingArguments: what makes a run another one
+    "num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed",
+    "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 HONOURED = {  # fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
     "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "logging_steps",
@@ -96,7 +100,7 @@ def settle(args: Args, training: TrainingArguments, width: int) -> None:
     """Defaults that hang on the stage and the model's width; flags that do not go together."""
     if width < 256 and args.stage in TOY_MUON and not training.deepspeed and not cli.typed("optimizer"):
         args.optimizer = "muon" if device.half_dtype() is not torch.float16 else "adamw"
-    for name, value in ((STAGE if width >= 256 else TOY)[args.stage]).items():
+    for name, value in (STAGE[args.stage] if width >= 256 else TOY[args.stage] | TOY_EVERY).items():
         if not cli.typed(name) and not (name == "model_max_length" and cli.typed("max_seq_len")):
             setattr(args if hasattr(args, name) else training, name, value)
     split = training.per_device_train_batch_size * args.model_max_length // CPU_TOKENS

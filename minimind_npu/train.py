@@ -34,10 +34,11 @@ import pretrain
 import reason
 import sft
 import state
+import tracking
 from batches import Loader, Order, TokenRows
 from common import adapter, attention, chat, data, device, generate, losses, run_folder
 from common.callbacks import SafeStop
-from settings import DEFAULTS, OUTPUT, Args, own_model, settle, start_from, tokenizer_of
+from settings import DEFAULTS, DEFINING, OUTPUT, Args, own_model, settle, start_from, tokenizer_of
 
 STAGES = {"pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "distill": distill, "reason": reason}
 
@@ -99,7 +100,7 @@ class Objective(nn.Module):
 
     def __init__(self, model, loss, **settings):
         super().__init__()
-        self.model, self.loss, self.settings = model, loss, settings
+        self.model, self.loss, self.settings = model, loss, settings  # a teacher stands in a dict: no part of this
 
     def forward(self, batch: dict, items: float):
         return self.loss(self.model, batch, items, **self.settings)
@@ -123,9 +124,7 @@ def make_objective(args: Args, training, model, tokenizer, parts: list, dtype, *
         if cli.load(AutoTokenizer, args.teacher, "--teacher").get_vocab() != tokenizer.get_vocab():
             raise SystemExit(f"--teacher {args.teacher} has another tokenizer than the student")
         teacher.to(training.device).requires_grad_(False).eval()
-        objective = Objective(model, STAGES["distill"].loss, alpha=args.alpha, temperature=args.temperature)
-        objective.settings["teacher"] = teacher  # in a plain dict: no part of the module
-        return objective
+        more = {"teacher": teacher, "alpha": args.alpha, "temperature": args.temperature}
     return Objective(model, STAGES[args.stage].loss, **more)
 
 
@@ -196,7 +195,7 @@ def main() -> None:
     training.output_dir = training.output_dir or str(OUTPUT / args.stage)
     training.keeps_order = True  # another number of processes goes on at the same row
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}
-    settings |= {name: getattr(training, name) for name in state.DEFINING}
+    settings |= {name: getattr(training, name) for name in DEFINING}
     start = run_folder.open_output(training, settings, args.overwrite_output_dir)
 
     tokenizer = cli.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
@@ -225,7 +224,7 @@ def main() -> None:
         state.restore(start, model, kept, engine, training.seed)
     else:
         progress = state.new_progress(measure())
-    run, stop = state.Run(args, training, progress, model, loader, dtype), SafeStop()
+    run, stop = tracking.Run(args, training, progress, model, loader, dtype), SafeStop()
     save = partial(state.save, Path(training.output_dir), model, tokenizer, base, kept, progress, engine)
     stop.listen()
     objective.train()

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from common import attention, data, losses
 
-NAMES = "model batches pretrain sft dpo distill reason lora optim state train"
-models, batches, pretrain, sft, dpo, distill, reason, lora, optim, state, train = own_modules(
+NAMES = "model batches pretrain sft dpo distill reason lora optim tracking train"
+models, batches, pretrain, sft, dpo, distill, reason, lora, optim, tracking, train = own_modules(
     "minimind_npu", *NAMES.split()
 )
 RECIPE = ROOT / "minimind_npu"
@@ -335,7 +335,7 @@ def test_a_continued_run_goes_on_in_its_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     ids: dict = {}
     for step in (0, 4):
-        trackers = state.Trackers(["tensorboard", "wandb"], tmp_path, {"size": "tiny"}, ids, step)
+        trackers = tracking.Trackers(["tensorboard", "wandb"], tmp_path, {"size": "tiny"}, ids, step)
         for at in range(step + 1, 7):
             trackers.log(at, {"loss": float(at + 10 * step)})
         trackers.close()
@@ -345,4 +345,4 @@ def test_a_continued_run_goes_on_in_its_trackers(tmp_path, monkeypatch):
     events = EventAccumulator(ids["tensorboard"]).Reload().Scalars("loss")
     assert [(e.step, e.value) for e in events] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 45), (6, 46)]
     with pytest.raises(SystemExit, match="--report_to mlflow"):
-        state.Trackers(["mlflow"], tmp_path, {}, {}, 0)
+        tracking.Trackers(["mlflow"], tmp_path, {}, {}, 0)
