@@ -4,9 +4,9 @@ import json
 
 from pairs import with_system
 
-from common import chat
-from common.generate import answer_held_out
-from common.metrics import longest_common_subsequence
+from common.data.labels import encode_prompt
+from common.runs.generate import answer_held_out
+from common.runs.metrics import longest_common_subsequence
 
 
 def measure_answers(model, tokenizer, rows: list[str], system: str, max_new_tokens: int) -> tuple[dict, list[dict]]:
@@ -14,13 +14,13 @@ def measure_answers(model, tokenizer, rows: list[str], system: str, max_new_toke
 
     Returns:
         {"exact_match", "rouge_l" (to the chosen answer), "like_chosen" (share closer to it than to the rejected one)}
-        and the samples of common.generate.answer_held_out, with the rejected answer.
+        and the samples of common.runs.generate.answer_held_out, with the rejected answer.
     """
     pairs = [row for row in map(json.loads, rows) if len(row["chosen"]) == len(row["rejected"]) == 1]  # no tool calls
     chats = [json.dumps({**row, "messages": row["prompt"] + row["chosen"]}, ensure_ascii=False) for row in pairs]
 
     def ask(messages, tools):
-        return chat.encode_prompt(tokenizer, with_system(messages, system), tools)
+        return encode_prompt(tokenizer, with_system(messages, system), tools)
 
     metrics, samples = answer_held_out(model, tokenizer, chats, ask, max_new_tokens)
     closer = []

@@ -7,7 +7,7 @@
 
 The reference of a LoRA adapter is the model without it; that of a run which trained all weights is the model it began
 with, or --reference, loaded beside it: twice the memory. Both sides are asked in the chat template saved with the
-trained model (common/chat.py, as in training), with the same sampling and the same seed, one after the other.
+trained model (common/data/labels.py, as in training), with the same sampling and the same seed, one after the other.
 The implicit reward of an answer is beta * (log p_policy - log p_reference) of its tokens and its end token, as in
 training (dpo_losses.py).
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside this one
-from common import chat, device  # noqa: I001  (device before torch and transformers)
-from common import page as shared
-from common.page import AT_ONCE, BUSY, IDLE, MAX_CHARS, MAX_WAITING, MODEL, SAMPLING, literal, prose, size
-from common.talk import split_thought
+from common import device  # noqa: I001  (device before torch and transformers)
+from common.data.labels import IGNORE, encode_prompt
+from common.demo import page as shared
+from common.demo.page import AT_ONCE, BUSY, IDLE, MAX_CHARS, MAX_WAITING, MODEL, SAMPLING, literal, prose, size
+from common.demo.chat_model import split_thought
 
 import math
 import random
@@ -131,7 +132,7 @@ class Page(shared.Runs):
             shared.refuse_long(what)
         try:
             asked = messages_of([{"question": text}], "policy", system)
-            tokens, most = len(chat.encode_prompt(self.policy.tokenizer, asked)), self.window - room
+            tokens, most = len(encode_prompt(self.policy.tokenizer, asked)), self.window - room
         except ValueError as error:  # a template without system messages, say
             raise gr.Error(str(error)[:300], print_exception=False) from error
         if tokens > most:
@@ -214,7 +215,7 @@ class Page(shared.Runs):
         ]
         if None in rows:
             return None
-        counts = [[sum(label != chat.IGNORE for label in labels)] for _, labels in rows]
+        counts = [[sum(label != IGNORE for label in labels)] for _, labels in rows]
         policy, reference = (
             dpo_losses.Answers(*map(torch.tensor, [[side.log_prob(*row)] for row in rows] + counts))
             for side in self.sides.values()

@@ -3,7 +3,7 @@
 The file is a sentencepiece BPE with bytes for rare characters: nothing is normalised, no blank is put in front, no
 <s> or </s> added, and <unk> also pads. <reserved_106> (id 195) and <reserved_107> (196) announce what the user and the
 assistant say. sentencepiece finds them in any text, so that a user could write a turn; here they are special tokens,
-which split_special_tokens=True (as in common/chat.py) leaves as text.
+which split_special_tokens=True (as in common/data/labels.py) leaves as text.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from common import sentence_pieces
-from common.sentence_pieces import SPACE, merges
+from common.convert import sentence_pieces
+from common.convert.sentence_pieces import SPACE, merges
 
 HERE = Path(__file__).resolve().parent
 USER, ASSISTANT = "<reserved_106>", "<reserved_107>"

@@ -11,7 +11,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
 import modeling_baichuan  # noqa: F401  (tells the Auto classes of Baichuan2-13B)
 
-from common import adapter, cli
+from common import cli
+from common.convert import adapter
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
 )
 
-from common.attention import PACKS, alibi_attention, alibi_slopes
+from common.fast.attention import PACKS, alibi_attention, alibi_slopes
 
 NAME = "baichuan_alibi"
 

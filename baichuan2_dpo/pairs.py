@@ -1,12 +1,12 @@
 """A preference row -> two token rows that differ only in their answers.
 
-Both are encoded by the tokenizer's chat template (common/chat.py); only the answer, with its end token, has labels.
+Both are encoded by the tokenizer's chat template (common/data/labels.py); only the answer, with its end token, has labels.
 Where the longer one does not fit, the oldest rounds of the prompt go first, then the beginning of what is left of the
 prompt (a quarter of the window is kept for it), then the tail of an answer before its end token. Both answers keep the
 same prompt, else their log-probs would not be comparable.
 """
 
-from common import chat
+from common.data.labels import encode_chat, encode_prompt
 
 IGNORE = -100
 ALL = 1 << 30  # tokens; nothing is cut before both answers are known
@@ -40,9 +40,9 @@ def encode(row: dict, tokenizer, max_length: int, system: str = "") -> dict:
 
 def tokens(tokenizer, prompt: list[dict], row: dict, tools) -> tuple[list[int], list[list[tuple[int, int]]]]:
     """-> prompt [P], and for both answers their (token, label) pairs; what stands between turns has label -100."""
-    asked, answers = chat.encode_prompt(tokenizer, prompt, tools), []
+    asked, answers = encode_prompt(tokenizer, prompt, tools), []
     for side in ("chosen", "rejected"):
-        whole = chat.encode_chat(tokenizer, prompt + row[side], ALL, tools)
+        whole = encode_chat(tokenizer, prompt + row[side], ALL, tools)
         if whole is None:
             raise ValueError(f"the chat template leaves nothing of the {side} answer")
         if whole["input_ids"][: len(asked)] != asked:

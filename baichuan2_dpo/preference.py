@@ -6,7 +6,7 @@ its prompt, labels -100 on the prompt. The two stand next to each other in one p
     prompt[:-1] | prompt[-1] chosen | prompt[-1] rejected
 
 The rejected answer looks at the prompt and at itself, at the positions it would have alone (key_columns of
-common/attention.py). Models with an attention of their own get the prompt twice.
+common/fast/attention.py). Models with an attention of their own get the prompt twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from common import cli, collators, data, losses
+from common import cli, collators
+from common.data.cache import cache_root
+from common.fast import losses
 from common.trainer import RecipeTrainer
 
 IGNORE = -100
@@ -173,7 +175,7 @@ class PreferenceTrainer(RecipeTrainer):
     def precompute(self, pairs: Pairs) -> None:
         """Give each pair the reference's log-probs: from disk, or computed by all ranks together and then kept."""
         key = hashlib.sha256(json.dumps([pairs.index(), self.fingerprint, self.compute_dtype()]).encode()).hexdigest()
-        file = data.cache_root() / "reference" / f"{key[:32]}.safetensors"
+        file = cache_root() / "reference" / f"{key[:32]}.safetensors"
         if self._all_have(file, int(pairs.starts[-1])):
             found = load_file(file)["logprobs"]
             cli.say(f"reference log-probs of {len(pairs):,} pairs: kept from an earlier run, {file}")

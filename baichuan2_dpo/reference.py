@@ -12,8 +12,10 @@ import huggingface_hub
 import modeling_baichuan  # noqa: F401  (tells the Auto classes about ALiBi and NormHead)
 import torch
 
-from common import adapter, chat, losses
-from common.talk import Talker, find_model, split_thought
+from common.convert import adapter
+from common.data.labels import IGNORE, encode_chat
+from common.demo.chat_model import Talker, find_model, split_thought
+from common.fast import losses
 
 NO_REFERENCE = "none"
 
@@ -127,13 +129,13 @@ def scored_row(
     None when the conversation does not fit into `window` tokens or nothing would be scored.
     """
     template = {"enable_thinking": True} if talker.can_think else {}
-    row = chat.encode_chat(talker.tokenizer, [*messages, answer_message(said)], window, **template)
+    row = encode_chat(talker.tokenizer, [*messages, answer_message(said)], window, **template)
     if row is None or row["truncated"]:
         return None
     labels = row["labels"]
-    end = max(i for i, label in enumerate(labels) if label != chat.IGNORE)
-    begin = max((i for i in range(end) if labels[i] == chat.IGNORE), default=-1) + 1
+    end = max(i for i, label in enumerate(labels) if label != IGNORE)
+    begin = max((i for i in range(end) if labels[i] == IGNORE), default=-1) + 1
     end += whole
     if begin >= end:
         return None
-    return row["input_ids"][:end], [chat.IGNORE] * begin + labels[begin:end]
+    return row["input_ids"][:end], [IGNORE] * begin + labels[begin:end]

@@ -25,9 +25,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Train
 import dpo_losses
 import modeling_baichuan  # noqa: F401  (tells the Auto classes of Baichuan2-13B)
 from answers import measure_answers
-from common import adapter, attention, chat, data, device, losses, tiny
-from common.generate import questions
-from common.run_folder import open_output
+from common import device, tiny
+from common.convert import adapter
+from common.fast import attention, losses
+from common.data.labels import fingerprint, preview
+from common.data.cache import cache_root
+from common.data.load import load_rows, summary
+from common.data.prepare import tokenise_split
+from common.data.split import leak_check, split_rows
+from common.runs.generate import questions
+from common.runs.run_folder import open_output
 from pairs import encode
 from preference import COLUMNS, PairCollator, Pairs, PreferenceTrainer
 from tiny_base import teach
@@ -98,7 +105,7 @@ def tiny_model(rows: list[str], taught: bool) -> str:
         max_position_embeddings=512, initializer_range=0.05, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
         pad_token_id=0,
     )  # fmt: skip
-    folder = data.cache_root() / "tiny"
+    folder = cache_root() / "tiny"
     return tiny.save_tiny(config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None)
 
 
@@ -167,14 +174,14 @@ def add_lora(model, args: Args, training: TrainingArguments):
 # 3. Data
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer):
     """Rows -> train and held-out pairs as token ids, the held-out rows as read; completes the counts in `stats`."""
-    train, held_out = data.split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
+    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
-        train, leaked = data.leak_check(train, args.leak_check, "preference", args.column_map or None)
+        train, leaked = leak_check(train, args.leak_check, "preference", args.column_map or None)
         stats["dropped"]["in test file"] = leaked
     code = (HERE / "pairs.py").read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt])
+    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, args.system_prompt])
     encoder = partial(encode, tokenizer=tokenizer, max_length=args.model_max_length, system=args.system_prompt)
-    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, encoder, key, columns=COLUMNS)
+    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key, columns=COLUMNS)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
@@ -190,10 +197,8 @@ def main() -> None:
         if name not in ("", "tiny"):
             cli.model_config(name, flag)  # a wrong name is told before anything is read or replaced
 
-    rows, stats = data.load_rows(
-        args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed
-    )
-    cli.say(data.summary(stats))
+    rows, stats = load_rows(args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed)
+    cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
 
@@ -205,7 +210,7 @@ def main() -> None:
     cli.say("split: {used:,} pairs to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
     for side in ("chosen", "rejected"):
         shown = [train_ids[0][f"{side}_{name}"][:200] for name in ("input_ids", "labels")]
-        cli.say(f"{side}: {chat.preview(tokenizer, *shown, color=sys.stdout.isatty())}")
+        cli.say(f"{side}: {preview(tokenizer, *shown, color=sys.stdout.isatty())}")
 
     model = load_model(args, training, base, trains_all=not args.use_lora)
     share = args.share_prompt and can_share(model.config.get_text_config(), args.model_max_length)

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from common import chat, device, files, rows
-from common.rows import BadRow
+from common import device
+from common.data import files, shapes
+from common.data.labels import encode_prompt
+from common.data.shapes import BadRow
 
 ANSWERS = ("output", "answer", "summary", "target", "response", "completion", "output_zh")
-DIALOGUES = rows.DIALOGUES
+DIALOGUES = shapes.DIALOGUES
 WINDOW = 32  # batches that are sorted by length together
 
 
@@ -79,10 +81,10 @@ class Question:
 
 
 def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Question]:
-    """Questions of files and folders (see common/files.py for kinds and encodings), bad rows among them."""
-    from common import data
+    """Questions of files and folders (see common/data/files.py for kinds and encodings), bad rows among them."""
+    from common.data.load import _columns
 
-    renames = data._columns(column_map)
+    renames = _columns(column_map)
     number = 0
     for path, weight in files.entries(paths):
         if weight is not None:
@@ -98,7 +100,7 @@ def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Ques
 
 def question(record, row: int, source: str, renames: dict | None = None, encoding: str = "utf-8") -> Question:
     """One record, text or list of messages -> Question."""
-    from common import data
+    from common.data.load import _renamed, _spelled
 
     try:
         if isinstance(record, BadRow):
@@ -108,8 +110,8 @@ def question(record, row: int, source: str, renames: dict | None = None, encodin
         if not isinstance(record, dict):
             raise BadRow("not an object", type(record).__name__)
         renames = renames if renames and not renames.keys().isdisjoint(record) else {}  # files may differ
-        asked, reference = _asked(data._renamed(record, renames))
-        data._spelled(asked, encoding)
+        asked, reference = _asked(_renamed(record, renames))
+        _spelled(asked, encoding)
     except BadRow as bad:
         return Question(row, source, error=bad.reason + (f" ({bad.detail})" if bad.detail else ""))
     return Question(row, source, asked["messages"], asked.get("tools"), reference)
@@ -118,11 +120,11 @@ def question(record, row: int, source: str, renames: dict | None = None, encodin
 def _asked(record: dict) -> tuple[dict, str | None]:
     """A record -> (canonical chat row without its last answer, that answer or None).
 
-    The shapes of common/rows.py have an answer; where it is missing, one is put in for the conversion.
+    The shapes of common/data/shapes.py have an answer; where it is missing, one is put in for the conversion.
     """
     given = {k: v for k, v in record.items() if not (k in ANSWERS and _blank(v))}
     given = {"prompt": given["text"]} if set(given) == {"text"} else given
-    shape = rows.detect("chat", [given])
+    shape = shapes.detect("chat", [given])
     if shape and not any(isinstance(given.get(name), list) for name in DIALOGUES):
         messages = shape.convert(given)
         return messages | {"messages": messages["messages"][:-1]}, messages["messages"][-1]["content"]
@@ -133,7 +135,7 @@ def _asked(record: dict) -> tuple[dict, str | None]:
             break
     else:
         given, reference = given | {name: "?" for name in ANSWERS if name not in given}, None
-    shape = rows.detect("chat", [given])
+    shape = shapes.detect("chat", [given])
     if shape is None:
         seen = ", ".join(str(name)[:40] for name in list(record)[:8])
         raise BadRow("no question found", f"columns: {seen}; name yours with --column_map instruction=YOURS")
@@ -150,7 +152,7 @@ def _open(turns: list) -> tuple[list, str | None]:
         answer = last.get("assistant")
         return (turns, answer) if not _blank(answer) else ([*turns[:-1], last | {"assistant": "?"}], None)
     who = str(last.get("role") or last.get("from")).lower()
-    if rows.ROLES.get(who) != "assistant":
+    if shapes.ROLES.get(who) != "assistant":
         return [*turns, {"role": "assistant", "content": "?"}], None
     said = next((last[name] for name in ("content", "value", "text") if name in last), None)
     return ([*turns[:-1], {"role": "assistant", "content": "?"}], None) if _blank(said) else (turns, said)
@@ -221,7 +223,7 @@ def fit(loaded: Loaded, q: Question, settings: Settings) -> tuple[list[int], boo
         messages = [{"role": "system", "content": settings.system_prompt}, *messages]
     head, shortened = int(messages[0]["role"] == "system"), False
     while True:
-        ids = chat.encode_prompt(loaded.tokenizer, messages, q.tools)
+        ids = encode_prompt(loaded.tokenizer, messages, q.tools)
         if len(ids) <= room:
             return ids, shortened
         users = [i for i, message in enumerate(messages) if message["role"] == "user" and i > head]

@@ -9,7 +9,7 @@ r"""OpenAI-compatible server for a trained model: a run's output folder, a model
     openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any").chat.completions.create(..., stream=True)
 
 Model ids: the folder's name; where it is an adapter, `base` is the model without it. Prompts are built from the chat
-template saved with the model, by the code that built the training rows (common/chat.py). One answer at a time, the
+template saved with the model, by the code that built the training rows (common/data/labels.py). One answer at a time, the
 others wait in the order they came. What is not supported is refused in OpenAI's error object, nothing is cut silently.
 Beside OpenAI's parameters: top_k, repetition_penalty.
 """
@@ -19,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from common import chat, cli, device, serve, talk  # noqa: I001  (device before torch and transformers)
+from common import cli, device  # noqa: I001  (device before torch and transformers)
+from common.demo import serve, chat_model
+from common.data.labels import encode_prompt
 
 import argparse
 import asyncio
@@ -209,7 +211,7 @@ class Text:
         return text[:cut]
 
 
-class Speaker(talk.Talker):
+class Speaker(chat_model.Talker):
     """A Talker that tells each piece of an answer at once, and why the answer ended."""
 
     def __init__(self, model: str | Path):
@@ -271,7 +273,7 @@ class Desk:
     async def read(self, ask: Ask) -> list[int]:
         """The prompt's token ids; Refusal 400 when the template refuses the messages or they leave no room."""
         messages = [message.model_dump() for message in ask.messages]
-        encode = partial(chat.encode_prompt, self.speaker.tokenizer, messages)
+        encode = partial(encode_prompt, self.speaker.tokenizer, messages)
         with failures():
             try:
                 prompt = await asyncio.get_running_loop().run_in_executor(self.reading, encode)

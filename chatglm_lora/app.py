@@ -7,7 +7,7 @@
 
 --model: a run's output folder, a model folder, a LoRA adapter or a hub id. --questions: a .txt with a question a line,
 or chat rows of any shape that train.py reads, without their last answers. What is written: see feedback.py.
-The prompt is built by the code that built the training rows (common/chat.py), so training and talking cannot differ.
+The prompt is built by the code that built the training rows (common/data/labels.py), so training and talking cannot differ.
 """
 
 import sys
@@ -15,9 +15,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside this one
-from common import data, device, files, page  # noqa: I001  (device before torch and transformers)
-from common.page import AT_ONCE, IDLE, MAX_CHARS, MODEL, SAMPLING, literal, size
-from common.talk import Talker
+from common import device  # noqa: I001  (device before torch and transformers)
+from common.data import files
+from common.demo import page
+from common.data.load import load_rows, summary
+from common.demo.page import AT_ONCE, IDLE, MAX_CHARS, MODEL, SAMPLING, literal, size
+from common.demo.chat_model import Talker
 
 import json
 import random
@@ -309,8 +312,8 @@ def read_questions(path: str | Path) -> list[list[dict]]:
     if files.suffix_of(path) == ".txt" and path.is_file():
         found = [[{"role": "user", "content": row["text"]}] for _, row in files.records(path, files.encoding_of(path))]
     else:
-        loaded, stats = data.load_rows(path, kind="chat")
-        print(data.summary(stats), flush=True)
+        loaded, stats = load_rows(path, kind="chat")
+        print(summary(stats), flush=True)
         found = [json.loads(row)["messages"][:-1] for row in loaded["row"]]
     fit = [p for p in found if p[-1]["role"] == "user" and sum(len(m["content"]) for m in p) <= MAX_CHARS]
     prompts = list({json.dumps(p): p for p in fit}.values())

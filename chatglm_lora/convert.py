@@ -14,7 +14,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
-from common import adapter, cli  # noqa: I001  (before torch and transformers: it brings the device)
+from common import cli  # noqa: I001  (before torch and transformers: it brings the device)
+from common.convert import adapter
 
 import argparse
 import json
@@ -25,7 +26,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
-from common.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
+from common.convert.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from tokenization_chatglm import ChatGLMTokenizer
 

@@ -12,8 +12,8 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common import sentence_pieces
-from common.sentence_pieces import SPACE, merges
+from common.convert import sentence_pieces
+from common.convert.sentence_pieces import SPACE, merges
 
 HERE = Path(__file__).resolve().parent
 TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]

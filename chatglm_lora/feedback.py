@@ -30,7 +30,7 @@ from datetime import datetime, timezone
 
 from filelock import FileLock, Timeout
 
-from common import rows
+from common.data import shapes
 
 RATINGS, SFT, PREFERENCE = FILES = ("ratings.jsonl", "sft.jsonl", "preference.jsonl")
 LOCK, NOTE = ".lock", ".unfinished.json"
@@ -76,10 +76,10 @@ def training_rows(rating: dict) -> dict[str, list[dict]]:
 
 def readable(kind: str, row: dict) -> bool:
     """Whether training would use this row (it has text, and two answers that differ)."""
-    shape = rows.detect(kind, [row])
+    shape = shapes.detect(kind, [row])
     try:
         return shape is not None and bool(shape.convert(row))
-    except rows.BadRow:
+    except shapes.BadRow:
         return False
 
 

@@ -37,7 +37,10 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer
 
 from answers import Settings, answer, answer_batch, batches, check, options, read, record  # noqa: F401
-from common import adapter, chat, files, talk
+from common.convert import adapter
+from common.data import files
+from common.demo import chat_model
+from common.data.labels import fingerprint
 from output_file import Output
 from placement import MAPS, load, refusal
 
@@ -97,7 +100,7 @@ def _contradiction(args, world: int) -> str | None:
 
 def facts_of(args, settings: Settings) -> dict:
     """What decides the answers, refused where it cannot work: settings, model, tokenizer, bytes of the input."""
-    path = talk.find_model(args.model)
+    path = chat_model.find_model(args.model)
     base = adapter.check_base(path) if (Path(path) / "adapter_config.json").is_file() else path
     config, tokenizer = cli.load(AutoConfig, base, "--model"), cli.load(AutoTokenizer, path, "--model")
     if problem := args.tensor_parallel > 1 and refusal(config, args.tensor_parallel):
@@ -109,7 +112,7 @@ def facts_of(args, settings: Settings) -> dict:
         raise SystemExit(f"--output {args.output} is the input")
     facts = {k: getattr(args, k) for k in ("column_map", "num_rows", "dtype", "tensor_parallel")}
     return asdict(settings) | facts | {
-        "model": weights, "tokenizer": chat.fingerprint(tokenizer), "device": device.kind(),
+        "model": weights, "tokenizer": fingerprint(tokenizer), "device": device.kind(),
         "input": {str(file): files.sha256(file) for file in inputs},
     }  # fmt: skip
 

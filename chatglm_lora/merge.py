@@ -14,7 +14,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
-from common import adapter, cli  # noqa: I001  (before torch and transformers: it brings the device)
+from common import cli  # noqa: I001  (before torch and transformers: it brings the device)
+from common.convert import adapter
 
 import argparse
 import json
@@ -28,7 +29,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from common.weight_files import Draft, Weights, check_shape, read_pickle, save_sharded
+from common.convert.weight_files import Draft, Weights, check_shape, read_pickle, save_sharded
 from convert import DERIVED, empty_weights
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, inverse_frequencies
 

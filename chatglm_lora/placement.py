@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
-from common import adapter, cli, device, talk  # noqa: I001  (device before torch and transformers)
+from common import cli, device  # noqa: I001  (device before torch and transformers)
+from common.convert import adapter
+from common.demo import chat_model
 
 import psutil
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_chatglm  # noqa: F401  (registers ChatGLM)
-from common import chat
+from common.data.labels import encode_prompt
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 FREE = 0.9  # share of a device's free memory that weights may take; the rest is for caches
@@ -55,7 +57,7 @@ def load(
 
     dtype: default the half one of accelerators, float32 on a CPU. SystemExit with one line for what cannot be.
     """
-    path = talk.find_model(model)
+    path = chat_model.find_model(model)
     lora = path if (Path(path) / "adapter_config.json").is_file() else None
     base = adapter.check_base(path) if lora else path
     tokenizer = cli.load(AutoTokenizer, path, "--model")
@@ -235,7 +237,7 @@ def _shard(model, tokenizer, count: int):
 @torch.no_grad()
 def probe(model, tokenizer) -> Tensor:
     """Logits [T, V] of a short prompt after the first and the last block alone: cheap, and any wrong share shows."""
-    ids = torch.tensor([chat.encode_prompt(tokenizer, [{"role": "user", "content": "你好，请介绍一下你自己。"}])])
+    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": "你好，请介绍一下你自己。"}])])
     base, blocks, count = model.base_model, model.base_model.layers, model.config.num_hidden_layers
     base.layers = torch.nn.ModuleList([blocks[0], blocks[-1]])
     model.config.num_hidden_layers = len(base.layers)

@@ -2,7 +2,7 @@
 
 In a document the prefix is two-sided and the rest is causal. That is two calls of a plain variable-length kernel,
 without any mask: the prefix among itself, and the rest, causal, over the whole document. On a CPU the same is done in
-blocks of queries with explicit products (common/attention.py), on a device without such a kernel with one dense mask.
+blocks of queries with explicit products (common/fast/attention.py), on a device without such a kernel with one dense mask.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import attention
+from common.fast import attention
 
 BLOCK = attention.BLOCK
 

@@ -10,7 +10,10 @@ import math
 import make_data
 import torch
 
-from common import chat, cli, collators, losses, rows
+from common import cli, collators
+from common.data import shapes
+from common.data.labels import encode_chat
+from common.fast import losses
 
 STEPS, WINDOW, WINDOWS, PEAK = 450, 256, 4, 3e-3  # optimizer steps of so many windows of tokens; highest learning rate
 
@@ -20,7 +23,7 @@ def conversations() -> list[list[dict]]:
     found = []
     for task in make_data.TASKS:
         raw = task(voice=False)
-        shape = rows.detect("chat", raw)
+        shape = shapes.detect("chat", raw)
         found += [shape.convert(row)["messages"] for row in raw]
     return found
 
@@ -28,7 +31,7 @@ def conversations() -> list[list[dict]]:
 def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
     cli.say(f"teaching the built-in base model what its adapter builds on: {STEPS} steps, once")
-    encoded = [chat.encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
+    encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
     windows, collate, order = collators.PackedDataset(encoded, WINDOW), collators.PackedCollator(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)

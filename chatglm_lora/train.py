@@ -24,9 +24,16 @@ from common import cli  # before torch and transformers: it brings the device
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from common import adapter, attention, chat, collators, data, losses, tiny
-from common.generate import answer_held_out, questions
-from common.run_folder import open_output
+from common import collators, tiny
+from common.convert import adapter
+from common.fast import attention, losses
+from common.data.labels import encode_chat, encode_prompt, fingerprint, preview
+from common.data.cache import cache_root
+from common.data.load import load_rows, summary
+from common.data.prepare import tokenise_split
+from common.data.split import leak_check, split_rows
+from common.runs.generate import answer_held_out, questions
+from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 from modeling_chatglm import ChatGLMConfig, layout
 from tiny_base import teach
@@ -79,7 +86,7 @@ def tiny_model(texts: list[str], taught: bool) -> str:
 
     taught: it knows the facts of the samples (see tiny_base); else its weights are random.
     """
-    folder = data.cache_root() / "tiny"
+    folder = cache_root() / "tiny"
     tokenizer = ChatGLMTokenizer(str(train_sentencepiece([*texts, ROUND], 4000, folder)))
     config = ChatGLMConfig(
         vocab_size=len(tokenizer), hidden_size=160, num_layers=2, num_attention_heads=4, inner_hidden_size=640,
@@ -129,20 +136,20 @@ def encode(row: dict, tokenizer, args: Args, every_answer: bool) -> list[dict]:
     """
     messages = row["messages"]
     ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"] if every_answer else [len(messages)]
-    rows = [chat.encode_chat(tokenizer, messages[:end], args.model_max_length, row.get("tools")) for end in ends]
+    rows = [encode_chat(tokenizer, messages[:end], args.model_max_length, row.get("tools")) for end in ends]
     return [encoded for encoded in rows if encoded]
 
 
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, every_answer: bool):
     """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
-    train, held_out = data.split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
+    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
-        train, leaked = data.leak_check(train, args.leak_check, "chat", args.column_map or None)
+        train, leaked = leak_check(train, args.leak_check, "chat", args.column_map or None)
         stats["dropped"]["in test file"] = leaked
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, every_answer])
+    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, every_answer])
     encoder = partial(encode, tokenizer=tokenizer, args=args, every_answer=every_answer)
-    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, encoder, key)
+    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
@@ -187,8 +194,8 @@ def main() -> None:
     if not is_tiny:
         cli.model_config(args.model_name_or_path)  # a wrong name is told before anything is read or replaced
 
-    rows, stats = data.load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
-    cli.say(data.summary(stats))
+    rows, stats = load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
+    cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
 
@@ -205,13 +212,13 @@ def main() -> None:
     )
     cli.say(told.format(**stats))
     shown = [train_ids[0][name][:200] for name in ("input_ids", "labels")]
-    cli.say(chat.preview(tokenizer, *shown, color=sys.stdout.isatty()))
+    cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
 
     model = load_model(args, training, base, config)
     train_set, collator = batches(args, training, tokenizer, config, train_ids)
     eval_set = batches(args, training, tokenizer, config, held_out_ids)[0] if len(held_out_ids) else None
 
-    ask = lambda turns, tools: chat.encode_prompt(tokenizer, turns, tools)  # noqa: E731
+    ask = lambda turns, tools: encode_prompt(tokenizer, turns, tools)  # noqa: E731
     asked = questions(held_out, held_out_ids, args.eval_generate)
     measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
     trainer = RecipeTrainer(

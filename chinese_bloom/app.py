@@ -6,7 +6,7 @@
     MODEL=bigscience/bloomz-560m python chinese_bloom/app.py
 
 The prompt is built from the chat template saved with the model, by the code that built the training rows
-(common/chat.py), so training and talking cannot differ. A run of --stage pt, and a model without a chat template, go
+(common/data/labels.py), so training and talking cannot differ. A run of --stage pt, and a model without a chat template, go
 on with the text instead.
 """
 
@@ -15,9 +15,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for common/
-from common import device, page  # noqa: I001  (device before torch and transformers)
-from common.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch
-from common.talk import Talker
+from common import device  # noqa: I001  (device before torch and transformers)
+from common.demo import page
+from common.demo.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch
+from common.demo.chat_model import Talker
 
 import gradio as gr
 

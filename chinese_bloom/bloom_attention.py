@@ -18,7 +18,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 
-from common.attention import PACKS, alibi_attention, alibi_slopes
+from common.fast.attention import PACKS, alibi_attention, alibi_slopes
 
 NAME = "alibi"
 

@@ -25,9 +25,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 from transformers import TrainingArguments, set_seed
 
 import bloom_attention
-from common import adapter, attention, chat, collators, data, losses, tiny
-from common.generate import answer_held_out, continue_held_out, questions
-from common.run_folder import open_output
+from common import collators, tiny
+from common.convert import adapter
+from common.fast import attention, losses
+from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
+from common.data.cache import cache_root
+from common.data.load import load_rows, summary
+from common.data.prepare import tokenise_split
+from common.data.split import leak_check, split_rows
+from common.runs.generate import answer_held_out, continue_held_out, questions
+from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 
 
@@ -93,7 +100,7 @@ def tiny_model(texts: list[str]) -> str:
         vocab_size=len(tokenizer), hidden_size=160, n_layer=2, n_head=4, initializer_range=0.05, bos_token_id=1,
         eos_token_id=2, pad_token_id=3,
     )  # fmt: skip
-    return tiny.save_tiny(config, tokenizer, data.cache_root() / "tiny")
+    return tiny.save_tiny(config, tokenizer, cache_root() / "tiny")
 
 
 def settle(args: Args, training: TrainingArguments) -> bool:
@@ -116,7 +123,7 @@ def settle(args: Args, training: TrainingArguments) -> bool:
 def load_tokenizer(args: Args, path: str):
     tokenizer = cli.load(AutoTokenizer, path)
     if args.stage == "sft" and args.template != "tokenizer":
-        chat.set_template(tokenizer, TEMPLATES.get(args.template, args.template))
+        set_template(tokenizer, TEMPLATES.get(args.template, args.template))
     if args.stage == "sft" and not tokenizer.chat_template:
         raise cli.usage_error(f"--template tokenizer: it brings none; take {', '.join(TEMPLATES)} or a jinja file")
     return tokenizer
@@ -168,21 +175,21 @@ def encode(row: dict, tokenizer, args: Args) -> dict | None:
     if args.stage == "pt":
         ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": [*ids, tokenizer.eos_token_id]}
-    return chat.encode_chat(tokenizer, with_system(row["messages"], args.system_prompt), args.model_max_length)
+    return encode_chat(tokenizer, with_system(row["messages"], args.system_prompt), args.model_max_length)
 
 
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer):
     """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
-    train, held_out = data.split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
+    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
         kind = "chat" if args.stage == "sft" else "text"
-        train, leaked = data.leak_check(train, args.leak_check, kind, args.column_map or None)
+        train, leaked = leak_check(train, args.leak_check, kind, args.column_map or None)
         stats["dropped"]["in test file"] = leaked
     columns = ("input_ids", "labels") if args.stage == "sft" else ("input_ids",)
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage])
+    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage])
     encoder = partial(encode, tokenizer=tokenizer, args=args)
-    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, encoder, key, columns=columns)
+    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key, columns=columns)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
@@ -208,8 +215,8 @@ def main() -> None:
             cli.model_config(name, flag)  # a wrong name is told before anything is read or replaced
 
     kind = "chat" if args.stage == "sft" else "text"
-    rows, stats = data.load_rows(args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed)
-    cli.say(data.summary(stats))
+    rows, stats = load_rows(args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed)
+    cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
 
@@ -219,13 +226,13 @@ def main() -> None:
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
     cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
     shown = [train_ids[0][name][:200] for name in ("input_ids", "input_ids" if args.stage == "pt" else "labels")]
-    cli.say(chat.preview(tokenizer, *shown, color=sys.stdout.isatty()))
+    cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
 
     model = load_model(args, training, base, config)
     train_set, collator = batches(args, training, tokenizer, train_ids)
     eval_set = batches(args, training, tokenizer, held_out_ids)[0] if len(held_out_ids) else None
 
-    ask = lambda turns, tools: chat.encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools)  # noqa: E731
+    ask = lambda turns, tools: encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools)  # noqa: E731
     asked = questions(held_out, held_out_ids, args.eval_generate)
     measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
     if args.stage == "pt":

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from . import cli
+from common import cli
 
 
 class Progress(TrainerCallback):

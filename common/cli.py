@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 
-from . import device
+from common import device
 
 INTERRUPTED = 75
 

@@ -51,7 +51,7 @@ def processes(wanted: str) -> int:
     try:
         from common import device
     except ImportError as error:
-        sys.exit(f"launch: {sys.executable} cannot import torch ({error}); `bash common/check_env.sh` says what to do")
+        sys.exit(f"launch: {sys.executable} cannot import torch ({error}); `bash tools/check_env.sh` says what to do")
     message, fatal = device.notice()
     if message:
         print(message, file=sys.stderr)

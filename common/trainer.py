@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import attention, checkpoint, cli, device, report
-from .callbacks import Progress, SafeStop
-from .collators import PackedCollator
-from .run_folder import RUN_FILE, engine, write_run_file
+from common import cli, device
+from common.callbacks import Progress, SafeStop
+from common.collators import PackedCollator
+from common.fast import attention
+from common.runs import checkpoint, report
+from common.runs.run_folder import RUN_FILE, engine, write_run_file
 
 IGNORE = -100  # label of a token that is not trained
 

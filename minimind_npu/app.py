@@ -4,7 +4,7 @@
     python minimind_npu/app.py --model output/minimind_npu/reason --port 7860 --host 127.0.0.1
     MODEL=my_model python minimind_npu/app.py
 
-The prompt is built by the code that built the training rows (common/chat.py), so training and talking cannot differ.
+The prompt is built by the code that built the training rows (common/data/labels.py), so training and talking cannot differ.
 A pre-trained model goes on with the text instead.
 """
 
@@ -13,11 +13,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this file
-from common import device, page  # noqa: I001  (device before torch and transformers)
-from common.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch
+from common import device  # noqa: I001  (device before torch and transformers)
+from common.demo import page
+from common.demo.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch
 
 import gradio as gr
-from generation import Speaker, newest
+from engine.generation import Speaker, newest
 
 EXAMPLES = ["你是谁？", "七加五等于几？", "西班牙的首都是哪里？", "想一想再回答：6加2再减5等于几？"]
 BEGINNINGS = ["冬天里的一天，", "傍晚，小丽", "山羊有", "三加五等于"]

@@ -22,9 +22,9 @@ import signal
 import threading
 import time
 
-from generation import Sampling, Speaker, newest
+from engine.generation import Sampling, Speaker, newest
 
-from common.talk import split_thought
+from common.demo.chat_model import split_thought
 
 HELP = "/clear  /undo  /think on|off  /system TEXT  /exit"
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")

@@ -40,7 +40,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from common import adapter, talk, weight_files
+from common.convert import adapter, weight_files
+from common.demo import chat_model
 
 KINDS = {  # (generation, use_moe) -> config and class of transformers
     (2, False): (LlamaConfig, "LlamaForCausalLM"),
@@ -121,8 +122,8 @@ def shared_expert(config: MiniMindConfig, mine: dict[str, Tensor]) -> dict[str, 
 
 def load(args) -> tuple[MiniMindForCausalLM, str]:
     """The model, an adapter merged into it, and the folder its tokenizer stands in."""
-    path = talk.find_model(args.model) if args.model else None
-    extra = talk.find_model(args.adapter) if args.adapter else None
+    path = chat_model.find_model(args.model) if args.model else None
+    extra = chat_model.find_model(args.adapter) if args.adapter else None
     if path and (Path(path) / "adapter_config.json").is_file():
         if extra:
             raise cli.usage_error(f"--model {args.model} is an adapter itself; give one adapter, its base as --model")

@@ -387,7 +387,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
         Args:
             attention_mask: [B, T], 0 on padding (either side); a packed row has none, but cu_seq_lens_q/k [n + 1],
-                max_length_q/k and positions that restart (common/attention.py).
+                max_length_q/k and positions that restart (common/fast/attention.py).
             labels: [B, T], -100 without; shifted here. loss is their mean cross entropy (num_items_in_batch: the
                 divisor instead of their number) without aux_loss, the summed balance of the experts in training.
             counted: [B, T], 0 at tokens that are filler of a packed row; the balance leaves them out.

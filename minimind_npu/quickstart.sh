@@ -6,4 +6,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common/launch.sh"
-launch "$here/quickstart.py" "$@"
+launch "$here/quickstart/quickstart.py" "$@"

@@ -36,7 +36,7 @@ for stage in $STAGES; do
         dpo) train dpo "$root_out/sft/final" "${DPO:-}" "$@" ;;
         distill) train distill "$SIZE" "${SFT:-}" --teacher "$root_out/sft/final" "$@" ;;
         reason) train reason "$root_out/dpo/final" "${REASON:-}" "$@" ;;
-        eval) "$python" "$here/eval.py" --model_name_or_path "$root_out/sft/final" --output_dir "$root_out/eval" ;;
+        eval) "$python" "$here/evaluation/eval.py" --model_name_or_path "$root_out/sft/final" --output_dir "$root_out/eval" ;;
         chat) printf '%s\n' 你是谁？ 三加五等于几？ /exit | "$python" "$here/chat.py" --max_new_tokens 64 \
             --model_name_or_path "$root_out/sft/final" ;;
         *) die "STAGES: unknown stage $stage" 2 ;;

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import optim
 import torch
+from loop import optim
 from model import SIZES, MiniMindConfig
 from transformers import TrainingArguments
 
-from common import cli, device, talk
+from common import cli, device
+from common.demo import chat_model
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
@@ -157,7 +158,7 @@ def own_model(name: str, flag: str) -> str:
     on from: a folder of transformers' own classes would load in part, with random weights for the rest."""
     if "/" not in name and not Path(name).is_dir():
         raise SystemExit(f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage")
-    folder = talk.find_model(name)
+    folder = chat_model.find_model(name)
     if Path(folder, "adapter_config.json").is_file():
         raise SystemExit(f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import")
     kind = cli.model_config(folder, flag).model_type

@@ -24,20 +24,19 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, TrainingArguments
 
-import distill
-import dpo
-import lora
 import model as models
-import optim
-import parallel
-import pretrain
-import reason
-import sft
-import state
-import tracking
-from batches import Loader, Order, TokenRows
-from common import adapter, attention, chat, data, device, generate, losses, run_folder
+from loop import optim, parallel, state, tracking
+from loop.batches import Loader, Order, TokenRows
+from common import device
+from common.convert import adapter
+from common.fast import attention, losses
+from common.runs import generate, run_folder
+from common.data.labels import encode_prompt, fingerprint, preview
+from common.data.load import load_rows, summary
+from common.data.prepare import tokenise_split
+from common.data.split import split_rows
 from common.callbacks import SafeStop
+from stages import distill, dpo, lora, pretrain, reason, sft
 from settings import DEFAULTS, DEFINING, OUTPUT, Args, own_model, settle, start_from, tokenizer_of
 
 STAGES = {"pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "distill": distill, "reason": reason}
@@ -47,18 +46,18 @@ STAGES = {"pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "distill":
 def read(args: Args, training, tokenizer, rows, stats: dict):
     """Rows -> memory-mapped token rows to train on and held out, the held-out rows as read; completes the counts."""
     stage = STAGES[args.stage]
-    train, held_out = data.split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
-    code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in (args.stage, "sft"))
-    key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length])  # an edited `encode` makes new rows
+    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
+    code = "".join((HERE / "stages" / f"{name}.py").read_text(encoding="utf-8") for name in (args.stage, "sft"))
+    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length])  # an edited `encode` makes new rows
     encode = partial(stage.encode, tokenizer=tokenizer, max_length=args.model_max_length)
-    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, encode, key, columns=stage.COLUMNS)
+    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encode, key, columns=stage.COLUMNS)
     stats["dropped"] |= counts["dropped"]
     for why, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(why, why)}")
     stats |= {"used": len(train_ids), "held_out": len(held_out_ids), "truncated": counts["truncated"]}
     cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
     shown = [train_ids[0][name][:200] for name in (stage.COLUMNS[0], stage.COLUMNS[min(1, len(stage.COLUMNS) - 1)])]
-    cli.say(f"first row: {chat.preview(tokenizer, *shown, color=sys.stdout.isatty())}")
+    cli.say(f"first row: {preview(tokenizer, *shown, color=sys.stdout.isatty())}")
     return train_ids, held_out_ids, held_out
 
 
@@ -174,7 +173,7 @@ def answers(args: Args, model, tokenizer, asked: list[str]) -> tuple[dict, list]
         return generate.continue_held_out(model, tokenizer, asked[:12], min(48, args.max_new_tokens))
     if args.stage == "reason":
         return reason.measure(model, tokenizer, [json.loads(row) for row in asked], args.max_new_tokens)
-    encode = partial(chat.encode_prompt, tokenizer)
+    encode = partial(encode_prompt, tokenizer)
     return generate.answer_held_out(model, tokenizer, asked, encode, args.max_new_tokens)
 
 
@@ -188,10 +187,10 @@ def main() -> None:
     device.seed_all(training.seed)
     device.fast_float32()
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    rows, stats = data.load_rows(
+    rows, stats = load_rows(
         args.data_path, STAGES[args.stage].KIND, args.column_map or None, args.strict_data, seed=training.seed
     )
-    cli.say(data.summary(stats))
+    cli.say(summary(stats))
     training.output_dir = training.output_dir or str(OUTPUT / args.stage)
     training.keeps_order = True  # another number of processes goes on at the same row
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}

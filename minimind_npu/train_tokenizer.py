@@ -24,7 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from common import cli, files, rows
+from common import cli
+from common.data import files, shapes
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{i}|>" for i in range(3, 21))]
 TAGS = [f"<{slash}{tag}>" for tag in ("tool_call", "tool_response", "think", "answer") for slash in ("", "/")]
@@ -60,20 +61,20 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
     records = files.records(path, files.encoding_of(path))
     start = list(islice(records, 50))
     head = [record for _, record in start if isinstance(record, dict)]
-    shape = next((shape for kind in KINDS if (shape := rows.detect(kind, head))), None)
+    shape = next((shape for kind in KINDS if (shape := shapes.detect(kind, head))), None)
     if shape is None:
         seen = ", ".join(dict.fromkeys(chain(*head))) or "nothing"
         raise SystemExit(f"{path}: no rows of text, chat or preference recognised; columns seen: {seen[:200]}")
     for _, record in chain(start, records):
         try:
             if not isinstance(record, dict):
-                raise record if isinstance(record, rows.BadRow) else rows.BadRow("not an object")
+                raise record if isinstance(record, shapes.BadRow) else shapes.BadRow("not an object")
             texts = list(strings(shape.convert(record)))
             "".join(texts).encode()
             yield texts
         except UnicodeEncodeError:
             dropped["broken characters"] += 1
-        except rows.BadRow as bad:
+        except shapes.BadRow as bad:
             dropped[bad.reason] += 1
 
 

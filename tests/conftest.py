@@ -1,6 +1,7 @@
 """Shared fixtures. The repository root goes on sys.path so that tests import `common` like a recipe does."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from filelock import FileLock
 # before torch: two workers with a team of threads each on two cores mostly wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "tests/npu"), str(ROOT)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,10 +43,24 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def npu():
-    """npu(soc, devices) -> variables under which a child process sees simulated NPUs (tests/npu_sim)."""
+    """npu(soc, devices) -> variables under which a child process sees simulated NPUs (tests/npu/npu_sim)."""
     from npu_sim import simulator
 
     return simulator.environment
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    if not (path := shutil.which("chromium")):
+        pytest.fail("no chromium: run tests/run.sh as root, or apt-get install chromium fonts-noto-cjk")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
 
 
 LONGEST = (  # begin with these, so that no worker ends long after the other

@@ -273,7 +273,7 @@ def baichuan2(folder: Path, config: dict, seven: bool) -> Model:
             found = [difference(model.lm_head(unit).norm(dim=0), after) for model in models]
             return {"norms": max(found + [difference(raw.norm(dim=-1), case.get("weight_raw_norms"))])}
         if "slopes_40" in case.arrays:
-            from common.attention import alibi_slopes
+            from common.fast.attention import alibi_slopes
 
             pairs = [(config["num_attention_heads"], "slopes_this"), (40, "slopes_40")]
             return {"slopes": max(difference(alibi_slopes(heads), case.get(name)) for heads, name in pairs)}

@@ -19,7 +19,7 @@ if ! command -v chromium >/dev/null || ! command -v shellcheck >/dev/null || ! f
 fi
 
 # the simulated NPU: fetches the torch-npu wheel beside the environment and compiles, once
-python tests/npu_sim/simulator.py >/dev/null
+python tests/npu/npu_sim/simulator.py >/dev/null
 
 ruff check .
 ruff format --check .

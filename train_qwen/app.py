@@ -4,7 +4,7 @@
     python train_qwen/app.py --model output/train_qwen/final --port 7860 --host 127.0.0.1
     MODEL=Qwen/Qwen3-8B python train_qwen/app.py
 
-The prompt is built by the code that built the training rows (common/chat.py), so training and talking cannot differ.
+The prompt is built by the code that built the training rows (common/data/labels.py), so training and talking cannot differ.
 """
 
 import sys
@@ -12,9 +12,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for common/
-from common import device, page  # noqa: I001  (device before torch and transformers)
-from common.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch, literal, prose, show, turns_of  # noqa: F401
-from common.talk import Talker
+from common import device  # noqa: I001  (device before torch and transformers)
+from common.demo import page
+from common.demo.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch, literal, prose, show, turns_of  # noqa: F401
+from common.demo.chat_model import Talker
 
 import gradio as gr
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
-from common import adapter, cli
+from common import cli
+from common.convert import adapter
 
 
 def main() -> None:

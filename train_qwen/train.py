@@ -22,9 +22,16 @@ from common import cli, device  # device before torch and transformers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments, set_seed
 
-from common import adapter, attention, chat, collators, data, losses, tiny
-from common.generate import answer_held_out, questions
-from common.run_folder import open_output
+from common import collators, tiny
+from common.convert import adapter
+from common.fast import attention, losses
+from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
+from common.data.cache import cache_root
+from common.data.load import load_rows, summary
+from common.data.prepare import tokenise_split
+from common.data.split import leak_check, split_rows
+from common.runs.generate import answer_held_out, questions
+from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 
 
@@ -104,14 +111,14 @@ def tiny_model(texts: list[str]) -> str:
         num_key_value_heads=2, head_dim=40, initializer_range=0.05, max_position_embeddings=2048,
         tie_word_embeddings=True,
     )  # fmt: skip
-    return tiny.save_tiny(config, tokenizer, data.cache_root() / "tiny")
+    return tiny.save_tiny(config, tokenizer, cache_root() / "tiny")
 
 
 # 2. Model and tokenizer
 def load_tokenizer(args: Args, path: str):
     tokenizer = cli.load(AutoTokenizer, path)
     if args.chat_template:
-        chat.set_template(tokenizer, args.chat_template)
+        set_template(tokenizer, args.chat_template)
     return tokenizer
 
 
@@ -173,19 +180,19 @@ def with_system(messages: list[dict], system: str) -> list[dict]:
 def encode(row: dict, tokenizer, args: Args, template: dict) -> dict | None:
     """A canonical chat row -> input_ids [T], labels [T], T <= model_max_length; labels on the assistant's turns."""
     turns = with_system(row["messages"], args.system_prompt)
-    return chat.encode_chat(tokenizer, turns, args.model_max_length, row.get("tools"), **template)
+    return encode_chat(tokenizer, turns, args.model_max_length, row.get("tools"), **template)
 
 
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, template: dict):
     """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
-    train, held_out = data.split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
+    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
-        train, leaked = data.leak_check(train, args.leak_check, "chat", args.column_map or None)
+        train, leaked = leak_check(train, args.leak_check, "chat", args.column_map or None)
         stats["dropped"]["in test file"] = leaked
     fn = partial(encode, tokenizer=tokenizer, args=args, template=template)
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps([code, chat.fingerprint(tokenizer), args.model_max_length, args.system_prompt, template])
-    train_ids, held_out_ids, counts = data.tokenise_split(train, held_out, fn, key)
+    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, template])
+    train_ids, held_out_ids, counts = tokenise_split(train, held_out, fn, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
@@ -202,8 +209,8 @@ def main() -> None:
     if args.use_lora and not is_tiny and not cli.typed("learning_rate"):
         training.learning_rate = LORA_LEARNING_RATE
 
-    rows, stats = data.load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
-    cli.say(data.summary(stats))
+    rows, stats = load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
+    cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
 
@@ -212,7 +219,7 @@ def main() -> None:
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, template)
     cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
-    cli.say(chat.preview(tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()))
+    cli.say(preview(tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()))
 
     model = load_model(args, training, base)
     if args.packing and training.train_sampling_strategy == "group_by_length":
@@ -226,7 +233,7 @@ def main() -> None:
         collator = collators.PaddedCollator(tokenizer.pad_token_id)
 
     def ask(turns, tools):
-        return chat.encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
+        return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
     asked = questions(held_out, held_out_ids, args.eval_generate)
     measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens) if asked else None

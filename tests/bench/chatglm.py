@@ -160,7 +160,8 @@ def prepared(args, side: str):
     import train
     from transformers import TrainingArguments
 
-    from common import collators, losses
+    from common import collators
+    from common.fast import losses
 
     model = random_model(args, side == "upstream")
     config = model.config

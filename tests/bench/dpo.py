@@ -102,7 +102,7 @@ def load_model(args, ours: bool):
     torch.manual_seed(0)
     model = sft.random_model(args).to(getattr(torch, args.dtype))
     if ours:
-        from common import attention, losses
+        from common.fast import attention, losses
 
         model.set_attn_implementation(attention.register())
         model.config.use_cache = False

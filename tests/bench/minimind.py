@@ -139,11 +139,11 @@ def fitting(kind: str, windows: int, width: int, extra: int, full: float, rng: r
 
 def make_rows(kind: str, windows: int, width: int, tokenizer, seed: int) -> list[dict]:
     """Rows that fill `windows` windows of ours, their mean length that of the published data."""
-    from common import chat
+    from common.data.labels import encode_chat
 
     rng = random.Random(seed)
     probe = as_row("sft", ["问", "答"])["conversations"]
-    extra = len(chat.encode_chat(tokenizer, probe, 99)["input_ids"]) - 2
+    extra = len(encode_chat(tokenizer, probe, 99)["input_ids"]) - 2
     found, full = [], 0.985
     while not found:
         found, full = fitting(kind, windows, width, extra, full, rng), full - 0.03
@@ -239,10 +239,10 @@ def token_rows(ours, training, tokenizer, rows: list[dict]):
     """The recipe's way from a file to memory-mapped token rows and batches."""
     import train
 
-    from common import data
+    from common.data.load import load_rows
 
     path = write_file(rows, training.output_dir)
-    found, stats = data.load_rows(path, train.STAGES[ours.stage].KIND)
+    found, stats = load_rows(path, train.STAGES[ours.stage].KIND)
     ids, _, _ = train.read(ours, training, tokenizer, found, stats)
     return train.loaders(ours, training, tokenizer, ids)[0]
 

@@ -84,7 +84,7 @@ def build_model(args):
     torch.manual_seed(0)
     model = random_model(args)
     if args.variant == "ours":
-        from common import attention, losses
+        from common.fast import attention, losses
 
         if args.arch == "bloom":
             sys.path.insert(0, str(ROOT / "chinese_bloom"))

@@ -1,0 +1,1 @@
+"""Weight files, sentencepiece models and adapters, read and written by converters."""

@@ -1,0 +1,1 @@
+"""Fast paths that change no number: losses without full logits, attention over packed rows."""

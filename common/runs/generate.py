@@ -1,0 +1,128 @@
+"""Answer prompts with a model that is being trained: batched, spread over the ranks, the same under every engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+
+@torch.no_grad()
+def generate_answers(
+    model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 64, batch_size: int | None = None
+) -> list[str]:
+    """Greedy answers in the order of `prompts` (token ids of any lengths). All ranks call it and get all answers.
+
+    batch_size: default 32, of models above a billion parameters 8: their caches take gigabytes.
+    Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's generation config.
+    """
+    if batch_size is None:
+        batch_size = 32 if sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) < 1e9 else 8
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    mine = list(range(rank, len(prompts), world))
+    per_rank = -(-len(prompts) // world)
+    mine += [len(prompts) - 1] * (per_rank - len(mine))  # equal work: ZeRO-3 needs all ranks in every forward
+    mine.sort(key=lambda i: len(prompts[i]))
+    was_training, cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    answers: dict[int, str] = {}
+    for start in range(0, len(mine), batch_size):
+        chosen = mine[start : start + batch_size]
+        ids = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+        answers |= dict(zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
+    model.train(was_training)
+    model.config.use_cache = cache
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, answers)
+        answers = {k: v for part in parts for k, v in part.items()}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> torch.Tensor:
+    """B prompts -> new token ids [B, N]."""
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    where = model.device if model.device.type != "meta" else torch.device("cpu")
+    eos = model.generation_config.eos_token_id
+    stop = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    out = model.generate(
+        input_ids=ids.to(where), attention_mask=mask.to(where), max_new_tokens=max_new_tokens, do_sample=False,
+        pad_token_id=pad, eos_token_id=stop, synced_gpus=is_deepspeed_zero3_enabled(),
+        num_beams=1, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return out[:, width:]
+
+
+def questions(held_out, encoded, count: int) -> list[str]:
+    """At most `count` held-out rows (canonical JSON), evenly spread, of those that were encoded whole.
+
+    Args:
+        held_out: rows as read, columns row and source.
+        encoded: their token rows, columns source and truncated; some may be missing.
+    """
+    cut = {row["source"] for row in encoded if row["truncated"]}  # of several rows of one source none may be cut
+    whole = {row["source"] for row in encoded} - cut
+    rows = [row["row"] for row in held_out if row["source"] in whole]
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
+
+
+def answer_held_out(
+    model, tokenizer, rows: list[str], encode: Callable, max_new_tokens: int
+) -> tuple[dict, list[dict]]:
+    """Greedy answers to the last turn of chat rows against what stands there. Every rank calls it.
+
+    Args:
+        rows: canonical chat rows (JSON).
+        encode: (messages, tools) -> token ids that generation starts from.
+    Returns:
+        {"exact_match", "rouge_l"} and [{"messages", "tools", "prompt", "reference", "answer"}]; a thought before the
+        answer is left out.
+    """
+    from common.runs.metrics import answer_match
+
+    loaded = [json.loads(row) for row in rows]
+    if not loaded:
+        return {}, []
+    prompts = [encode(row["messages"][:-1], row.get("tools")) for row in loaded]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
+    samples = [
+        {
+            "messages": row["messages"][:-1],
+            "tools": row.get("tools"),
+            "prompt": row["messages"][-2]["content"],
+            "reference": row["messages"][-1]["content"],
+            "answer": answer.split("</think>")[-1].strip(),
+        }
+        for row, answer in zip(loaded, answers, strict=True)
+    ]
+    return answer_match([s["answer"] for s in samples], [s["reference"] for s in samples]), samples
+
+
+def continue_held_out(model, tokenizer, rows: list[str], max_new_tokens: int, share: float = 0.3) -> tuple[dict, list]:
+    """Greedy continuations of the beginning of held-out documents, to look at. Every rank calls it.
+
+    Args:
+        rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is given.
+    Returns:
+        {} (the loss on held-out text is the measure) and samples as in `answer_held_out`.
+    """
+    samples, prompts = [], []
+    for row in rows:
+        ids = tokenizer(json.loads(row)["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        cut = min(64, max(1, round(share * len(ids))))
+        start, rest = (tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + max_new_tokens]))
+        prompts.append(ids[:cut])
+        messages = [{"role": "user", "content": start}]
+        samples.append({"messages": messages, "tools": None, "prompt": start, "reference": rest})
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens) if prompts else []
+    return {}, [sample | {"answer": answer} for sample, answer in zip(samples, answers, strict=True)]

@@ -1,0 +1,414 @@
+"""Answers to many prompts at once: a key/value cache of slots, each given to the next prompt as soon as a row ends.
+
+    engine = Engine(model, slots=8)
+    engine.generate(prompts, max_new_tokens=64)                      # token ids -> new ids of each prompt, in order
+    for index, token in engine.stream(prompts, temperature=0.8):     # as they come
+        ...
+    request = engine.submit(prompt, Sampling(top_p=0.9)); engine.step()     # what both are made of
+
+A step is one forward pass over one row without padding: what stands before the last token of the prompts that have
+just been given a slot (attention of a packed row), then one token of every slot (attention over what its slot holds).
+It works with any causal language model whose attention goes through transformers' attention interface.
+
+A active slots, N tokens of a step, H heads, K key/value heads, d size of a head, W columns in use, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from model import MiniMindForCausalLM  # noqa: F401  (tells the Auto classes about it)
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from common.demo import chat_model
+from common.fast.attention import compute_packed
+
+HERE = Path(__file__).resolve().parents[1]
+OUTPUT = HERE.parent / "output" / HERE.name
+CHATS = ("reason", "dpo", "lora", "sft", "distill")  # stages that leave a model that answers
+NAME = "slots"
+STEP = 64  # the columns in use are a multiple: oneDNN compiles a kernel for every new shape in half precision
+FIRST = 256  # columns of a new cache; it doubles when a row gets longer
+EXPLICIT = 512  # columns from which plain products are faster than torch's fused attention, on a CPU in half precision
+PREFILL = 2048  # tokens of new prompts in one step, so that many long ones do not stop the others for long
+NUCLEUS = 256  # candidates looked at before the whole vocabulary is sorted
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is answered. temperature 0: always the likeliest token; top_k 0: among all; ends: token ids that
+    end an answer, None: those of the model's generation config."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | str = 0
+    ends: frozenset[int] | None = None
+
+    def __post_init__(self):
+        good = {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, fits in good.items():
+            if not fits:
+                raise ValueError(f"{name} {getattr(self, name)} makes no sense")
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what has been generated for it: tokens, the end token among them. finished: "" while it runs, then
+    "stop", "length" or "cancelled". on_token: called with each new token; what it returns is not looked at."""
+
+    prompt: list[int]
+    sampling: Sampling
+    on_token: Callable[[int], object] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finished: str = ""
+    seen: Tensor | None = None  # [V], tokens of prompt and answer, where they are punished
+
+    def __post_init__(self):
+        self.numbers = random.Random(f"{self.sampling.seed}")  # its own, whoever is answered beside it
+
+    @property
+    def place(self) -> int:
+        """Column of its newest token."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def cancel(self) -> None:
+        self.finished = self.finished or "cancelled"
+
+    def take(self, token: int, ends: frozenset[int], limit: int) -> None:
+        self.tokens.append(token)
+        if self.seen is not None:
+            self.seen[token] = True
+        if token in ends:
+            self.finished = "stop"
+        elif len(self.tokens) >= self.sampling.max_new_tokens or self.place + 1 >= limit:
+            self.finished = "length"
+        if self.on_token:
+            self.on_token(token)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+class SlotCache(Cache):
+    """Keys and values of every layer, [slots, K, columns, d] each; made when the first ones come."""
+
+    def __init__(self, slots: int):
+        super().__init__(layers=[])
+        self.slots, self.columns = slots, FIRST
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def begin(self, rows: Tensor, columns: Tensor, active: int, width: int, starts: list[int], dtype) -> None:
+        """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width` columns, those
+        before them are documents with boundaries `starts`."""
+        width = -(-width // STEP) * STEP
+        while self.columns < width:
+            self.columns *= 2
+        for kept in (self.keys, self.values):
+            for i, old in enumerate(kept):
+                if old.shape[2] < self.columns:
+                    kept[i] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
+        self.rows, self.places, self.active, self.width = rows, columns, active, width
+        self.starts = torch.tensor(starts, dtype=torch.int32, device=rows.device)
+        self.edges = list(pairwise(starts))
+        hidden = torch.arange(width, device=rows.device) > columns[-active:, None]
+        self.bias = torch.zeros(hidden.shape, dtype=dtype, device=rows.device).masked_fill_(hidden, -torch.inf)
+        self.bias = self.bias[:, None, None]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """key, value [1, K, N, d] of this step are stored, and returned as they are."""
+        if layer_idx == len(self.keys):
+            size = (self.slots, key.shape[1], self.columns, key.shape[3])
+            for kept in (self.keys, self.values):
+                kept.append(key.new_zeros(size))  # zeros: what is masked still is a factor
+        for kept, new in ((self.keys, key), (self.values, value)):
+            kept[layer_idx][self.rows, :, self.places] = new[0].transpose(0, 1)
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def move(self, start: int, goal: int, length: int) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[goal, :, :length] = tensor[start, :, :length]
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, slots: SlotCache | None = None, **_):
+    """query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d], None (the interface of transformers)."""
+    layer, active = module.layer_idx, slots.active
+    new, (_, heads, _, size) = query.shape[2] - active, query.shape
+    scale = size**-0.5 if scaling is None else scaling
+    keys, values = (kept[layer][:active, :, : slots.width] for kept in (slots.keys, slots.values))
+    # the heads that share a key/value head are its queries: nothing is repeated
+    last = query[0, :, new:].transpose(0, 1).reshape(active, keys.shape[1], -1, size)
+    out = _looked_up(last, keys, values, slots.bias.to(query.dtype), scale).reshape(1, active, heads, size)
+    if not new:
+        return out, None
+    begun = _documents(*(x[0, :, :new] for x in (query, key, value)), slots, scale)
+    return torch.cat([begun[None], out], 1), None
+
+
+def _looked_up(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """query [A, K, G, d], key and value [A, K, W, d], bias [A, 1, 1, W] -> [A, K, G, d]."""
+    if query.device.type == "cpu" and query.dtype != torch.float32 and key.shape[2] >= EXPLICIT:
+        scores = torch.matmul(query * scale, key.transpose(2, 3)) + bias
+        return torch.matmul(scores.softmax(-1), value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def _documents(query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, scale: float) -> Tensor:
+    """query [H, T, d], key and value [K, T, d] of documents side by side -> [T, H, d]."""
+    compute = compute_packed(query)
+    if compute:
+        return compute(query, key, value, slots.starts, max(b - a for a, b in slots.edges), scale)
+    parts, grouped = [], len(query) != len(key)
+    for a, b in slots.edges:
+        q, k, v = (x[None, :, a:b] for x in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)[0])
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+# ---- the engine -----------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Answers requests with `model` in `slots` rows; one thread at a time may use it.
+
+    max_length: tokens of prompt and answer together, default (and at most) the model's positions.
+    """
+
+    def __init__(self, model, slots: int = 8, max_length: int | None = None):
+        window = getattr(model.config, "max_position_embeddings", None) or 4096
+        self.model, self.slots, self.max_length = model, slots, min(max_length or window, window)
+        own = model.generation_config.eos_token_id
+        self.ends = frozenset(own if isinstance(own, list) else [own]) - {None}
+        self.cache = SlotCache(slots)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # number i has slot i; there are no gaps in a step
+
+    def submit(self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None) -> Request:
+        """Put a prompt in the queue. ValueError when it is empty or leaves no room for an answer."""
+        if not prompt:
+            raise ValueError("an empty prompt; begin with the tokenizer's bos token")
+        if len(prompt) >= self.max_length:
+            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a window of {self.max_length}")
+        if sampling.ends is None:
+            sampling = replace(sampling, ends=self.ends)
+        self.waiting.append(Request(list(prompt), sampling, on_token))
+        return self.waiting[-1]
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling) -> list[list[int]]:
+        """New token ids of each prompt, the end token among them; sampling: fields of Sampling."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        for index, token in self.stream(prompts, max_new_tokens, **sampling):
+            answers[index].append(token)
+        return answers
+
+    def stream(self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling) -> Iterator[tuple[int, int]]:
+        """(number of the prompt, its next token id), as they come; leaving the iteration ends all requests.
+
+        Prompt i draws its random numbers from "seed:i", so its answer is the same beside any others.
+        """
+        how = Sampling(max_new_tokens, **sampling)
+        number = {self.submit(p, replace(how, seed=f"{how.seed}:{i}")): i for i, p in enumerate(prompts)}
+        try:
+            while any(not request.finished for request in number):
+                for request, token in self.step():
+                    if request in number:
+                        yield number[request], token
+        finally:
+            for request in number:
+                request.cancel()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, int]]:
+        """One forward pass: a new token of every request that has a slot; [] when there is nothing to do."""
+        fresh = self._turn_over()
+        if not self.running:
+            return []
+        tokens = choose(self._logits(fresh), self.running).tolist()  # the only wait for the device
+        done = list(zip(self.running, tokens, strict=True))
+        for request, token in done:
+            request.take(token, request.sampling.ends, self.max_length)
+        return done
+
+    def _turn_over(self) -> list[int]:
+        """Give the slots of what has ended to waiting requests and close the gaps; -> slots that begin now."""
+        self.waiting = deque(request for request in self.waiting if not request.finished)
+        fresh, room = [], PREFILL
+        for slot in range(self.slots):
+            busy = slot < len(self.running) and not self.running[slot].finished
+            if busy or not self.waiting or (fresh and len(self.waiting[0].prompt) > room):
+                continue
+            self.running[slot : slot + 1] = [self.waiting.popleft()]
+            room -= len(self.running[slot].prompt)
+            fresh.append(slot)
+        for slot in reversed(range(len(self.running))):  # those that begin stand before the first gap
+            if self.running[slot].finished:
+                last = self.running.pop()
+                if slot < len(self.running):
+                    self.cache.move(len(self.running), slot, last.place)
+                    self.running[slot] = last
+        return fresh
+
+    def _logits(self, fresh: list[int]) -> Tensor:
+        """Logits after the newest token of every slot, [A, V]."""
+        ids, columns, rows, starts = [], [], [], [0]
+        for slot in fresh:
+            begun = self.running[slot].prompt[:-1]
+            ids += begun
+            columns += range(len(begun))
+            rows += [slot] * len(begun)
+            starts += [len(ids)] if begun else []
+        for slot, request in enumerate(self.running):
+            ids.append((request.tokens or request.prompt)[-1])
+            columns.append(request.place)
+            rows.append(slot)
+        device, active = self.model.device, len(self.running)
+        ids, columns, rows = torch.tensor([ids, columns, rows]).to(device)
+        width = 1 + max(request.place for request in self.running)
+        self.cache.begin(rows, columns, active, width, starts, self.model.dtype)
+        with self._attending():
+            return self.model(
+                input_ids=ids[None], position_ids=columns[None], past_key_values=self.cache, use_cache=True,
+                logits_to_keep=active, slots=self.cache,
+            ).logits[0]  # fmt: skip
+
+    @contextmanager
+    def _attending(self):
+        """The model computes with this module's attention, without dropout; afterwards as before."""
+        config, training = self.model.config, self.model.training
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        if training:
+            self.model.eval()
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+            if training:
+                self.model.train()
+
+
+# ---- choosing a token -----------------------------------------------------------------------------------------------
+
+
+def choose(logits: Tensor, requests: list[Request]) -> Tensor:
+    """logits [A, V] -> the next token of each request, [A]."""
+    logits = _penalised(logits.float(), requests)
+    tokens = logits.argmax(-1)
+    kinds: dict[str, list[int]] = {}  # drawn apart, so that a draw is the same whoever is in the batch
+    for i, how in enumerate(request.sampling for request in requests):
+        if how.temperature > 0:
+            kinds.setdefault("top_k" if how.top_k else "top_p" if how.top_p < 1 else "all", []).append(i)
+    for kind, rows in kinds.items():
+        tokens[rows] = _drawn(logits[rows], [requests[i] for i in rows], kind)
+    return tokens
+
+
+def _penalised(logits: Tensor, requests: list[Request]) -> Tensor:
+    """Keskar et al. 2019: what stands in prompt or answer is less likely, by a factor on its logit."""
+    rows = [i for i, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
+    if not rows:
+        return logits
+    for request in (requests[i] for i in rows):
+        if request.seen is None:
+            request.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+            request.seen[request.prompt + request.tokens] = True
+    seen = torch.stack([requests[i].seen for i in rows])
+    factor = logits.new_tensor([requests[i].sampling.repetition_penalty for i in rows])[:, None]
+    part = logits[rows]
+    logits[rows] = torch.where(seen, torch.where(part > 0, part / factor, part * factor), part)
+    return logits
+
+
+def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
+    """One token for each row of logits [R, V]: temperature, top_k, top_p, then a random number of the request's own.
+
+    kind: "top_k" (the rest of the vocabulary is not looked at), "top_p" (of all tokens), "all".
+    """
+    column = lambda name: logits.new_tensor([getattr(r.sampling, name) for r in requests])[:, None]  # noqa: E731
+    logits, order, top_p = logits / column("temperature"), None, column("top_p")
+    if kind == "top_k":
+        top_k = [min(request.sampling.top_k, logits.shape[1]) for request in requests]
+        logits, order = logits.topk(max(top_k))
+        rank = torch.arange(logits.shape[1], device=logits.device)
+        logits = logits.masked_fill(rank >= column("top_k"), -torch.inf)
+    chances = logits.softmax(-1)
+    if kind == "top_p":
+        chances, order = _likeliest(chances, top_p)
+    if kind != "all":
+        chances = chances * ((chances.cumsum(-1) - chances < top_p) | (top_p >= 1))
+    sums = chances.cumsum(-1)
+    numbers = sums.new_tensor([request.numbers.getrandbits(24) / 2**24 for request in requests])[:, None]
+    place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
+    return (place if order is None else order.gather(1, place))[:, 0]
+
+
+def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """(chances, tokens), the likeliest first, of enough tokens for top_p: rarely is all of the vocabulary sorted."""
+    few, order = chances.topk(min(NUCLEUS, chances.shape[1]))
+    if (few.sum(-1, keepdim=True) >= top_p).all():
+        return few, order
+    return chances.sort(-1, descending=True)
+
+
+# ---- one conversation -----------------------------------------------------------------------------------------------
+
+
+def newest(root: Path = OUTPUT) -> str:
+    """The folder of the newest finished run that chats, else of the pre-trained one; SystemExit when there is none."""
+    for stages in (CHATS, ("pretrain",)):
+        found = [path for stage in stages for path in root.glob(f"{stage}/final/*config.json")]
+        if found:
+            return str(max(found, key=lambda path: path.stat().st_mtime).parents[1])
+    raise SystemExit(f"no finished run under {root}: bash {HERE.name}/run_all.sh trains one, or name a model's folder")
+
+
+class Speaker(chat_model.Talker):
+    """A Talker (see there) that answers through the engine, and goes on with the last text where it was pre-trained.
+
+    path: the model's folder; ends: token ids that end an answer; chats: whether it is asked in its chat template.
+    """
+
+    def __init__(self, model: str | Path):
+        super().__init__(model)
+        self.path = chat_model.find_model(model)
+        self.ends = Engine(self.model, 1).ends | {self.tokenizer.eos_token_id} - {None}
+        self.chats = self.tokenizer.chat_template is not None and self.settings.get("stage") != "pretrain"
+
+    def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
+        if self.chats:
+            return super().prompt(messages, room, thinking)
+        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)["input_ids"]
+        begins = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        return [*begins, *ids][-(self.window - room) :]
+
+    def _generate(self, prompt, room, heard, **sampling):
+        engine, ids = Engine(self.model, slots=1), [*prompt]
+        for _, token in engine.stream([prompt], room, seed=random.getrandbits(32), ends=self.ends, **sampling):
+            ids.append(token)
+            if heard(torch.tensor([ids])).all():
+                return

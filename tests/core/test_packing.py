@@ -1,0 +1,240 @@
+"""Bins, collators and packed attention: a packed batch must be its members alone, in value and gradient."""
+
+import copy
+import time
+
+import pytest
+import torch
+from harness import make_rows, pack
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from common import collators, device
+from common.fast import attention, losses
+
+VOCAB = 97
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 12}
+
+
+def build(name: str, implementation: str, **more):
+    import transformers
+
+    torch.manual_seed(0)
+    extra = MOE if "Moe" in name else {"head_dim": 12} if name == "Qwen3" else {}
+    config = getattr(transformers, f"{name}Config")(**COMMON, **extra, **more)
+    config._attn_implementation, config.use_cache = implementation, False
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+# ---- bins ----
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=80), st.integers(20, 50), st.integers(0, 3))
+def test_bins_hold_every_row_once_within_the_budget(lengths, budget, seed):
+    bins = collators.pack_bins(lengths, budget, seed)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    for b in bins:
+        assert len(b) == 1 or sum(lengths[i] for i in b) <= budget
+    assert bins == collators.pack_bins(lengths, budget, seed)
+    sums = sorted(sum(lengths[i] for i in b) for b in bins)
+    assert all(a + b > budget for a, b in zip(sums, sums[1:], strict=False))  # no two bins could have been one
+
+
+def test_bins_of_many_rows_are_full_and_quick():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randn(200_000, generator=generator).mul(0.8).add(5.2).exp().clamp(8, 1024).long().tolist()
+    start = time.process_time()
+    bins = collators.pack_bins(lengths, 2048)
+    assert time.process_time() - start < 20  # quadratic packing takes hours
+    assert sum(lengths) / (2048 * len(bins)) > 0.99
+    assert bins != collators.pack_bins(lengths, 2048, seed=1)
+
+
+def test_packed_dataset_reads_arrow_and_lists_alike():
+    datasets = pytest.importorskip("datasets")
+    rows = make_rows([5, 9, 30, 2, 14])
+    table = datasets.Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows])
+    chosen = table.select([0, 1, 2, 3, 4][::-1])
+    a, b = collators.PackedDataset(rows, 32, 1), collators.PackedDataset(table, 32, 1)
+    assert [a[i] for i in range(len(a))] == [b[i] for i in range(len(b))]
+    assert collators._lengths(chosen).tolist() == [14, 2, 30, 9, 5]
+
+
+# ---- collators ----
+def test_packed_batch_layout():
+    batch = collators.PackedCollator()([make_rows([4, 2], prompt=0), make_rows([3], prompt=0)])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 6, 9] and batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (batch["labels"][0] == -100).nonzero().flatten().tolist() == [0, 4, 6]
+    assert batch["max_length_k"] == 4 and batch["row_ids"] == [0, 1, 0]
+
+
+def test_padded_batch_layout():
+    batch = collators.PaddedCollator(pad_token_id=7, pad_to_multiple=8)(make_rows([9, 2]))
+    assert batch["input_ids"].shape == (2, 16) and batch["attention_mask"].sum(1).tolist() == [9, 2]
+    assert (batch["input_ids"][1, 2:] == 7).all() and (batch["labels"][1, 2:] == -100).all()
+    assert batch["row_ids"] == [0, 1]
+
+
+# ---- attention by explicit products ----
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 16), (6, 2, 8)])
+def test_products_equal_sdpa_per_document(heads, groups, size):
+    lengths = [700, 1, 300, 130, 128, 60, 40, 30, 20, 5, 2, 650]  # long ones, joined ones, tails of blocks
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(h, sum(lengths), size, generator=generator) for h in (heads, groups, groups, heads))
+    for x in (q, k, v):
+        x.requires_grad_()
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    out = attention._on_cpu(q, k, v, starts, None, 0.3)
+    grads = torch.autograd.grad(out, (q, k, v), g.transpose(0, 1))
+    parts = [
+        F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=0.3, enable_gqa=True)[0]
+        for a, b, c in zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+    ]
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(out.transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(grads, torch.autograd.grad(expected, (q, k, v), g), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+# ---- whole models ----
+LENGTHS = [33, 150, 5, 12, 1, 280, 9]
+
+
+@pytest.mark.parametrize("implementation", ["packed", "sdpa"])
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Qwen3Moe", "Llama"])
+def test_packed_equals_members_alone(name, implementation):
+    attention.register()
+    model, rows = build(name, implementation), make_rows(LENGTHS)
+    batch = pack(rows)
+    packed = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+    alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    if implementation == "packed":
+        cached = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=True).logits[0]
+        torch.testing.assert_close(cached, packed)
+
+    total = sum(sum(x != -100 for x in row["labels"][1:]) for row in rows)
+    for row in rows:
+        one = {k: torch.tensor([row[k]]) for k in ("input_ids", "labels")}
+        model(**one, num_items_in_batch=total).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    losses.use_chunked_loss(model)
+    model(**batch, num_items_in_batch=total).loss.backward()
+    for (n, p), grad in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Qwen3Moe", "Llama"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_reach_the_products_and_build_no_mask(name, checkpointing, monkeypatch):
+    attention.register()
+    model, batch = build(name, "packed"), pack(make_rows(LENGTHS))
+    plain = model(**batch).loss
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    calls = []
+    monkeypatch.setattr(attention, "_on_cpu", lambda *a, f=attention._on_cpu: calls.append(1) or f(*a))
+    monkeypatch.setattr(attention._LazyMask, "tensor", property(lambda self: pytest.fail("a dense mask was built")))
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert len(calls) == 2 * model.config.num_hidden_layers if checkpointing else model.config.num_hidden_layers
+    torch.testing.assert_close(loss, plain)
+
+
+def test_other_batches_go_to_stock_sdpa(monkeypatch):
+    attention.register()
+    ours, stock = build("Qwen2", "packed").eval(), build("Qwen2", "sdpa").eval()
+    monkeypatch.setattr(attention, "_on_cpu", lambda *a: pytest.fail("not a packed row"))
+    padded = collators.PaddedCollator(0)(make_rows([9, 20, 3]))
+    padded.pop("row_ids")
+    torch.testing.assert_close(ours(**padded).loss, stock(**padded).loss)
+    restarting = {k: v for k, v in pack(make_rows([9, 20, 3])).items() if k in ("input_ids", "position_ids")}
+    torch.testing.assert_close(ours(**restarting).logits, stock(**restarting).logits)
+    ours.config.use_cache = stock.config.use_cache = True
+    prompt = {k: padded[k].flip(1) for k in ("input_ids", "attention_mask")}  # padded on the left
+    for beams in (1, 2):
+        settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+        assert torch.equal(ours.generate(**prompt, **settings), stock.generate(**prompt, **settings))
+
+
+@pytest.mark.parametrize("window", [8, 400])
+def test_sliding_windows_stay_exact(window):
+    attention.register()
+    more = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    ours, stock = build("Qwen2", "packed", **more), build("Qwen2", "sdpa", **more)
+    batch = pack(make_rows(LENGTHS))
+    torch.testing.assert_close(ours(**batch).loss, stock(**batch).loss)
+    if window < max(LENGTHS):  # with a cache transformers no longer sees that the row is packed
+        with pytest.raises(ValueError, match="use_cache=False"):
+            ours(**batch, use_cache=True)
+
+
+def test_dropout_is_not_dropped():
+    attention.register()
+    model, batch = build("Qwen2", "packed", attention_dropout=0.5), pack(make_rows(LENGTHS))
+    still = model.eval()(**batch).loss
+    torch.manual_seed(1)
+    assert abs(model.train()(**batch).loss - still) > 1e-4
+
+
+def test_bf16_autocast_tracks_fp32():
+    attention.register()
+    model, batch = build("Qwen2", "packed"), pack(make_rows(LENGTHS))
+    half = copy.deepcopy(model)
+    model(**batch).loss.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = half(**batch).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    for a, b in zip(model.parameters(), half.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 0.05 * a.grad.norm() + 1e-6
+
+
+@pytest.mark.skipif(device.kind() != "cuda", reason="no CUDA device")
+def test_cuda_varlen_equals_block_mask():
+    attention.register()
+    here = device.device()
+    batch = {k: v.to(here) if torch.is_tensor(v) else v for k, v in pack(make_rows(LENGTHS)).items()}
+    ours, stock = (build("Qwen2", i, hidden_size=64, head_dim=16).to(here, torch.bfloat16) for i in ("packed", "sdpa"))
+    loss, expected = ours(**batch).loss, stock(**batch).loss
+    torch.testing.assert_close(loss, expected, atol=2e-2, rtol=2e-2)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+def test_padding_needs_no_pad_token():
+    """Llama has none: what stands in a masked place is never looked at."""
+    rows = make_rows([4, 7])
+    without, other = collators.PaddedCollator(None)(rows), collators.PaddedCollator(5)(rows)
+    model = build("Qwen2", "sdpa")
+    losses_of = [model(**{k: v for k, v in b.items() if k != "row_ids"}).loss.item() for b in (without, other)]
+    assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-6)
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
+    """Nothing would keep its packed rows apart: Bloom never asks for an implementation, Falcon knows no foreign one."""
+    import transformers
+
+    from common import cli
+
+    name = attention.register()
+    attention.refuse_unpackable(build("Qwen2", name))
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=48, n_layer=1, n_head=4))
+    bloom.config._attn_implementation = name
+    build("Falcon", "eager").save_pretrained(tmp_path)
+    falcon = cli.load(transformers.AutoModelForCausalLM, str(tmp_path), attn_implementation=name)
+    for model in (bloom, falcon):
+        with pytest.raises(SystemExit, match="--packing false"):
+            attention.refuse_unpackable(model)

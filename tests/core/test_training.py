@@ -1,0 +1,278 @@
+"""The numbers of train_qwen: parity of all engines, bit-exact resume after kills, faults, what is left on disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness import ROOT, error_line, expect, finish, history, largest_difference, report, start, weights, weights_sha
+
+pytestmark = pytest.mark.slow
+RECIPE = ROOT / "train_qwen"
+SHORT = [
+    "--max_steps", 12, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
+    "--eval_ratio", 0.02, "--bf16", "false", "--learning_rate", 1e-3,
+]  # fmt: skip
+ENGINES = {
+    "ddp": [],
+    "zero-2": ["--deepspeed", RECIPE / "ds_zero2.json"],
+    "zero-3": ["--deepspeed", RECIPE / "ds_zero3.json"],
+}
+
+
+def begin(output, *flags, nproc=2, engine="ddp", fault=None, **env) -> subprocess.Popen:
+    """Start a short training run; `fault` goes to tests/support/faults/faulty.py."""
+    script = [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault] if fault else [RECIPE / "train.py"]
+    command = [
+        "python",
+        ROOT / "common/launch.py",
+        nproc,
+        *script,
+        *ENGINES[engine],
+        *SHORT,
+        "--output_dir",
+        output,
+        *flags,
+    ]
+    return start(
+        command, **({"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"} | env)
+    )
+
+
+def train(output, *flags, code=0, **settings):
+    return expect(finish(begin(output, *flags, **settings)), code)
+
+
+# ---- parity -------------------------------------------------------------------------------------------------
+
+LAYOUTS = {  # name: (processes, engine, rows per device, accumulation); 8 windows a step in each
+    "1 process": (1, "ddp", 8, 1),
+    "1 process, accumulation 4": (1, "ddp", 2, 4),
+    "DDP x 2": (2, "ddp", 4, 1),
+    "ZeRO-2 x 2": (2, "zero-2", 4, 1),
+    "ZeRO-3 x 2": (2, "zero-3", 4, 1),
+    "ZeRO-2 x 2, accumulation 4": (2, "zero-2", 1, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Every layout trained on the same batches; name -> output folder."""
+    done = {}
+    for name, (nproc, engine, size, accumulation) in LAYOUTS.items():
+        done[name] = tmp_path_factory.mktemp("parity")
+        flags = [
+            "--per_device_train_batch_size",
+            size,
+            "--gradient_accumulation_steps",
+            accumulation,
+            "--save_strategy",
+            "no",
+        ]
+        train(done[name], *flags, nproc=nproc, engine=engine)
+    return done
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1 process"])
+def test_loss_and_weights_equal_those_of_one_process(layouts, name):
+    one, other = layouts["1 process"], layouts[name]
+    expected, losses = history(one), history(other)
+    assert len(expected) == 12 and losses.keys() == expected.keys()
+    worst = max(abs(losses[step] - expected[step]) / expected[step] for step in expected)
+    assert worst < 1e-4, f"loss differs by {worst:.1e} relative"
+    assert largest_difference(weights(one / "final"), weights(other / "final")) < 1e-4
+    held_out = [report(folder)["metrics"]["after"]["loss"] for folder in (one, other)]
+    assert abs(held_out[0] - held_out[1]) < 1e-4 * held_out[0]
+    assert expected[12] < 0.8 * expected[1], "the runs must have learned something for this to mean anything"
+
+
+def test_rank_counts_make_one_total(layouts):
+    """Token counts and throughput are those of all ranks together."""
+    tokens = {name: report(folder)["tokens"] for name, folder in layouts.items()}
+    assert len({json.dumps(t) for t in tokens.values()}) == 1, tokens
+    assert tokens["1 process"]["total"] > tokens["1 process"]["label"] > 0
+
+
+# ---- resume -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """engine -> folder of the run that nothing happened to (made when first asked for)."""
+    made = {}
+
+    def make(engine):
+        if engine not in made:
+            made[engine] = tmp_path_factory.mktemp(f"whole-{engine}")
+            train(made[engine], engine=engine)
+        return made[engine]
+
+    return make
+
+
+KILLS = [
+    ("ddp", "kill-in-step"), ("ddp", "kill-in-model@2"), ("ddp", "kill-in-marker@3"),
+    ("zero-2", "kill-in-step"), ("zero-2", "kill-before-marker@2"), ("zero-3", "kill-in-optimizer@2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("engine, fault", KILLS)
+def test_killed_run_continues_bit_exactly(uninterrupted, tmp_path, engine, fault):
+    if "@" not in fault:
+        fault += f"@{random.SystemRandom().randrange(6, 12)}"  # any step will do; the failure message names it
+    train(tmp_path, engine=engine, fault=fault, code=1)
+    assert not (tmp_path / "final").exists() and not (tmp_path / "report.json").exists()
+    again = train(tmp_path, engine=engine)
+    assert "continuing from" in again.stdout
+    if "step" not in fault:
+        assert "skipped" in again.stdout and f"checkpoint-{4 * int(fault[-1])}: " in again.stdout, again.stdout
+    whole = uninterrupted(engine)
+    assert history(tmp_path) == history(whole), fault
+    assert weights_sha(tmp_path / "final") == weights_sha(whole / "final"), fault
+    assert report(tmp_path)["tokens"] == report(whole)["tokens"]
+    assert report(tmp_path)["metrics"] == report(whole)["metrics"]
+
+
+def test_every_checkpoint_torn_is_not_a_silent_start_from_zero(uninterrupted, tmp_path):
+    train(tmp_path, fault="kill-in-optimizer@1", code=1)
+    line = error_line(finish(begin(tmp_path, "--resume_from_checkpoint", "true")), 1)
+    assert "no whole checkpoint" in line
+
+
+@pytest.mark.parametrize("engine, number", [("ddp", signal.SIGINT), ("zero-2", signal.SIGTERM)])
+def test_signal_saves_and_the_same_command_continues(uninterrupted, tmp_path, engine, number):
+    process = begin(tmp_path, engine=engine)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    result = finish(process)
+    assert result.returncode == 75, result.stderr[-2000:] + result.stdout[-2000:]
+    assert "Continue with" in result.stdout and not (tmp_path / "final").exists()
+    assert list(tmp_path.glob("checkpoint-*/complete.json"))
+    train(tmp_path, engine=engine)
+    assert weights_sha(tmp_path / "final") == weights_sha(uninterrupted(engine) / "final")
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_processes(tmp_path, before, after):
+    """DDP continues with a warning; ZeRO refuses in one line before the model is loaded."""
+    for engine in ("ddp", "zero-2"):
+        out = tmp_path / engine
+        train(out, nproc=before, engine=engine, fault="kill-in-step@6", code=1)
+        result = finish(begin(out, nproc=after, engine=engine))
+        if engine == "ddp":
+            assert "order of the data differs" in expect(result).stdout and (out / "final").is_dir()
+        else:
+            line = error_line(result, 1)
+            assert (
+                f"saved by {before} process(es) with zero-2, this run has {after}" in line and f"NPROC={before}" in line
+            )
+            assert "model:" not in result.stdout
+
+
+# ---- one folder, several runs -------------------------------------------------------------------------------
+
+
+def test_finished_run_is_told_and_another_run_is_refused(uninterrupted):
+    out = uninterrupted("ddp")
+    before = weights_sha(out / "final")
+    assert "finished at step 12" in train(out).stdout
+    line = error_line(finish(begin(out, "--seed", 7)), 2)
+    assert "another run" in line and "seed 42 -> 7" in line and "--resume_from_checkpoint" in line and "OUTPUT" in line
+    assert weights_sha(out / "final") == before
+
+
+def test_overwrite_starts_anew(tmp_path):
+    flags = ["--max_steps", 4]
+    train(tmp_path, *flags)
+    first = weights_sha(tmp_path / "final")
+    again = train(tmp_path, *flags, "--overwrite_output_dir", "true", "--seed", 7)
+    assert "continuing" not in again.stdout and weights_sha(tmp_path / "final") != first
+
+
+# ---- faults -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault, engine", [("nan-loss@6", "ddp"), ("nan-loss@6", "zero-2"), ("nan-grad@6", "ddp")])
+def test_nan_stops_before_the_optimizer_step_and_names_the_rows(tmp_path, fault, engine):
+    result = finish(begin(tmp_path, engine=engine, fault=fault))
+    expect(result, 1)
+    assert "step 6" in result.stderr and "Traceback" not in result.stderr and "nan" in result.stderr
+    rows = json.loads(next(tmp_path.glob("nan_rows_*.json")).read_text())
+    assert rows["step"] == 6 and rows["rows"] and all(".jsonl:" in row["source"] for row in rows["rows"])
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert all(t.isfinite().all() for t in weights(tmp_path / "checkpoint-4").values())
+
+
+DEATHS = [("raise-on-rank-1@3", "rank one broke on purpose"), ("die-on-rank-1@3", "rank 1 was killed by SIGKILL")]
+
+
+@pytest.mark.parametrize("fault, words", DEATHS)
+def test_a_dead_rank_ends_the_run_with_its_error_last(tmp_path, fault, words):
+    began = time.time()
+    result = expect(finish(begin(tmp_path, fault=fault)), 1)
+    assert words in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
+    assert time.time() - began < 120
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A 60 MB file system."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True, text=True)
+    assert not mounted.returncode, f"a small tmpfs cannot be mounted; run the tests as root: {mounted.stderr.strip()}"
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_is_one_line_and_the_older_checkpoint_survives(small_disk):
+    """One checkpoint fits (weights and two moments), the next does not; with room again the run continues."""
+    out = small_disk / "run"
+    filler = small_disk / "filler"
+    process = begin(out, "--save_total_limit", 2)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            free = os.statvfs(small_disk)
+            filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize - 2_000_000))
+            break
+    result = finish(process)
+    line = error_line(result, 1)
+    assert "no space left" in line and str(out) in line and "GiB free" in line
+    filler.unlink()
+    again = train(out)
+    assert "skipped" in again.stdout and "continuing from" in again.stdout and (out / "final").is_dir()
+
+
+# ---- precision ----------------------------------------------------------------------------------------------
+
+
+def test_bf16_training_tracks_fp32(layouts, tmp_path):
+    """Masters in float32: nearly every weight moves and the loss curve stays within 2 %."""
+    flags = [
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        1,
+        "--save_strategy",
+        "no",
+        "--bf16",
+        "true",
+    ]
+    train(tmp_path, *flags, engine="ddp")
+    expected, losses = history(layouts["DDP x 2"]), history(tmp_path)
+    assert max(abs(losses[s] - expected[s]) / expected[s] for s in expected) < 0.02
+
+
+def test_folder_after_a_run(uninterrupted):
+    out = uninterrupted("ddp")
+    names = {path.name for path in Path(out).iterdir()}
+    assert {"final", "loss.png", "report.md", "report.json", "run.json", "trainer_state.json"} <= names
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    assert not list(out.rglob("*.part*"))

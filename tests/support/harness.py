@@ -1,0 +1,198 @@
+"""Run recipes as a user would (through their shells or the launcher) and read what they leave."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import forking
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
+TIMEOUT = 600  # seconds; nothing here takes a third of it
+
+
+def environment(**extra) -> dict[str, str]:
+    """The user's environment with this Python first on PATH and none of danpu's own variables but DANPU_CACHE."""
+    ours = (
+        "MODEL",
+        "DATA",
+        "OUTPUT",
+        "NPROC",
+        "DEVICES",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "HOSTFILE",
+        "DS_ACCELERATOR",  # set in this process by tests that call device.prepare
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
+
+
+def own_modules(recipe: str, *names: str, **known) -> list:
+    """Modules of a recipe; other recipes have files of the same names, so nothing of it stays importable.
+
+    known: modules of the recipe that were loaded before, e.g. a model that the Auto classes know.
+    """
+    folder = ROOT / recipe
+    path = sys.path[:]
+    own = {file.relative_to(folder).parts[0].removesuffix(".py") for file in folder.rglob("*.py")}
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] in own]
+
+    before = {name: sys.modules.pop(name) for name in loaded()}
+    sys.path.insert(0, str(folder))
+    sys.modules.update(known)
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path[:] = path
+        for name in loaded():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+_servers: dict[str, forking.Server | None] = {}
+
+
+def forked_python(env: dict) -> str | None:
+    """The client of a fork server (tests/forking.py) for processes with these variables; None when first asked for, as
+    a server costs as much as one process."""
+    key = json.dumps(forking.watched(env), sort_keys=True)
+    if key in _servers and _servers[key] is None:
+        _servers[key] = forking.Server(Path(tempfile.mkdtemp(prefix="danpu-fork-")), env)
+    return str(_servers[key].python) if _servers.setdefault(key, None) else None
+
+
+@functools.cache
+def settled(env: str) -> dict:
+    """Variables (JSON) as launch.sh leaves them to the processes it starts."""
+    more = "npu_settings" if "NPU_SIM_SOC" in env else ":"
+    script = f'source "$0"; quiet_libraries; {more}; env -0'
+    command = ["bash", "-c", script, ROOT / "common/launch.sh"]
+    done = subprocess.run(command, env=json.loads(env), text=True, capture_output=True, check=True)
+    found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
+    return {k: v for k, v in found.items() if k not in ("_", "SHLVL", "PWD", "OLDPWD")}
+
+
+def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
+    """Start a command in a process group of its own; stdout and stderr are kept apart.
+
+    Python processes with equal variables, the ranks they launch, and those that shells launch on simulated NPUs are
+    forks of a server that has the libraries imported. Runs of shells on the CPU start as a user's do, unless `fork` is
+    True; with False all do.
+    """
+    words, folder, env = [str(word) for word in command], env.pop("cwd", ROOT), environment(**env)
+    is_python = words[0] in ("python", sys.executable)
+    fork = is_python or "NPU_SIM_SOC" in env if fork is None else fork
+    if fork and not is_python:
+        env = settled(json.dumps(env))
+    client = forked_python(env) if fork else None
+    if client:
+        env["PYTHON_EXEC"] = client
+        words[0] = client if is_python else words[0]
+    return subprocess.Popen(
+        words, cwd=folder, env=env, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen, timeout: int = TIMEOUT) -> subprocess.CompletedProcess:
+    """Wait; a run that hangs is killed with its group and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"hung for {timeout} s\n{out[-3000:]}\n{err[-3000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def shell(script: str | Path, *flags, **env) -> subprocess.CompletedProcess:
+    """bash SCRIPT FLAGS and wait."""
+    return finish(start(["bash", script, *flags], **env))
+
+
+def expect(result: subprocess.CompletedProcess, code: int = 0) -> subprocess.CompletedProcess:
+    """Assert the exit code and show the output when it differs."""
+    assert result.returncode == code, (
+        f"exit {result.returncode}, not {code}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    )
+    return result
+
+
+def error_line(result: subprocess.CompletedProcess, code: int) -> str:
+    """The one error line of a run that must fail with `code`: no traceback, and it is the last thing printed."""
+    expect(result, code)
+    assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("error: ", "launch: "))]
+    assert len(errors) == 1 and lines[-1] == errors[0], result.stderr[-3000:]
+    return errors[0]
+
+
+def history(output: str | Path) -> dict[int, float]:
+    """step -> training loss, from the finished run's trainer_state.json."""
+    state = json.loads((Path(output) / "trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def report(output: str | Path) -> dict:
+    return json.loads((Path(output) / "report.json").read_text())
+
+
+def weights(folder: str | Path) -> dict:
+    """All tensors of a model or adapter folder."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    assert files, f"no weights in {folder}"
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def weights_sha(folder: str | Path) -> str:
+    """sha256 over names and bytes of all tensors: equal only for bit-equal weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights(folder).items()):
+        digest.update(
+            name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Largest absolute difference over two sets of tensors with equal names."""
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+def make_rows(lengths, seed: int = 0, prompt: int = 3, vocab: int = 97) -> list[dict]:
+    """Random token rows of the given lengths, the first `prompt` tokens without a label."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = torch.randint(vocab, (length,), generator=generator).tolist()
+        rows.append({"row_id": i, "input_ids": ids, "labels": ([-100] * prompt + ids[prompt:])[:length]})
+    return rows
+
+
+def pack(rows: list[dict]) -> dict:
+    """One packed batch of `rows`, as a model takes it."""
+    from common import collators
+
+    batch = collators.PackedCollator()([rows])
+    batch.pop("row_ids")
+    return batch
