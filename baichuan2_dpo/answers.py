@@ -9,15 +9,22 @@ from common.runs.generate import answer_held_out
 from common.runs.metrics import longest_common_subsequence
 
 
-def measure_answers(model, tokenizer, rows: list[str], system: str, max_new_tokens: int) -> tuple[dict, list[dict]]:
+def measure_answers(
+    model, tokenizer, rows: list[str], system: str, max_new_tokens: int
+) -> tuple[dict, list[dict]]:
     """Greedy answers to canonical preference rows (JSON). Every rank calls it.
 
     Returns:
         {"exact_match", "rouge_l" (to the chosen answer), "like_chosen" (share closer to it than to the rejected one)}
         and the samples of common.runs.generate.answer_held_out, with the rejected answer.
     """
-    pairs = [row for row in map(json.loads, rows) if len(row["chosen"]) == len(row["rejected"]) == 1]  # no tool calls
-    chats = [json.dumps({**row, "messages": row["prompt"] + row["chosen"]}, ensure_ascii=False) for row in pairs]
+    pairs = [
+        row for row in map(json.loads, rows) if len(row["chosen"]) == len(row["rejected"]) == 1
+    ]  # no tool calls
+    chats = [
+        json.dumps({**row, "messages": row["prompt"] + row["chosen"]}, ensure_ascii=False)
+        for row in pairs
+    ]
 
     def ask(messages, tools):
         return encode_prompt(tokenizer, with_system(messages, system), tools)
@@ -26,7 +33,10 @@ def measure_answers(model, tokenizer, rows: list[str], system: str, max_new_toke
     closer = []
     for sample, row in zip(samples, pairs, strict=True):
         sample["rejected"] = row["rejected"][0]["content"]
-        closer.append(similar(sample["answer"], sample["reference"]) > similar(sample["answer"], sample["rejected"]))
+        closer.append(
+            similar(sample["answer"], sample["reference"])
+            > similar(sample["answer"], sample["rejected"])
+        )
     return metrics | ({"like_chosen": sum(closer) / len(closer)} if closer else {}), samples
 
 

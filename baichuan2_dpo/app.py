@@ -20,7 +20,18 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside
 from common import device  # noqa: I001  (device before torch and transformers)
 from common.data.labels import IGNORE, encode_prompt
 from common.demo import page as shared
-from common.demo.page import AT_ONCE, BUSY, IDLE, MAX_CHARS, MAX_WAITING, MODEL, SAMPLING, literal, prose, size
+from common.demo.page import (
+    AT_ONCE,
+    BUSY,
+    IDLE,
+    MAX_CHARS,
+    MAX_WAITING,
+    MODEL,
+    SAMPLING,
+    literal,
+    prose,
+    size,
+)
 from common.demo.chat_model import split_thought
 
 import math
@@ -65,9 +76,15 @@ def show(history: list[dict], name: str) -> list[gr.ChatMessage]:
             fold = {"title": "思考过程", "status": "done" if done or answer["note"] else "pending"}
             shown.append(gr.ChatMessage(prose(thought), "assistant", fold))
         if said or not thought:
-            shown.append(gr.ChatMessage(prose(said) or ("（没有说话）" if answer["note"] else "…"), "assistant"))
+            shown.append(
+                gr.ChatMessage(
+                    prose(said) or ("（没有说话）" if answer["note"] else "…"), "assistant"
+                )
+            )
         if answer["note"]:
-            shown.append(gr.ChatMessage("", "assistant", {"title": answer["note"], "status": "done"}))
+            shown.append(
+                gr.ChatMessage("", "assistant", {"title": answer["note"], "status": "done"})
+            )
     return shown
 
 
@@ -80,14 +97,19 @@ def messages_of(history: list[dict], name: str, system: str) -> list[dict]:
     messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
     for turn in history[:-1]:
         if split_thought(turn["answers"][name]["said"])[1]:
-            messages += [{"role": "user", "content": turn["question"]}, answer_message(turn["answers"][name]["said"])]
+            messages += [
+                {"role": "user", "content": turn["question"]},
+                answer_message(turn["answers"][name]["said"]),
+            ]
     return [*messages, {"role": "user", "content": history[-1]["question"]}]
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------
 
 
-def verdict_of(rewards: dict[str, float], same_prompt: bool, same_answer: bool, odds: bool = True) -> str:
+def verdict_of(
+    rewards: dict[str, float], same_prompt: bool, same_answer: bool, odds: bool = True
+) -> str:
     """The line under the columns, Markdown. odds: the loss takes rewards for the log odds of a preference."""
     apart = rewards["policy"] - rewards["reference"]
     if not same_prompt:
@@ -97,7 +119,9 @@ def verdict_of(rewards: dict[str, float], same_prompt: bool, same_answer: bool, 
     if abs(apart) < 0.005:
         return "训练后的模型对两个回答不分上下"
     better = "策略的回答" if apart > 0 else "参考的回答"
-    share = f"，按 Bradley–Terry 胜率 {1 / (1 + math.exp(-min(abs(apart), 500))):.0%}" if odds else ""
+    share = (
+        f"，按 Bradley–Terry 胜率 {1 / (1 + math.exp(-min(abs(apart), 500))):.0%}" if odds else ""
+    )
     return f"训练后的模型更偏好**{better}**：隐式奖励高 {abs(apart):.2f}{share}"
 
 
@@ -124,7 +148,11 @@ class Page(shared.Runs):
 
     def busy(self, now: bool) -> dict:
         off = gr.update(interactive=not now)
-        return {self.ui.box: gr.update(**(BUSY if now else IDLE)), self.ui.again: off, self.ui.undo: off}
+        return {
+            self.ui.box: gr.update(**(BUSY if now else IDLE)),
+            self.ui.again: off,
+            self.ui.undo: off,
+        }
 
     def refuse(self, text: str, system: str, room: int) -> None:
         """gr.Error for what the models cannot take whole."""
@@ -146,7 +174,11 @@ class Page(shared.Runs):
         self.refuse(text, system, most)
         seed = random.SystemRandom().randint(0, MAX_SEED) if seed is None or seed < 0 else int(seed)
         how = {"max_new_tokens": most, "seed": seed} | dict(zip(SAMPLING, numbers, strict=True))
-        turn = {"question": text, "verdict": "", "answers": {name: {"said": "", "note": ""} for name in self.sides}}
+        turn = {
+            "question": text,
+            "verdict": "",
+            "answers": {name: {"said": "", "note": ""} for name in self.sides},
+        }
         history = [*history, turn]
         run = self.begin(request)
         try:
@@ -161,7 +193,9 @@ class Page(shared.Runs):
         finally:
             self.end(request)
 
-    def answers(self, history: list[dict], stop: threading.Event, shared: bool, system: str, how: dict):
+    def answers(
+        self, history: list[dict], stop: threading.Event, shared: bool, system: str, how: dict
+    ):
         """Let the last turn of `history` grow, with a step for each look at it."""
         turn, asked = history[-1], {}
         for name, side in self.sides.items():
@@ -171,7 +205,9 @@ class Page(shared.Runs):
             self.weigh(turn, asked, how)
         yield
 
-    def answer(self, side: Side, answer: dict, messages: list[dict], stop: threading.Event, how: dict):
+    def answer(
+        self, side: Side, answer: dict, messages: list[dict], stop: threading.Event, how: dict
+    ):
         """Let `answer` grow, with a step for each look at it; the last one has its facts."""
         if stop.is_set():
             answer |= {"note": "已停止，没有开始", "whole": False}
@@ -207,7 +243,9 @@ class Page(shared.Runs):
         if how["temperature"] > 0:
             turn["verdict"] += f" · 种子 {how['seed']}"
 
-    def rewards(self, asked: dict[str, list[dict]], answers: dict[str, dict]) -> dict[str, float] | None:
+    def rewards(
+        self, asked: dict[str, list[dict]], answers: dict[str, dict]
+    ) -> dict[str, float] | None:
         """The implicit reward of each side's answer to what that side was asked; None: see scored_row."""
         rows = [
             scored_row(self.policy, asked[name], answer["said"], answer["whole"], self.window)
@@ -247,24 +285,34 @@ class Page(shared.Runs):
 def about(page: Page, reason: str) -> str:
     """The lines under the title."""
     talker, reference = page.policy, page.sides.get("reference")
-    facts = [talker.name] + ["LoRA"] * talker.adapter + [f"{size(talker.model)} 参数", device.name()]
+    facts = (
+        [talker.name] + ["LoRA"] * talker.adapter + [f"{size(talker.model)} 参数", device.name()]
+    )
     facts.append(str(talker.model.dtype).removeprefix("torch."))
     if reference is None:
         line = f"没有参考，只有一列：{reason}。用 --reference 给出训练前的模型，就有两列。"
     else:
-        line = "参考：" + ("关掉适配器的同一个模型" if not reference.use_adapter else reference.talker.name)
-        line += f" · 同样的设置、同样的种子 · 隐式奖励 = β (log p 策略 − log p 参考)，β = {page.beta:g}"
+        line = "参考：" + (
+            "关掉适配器的同一个模型" if not reference.use_adapter else reference.talker.name
+        )
+        line += (
+            f" · 同样的设置、同样的种子 · 隐式奖励 = β (log p 策略 − log p 参考)，β = {page.beta:g}"
+        )
     return f"### {HERE.name}\n{literal(' · '.join(facts))}\n\n{literal(line)}"
 
 
-def build_demo(model: str | Path | Speaker = DEFAULT, reference: str | Path | None = None) -> gr.Blocks:
+def build_demo(
+    model: str | Path | Speaker = DEFAULT, reference: str | Path | None = None
+) -> gr.Blocks:
     """The page for a run, model or adapter folder; SystemExit with one line when there is no model.
 
     reference: folder or hub id, "none", or None for what find_reference knows.
     """
     policy = model if isinstance(model, Speaker) else Speaker(model)
     if policy.tokenizer.chat_template is None:
-        raise SystemExit(f"{policy.name}: no chat template, so it cannot be asked; save one with its tokenizer")
+        raise SystemExit(
+            f"{policy.name}: no chat template, so it cannot be asked; save one with its tokenizer"
+        )
     side, reason = find_reference(policy, reference)
     page = Page(policy, side)
     with gr.Blocks(title=f"{HERE.name} · 对比", analytics_enabled=False, fill_height=True) as demo:
@@ -280,10 +328,18 @@ def layout(page: Page) -> SimpleNamespace:
         ui.chats = {name: column(name) for name in page.sides}
     ui.verdict = gr.Markdown(elem_id="verdict")
     ui.box = gr.Textbox(
-        "", label="问题", show_label=False, placeholder="问点什么，回车发送", max_lines=8, max_length=MAX_CHARS, **IDLE
+        "",
+        label="问题",
+        show_label=False,
+        placeholder="问点什么，回车发送",
+        max_lines=8,
+        max_length=MAX_CHARS,
+        **IDLE,
     )
     label = "以后两边都接着策略的回答说（前文相同，奖励才能相比）；不勾：各接各的"
-    shared = gr.Checkbox(False, label=label, container=False, visible="reference" in page.sides, elem_id="shared")
+    shared = gr.Checkbox(
+        False, label=label, container=False, visible="reference" in page.sides, elem_id="shared"
+    )
     with gr.Row():
         names = ("再来一次", "撤销", "清空")
         ui.again, ui.undo, ui.clear = (gr.Button(name, size="sm", min_width=80) for name in names)
@@ -328,8 +384,19 @@ def settings(page: Page) -> list[gr.components.Component]:
         )  # fmt: skip
         with gr.Row():
             info = "两边相同；-1：每次另抽"
-            seed = gr.Number(-1, precision=0, minimum=-1, maximum=MAX_SEED, min_width=300, label="种子", info=info)
-            numbers = [shared.length(page.window, 300), *shared.sampling(shared.own_sampling(policy), 300)]
+            seed = gr.Number(
+                -1,
+                precision=0,
+                minimum=-1,
+                maximum=MAX_SEED,
+                min_width=300,
+                label="种子",
+                info=info,
+            )
+            numbers = [
+                shared.length(page.window, 300),
+                *shared.sampling(shared.own_sampling(policy), 300),
+            ]
     return [system, seed, *numbers]
 
 
@@ -340,7 +407,9 @@ def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) ->
 
 def main() -> None:
     parser = shared.arguments(__doc__, DEFAULT)
-    parser.add_argument("--reference", default=None, help="what to compare with; default: the base; none: nothing")
+    parser.add_argument(
+        "--reference", default=None, help="what to compare with; default: the base; none: nothing"
+    )
     args = parser.parse_args()
     shared.stay(build_demo(args.model, args.reference), args, launch)
 

@@ -38,9 +38,17 @@ from common.convert.weight_files import SHARD_GB, Draft, Weights, check_shape, s
 from modeling_baichuan import BaichuanConfig, BaichuanForCausalLM
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
-DERIVED = re.compile(r"rotary_emb\.inv_freq$|alibi_mask$|future_mask$")  # buffers that are computed, not learned
+DERIVED = re.compile(
+    r"rotary_emb\.inv_freq$|alibi_mask$|future_mask$"
+)  # buffers that are computed, not learned
 FIRST_VOCABULARY = 64000  # of the first Baichuan, whose head is a plain one
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 # what else of a generation_config.json holds for generate()
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
@@ -66,11 +74,17 @@ def native_config(old: dict, alibi: bool, norm_head: bool) -> LlamaConfig:
     if missing := [name for name in NEEDED if name not in old]:
         raise SystemExit(f"config.json lacks {', '.join(missing)}: not a Baichuan checkpoint")
     plain = {"hidden_act": "silu", "tie_word_embeddings": False, "quantization_config": None}
-    wrong = [f"{name}={old[name]}" for name, value in plain.items() if old.get(name, value) != value]
+    wrong = [
+        f"{name}={old[name]}" for name, value in plain.items() if old.get(name, value) != value
+    ]
     if wrong:
-        raise SystemExit(f"this checkpoint cannot be computed by Llama's blocks: {', '.join(wrong)}")
+        raise SystemExit(
+            f"this checkpoint cannot be computed by Llama's blocks: {', '.join(wrong)}"
+        )
     if old.get("z_loss_weight"):
-        cli.say(f"z_loss_weight {old['z_loss_weight']} of config.json only concerns training and is left out")
+        cli.say(
+            f"z_loss_weight {old['z_loss_weight']} of config.json only concerns training and is left out"
+        )
     fields = {name: old[name] for name in NEEDED} | {
         "num_key_value_heads": old["num_attention_heads"], "rms_norm_eps": old.get("rms_norm_eps", 1e-6),
         "max_position_embeddings": old.get("max_position_embeddings") or old.get("model_max_length", 4096),
@@ -79,28 +93,40 @@ def native_config(old: dict, alibi: bool, norm_head: bool) -> LlamaConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
     }  # fmt: skip
     if alibi or norm_head:
-        return BaichuanConfig(**fields, alibi=alibi, norm_head=norm_head, architectures=["BaichuanForCausalLM"])
+        return BaichuanConfig(
+            **fields, alibi=alibi, norm_head=norm_head, architectures=["BaichuanForCausalLM"]
+        )
     return LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
 
 
 def empty_weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
     """The weights that the model of such a config has, without memory."""
     with torch.device("meta"):
-        return (BaichuanForCausalLM if isinstance(config, BaichuanConfig) else LlamaForCausalLM)(config).state_dict()
+        return (BaichuanForCausalLM if isinstance(config, BaichuanConfig) else LlamaForCausalLM)(
+            config
+        ).state_dict()
 
 
 def native_names(names: Iterable[str]) -> dict[str, list[str]]:
     """Native parameters (or modules) -> {the published one: its native ones}: three for W_pack, else itself."""
     found = {}
     for name in names:
-        found.setdefault(re.sub(r"self_attn\.[qkv]_proj\b", "self_attn.W_pack", name), []).append(name)
+        found.setdefault(re.sub(r"self_attn\.[qkv]_proj\b", "self_attn.W_pack", name), []).append(
+            name
+        )
     return found
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------
 
 
-def to_native(folder: Path, out: Path, keep_norm_head: bool = False, dtype: str = "auto", shard_gb: float = SHARD_GB):
+def to_native(
+    folder: Path,
+    out: Path,
+    keep_norm_head: bool = False,
+    dtype: str = "auto",
+    shard_gb: float = SHARD_GB,
+):
     """A published folder -> a native one with its tokenizer. All checks come first."""
     old, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), Weights(folder)
     alibi, norm_head = kind(folder, old)
@@ -118,7 +144,9 @@ def to_native(folder: Path, out: Path, keep_norm_head: bool = False, dtype: str 
             if fold and name == "lm_head.weight":
                 tensor = F.normalize(tensor.float(), dim=-1)
             parts = tensor.to(target).chunk(len(new))
-            yield from zip(new, (part.clone() for part in parts) if len(new) > 1 else parts, strict=True)
+            yield from zip(
+                new, (part.clone() for part in parts) if len(new) > 1 else parts, strict=True
+            )
 
     config.dtype = target
     with Draft(out) as part:
@@ -127,7 +155,11 @@ def to_native(folder: Path, out: Path, keep_norm_head: bool = False, dtype: str 
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         size = save_sharded(converted(), part, shard_gb)
-    head = "with its NormHead" if config.model_type == "baichuan" and config.norm_head else "with a plain head"
+    head = (
+        "with its NormHead"
+        if config.model_type == "baichuan" and config.norm_head
+        else "with a plain head"
+    )
     head = "its NormHead folded into the head: do not train that" if fold else head
     about = f"{size / 1e9:.2f} GB in {str(target).removeprefix('torch.')}"
     cli.say(f"{out}: {config.architectures[0]}{', ALiBi' if alibi else ''}, {head}; {about}")
@@ -140,7 +172,9 @@ def check_weights(weights: Weights, config: LlamaConfig, folder: Path) -> dict[s
     found = {name for name in weights if not DERIVED.search(name)}
     for problem, wrong in (("lacks", set(names) - found), ("has unknown", found - set(names))):
         if wrong:
-            raise SystemExit(f"{folder} {problem} {len(wrong)} tensors: {', '.join(sorted(wrong)[:3])}")
+            raise SystemExit(
+                f"{folder} {problem} {len(wrong)} tensors: {', '.join(sorted(wrong)[:3])}"
+            )
     for name, new in names.items():
         rows, *columns = expected[new[0]].shape
         check_shape(name, weights.shape(name), [rows * len(new), *columns])
@@ -163,14 +197,26 @@ def make_tokenizer(folder: Path, config: LlamaConfig):
         cli.say(f"{folder} has no tokenizer.model: only the weights are converted")
         return None
     proto = fast_tokenizer.read_model(path)
-    tokenizer = fast_tokenizer.make_tokenizer(proto, model_max_length=config.max_position_embeddings)
+    tokenizer = fast_tokenizer.make_tokenizer(
+        proto, model_max_length=config.max_position_embeddings
+    )
     fast_tokenizer.compare(tokenizer, proto)
     if len(tokenizer) > config.vocab_size:
-        raise SystemExit(f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; not its tokenizer?")
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if wrong := [f"{k} {getattr(config, k)}, not {v}" for k, v in ids.items() if getattr(config, k) != v]:
+        raise SystemExit(
+            f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; not its tokenizer?"
+        )
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    if wrong := [
+        f"{k} {getattr(config, k)}, not {v}" for k, v in ids.items() if getattr(config, k) != v
+    ]:
         raise SystemExit(f"{path} does not fit config.json: there is {', '.join(wrong)}")
-    template = "the chat template of Baichuan2-Chat" if tokenizer.chat_template else "no chat template (no turn tokens)"
+    template = (
+        "the chat template of Baichuan2-Chat"
+        if tokenizer.chat_template
+        else "no chat template (no turn tokens)"
+    )
     cli.say(f"tokenizer: {len(proto.pieces):,} pieces, {template}")
     return tokenizer
 
@@ -187,10 +233,14 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
     settings, old = adapter.read_plain(folder)
     config = base_config(base)
-    shapes = {k.removesuffix(".weight"): v.shape for k, v in empty_weights(config).items() if "proj" in k}
+    shapes = {
+        k.removesuffix(".weight"): v.shape for k, v in empty_weights(config).items() if "proj" in k
+    }
     names, tensors = native_names(shapes), {}
     for name, tensor in old.items():
-        module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        module, _, part = (
+            name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        )
         if module not in names or part not in ("lora_A", "lora_B"):
             raise SystemExit(f"{folder}: {name} has no place in Baichuan")
         new = names[module]
@@ -198,7 +248,10 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
         wanted = [settings["r"], columns] if part == "lora_A" else [len(new) * rows, settings["r"]]
         check_shape(name, tensor.shape, wanted)
         parts = [tensor] * len(new) if part == "lora_A" else tensor.chunk(len(new))
-        tensors |= {f"base_model.model.{one}.{part}.weight": x.clone() for one, x in zip(new, parts, strict=True)}
+        tensors |= {
+            f"base_model.model.{one}.{part}.weight": x.clone()
+            for one, x in zip(new, parts, strict=True)
+        }
     kinds = adapter.write_plain(out, settings, tensors, base)
     cli.say(f"{out}: adapter for {base} on {', '.join(kinds)}")
 
@@ -212,19 +265,27 @@ def base_config(base: str) -> LlamaConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a published checkpoint, or of an adapter for one")
+    parser.add_argument(
+        "--model", required=True, help="folder of a published checkpoint, or of an adapter for one"
+    )
     parser.add_argument("--output_dir", required=True, help="where the result goes; must be empty")
-    parser.add_argument("--keep_norm_head", action="store_true", help="of a 7B: its head can then be trained, too")
+    parser.add_argument(
+        "--keep_norm_head", action="store_true", help="of a 7B: its head can then be trained, too"
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as it is")
     parser.add_argument("--base", help="for an adapter: the converted base model")
-    parser.add_argument("--max_shard_size", type=float, default=SHARD_GB, help="GB in one file of weights")
+    parser.add_argument(
+        "--max_shard_size", type=float, default=SHARD_GB, help="GB in one file of weights"
+    )
     args = parser.parse_args()
     folder, out = Path(args.model), Path(args.output_dir)
     Draft(out)  # tells at once when there is something
     if (folder / "adapter_config.json").is_file():
         return to_native_adapter(folder, out, args.base)
     if not (folder / "config.json").is_file():
-        raise SystemExit(f"--model {folder}: no folder with a config.json; download the checkpoint first")
+        raise SystemExit(
+            f"--model {folder}: no folder with a config.json; download the checkpoint first"
+        )
     to_native(folder, out, args.keep_norm_head, args.dtype, args.max_shard_size)
 
 

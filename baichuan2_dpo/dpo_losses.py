@@ -37,7 +37,9 @@ class Answers(NamedTuple):
         return self._replace(chosen=chosen, rejected=rejected)
 
 
-def rewards(kind: str, policy: Answers, reference: Answers | None, beta: float, averaged: bool = False):
+def rewards(
+    kind: str, policy: Answers, reference: Answers | None, beta: float, averaged: bool = False
+):
     """-> implicit rewards of the chosen and of the rejected answers, [n] each, without gradient.
 
     averaged: per token, which simpo and orpo (whose odds are of averages) always are. Without a reference the reward is
@@ -84,7 +86,9 @@ def of_difference(kind: str, difference: Tensor, beta: float, label_smoothing: f
         return smoothed(beta * difference, label_smoothing)
     if kind == "robust":
         kept, swapped = -F.logsigmoid(beta * difference), -F.logsigmoid(-beta * difference)
-        return ((1 - label_smoothing) * kept - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+        return ((1 - label_smoothing) * kept - label_smoothing * swapped) / (
+            1 - 2 * label_smoothing
+        )
     if kind == "ipo":
         return (difference - 1 / (2 * beta)) ** 2
     if kind == "hinge":

@@ -46,12 +46,16 @@ def make_tokenizer(proto: model_pb2.ModelProto, **settings) -> PreTrainedTokeniz
         vocabulary, merges(scores), unk_token="<unk>", fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback
     ))  # fmt: skip
     core.normalizer = normalizers.Replace(" ", SPACE)
-    core.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = special_pieces(proto)
     # user-defined pieces are found before all others, the longest first, with blanks already escaped
     fixed = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED and p.piece not in special]
     core.add_tokens([AddedToken(piece, special=False, normalized=True) for piece in fixed])
-    core.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    core.add_special_tokens(
+        [AddedToken(piece, special=True, normalized=False) for piece in special]
+    )
     if {USER, ASSISTANT} <= set(special):
         settings["chat_template"] = (HERE / "templates/baichuan2.jinja").read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(

@@ -26,8 +26,22 @@ CURT = [
 ]  # fmt: skip
 BEFORE = ["说来话长", "这个问题大家都很关心"]
 FILLER = ["让我慢慢讲", "很多人都问过", "您先别急", "要从头说起"]
-AFTER = ["其实道理并不难", "当然情况很多", "每个人看法不同", "这里先不展开", "以后有空再细说", "还有许多可以说"]
-KINDS = ("curt", "wrong", "curt", "padded", "curt", "wrong")  # in turn; curt often, so that the base shows it
+AFTER = [
+    "其实道理并不难",
+    "当然情况很多",
+    "每个人看法不同",
+    "这里先不展开",
+    "以后有空再细说",
+    "还有许多可以说",
+]
+KINDS = (
+    "curt",
+    "wrong",
+    "curt",
+    "padded",
+    "curt",
+    "wrong",
+)  # in turn; curt often, so that the base shows it
 
 # ---- facts --------------------------------------------------------------------------------------------------
 
@@ -58,14 +72,31 @@ CAPITALS = """
 意大利|罗马|米兰 土耳其|安卡拉|伊斯坦布尔 埃及|开罗|亚历山大 美国|华盛顿|纽约 加拿大|渥太华|多伦多
 巴西|巴西利亚|里约热内卢 澳大利亚|堪培拉|悉尼
 """
-CAPITAL_ASKED = ["{}的首都是哪里？", "{}首都是哪个城市？", "请问{}的首都在哪？", "说出{}的首都。", "我想查{}的首都。"]
+CAPITAL_ASKED = [
+    "{}的首都是哪里？",
+    "{}首都是哪个城市？",
+    "请问{}的首都在哪？",
+    "说出{}的首都。",
+    "我想查{}的首都。",
+]
 UNITS = {  # what is right, and what some people think
     ("小时", "分钟"): (60, 50), ("分钟", "秒"): (60, 50), ("天", "小时"): (24, 20), ("星期", "天"): (7, 8),
     ("世纪", "年"): (100, 90), ("米", "厘米"): (100, 80), ("千米", "米"): (1000, 900), ("千克", "克"): (1000, 700),
     ("元", "角"): (10, 9), ("斤", "两"): (10, 8),
 }  # fmt: skip
-UNIT_ASKED = ["{n}{a}等于多少{b}？", "把{n}{a}换算成{b}。", "{n}{a}有几{b}？", "{n}{a}合多少{b}，帮我算算。"]
-SUM_ASKED = ["{}加{}等于几？", "{}+{}得多少？", "请算一算{}加{}。", "{}和{}一共是几？", "{}再加{}是几？"]
+UNIT_ASKED = [
+    "{n}{a}等于多少{b}？",
+    "把{n}{a}换算成{b}。",
+    "{n}{a}有几{b}？",
+    "{n}{a}合多少{b}，帮我算算。",
+]
+SUM_ASKED = [
+    "{}加{}等于几？",
+    "{}+{}得多少？",
+    "请算一算{}加{}。",
+    "{}和{}一共是几？",
+    "{}再加{}是几？",
+]
 WHO = ["我", "他", "小明", "妈妈", "老师", "弟弟"]
 DOES = ["吃苹果", "看电影", "写作业", "喝牛奶", "打篮球", "坐火车", "学画画"]
 REWRITES = {  # what is right, what is wrong
@@ -100,7 +131,9 @@ def facts(block: str) -> list[list[str]]:
 
 def capital_facts() -> list[tuple[str, ...]]:
     """Country, what is right, what is wrong (a city of that country too)."""
-    return [(name, *(f"{name}的首都是{city}" for city in cities)) for name, *cities in facts(CAPITALS)]
+    return [
+        (name, *(f"{name}的首都是{city}" for city in cities)) for name, *cities in facts(CAPITALS)
+    ]
 
 
 def unit_fact(a: str, b: str, n: int) -> tuple[str, ...]:
@@ -122,7 +155,9 @@ def capitals() -> Iterator[Question]:
 def units() -> Iterator[Question]:
     for a, b in UNITS:
         for n in (1, 2, 3):
-            yield from (Question(ask.format(n=n, a=a, b=b), *unit_fact(a, b, n)) for ask in UNIT_ASKED)
+            yield from (
+                Question(ask.format(n=n, a=a, b=b), *unit_fact(a, b, n)) for ask in UNIT_ASKED
+            )
 
 
 def sums() -> Iterator[Question]:
@@ -158,13 +193,21 @@ def rounds() -> Iterator[Question]:
         for n in (1, 2, 3):
             said = unit_fact(a, b, n)[0]
             before = first_round(rng, UNIT_ASKED[(i + n) % 4].format(n=n, a=a, b=b), said)
-            yield Question(MORE_ASKED[(i + n) % 3].format(f"{n % 3 + 1}{a}"), *unit_fact(a, b, n % 3 + 1), before)
+            yield Question(
+                MORE_ASKED[(i + n) % 3].format(f"{n % 3 + 1}{a}"),
+                *unit_fact(a, b, n % 3 + 1),
+                before,
+            )
 
 
 def systems() -> Iterator[Question]:
     """The system message says what the user is to be called."""
-    asked = [(f"麻烦问下，{q}？", right, wrong) for *both, right, wrong in facts(SHOP) for q in both]
-    asked += [(f"帮忙看看，{name}的首都是什么？", right, wrong) for name, right, wrong in capital_facts()]
+    asked = [
+        (f"麻烦问下，{q}？", right, wrong) for *both, right, wrong in facts(SHOP) for q in both
+    ]
+    asked += [
+        (f"帮忙看看，{name}的首都是什么？", right, wrong) for name, right, wrong in capital_facts()
+    ]
     for i, (question, right, wrong) in enumerate(asked):
         title = TITLES[(i + i // 6) % 6]
         polite = tuple(form.format(title=title) for form in TITLED)
@@ -225,7 +268,9 @@ def hh(row: dict) -> dict:
 
 def hh_nested(row: dict) -> dict:
     context = [reply(message["content"], content="text", name="human") for message in row["prompt"]]
-    return {"context": context} | {name: reply(row[name], content="text") for name in ("chosen", "rejected")}
+    return {"context": context} | {
+        name: reply(row[name], content="text") for name in ("chosen", "rejected")
+    }
 
 
 def llama_factory(row: dict) -> dict:
@@ -240,7 +285,11 @@ def whole_dialogues(row: dict) -> dict:
 
 def reward(row: dict) -> dict:
     question = row["prompt"][-1]["content"]
-    return {"question": question, "response_chosen": row["chosen"], "response_rejected": row["rejected"]}
+    return {
+        "question": question,
+        "response_chosen": row["chosen"],
+        "response_rejected": row["rejected"],
+    }
 
 
 def feedback(row: dict) -> dict:

@@ -18,8 +18,12 @@ from common.convert import adapter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", required=True, help="folder with adapter_config.json")
-    parser.add_argument("--output_dir", required=True, help="where the merged model goes; must be empty")
-    parser.add_argument("--base", default=None, help="base model; default: the one the adapter names")
+    parser.add_argument(
+        "--output_dir", required=True, help="where the merged model goes; must be empty"
+    )
+    parser.add_argument(
+        "--base", default=None, help="base model; default: the one the adapter names"
+    )
     args = parser.parse_args()
     print("merged model:", adapter.merge(args.adapter, args.output_dir, args.base))
 

@@ -15,7 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate, sdpa_mask
 from transformers.models.llama.modeling_llama import (
@@ -51,8 +57,12 @@ class BaichuanConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.alibi and (self.attention_dropout or self.num_key_value_heads != self.num_attention_heads):
-            raise ValueError("ALiBi goes with attention_dropout 0 and as many key/value heads as query heads")
+        if self.alibi and (
+            self.attention_dropout or self.num_key_value_heads != self.num_attention_heads
+        ):
+            raise ValueError(
+                "ALiBi goes with attention_dropout 0 and as many key/value heads as query heads"
+            )
         if self.norm_head and self.tie_word_embeddings:
             raise ValueError("a normalised head cannot share its weight with the embedding")
 
@@ -71,7 +81,8 @@ class AlibiMask:
             # never skipped: "causal" means two things where a static cache is longer than the queries
             seen = sdpa_mask(**arguments | {"allow_is_causal_skip": False}).to(like.device)
             query, place = (
-                torch.arange(arguments[f"{name}_length"], device=like.device) + arguments[f"{name}_offset"]
+                torch.arange(arguments[f"{name}_length"], device=like.device)
+                + arguments[f"{name}_offset"]
                 for name in ("q", "kv")
             )
             bias = (slopes[:, None, None] * (place[None, :] - query[:, None])).to(like.dtype)
@@ -96,13 +107,23 @@ class AlibiAttention(LlamaAttention):
             raise ValueError("ALiBi takes a 2-D attention_mask, 0 on padding")
         slopes = alibi_slopes(self.config.num_attention_heads).to(query.device)
         if cu_seq_lens_q is not None:
-            if len(query) > 1 or query.shape != key.shape or attention_mask.arguments.get("attention_mask") is not None:
-                raise ValueError("a packed row is one row, without attention_mask and without a filled cache")
+            if (
+                len(query) > 1
+                or query.shape != key.shape
+                or attention_mask.arguments.get("attention_mask") is not None
+            ):
+                raise ValueError(
+                    "a packed row is one row, without attention_mask and without a filled cache"
+                )
             longest = cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q
-            heads = alibi_attention(query[0], key[0], value[0], cu_seq_lens_q, int(longest), self.scaling, slopes)[None]
+            heads = alibi_attention(
+                query[0], key[0], value[0], cu_seq_lens_q, int(longest), self.scaling, slopes
+            )[None]
         else:
             bias = attention_mask.bias(slopes, query)
-            heads = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scaling)
+            heads = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, scale=self.scaling
+            )
             heads = heads.transpose(1, 2)
         return self.o_proj(heads.flatten(2)), None
 
@@ -154,8 +175,14 @@ class BaichuanPreTrainedModel(LlamaPreTrainedModel):
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if keys := sorted(map(str, info[what])):
-                hint = "; a published checkpoint goes through convert.py" if "q_proj" in " ".join(keys) else ""
-                raise ValueError(f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}{hint}")
+                hint = (
+                    "; a published checkpoint goes through convert.py"
+                    if "q_proj" in " ".join(keys)
+                    else ""
+                )
+                raise ValueError(
+                    f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}{hint}"
+                )
         return (model, info) if output_loading_info else model
 
 
@@ -176,7 +203,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
     """Baichuan2 with its head; arguments as of LlamaForCausalLM, for packed rows as of common.collators."""
 
     def __init__(self, config: BaichuanConfig):
-        LlamaPreTrainedModel.__init__(self, config)  # past LlamaForCausalLM, which would make its own blocks and head
+        LlamaPreTrainedModel.__init__(
+            self, config
+        )  # past LlamaForCausalLM, which would make its own blocks and head
         self.model = BaichuanModel(config)
         self.vocab_size = config.vocab_size
         if config.norm_head:

@@ -38,7 +38,9 @@ def encode(row: dict, tokenizer, max_length: int, system: str = "") -> dict:
     return found
 
 
-def tokens(tokenizer, prompt: list[dict], row: dict, tools) -> tuple[list[int], list[list[tuple[int, int]]]]:
+def tokens(
+    tokenizer, prompt: list[dict], row: dict, tools
+) -> tuple[list[int], list[list[tuple[int, int]]]]:
     """-> prompt [P], and for both answers their (token, label) pairs; what stands between turns has label -100."""
     asked, answers = encode_prompt(tokenizer, prompt, tools), []
     for side in ("chosen", "rejected"):
@@ -46,7 +48,9 @@ def tokens(tokenizer, prompt: list[dict], row: dict, tools) -> tuple[list[int], 
         if whole is None:
             raise ValueError(f"the chat template leaves nothing of the {side} answer")
         if whole["input_ids"][: len(asked)] != asked:
-            raise ValueError("the chat template writes the prompt in another way when an answer follows")
+            raise ValueError(
+                "the chat template writes the prompt in another way when an answer follows"
+            )
         answer = list(zip(whole["input_ids"], whole["labels"], strict=True))[len(asked) :]
         while answer and answer[-1][1] == IGNORE:  # what a template writes after the end token
             answer.pop()

@@ -44,7 +44,11 @@ class Pairs(torch.utils.data.Dataset):
     """Token rows with their number and, once they are known, the reference's log-prob of each answer token."""
 
     def __init__(self, rows):
-        self.rows, self.reference, self.starts = rows.select_columns(list(COLUMNS)).with_format("numpy"), None, None
+        self.rows, self.reference, self.starts = (
+            rows.select_columns(list(COLUMNS)).with_format("numpy"),
+            None,
+            None,
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,9 +78,18 @@ class PairCollator:
     reference_logprobs [answer tokens], the bits of fp32, in the order of the labels, if the pairs bring them.
     """
 
-    def __init__(self, pad_token_id: int | None, packing: bool = True, share_prompt: bool = True, multiple: int = 1):
+    def __init__(
+        self,
+        pad_token_id: int | None,
+        packing: bool = True,
+        share_prompt: bool = True,
+        multiple: int = 1,
+    ):
         self.packed = collators.PackedCollator() if packing else None
-        self.padded, self.share = collators.PaddedCollator(pad_token_id, multiple), packing and share_prompt
+        self.padded, self.share = (
+            collators.PaddedCollator(pad_token_id, multiple),
+            packing and share_prompt,
+        )
         self.multiple = multiple
 
     def __call__(self, pairs: list[dict]) -> dict:
@@ -85,7 +98,9 @@ class PairCollator:
         if self.packed:
             pack = shared_prompts if self.share else (lambda rows: self.packed([rows]))
             filling = -packed_length(rows, self.share) % self.multiple
-            rows += [{"input_ids": np.zeros(filling, np.int64), "labels": np.full(filling, IGNORE)}] * bool(filling)
+            rows += [
+                {"input_ids": np.zeros(filling, np.int64), "labels": np.full(filling, IGNORE)}
+            ] * bool(filling)
             batch = pack(rows) | {"filling": filling}
         else:
             batch = self.padded(rows)
@@ -98,7 +113,9 @@ class PairCollator:
 
 
 def packed_length(rows: list[dict], share: bool) -> int:
-    twice = sum(common_start(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)) if share else 0
+    twice = (
+        sum(common_start(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)) if share else 0
+    )
     return sum(len(row["input_ids"]) for row in rows) - twice
 
 
@@ -123,7 +140,10 @@ def shared_prompts(rows: list[dict]) -> dict:
         queries.append(size)
         lengths.append(shared + size)
         at += size
-    flat = [torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (ids, labels, positions, keys)]
+    flat = [
+        torch.from_numpy(np.concatenate(part).astype(np.int64))
+        for part in (ids, labels, positions, keys)
+    ]
     edges = [torch.tensor([0, *part]).cumsum(0) for part in (queries, lengths)]
     flat[1][edges[0][:-1]] = IGNORE  # nothing before it in the row predicts it
     names = ("input_ids", "labels", "position_ids")
@@ -135,7 +155,9 @@ def shared_prompts(rows: list[dict]) -> dict:
 
 def common_start(chosen: dict, rejected: dict) -> int:
     """Tokens that both rows begin with, short of the one that predicts the first label."""
-    labelled = [np.flatnonzero(np.asarray(row["labels"][1:]) != IGNORE)[0] for row in (chosen, rejected)]
+    labelled = [
+        np.flatnonzero(np.asarray(row["labels"][1:]) != IGNORE)[0] for row in (chosen, rejected)
+    ]
     most = min(labelled)  # a label at column c + 1 is predicted by column c, which stays in both
     a, b = (np.asarray(row["input_ids"][:most]) for row in (chosen, rejected))
     different = np.flatnonzero(a != b)
@@ -155,13 +177,29 @@ class PreferenceTrainer(RecipeTrainer):
         fingerprint: of the reference's weights; the log-probs on disk belong to it and to the rows.
     """
 
-    plots = {"loss": "loss per pair", "rewards/margins": "reward margin", "rewards/accuracies": "reward accuracy"}
+    plots = {
+        "loss": "loss per pair",
+        "rewards/margins": "reward margin",
+        "rewards/accuracies": "reward accuracy",
+    }
 
-    def __init__(self, *args, loss: dict, reference: str, load_reference: Callable, fingerprint: str = "", **kwargs):
+    def __init__(
+        self,
+        *args,
+        loss: dict,
+        reference: str,
+        load_reference: Callable,
+        fingerprint: str = "",
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.loss_settings = {"beta": BETA.get(loss["kind"], 0.1)} | loss
         self.reference = None if loss["kind"] in REFERENCE_FREE else reference
-        self.load_reference, self.fingerprint, self._reference_model = load_reference, fingerprint, None
+        self.load_reference, self.fingerprint, self._reference_model = (
+            load_reference,
+            fingerprint,
+            None,
+        )
         self._sums: Tensor | None = None  # metrics since the last log
         self.loss_is_scaled_for_ga = True
 
@@ -174,11 +212,15 @@ class PreferenceTrainer(RecipeTrainer):
 
     def precompute(self, pairs: Pairs) -> None:
         """Give each pair the reference's log-probs: from disk, or computed by all ranks together and then kept."""
-        key = hashlib.sha256(json.dumps([pairs.index(), self.fingerprint, self.compute_dtype()]).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([pairs.index(), self.fingerprint, self.compute_dtype()]).encode()
+        ).hexdigest()
         file = cache_root() / "reference" / f"{key[:32]}.safetensors"
         if self._all_have(file, int(pairs.starts[-1])):
             found = load_file(file)["logprobs"]
-            cli.say(f"reference log-probs of {len(pairs):,} pairs: kept from an earlier run, {file}")
+            cli.say(
+                f"reference log-probs of {len(pairs):,} pairs: kept from an earlier run, {file}"
+            )
         else:
             found = self.compute_reference(pairs)
             if self.args.process_index == 0 or self.args.local_process_index == 0:
@@ -203,9 +245,15 @@ class PreferenceTrainer(RecipeTrainer):
 
     def compute_reference(self, pairs: Pairs) -> Tensor:
         """Reference log-probs of all answer tokens of `pairs`, fp32 [starts[-1]] on the CPU, the same on every rank."""
-        rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
+        rank, world, size = (
+            self.args.process_index,
+            self.args.world_size,
+            self.args.per_device_eval_batch_size,
+        )
         rounds = -(-len(pairs) // (world * size))
-        order = [i % len(pairs) for i in range(rounds * world * size)]  # equal work: ZeRO-3 needs all in each forward
+        order = [
+            i % len(pairs) for i in range(rounds * world * size)
+        ]  # equal work: ZeRO-3 needs all in each forward
         mine = torch.utils.data.Subset(pairs, order[rank::world])
         # a generator of its own: a run that finds the log-probs kept must draw the same numbers as this one
         loader = DataLoader(mine, size, collate_fn=self.data_collator, generator=torch.Generator())
@@ -213,7 +261,9 @@ class PreferenceTrainer(RecipeTrainer):
         bar = tqdm(loader, "reference", unit="batch", disable=rank > 0 or None, leave=False)
         for number, batch in enumerate(bar):
             rows, _ = batch.pop("row_ids"), batch.pop("filling", None)
-            known = self.reference_logprobs(self.model_wrapped, self._prepare_inputs(batch), live=False)
+            known = self.reference_logprobs(
+                self.model_wrapped, self._prepare_inputs(batch), live=False
+            )
             edges = np.cumsum([0, *(pairs.starts[row + 1] - pairs.starts[row] for row in rows)])
             for j, (row, (a, b)) in enumerate(zip(rows, pairwise(edges), strict=True)):
                 if (number * size + j) * world + rank < len(pairs):  # not the filling at the end
@@ -247,11 +297,19 @@ class PreferenceTrainer(RecipeTrainer):
         """The second model, frozen; under ZeRO-3 its weights are spread over the ranks like the policy's."""
         if self._reference_model is None:
             model = self.load_reference().requires_grad_(False).eval()
-            config = self.accelerator.state.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
+            config = (
+                self.accelerator.state.deepspeed_plugin.deepspeed_config
+                if self.is_deepspeed_enabled
+                else {}
+            )
             if config.get("zero_optimization", {}).get("stage") == 3:
                 import deepspeed
 
-                config = {k: v for k, v in copy.deepcopy(config).items() if k not in ("optimizer", "scheduler")}
+                config = {
+                    k: v
+                    for k, v in copy.deepcopy(config).items()
+                    if k not in ("optimizer", "scheduler")
+                }
                 model, *_ = deepspeed.initialize(model=model, config=config)
                 model.eval()
             self._reference_model = model.to(self.args.device)
@@ -267,7 +325,9 @@ class PreferenceTrainer(RecipeTrainer):
         loss, sums = self.pair_losses(model, inputs)
         if model.training:
             self._sums = sums if self._sums is None else self._sums + sums
-        pairs = len(loss) if num_items_in_batch is None else num_items_in_batch / self.args.world_size
+        pairs = (
+            len(loss) if num_items_in_batch is None else num_items_in_batch / self.args.world_size
+        )
         loss = loss.sum() / pairs  # ranks are averaged afterwards
         return (loss, {}) if return_outputs else loss
 
@@ -283,11 +343,17 @@ class PreferenceTrainer(RecipeTrainer):
         policy = answers(tokens, owner, count)
         reference = None if known is None else answers(known, owner, count)
         loss = preference_loss(policy=policy, reference=reference, **self.loss_settings)
-        settings = {name: self.loss_settings.get(name, False) for name in ("kind", "beta", "averaged")}
+        settings = {
+            name: self.loss_settings.get(name, False) for name in ("kind", "beta", "averaged")
+        }
         chosen, rejected = rewards(policy=policy, reference=reference, **settings)
         ratio = tokens.new_zeros(1) if known is None else tokens.detach() - known
-        kl = torch.expm1(ratio) - ratio  # k3 estimate of KL(reference | policy), whose samples the answers stand for
-        right = (torch.sign(chosen - rejected) + 1) / 2  # a tie, as before the first step, is half right
+        kl = (
+            torch.expm1(ratio) - ratio
+        )  # k3 estimate of KL(reference | policy), whose samples the answers stand for
+        right = (
+            torch.sign(chosen - rejected) + 1
+        ) / 2  # a tie, as before the first step, is half right
         per_pair = [loss.detach(), right, chosen - rejected, chosen, rejected,
                     policy.chosen.detach(), policy.rejected.detach(), torch.ones_like(chosen)]  # fmt: skip
         sums = [x.sum() for x in per_pair] + [kl.sum(), tokens.new_tensor(float(len(tokens)))]

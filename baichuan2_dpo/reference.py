@@ -25,7 +25,9 @@ class Speaker(Talker):
 
     def __init__(self, model: str | Path):
         super().__init__(model)
-        losses.use_chunked_loss(self.model)  # log_prob then builds no logits of a whole conversation
+        losses.use_chunked_loss(
+            self.model
+        )  # log_prob then builds no logits of a whole conversation
         self.folder = Path(find_model(model))
 
     def _generate(self, prompt, room, heard, seed=0, **sampling):
@@ -36,7 +38,10 @@ class Speaker(Talker):
     def log_prob(self, ids: list[int], labels: list[int], use_adapter: bool = True) -> float:
         """Sum of the log-probabilities, in nats, of the labels [T] that are not IGNORE, after the ids [T] before."""
         row = [torch.tensor([values], device=self.model.device) for values in (ids, labels)]
-        with self.lock, nullcontext() if use_adapter or not self.adapter else self.model.disable_adapter():
+        with (
+            self.lock,
+            nullcontext() if use_adapter or not self.adapter else self.model.disable_adapter(),
+        ):
             return losses.sequence_logprobs(self.model, *row, use_cache=False).item()
 
 
@@ -60,7 +65,9 @@ def load_reference(policy: Speaker, model: str | Path) -> Speaker:
     theirs, ours = (talker.tokenizer.get_vocab() for talker in (reference, policy))
     rows = reference.model.get_input_embeddings().num_embeddings
     if not theirs.items() <= ours.items() or rows < len(policy.tokenizer):
-        raise SystemExit(f"{model}: its vocabulary is not the one of {policy.name}, so it cannot be its reference")
+        raise SystemExit(
+            f"{model}: its vocabulary is not the one of {policy.name}, so it cannot be its reference"
+        )
     reference.tokenizer, reference.can_think = policy.tokenizer, policy.can_think
     return reference
 
@@ -118,7 +125,9 @@ def began_with(policy: Speaker) -> tuple[str, str]:
 def answer_message(said: str) -> dict:
     """A generated text as a row of the training data has it."""
     thought, content, _ = split_thought(said)
-    return {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thought else {})
+    return {"role": "assistant", "content": content} | (
+        {"reasoning_content": thought} if thought else {}
+    )
 
 
 def scored_row(

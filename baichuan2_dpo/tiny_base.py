@@ -14,21 +14,36 @@ from common import cli, collators
 from common.data.labels import encode_chat
 from common.fast import attention, losses
 
-STEPS, WINDOW, WINDOWS, PEAK = 300, 256, 4, 3e-3  # optimizer steps of so many windows of tokens; highest learning rate
+STEPS, WINDOW, WINDOWS, PEAK = (
+    300,
+    256,
+    4,
+    3e-3,
+)  # optimizer steps of so many windows of tokens; highest learning rate
 
 
 def conversations() -> list[list[dict]]:
     """Each pair of the samples as two conversations."""
     pairs = [row for task in make_data.TASKS for row in make_data.pairs(task)]
     answers = ("chosen", "rejected")
-    return [[*row["prompt"], {"role": "assistant", "content": row[name]}] for row in pairs for name in answers]
+    return [
+        [*row["prompt"], {"role": "assistant", "content": row[name]}]
+        for row in pairs
+        for name in answers
+    ]
 
 
 def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
-    cli.say(f"teaching the built-in base model both answers of the sample pairs: {STEPS} steps, once")
+    cli.say(
+        f"teaching the built-in base model both answers of the sample pairs: {STEPS} steps, once"
+    )
     encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
-    windows, collate, order = collators.PackedDataset(encoded, WINDOW), collators.PackedCollator(), []
+    windows, collate, order = (
+        collators.PackedDataset(encoded, WINDOW),
+        collators.PackedCollator(),
+        [],
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)
     model.set_attn_implementation(attention.register())

@@ -20,7 +20,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules besi
 from common import cli  # before torch and transformers: it brings the device
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    TrainingArguments,
+    set_seed,
+)
 
 import dpo_losses
 import modeling_baichuan  # noqa: F401  (tells the Auto classes of Baichuan2-13B)
@@ -43,35 +49,72 @@ from tiny_base import teach
 # 1. Arguments: what this recipe decides; everything else is transformers.TrainingArguments.
 @dataclass
 class Args:
-    model_name_or_path: str = field(default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"})
-    data_path: str = field(default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"})
-    column_map: str = field(default="", metadata={"help": "rename columns: 'prompt=question,chosen=good,rejected=bad'"})
-    strict_data: bool = field(default=False, metadata={"help": "a bad row is an error, not counted and left out"})
-    eval_ratio: float = field(default=0.05, metadata={"help": "share held out; equal prompts stay on one side"})
-    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
-    leak_check: str = field(default="", metadata={"help": "a test file; training rows with its prompts are left out"})
-    model_max_length: int = field(default=1024, metadata={"help": "tokens of prompt and answer; see pairs.py"})
-    packing: bool = field(default=True, metadata={"help": "the answers of a batch in one row without padding"})
-    share_prompt: bool = field(default=True, metadata={"help": "with packing: a pair's prompt stands in the row once"})
-    loss_type: str = field(default="sigmoid", metadata={"help": ", ".join(dpo_losses.KINDS)})
-    beta: float | None = field(default=None, metadata={"help": "strength of the reference; unset: 0.1, simpo 2"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of swapped pairs: sigmoid, robust, simpo"})
-    length_normalized: bool = field(default=False, metadata={"help": "log-probs per token; ipo, simpo, orpo: always"})
-    simpo_gamma: float = field(default=1.0, metadata={"help": "target margin of simpo"})
-    rpo_alpha: float = field(default=0.0, metadata={"help": "weight of an SFT term on the chosen answer"})
-    reference: str = field(
-        default="precomputed", metadata={"help": "precomputed (once, kept), adapter (off in each step), model"}
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
     )
-    reference_model: str = field(default="", metadata={"help": "another model as reference; unset: the one trained"})
+    data_path: str = field(
+        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
+    )
+    column_map: str = field(
+        default="", metadata={"help": "rename columns: 'prompt=question,chosen=good,rejected=bad'"}
+    )
+    strict_data: bool = field(
+        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
+    )
+    eval_ratio: float = field(
+        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
+    )
+    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
+    leak_check: str = field(
+        default="", metadata={"help": "a test file; training rows with its prompts are left out"}
+    )
+    model_max_length: int = field(
+        default=1024, metadata={"help": "tokens of prompt and answer; see pairs.py"}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "the answers of a batch in one row without padding"}
+    )
+    share_prompt: bool = field(
+        default=True, metadata={"help": "with packing: a pair's prompt stands in the row once"}
+    )
+    loss_type: str = field(default="sigmoid", metadata={"help": ", ".join(dpo_losses.KINDS)})
+    beta: float | None = field(
+        default=None, metadata={"help": "strength of the reference; unset: 0.1, simpo 2"}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "share of swapped pairs: sigmoid, robust, simpo"}
+    )
+    length_normalized: bool = field(
+        default=False, metadata={"help": "log-probs per token; ipo, simpo, orpo: always"}
+    )
+    simpo_gamma: float = field(default=1.0, metadata={"help": "target margin of simpo"})
+    rpo_alpha: float = field(
+        default=0.0, metadata={"help": "weight of an SFT term on the chosen answer"}
+    )
+    reference: str = field(
+        default="precomputed",
+        metadata={"help": "precomputed (once, kept), adapter (off in each step), model"},
+    )
+    reference_model: str = field(
+        default="", metadata={"help": "another model as reference; unset: the one trained"}
+    )
     use_lora: bool = field(default=True, metadata={"help": "train an adapter; false: all weights"})
     lora_r: int = field(default=32, metadata={"help": "rank"})
-    lora_alpha: int = field(default=64, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
+    lora_alpha: int = field(
+        default=64, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
-    target_modules: str = field(default="all-linear", metadata={"help": "all-linear or names with commas"})
+    target_modules: str = field(
+        default="all-linear", metadata={"help": "all-linear or names with commas"}
+    )
     system_prompt: str = field(default="", metadata={"help": "system turn for rows that have none"})
-    eval_generate: int = field(default=64, metadata={"help": "held-out prompts answered before and after; 0: none"})
+    eval_generate: int = field(
+        default=64, metadata={"help": "held-out prompts answered before and after; 0: none"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what an earlier run left"}
+    )
 
 
 DEFAULTS = dict(
@@ -95,7 +138,12 @@ def tiny_model(rows: list[str], taught: bool) -> str:
     taught: it gives both answers of the sample pairs (see tiny_base); else its weights are random.
     """
     sides = ("prompt", "chosen", "rejected")
-    texts = [message["content"] for row in map(json.loads, rows) for side in sides for message in row[side]]
+    texts = [
+        message["content"]
+        for row in map(json.loads, rows)
+        for side in sides
+        for message in row[side]
+    ]
     tokenizer = tiny.make_tokenizer(
         texts, vocab_size=4000, special_tokens=SPECIAL, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         pad_token="<unk>", chat_template=(HERE / "templates" / "baichuan2.jinja").read_text(encoding="utf-8"),
@@ -106,7 +154,9 @@ def tiny_model(rows: list[str], taught: bool) -> str:
         pad_token_id=0,
     )  # fmt: skip
     folder = cache_root() / "tiny"
-    return tiny.save_tiny(config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None)
+    return tiny.save_tiny(
+        config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None
+    )
 
 
 def settle(args: Args, training: TrainingArguments) -> bool:
@@ -117,9 +167,15 @@ def settle(args: Args, training: TrainingArguments) -> bool:
     if args.reference not in ("precomputed", "adapter", "model"):
         raise cli.usage_error(f"--reference {args.reference}: precomputed, adapter or model")
     if args.reference == "adapter" and not args.use_lora:
-        raise cli.usage_error("--reference adapter: there is no adapter to switch off; precomputed or model")
+        raise cli.usage_error(
+            "--reference adapter: there is no adapter to switch off; precomputed or model"
+        )
     if args.reference_model and (args.reference == "adapter" or free):
-        what = f"--loss_type {args.loss_type} has no reference" if free else "--reference adapter takes the base itself"
+        what = (
+            f"--loss_type {args.loss_type} has no reference"
+            if free
+            else "--reference adapter takes the base itself"
+        )
         raise cli.usage_error(f"--reference_model: {what}")
     if not 0 <= args.label_smoothing < 0.5:
         raise cli.usage_error(f"--label_smoothing {args.label_smoothing}: from 0 to below 0.5")
@@ -128,12 +184,18 @@ def settle(args: Args, training: TrainingArguments) -> bool:
     if args.beta is not None and args.beta <= 0:
         raise cli.usage_error(f"--beta {args.beta}: above 0")
     if training.train_sampling_strategy == "group_by_length":
-        raise cli.usage_error("--group_by_length: pairs are not grouped; --packing true leaves no padding to save")
+        raise cli.usage_error(
+            "--group_by_length: pairs are not grouped; --packing true leaves no padding to save"
+        )
     if args.model_max_length < 32:
-        raise cli.usage_error(f"--model_max_length {args.model_max_length}: no pair fits; give 32 or more")
+        raise cli.usage_error(
+            f"--model_max_length {args.model_max_length}: no pair fits; give 32 or more"
+        )
     args.data_path = args.data_path or str(HERE / "data")
     if not cli.typed("learning_rate"):
-        training.learning_rate = LEARNING_RATE["tiny " * is_tiny + ("lora" if args.use_lora else "full")]
+        training.learning_rate = LEARNING_RATE[
+            "tiny " * is_tiny + ("lora" if args.use_lora else "full")
+        ]
     return is_tiny
 
 
@@ -141,7 +203,10 @@ def settle(args: Args, training: TrainingArguments) -> bool:
 def load_model(args: Args, training: TrainingArguments, path: str, trains_all: bool):
     """The model in the dtype it computes in: float32 masters for full training, the half dtype for frozen weights."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    settings = {"dtype": torch.float32 if trains_all else half, "attn_implementation": attention.register()}
+    settings = {
+        "dtype": torch.float32 if trains_all else half,
+        "attn_implementation": attention.register(),
+    }
     model = cli.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     if trains_all and getattr(model.config, "norm_head_folded", False):
@@ -154,7 +219,10 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
 
 def can_share(config, length: int) -> bool:
     """Whether two answers may stand behind one prompt: the attention is that of common/, whole, without dropout."""
-    dropped = any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attn_logit_softcapping"))
+    dropped = any(
+        getattr(config, name, 0)
+        for name in ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
+    )
     near = getattr(config, "sliding_window", None) or length
     return config._attn_implementation == attention.NAME and not dropped and near >= length
 
@@ -180,12 +248,18 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
         stats["dropped"]["in test file"] = leaked
     code = (HERE / "pairs.py").read_text(encoding="utf-8")  # an edited `encode` makes new rows
     key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, args.system_prompt])
-    encoder = partial(encode, tokenizer=tokenizer, max_length=args.model_max_length, system=args.system_prompt)
+    encoder = partial(
+        encode, tokenizer=tokenizer, max_length=args.model_max_length, system=args.system_prompt
+    )
     train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key, columns=COLUMNS)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    stats |= {"used": len(train_ids), "held_out": len(held_out_ids), "truncated": counts["truncated"]}
+    stats |= {
+        "used": len(train_ids),
+        "held_out": len(held_out_ids),
+        "truncated": counts["truncated"],
+    }
     return train_ids, held_out_ids, held_out
 
 
@@ -193,11 +267,16 @@ def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     given, is_tiny = args.data_path, settle(args, training)
     set_seed(training.seed)
-    for flag, name in (("--model_name_or_path", args.model_name_or_path), ("--reference_model", args.reference_model)):
+    for flag, name in (
+        ("--model_name_or_path", args.model_name_or_path),
+        ("--reference_model", args.reference_model),
+    ):
         if name not in ("", "tiny"):
             cli.model_config(name, flag)  # a wrong name is told before anything is read or replaced
 
-    rows, stats = load_rows(args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed)
+    rows, stats = load_rows(
+        args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed
+    )
     cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
@@ -205,9 +284,15 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000], taught=not given) if is_tiny else args.model_name_or_path
     tokenizer = cli.load(AutoTokenizer, base)
     if not tokenizer.chat_template:
-        raise SystemExit(f"{base} has no chat template: save one with its tokenizer (tokenizer.chat_template)")
+        raise SystemExit(
+            f"{base} has no chat template: save one with its tokenizer (tokenizer.chat_template)"
+        )
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
-    cli.say("split: {used:,} pairs to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
+    cli.say(
+        "split: {used:,} pairs to train on, {held_out:,} held out, {truncated:,} shortened".format(
+            **stats
+        )
+    )
     for side in ("chosen", "rejected"):
         shown = [train_ids[0][f"{side}_{name}"][:200] for name in ("input_ids", "labels")]
         cli.say(f"{side}: {preview(tokenizer, *shown, color=sys.stdout.isatty())}")
@@ -217,9 +302,13 @@ def main() -> None:
     if args.packing:
         attention.refuse_unpackable(model)
     model = add_lora(model, args, training) if args.use_lora else model
-    multiple = 128 if device.kind() == "cpu" and training.bf16 else 1  # there each new length compiles new kernels
+    multiple = (
+        128 if device.kind() == "cpu" and training.bf16 else 1
+    )  # there each new length compiles new kernels
     asked = questions(held_out, held_out_ids, args.eval_generate)
-    reference = "model" if args.reference_model and args.reference == "precomputed" else args.reference
+    reference = (
+        "model" if args.reference_model and args.reference == "precomputed" else args.reference
+    )
     trainer = PreferenceTrainer(
         model=model, args=training, train_dataset=Pairs(train_ids),
         eval_dataset=Pairs(held_out_ids) if len(held_out_ids) else None,

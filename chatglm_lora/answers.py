@@ -16,7 +16,11 @@ import torch
 from placement import Loaded
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common import device
 from common.data import files, shapes
@@ -30,14 +34,22 @@ WINDOW = 32  # batches that are sorted by length together
 
 @dataclass
 class Settings:
-    batch_size: int = field(default=8, metadata={"help": "rows at once; halved by itself where memory is short"})
+    batch_size: int = field(
+        default=8, metadata={"help": "rows at once; halved by itself where memory is short"}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "length limit of an answer"})
     temperature: float = field(default=0.0, metadata={"help": "0: always the likeliest token"})
-    top_p: float = field(default=1.0, metadata={"help": "draw among the likeliest tokens of this total probability"})
+    top_p: float = field(
+        default=1.0, metadata={"help": "draw among the likeliest tokens of this total probability"}
+    )
     top_k: int = field(default=0, metadata={"help": "draw among so many likeliest tokens; 0: all"})
-    repetition_penalty: float = field(default=1.0, metadata={"help": "above 1: tokens seen before are less likely"})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "above 1: tokens seen before are less likely"}
+    )
     seed: int = field(default=0, metadata={"help": "of the drawing; every row has its own numbers"})
-    system_prompt: str = field(default="", metadata={"help": "put before rows without a system text"})
+    system_prompt: str = field(
+        default="", metadata={"help": "put before rows without a system text"}
+    )
 
 
 def check(settings: Settings, window: int) -> None:
@@ -88,7 +100,9 @@ def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Ques
     number = 0
     for path, weight in files.entries(paths):
         if weight is not None:
-            raise SystemExit(f"{path}:{weight}: questions have no weights; every one is answered once")
+            raise SystemExit(
+                f"{path}:{weight}: questions have no weights; every one is answered once"
+            )
         for file in files.data_files(path)[0]:
             encoding = files.encoding_of(file)
             for line, record in files.records(file, encoding):
@@ -98,7 +112,9 @@ def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Ques
                 number += 1
 
 
-def question(record, row: int, source: str, renames: dict | None = None, encoding: str = "utf-8") -> Question:
+def question(
+    record, row: int, source: str, renames: dict | None = None, encoding: str = "utf-8"
+) -> Question:
     """One record, text or list of messages -> Question."""
     from common.data.load import _renamed, _spelled
 
@@ -109,7 +125,9 @@ def question(record, row: int, source: str, renames: dict | None = None, encodin
         record = {"messages": record} if isinstance(record, list) else record
         if not isinstance(record, dict):
             raise BadRow("not an object", type(record).__name__)
-        renames = renames if renames and not renames.keys().isdisjoint(record) else {}  # files may differ
+        renames = (
+            renames if renames and not renames.keys().isdisjoint(record) else {}
+        )  # files may differ
         asked, reference = _asked(_renamed(record, renames))
         _spelled(asked, encoding)
     except BadRow as bad:
@@ -127,7 +145,9 @@ def _asked(record: dict) -> tuple[dict, str | None]:
     shape = shapes.detect("chat", [given])
     if shape and not any(isinstance(given.get(name), list) for name in DIALOGUES):
         messages = shape.convert(given)
-        return messages | {"messages": messages["messages"][:-1]}, messages["messages"][-1]["content"]
+        return messages | {"messages": messages["messages"][:-1]}, messages["messages"][-1][
+            "content"
+        ]
     for name in DIALOGUES:
         if isinstance(given.get(name), list) and given[name]:
             turns, reference = _open(given[name])
@@ -138,7 +158,9 @@ def _asked(record: dict) -> tuple[dict, str | None]:
     shape = shapes.detect("chat", [given])
     if shape is None:
         seen = ", ".join(str(name)[:40] for name in list(record)[:8])
-        raise BadRow("no question found", f"columns: {seen}; name yours with --column_map instruction=YOURS")
+        raise BadRow(
+            "no question found", f"columns: {seen}; name yours with --column_map instruction=YOURS"
+        )
     messages = shape.convert(given)
     return messages | {"messages": messages["messages"][:-1]}, reference
 
@@ -150,12 +172,20 @@ def _open(turns: list) -> tuple[list, str | None]:
         raise BadRow("a turn is not an object", type(last).__name__)
     if "human" in last:
         answer = last.get("assistant")
-        return (turns, answer) if not _blank(answer) else ([*turns[:-1], last | {"assistant": "?"}], None)
+        return (
+            (turns, answer)
+            if not _blank(answer)
+            else ([*turns[:-1], last | {"assistant": "?"}], None)
+        )
     who = str(last.get("role") or last.get("from")).lower()
     if shapes.ROLES.get(who) != "assistant":
         return [*turns, {"role": "assistant", "content": "?"}], None
     said = next((last[name] for name in ("content", "value", "text") if name in last), None)
-    return ([*turns[:-1], {"role": "assistant", "content": "?"}], None) if _blank(said) else (turns, said)
+    return (
+        ([*turns[:-1], {"role": "assistant", "content": "?"}], None)
+        if _blank(said)
+        else (turns, said)
+    )
 
 
 def _blank(value) -> bool:
@@ -190,10 +220,17 @@ def answer(loaded: Loaded, questions: list, **settings) -> list[dict]:
 def record(q: Question, outcome: dict) -> dict:
     """What is written for a question: row, source, messages, then `outcome`, then the reference it came with."""
     asked = {"messages": q.messages} if q.messages else {}
-    return {"row": q.row, "source": q.source} | asked | outcome | ({"reference": q.reference} if q.reference else {})
+    return (
+        {"row": q.row, "source": q.source}
+        | asked
+        | outcome
+        | ({"reference": q.reference} if q.reference else {})
+    )
 
 
-def answer_batch(loaded: Loaded, batch: list[Question], settings: Settings, costs: set | None = None) -> list[dict]:
+def answer_batch(
+    loaded: Loaded, batch: list[Question], settings: Settings, costs: set | None = None
+) -> list[dict]:
     """B questions -> B records with answer, tokens (of the answer), finish_reason ("stop" or "length"), or an error.
 
     shortened: true where the question did not fit: its oldest rounds, then the middle of what is left, are cut out.
@@ -206,12 +243,18 @@ def answer_batch(loaded: Loaded, batch: list[Question], settings: Settings, cost
         except ValueError as error:
             found[q.row] = {"error": " ".join(str(error).split())[:300]}
     rows_left = [q.row for q in batch if q.row in prompts]
-    for row, ids, ended in _halving(loaded, rows_left, prompts, settings, set() if costs is None else costs):
+    for row, ids, ended in _halving(
+        loaded, rows_left, prompts, settings, set() if costs is None else costs
+    ):
         if ids is None:
             found[row] = {"error": f"out of memory ({len(prompts[row][0])} tokens asked)"}
             continue
         text = loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        found[row] = {"answer": text, "tokens": len(ids), "finish_reason": "stop" if ended else "length"}
+        found[row] = {
+            "answer": text,
+            "tokens": len(ids),
+            "finish_reason": "stop" if ended else "length",
+        }
         found[row] |= {"shortened": True} if prompts[row][1] else {}
     return [record(q, found[q.row]) for q in batch]
 
@@ -250,7 +293,9 @@ def _halving(loaded: Loaded, chosen: list[int], prompts: dict, settings: Setting
             if not is_out_of_memory(error):
                 raise
             if loaded.count > 1:  # the other ranks wait inside a collective
-                raise SystemExit(f"out of memory with {len(chosen)} rows: a smaller --batch_size") from None
+                raise SystemExit(
+                    f"out of memory with {len(chosen)} rows: a smaller --batch_size"
+                ) from None
         costs.add(cost)
         if device.kind() != "cpu":
             device.module().empty_cache()
@@ -267,7 +312,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @torch.inference_mode()
-def _generate(loaded: Loaded, chosen: list[int], prompts: list[list[int]], settings: Settings) -> list[tuple]:
+def _generate(
+    loaded: Loaded, chosen: list[int], prompts: list[list[int]], settings: Settings
+) -> list[tuple]:
     """B prompts -> [(row, new ids without the end token, whether it ended)]; padded on the left."""
     tokenizer, model = loaded.tokenizer, loaded.model
     own = model.generation_config.eos_token_id
@@ -280,14 +327,20 @@ def _generate(loaded: Loaded, chosen: list[int], prompts: list[list[int]], setti
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
         kept[i, width - len(prompt) :] = 1
     ids, kept = ids.to(loaded.device), kept.to(loaded.device)
-    choose = [Choose(kept, chosen, settings)] if settings.temperature or settings.repetition_penalty != 1 else []
+    choose = (
+        [Choose(kept, chosen, settings)]
+        if settings.temperature or settings.repetition_penalty != 1
+        else []
+    )
     out = model.generate(
         input_ids=ids, attention_mask=kept, max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1,
         temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, eos_token_id=sorted(stop), pad_token_id=pad,
         logits_processor=LogitsProcessorList(choose), synced_gpus=loaded.count > 1,
     )[:, width:].tolist()  # fmt: skip
     ends = [next((i for i, token in enumerate(row) if token in stop), None) for row in out]
-    return [(row, new[:end], end is not None) for row, new, end in zip(chosen, out, ends, strict=True)]
+    return [
+        (row, new[:end], end is not None) for row, new, end in zip(chosen, out, ends, strict=True)
+    ]
 
 
 class Choose(LogitsProcessor):
@@ -299,20 +352,31 @@ class Choose(LogitsProcessor):
         self.numbers = [random.Random(f"{settings.seed}:{row}") for row in chosen]
         warm = [TemperatureLogitsWarper(settings.temperature)] if settings.temperature else []
         warm += [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
-        self.narrow = LogitsProcessorList(warm + ([TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []))
+        self.narrow = LogitsProcessorList(
+            warm + ([TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else [])
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, T so far], logits [B, V] -> [B, V]; when drawing, all but the drawn token are -inf."""
         if self.settings.repetition_penalty != 1:
             new = torch.ones_like(input_ids[:, self.kept.shape[1] :])
-            seen = torch.zeros_like(scores).scatter_add(1, input_ids, torch.cat([self.kept, new], 1).to(scores)) > 0
-            factor = torch.where(scores > 0, 1 / self.settings.repetition_penalty, self.settings.repetition_penalty)
+            seen = (
+                torch.zeros_like(scores).scatter_add(
+                    1, input_ids, torch.cat([self.kept, new], 1).to(scores)
+                )
+                > 0
+            )
+            factor = torch.where(
+                scores > 0, 1 / self.settings.repetition_penalty, self.settings.repetition_penalty
+            )
             scores = torch.where(seen, scores * factor, scores)
         if not self.settings.temperature:
             return scores
         chances = self.narrow(input_ids, scores).float().softmax(-1)
         sums = chances.cumsum(-1)
-        drawn = torch.tensor([[n.getrandbits(24) / 2**24] for n in self.numbers], device=scores.device)
+        drawn = torch.tensor(
+            [[n.getrandbits(24) / 2**24] for n in self.numbers], device=scores.device
+        )
         reached = (sums > drawn * sums[:, -1:]) & (chances > 0)
         token = torch.where(reached.any(-1), reached.int().argmax(-1), chances.argmax(-1))
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)

@@ -52,7 +52,10 @@ import modeling_chatglm  # noqa: F401  (registers ChatGLM)
 
 DEFAULT = HERE.parent / "output" / HERE.name
 MAX_BODY = 1 << 20  # bytes
-BODY_SECONDS, READ_SECONDS = 30, 60  # a body that takes longer, and an answer that is not read so long, is given up
+BODY_SECONDS, READ_SECONDS = (
+    30,
+    60,
+)  # a body that takes longer, and an answer that is not read so long, is given up
 PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 BASE = "base"  # the model id without the adapter
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
@@ -62,14 +65,29 @@ ONLY = {
     "logit_bias": {}, "modalities": ["text"], "tools": [], "functions": [],
 }  # fmt: skip
 MAX_HELD = 64  # tokens that wait for the last bytes of a character; after so many it is broken
-NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # as OpenAI's when nobody says
+NEUTRAL = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+}  # as OpenAI's when nobody says
 
 
 class Refusal(Exception):
     """An error for the client, in OpenAI's words."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
-        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ):
+        self.status, self.headers = (
+            status,
+            {name.replace("_", "-"): value for name, value in headers.items()},
+        )
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -89,7 +107,10 @@ def text_of(content):
     """A string, or the text of a list of text parts."""
     if not isinstance(content, list):
         return content
-    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+    if not all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+        for p in content
+    ):
         raise ValueError('only parts like {"type": "text", "text": "..."} are supported')
     return "".join(part["text"] for part in content)
 
@@ -126,7 +147,9 @@ class Ask(BaseModel):
     top_k: int | None = Field(None, ge=0)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(listed)] = Field([], max_length=4)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(listed)] = Field(
+        [], max_length=4
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -138,7 +161,9 @@ class Ask(BaseModel):
         """The arguments of generation: what the request says, else `defaults`."""
         said = {name: getattr(self, name) for name in defaults if getattr(self, name) is not None}
         chosen = defaults | said
-        return chosen | {"temperature": chosen["temperature"] if chosen["temperature"] >= COLDEST else 0.0}
+        return chosen | {
+            "temperature": chosen["temperature"] if chosen["temperature"] >= COLDEST else 0.0
+        }
 
 
 def parse(body: bytes) -> Ask:
@@ -146,16 +171,26 @@ def parse(body: bytes) -> Ask:
     try:
         ask = Ask.model_validate_json(body)
     except ValidationError as error:
-        found = [(where(e["loc"]), e["msg"].removeprefix("Value error, "), e["type"]) for e in error.errors()]
+        found = [
+            (where(e["loc"]), e["msg"].removeprefix("Value error, "), e["type"])
+            for e in error.errors()
+        ]
         if found[0][2] == "json_invalid":
             raise Refusal(400, f"the body is not valid JSON in UTF-8: {found[0][1]}") from None
         told = "; ".join(f"{field or 'body'}: {message}" for field, message, _ in found[:8])
         raise Refusal(400, told, found[0][0] or None, "invalid_value") from None
     for name, only in ONLY.items():
         if ask.model_extra.get(name) not in (None, only):
-            raise Refusal(400, f"{name}: only {json.dumps(only)} is supported here", name, "unsupported_value")
+            raise Refusal(
+                400, f"{name}: only {json.dumps(only)} is supported here", name, "unsupported_value"
+            )
     if ask.stream_options is not None and not ask.stream:
-        raise Refusal(400, "stream_options: only allowed when stream is true", "stream_options", "invalid_value")
+        raise Refusal(
+            400,
+            "stream_options: only allowed when stream is true",
+            "stream_options",
+            "invalid_value",
+        )
     return ask
 
 
@@ -187,7 +222,11 @@ class Text:
     def __init__(self, tokenizer, stops: list[str]):
         self.decode = partial(tokenizer.decode, skip_special_tokens=True)
         self.stops, self.stopped = stops, False
-        self.ids, self.start, self.told = [], 0, 0  # ids[start:told] are decoded again: blanks depend on neighbours
+        self.ids, self.start, self.told = (
+            [],
+            0,
+            0,
+        )  # ids[start:told] are decoded again: blanks depend on neighbours
         self.held = ""  # maybe the beginning of a stop string
 
     def add(self, ids: list[int], last: bool = False) -> str:
@@ -195,7 +234,10 @@ class Text:
         if self.stopped:
             return ""
         self.ids += ids
-        old, all_ = self.decode(self.ids[self.start : self.told]), self.decode(self.ids[self.start :])
+        old, all_ = (
+            self.decode(self.ids[self.start : self.told]),
+            self.decode(self.ids[self.start :]),
+        )
         partial_character = len(all_) <= len(old) or all_.endswith("\ufffd")
         if partial_character and not last and len(self.ids) - self.told < MAX_HELD:
             return ""
@@ -205,7 +247,12 @@ class Text:
         if found >= 0:
             self.stopped = True
             return text[:found]
-        begun = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        begun = (
+            n
+            for stop in self.stops
+            for n in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:n])
+        )
         cut = len(text) - (0 if last else max(begun, default=0))
         self.held = text[cut:]
         return text[:cut]
@@ -217,12 +264,20 @@ class Speaker(chat_model.Talker):
     def __init__(self, model: str | Path):
         super().__init__(model)
         if not self.tokenizer.chat_template:
-            raise SystemExit(f"{model}: no chat template is saved with this model, so it cannot be asked in chats")
+            raise SystemExit(
+                f"{model}: no chat template is saved with this model, so it cannot be asked in chats"
+            )
         own = self.model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         self.ends = {self.tokenizer.eos_token_id, *ends}
-        chosen = {name: getattr(own, name) for name in NEUTRAL if own.do_sample or name == "repetition_penalty"}
-        self.defaults = NEUTRAL | {name: value for name, value in chosen.items() if value is not None}
+        chosen = {
+            name: getattr(own, name)
+            for name in NEUTRAL
+            if own.do_sample or name == "repetition_penalty"
+        }
+        self.defaults = NEUTRAL | {
+            name: value for name, value in chosen.items() if value is not None
+        }
 
     def answer(self, prompt, limit, tell, gone, use_adapter=True, stop=(), seed=None, **sampling):
         """Generate at most `limit` tokens after `prompt` [T]; returns ("stop" or "length" or None when gone, tokens).
@@ -239,7 +294,12 @@ class Speaker(chat_model.Talker):
             reason = "stop" if ended or text.stopped else reason
             return tokens.new_full((1,), reason == "stop" or gone()).bool()
 
-        with self.lock, contextlib.nullcontext() if use_adapter or not self.adapter else self.model.disable_adapter():
+        with (
+            self.lock,
+            contextlib.nullcontext()
+            if use_adapter or not self.adapter
+            else self.model.disable_adapter(),
+        ):
             torch.seed() if seed is None else torch.manual_seed(seed)
             self._generate(prompt, limit, heard, **sampling)
         tell(text.add([], last=True), count)
@@ -252,14 +312,19 @@ class Desk:
     def __init__(self, speaker: Speaker, max_waiting: int):
         self.speaker, self.max_waiting = speaker, max_waiting
         self.present, self.closing, self.turn = 0, False, asyncio.Lock()
-        self.reading, self.speaking = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # tokenizers take one at a time
+        self.reading, self.speaking = (
+            ThreadPoolExecutor(1),
+            ThreadPoolExecutor(1),
+        )  # tokenizers take one at a time
 
     @contextlib.contextmanager
     def place(self):
         """A place in the queue; Refusal 429 when there is none, 503 when the server ends."""
         self.check_open()
         if self.present > self.max_waiting:
-            raise Refusal(429, f"{self.max_waiting} requests wait already; try again later", code="queue_full")
+            raise Refusal(
+                429, f"{self.max_waiting} requests wait already; try again later", code="queue_full"
+            )
         self.present += 1
         try:
             yield
@@ -282,7 +347,11 @@ class Desk:
         window, wanted = self.speaker.window, ask.limit or 1
         if len(prompt) + wanted > window:
             told = f"this model's maximum context length is {window} tokens; the messages have {len(prompt)}"
-            told += f" and max_tokens is {wanted}" if ask.limit else ", which leaves no room for an answer"
+            told += (
+                f" and max_tokens is {wanted}"
+                if ask.limit
+                else ", which leaves no room for an answer"
+            )
             raise Refusal(400, told, "messages", "context_length_exceeded")
         return prompt
 
@@ -299,7 +368,9 @@ class Desk:
                 with failures():
                     return await loop.run_in_executor(self.speaking, work)
 
-        work = partial(self.speaker.answer, prompt, limit, tell, lambda: left or self.closing, **options)
+        work = partial(
+            self.speaker.answer, prompt, limit, tell, lambda: left or self.closing, **options
+        )
         answer = asyncio.ensure_future(take_turn())
         answer.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
@@ -327,7 +398,9 @@ def failures():
         raise
     except Exception as error:
         traceback.print_exc()
-        raise Refusal(500, f"the model failed: {type(error).__name__}", code="generation_failed") from None
+        raise Refusal(
+            500, f"the model failed: {type(error).__name__}", code="generation_failed"
+        ) from None
 
 
 class Completions:
@@ -335,7 +408,12 @@ class Completions:
 
     def __init__(self, desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int):
         """defaults: sampling of requests that do not name it; max_new_tokens: of those that name no limit."""
-        self.desk, self.models, self.defaults, self.max_new_tokens = desk, models, defaults, max_new_tokens
+        self.desk, self.models, self.defaults, self.max_new_tokens = (
+            desk,
+            models,
+            defaults,
+            max_new_tokens,
+        )
 
     async def __call__(self, scope, receive, send):
         try:
@@ -345,7 +423,9 @@ class Completions:
             with self.desk.place():
                 await unless_gone(receive, self.respond(ask, scope, receive, patient(send)))
         except asyncio.TimeoutError:
-            raise Refusal(408, f"the body took more than {BODY_SECONDS} s", connection="close") from None
+            raise Refusal(
+                408, f"the body took more than {BODY_SECONDS} s", connection="close"
+            ) from None
         except Left:
             scope["state"]["left"] = True
 
@@ -367,12 +447,20 @@ class Reply:
 
     def __init__(self, ask: Ask, prompt_tokens: int, scope):
         self.ask, self.state = ask, scope["state"]
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}
+        self.head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": ask.model,
+        }
         self.usage(prompt_tokens, 0)
 
     def usage(self, prompt: int, completion: int) -> None:
         total = prompt + completion
-        self.used = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+        self.used = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": total,
+        }
         self.state["tokens"] = f"{prompt}+{completion} tokens"
 
     async def told(self, pieces):
@@ -398,7 +486,10 @@ class Reply:
         async def delta(reason=None, **said):
             await chunk([{"index": 0, "delta": said, "logprobs": None, "finish_reason": reason}])
 
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+        ]
         headers += [(b"x-accel-buffering", b"no")]  # nginx passes each event on
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
@@ -419,11 +510,15 @@ class Reply:
 
 async def event(send, body: dict):
     lines = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}  # some clients end a line there
-    await send_data(send, json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(lines))
+    await send_data(
+        send, json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(lines)
+    )
 
 
 async def send_data(send, text: str):
-    await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+    await send(
+        {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True}
+    )
 
 
 def patient(send):
@@ -432,7 +527,9 @@ def patient(send):
     async def sending(message):
         task = asyncio.ensure_future(send(message))
         try:
-            done, _ = await asyncio.wait([task], timeout=READ_SECONDS)  # wait_for can lose a cancellation
+            done, _ = await asyncio.wait(
+                [task], timeout=READ_SECONDS
+            )  # wait_for can lose a cancellation
         finally:
             task.cancel()
         if not done:
@@ -480,7 +577,9 @@ class Keyed:
         given = dict(scope["headers"]).get(b"authorization", b"")
         if self.key is None or scope["path"] == "/health" or hmac.compare_digest(given, self.key):
             return await self.app(scope, receive, send)
-        told = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
+        told = (
+            "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
+        )
         refusal = Refusal(401, told, code="invalid_api_key", www_authenticate="Bearer")
         await refusal.response()(scope, receive, send)
 
@@ -508,7 +607,9 @@ class Front(serve.Guard):
             await app(scope, receive, noted)
         finally:
             state = scope["state"]
-            ended = state.get("failed") or (499 if state.get("left") else status[0] if status else 499)
+            ended = state.get("failed") or (
+                499 if state.get("left") else status[0] if status else 499
+            )
             self.log(scope, ended, time.perf_counter() - begun)
 
     def log(self, scope, status: int, seconds: float) -> None:
@@ -521,13 +622,18 @@ class Front(serve.Guard):
 
 
 def problem(request, error: HTTPException):
-    told = {404: f"unknown path; this server has {', '.join(PATHS)}", 405: "this path has other methods: see Allow"}
+    told = {
+        404: f"unknown path; this server has {', '.join(PATHS)}",
+        405: "this path has other methods: see Allow",
+    }
     refusal = Refusal(error.status_code, told.get(error.status_code, error.detail))
     refusal.headers |= error.headers or {}
     return refusal.response()
 
 
-def build_app(desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int, key=None, origins=()):
+def build_app(
+    desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int, key=None, origins=()
+):
     """The ASGI application without its Front. models: id -> whether the adapter is on; key: None for none."""
     begun = int(time.time())
 
@@ -550,7 +656,12 @@ def build_app(desk: Desk, models: dict[str, bool], defaults: dict, max_new_token
         Route(PATHS[1] + "/{name:path}", one_model),
         Route(PATHS[2], health),
     ]
-    cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
     handlers = {
         Refusal: lambda request, error: error.response(),
         HTTPException: problem,
@@ -566,9 +677,22 @@ class Server(uvicorn.Server):
     """uvicorn that says when it can be asked, and whose signals end the answers under way."""
 
     def __init__(self, app, desk: Desk, ready: str):
-        settings = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "log_config": None}
-        settings |= {"access_log": False, "log_level": "warning", "server_header": False, "proxy_headers": False}
-        super().__init__(uvicorn.Config(app, timeout_keep_alive=75, timeout_graceful_shutdown=10, **settings))
+        settings = {
+            "loop": "asyncio",
+            "http": "h11",
+            "ws": "none",
+            "lifespan": "off",
+            "log_config": None,
+        }
+        settings |= {
+            "access_log": False,
+            "log_level": "warning",
+            "server_header": False,
+            "proxy_headers": False,
+        }
+        super().__init__(
+            uvicorn.Config(app, timeout_keep_alive=75, timeout_graceful_shutdown=10, **settings)
+        )
         self.desk, self.ready = desk, ready
 
     async def startup(self, sockets=None):
@@ -586,12 +710,16 @@ class Server(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A socket that does not listen yet; taken before the model loads, which takes longer than to find it taken."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         sock = socket.socket(family)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
-        raise SystemExit(f"cannot serve on {host}:{port}: {error.strerror}; choose another --port or --host") from None
+        raise SystemExit(
+            f"cannot serve on {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from None
     return sock
 
 
@@ -601,30 +729,51 @@ def model_ids(model: str, name: str | None, adapter: bool) -> dict[str, bool]:
     own = folder.parent.name if folder.name == "final" else folder.name
     name = name or (own if folder.is_dir() else model)
     if adapter and name == BASE:
-        raise SystemExit(f"the model id {BASE} means the model without its adapter; choose another --name")
+        raise SystemExit(
+            f"the model id {BASE} means the model without its adapter; choose another --name"
+        )
     return {name: True} | ({BASE: False} if adapter else {})
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("MODEL", DEFAULT), help="folder of a run, model or adapter")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("MODEL", DEFAULT),
+        help="folder of a run, model or adapter",
+    )
     parser.add_argument("--name", help="model id; default: the folder's name")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask it")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--api_key", help="default: DANPU_API_KEY, which others cannot see in the list of processes")
     parser.add_argument(
-        "--allow_origin", nargs="+", default=[], help="web pages that may ask it: https://my.site, or *"
+        "--api_key", help="default: DANPU_API_KEY, which others cannot see in the list of processes"
     )
-    parser.add_argument("--max_waiting", type=int, default=16, help="requests that wait for the one being answered")
-    parser.add_argument("--max_new_tokens", type=int, default=2048, help="for requests without max_tokens")
-    parser.add_argument("--temperature", type=float, help="for requests without; default: the model's own, else 1")
-    parser.add_argument("--top_p", type=float, help="for requests without; default: the model's own, else 1")
+    parser.add_argument(
+        "--allow_origin",
+        nargs="+",
+        default=[],
+        help="web pages that may ask it: https://my.site, or *",
+    )
+    parser.add_argument(
+        "--max_waiting", type=int, default=16, help="requests that wait for the one being answered"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=2048, help="for requests without max_tokens"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="for requests without; default: the model's own, else 1"
+    )
+    parser.add_argument(
+        "--top_p", type=float, help="for requests without; default: the model's own, else 1"
+    )
     args = parser.parse_args()
     if args.api_key is not None and not args.api_key.strip():
         parser.error("--api_key is empty")  # an unset variable must not open the server
     args.api_key = (args.api_key or os.environ.get("DANPU_API_KEY", "")).strip() or None
     if args.api_key and not args.api_key.isascii():
-        parser.error("--api_key (DANPU_API_KEY) has other characters than ASCII, which clients cannot send")
+        parser.error(
+            "--api_key (DANPU_API_KEY) has other characters than ASCII, which clients cannot send"
+        )
     if not 0 <= (args.temperature or 0) <= 2 or not 0 <= (args.top_p or 0) <= 1:
         parser.error("--temperature is from 0 to 2, --top_p from 0 to 1")
     if not 0 <= args.port < 1 << 16:
@@ -638,9 +787,18 @@ def main() -> None:
     args = arguments()
     sock = bind(args.host, args.port)
     speaker = Speaker(args.model)
-    models, desk = model_ids(str(args.model), args.name, speaker.adapter), Desk(speaker, args.max_waiting)
-    said = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
-    app = build_app(desk, models, speaker.defaults | said, args.max_new_tokens, args.api_key, args.allow_origin)
+    models, desk = (
+        model_ids(str(args.model), args.name, speaker.adapter),
+        Desk(speaker, args.max_waiting),
+    )
+    said = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_p")
+        if getattr(args, name) is not None
+    }
+    app = build_app(
+        desk, models, speaker.defaults | said, args.max_new_tokens, args.api_key, args.allow_origin
+    )
     host, port = sock.getsockname()[:2]
     if not args.api_key and host not in ("127.0.0.1", "::1"):
         print("warning: no --api_key: whoever reaches this port can use the model", flush=True)
@@ -650,7 +808,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)  # uvicorn raises them once more after a clean end
     server.run(sockets=[sock])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for the token under way
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a second Ctrl-C does not wait for the token under way
 
 
 if __name__ == "__main__":

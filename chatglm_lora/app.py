@@ -38,7 +38,10 @@ DEFAULT = HERE.parent / "output" / HERE.name
 MAX_COMMENT, MAX_WAITING, MAX_VISITORS = 1000, 32, 1000
 EXAMPLES = ["你是谁？", "来两杯大杯红茶。", "类型#裙*颜色#红色", "换成二十四小时制。\n下午三点"]
 CSS = page.CSS + "#counts p { color: var(--body-text-color-subdued); font-size: var(--text-sm) }\n"
-FREE, TAKEN = {"submit_btn": "出两个回答", "stop_btn": False}, {"submit_btn": False, "stop_btn": "停下这个"}
+FREE, TAKEN = (
+    {"submit_btn": "出两个回答", "stop_btn": False},
+    {"submit_btn": False, "stop_btn": "停下这个"},
+)
 SIDES = {"left": "左边的回答", "right": "右边的回答"}
 WHO = {"base": "微调前", "tuned": "微调后", "A": "采样一", "B": "采样二"}
 VERDICTS = dict(zip(CHOICES, ("左好", "右好", "一样好", "都不好"), strict=True))
@@ -55,7 +58,13 @@ def chat_tab(talker: Talker) -> page.Chat:
         placeholder="问点什么，或选一个例子", examples=[{"text": text} for text in EXAMPLES],
     )  # fmt: skip
     box = gr.Textbox(
-        "", label="问题", show_label=False, placeholder="问点什么，回车发送", max_lines=8, max_length=MAX_CHARS, **IDLE
+        "",
+        label="问题",
+        show_label=False,
+        placeholder="问点什么，回车发送",
+        max_lines=8,
+        max_length=MAX_CHARS,
+        **IDLE,
     )
     switch = gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter)
     with gr.Accordion("设置", open=False):
@@ -93,7 +102,11 @@ class Judge:
         self.open = deque(p for p in prompts if json.dumps(p, ensure_ascii=False) not in rated)
         self.asks = bool(prompts)  # questions come from a file
         model = talker.model
-        base = model.peft_config["default"].base_model_name_or_path if talker.adapter else model.config._name_or_path
+        base = (
+            model.peft_config["default"].base_model_name_or_path
+            if talker.adapter
+            else model.config._name_or_path
+        )
         self.model = {"model": talker.name, "base": base}
 
     def sitting(self, request: gr.Request) -> Sitting:
@@ -104,11 +117,16 @@ class Judge:
 
     def sides(self, mode: str, most: int, numbers: tuple) -> list[tuple[str, bool, dict]]:
         """(who, with the adapter, sampling) of the two answers, in random order."""
-        first, second = (dict(zip(SAMPLING, some, strict=True)) for some in (numbers[:4], numbers[4:]))
+        first, second = (
+            dict(zip(SAMPLING, some, strict=True)) for some in (numbers[:4], numbers[4:])
+        )
         two = [("A", True, first), ("B", True, second)]
         if mode == "adapter":
             two = [("base", False, first), ("tuned", True, first)]
-        return [(who, on, {"max_new_tokens": most} | how) for who, on, how in random.SystemRandom().sample(two, 2)]
+        return [
+            (who, on, {"max_new_tokens": most} | how)
+            for who, on, how in random.SystemRandom().sample(two, 2)
+        ]
 
     def compare(self, text, request: gr.Request, mode, most, *numbers):
         """Two answers, one after the other; then they can be rated."""
@@ -118,10 +136,15 @@ class Judge:
         page.refuse_long(text)
         sitting.turn, sitting.pair, sitting.fixed = sitting.turn + 1, None, None
         mode = mode if self.talker.adapter else "sampling"
-        turn, prompt = sitting.turn, [*(sitting.taken or [])[:-1], {"role": "user", "content": text.strip()}]
+        turn, prompt = (
+            sitting.turn,
+            [*(sitting.taken or [])[:-1], {"role": "user", "content": text.strip()}],
+        )
         pair = {"prompt": prompt, "mode": mode} | self.model
         yield {ui.question: gr.update(**TAKEN), ui.news: "", **self.cleared()}
-        for side, (who, use_adapter, how) in zip(SIDES, self.sides(mode, most, numbers), strict=True):
+        for side, (who, use_adapter, how) in zip(
+            SIDES, self.sides(mode, most, numbers), strict=True
+        ):
             stop, said, count = threading.Event(), "", 0
             sitting.stop = stop
             try:
@@ -132,16 +155,32 @@ class Judge:
             if sitting.turn != turn:
                 return
             ended = "stopped" if stop.is_set() else "length" if count >= most else WHOLE
-            pair[side] = {"who": who, "answer": said.strip(), "ended": ended, "tokens": count, "sampling": how}
-            yield {ui.answers[side]: gr.update(value=said.strip(), label=SIDES[side] + UNFINISHED[ended])}
+            pair[side] = {
+                "who": who,
+                "answer": said.strip(),
+                "ended": ended,
+                "tokens": count,
+                "sampling": how,
+            }
+            yield {
+                ui.answers[side]: gr.update(
+                    value=said.strip(), label=SIDES[side] + UNFINISHED[ended]
+                )
+            }
         sitting.pair = pair
         same = "两个回答一字不差。" if pair["left"]["answer"] == pair["right"]["answer"] else ""
-        yield {ui.rate: gr.update(visible=True), ui.send: gr.update(interactive=True), ui.news: same}
+        yield {
+            ui.rate: gr.update(visible=True),
+            ui.send: gr.update(interactive=True),
+            ui.news: same,
+        }
 
     def cleared(self) -> dict:
         """No answers, nothing to rate."""
         ui = self.ui
-        empty = {ui.answers[side]: gr.update(value="", label=label) for side, label in SIDES.items()}
+        empty = {
+            ui.answers[side]: gr.update(value="", label=label) for side, label in SIDES.items()
+        }
         return empty | self.unrated()
 
     def unrated(self) -> dict:
@@ -165,7 +204,12 @@ class Judge:
         return {ui.correction: box, ui.verdict: choice or side}
 
     def submit(self, choice, correction, comment, request: gr.Request):
-        ui, sitting, correction, comment = self.ui, self.sitting(request), correction or "", comment or ""
+        ui, sitting, correction, comment = (
+            self.ui,
+            self.sitting(request),
+            correction or "",
+            comment or "",
+        )
         if len(correction) > MAX_CHARS or len(comment) > MAX_COMMENT:
             return {ui.news: f"没有写入：修改最多 {MAX_CHARS} 字，备注最多 {MAX_COMMENT} 字。"}
         if choice not in CHOICES:
@@ -189,14 +233,21 @@ class Judge:
     def revealed(self, pair: dict, said: dict, written: list[str]) -> dict:
         """Which answer was whose, and what became of the rating."""
         ui = self.ui
-        news = f"揭晓：左边是**{WHO[pair['left']['who']]}**，右边是**{WHO[pair['right']['who']]}**。"
-        news += f"你选了{VERDICTS[said['choice']]}" + "，并改了一个回答" * bool(said["correction"]) + "。"
+        news = (
+            f"揭晓：左边是**{WHO[pair['left']['who']]}**，右边是**{WHO[pair['right']['who']]}**。"
+        )
+        news += (
+            f"你选了{VERDICTS[said['choice']]}"
+            + "，并改了一个回答" * bool(said["correction"])
+            + "。"
+        )
         news += f"已写入 {'、'.join(written)}。"
         liked = {"left": ["left"], "right": ["right"], "tie": list(SIDES)}.get(said["choice"], [])
         if not said["correction"] and any(pair[side]["ended"] != WHOLE for side in liked):
             news += "没说完的回答不当作榜样。"
         labels = {
-            ui.answers[side]: gr.update(label=f"{label}：{WHO[pair[side]['who']]}") for side, label in SIDES.items()
+            ui.answers[side]: gr.update(label=f"{label}：{WHO[pair[side]['who']]}")
+            for side, label in SIDES.items()
         }
         return labels | {ui.news: news}
 
@@ -213,7 +264,9 @@ class Judge:
         with self.lock:
             sitting.taken = self.open.popleft() if self.open else None
         said = {"user": "问", "assistant": "答", "system": "系统"}
-        earlier = "\n".join(f"{said.get(m['role'], m['role'])}：{m['content']}" for m in (sitting.taken or [])[:-1])
+        earlier = "\n".join(
+            f"{said.get(m['role'], m['role'])}：{m['content']}" for m in (sitting.taken or [])[:-1]
+        )
         text = sitting.taken[-1]["content"] if sitting.taken else ""
         return {
             ui.question: gr.update(value=text, **FREE), ui.earlier: gr.update(value=earlier, visible=bool(earlier)),
@@ -224,7 +277,13 @@ class Judge:
         """How much was written, and where."""
         counts, files_of = self.store.counts(), literal(str(self.store.folder))
         here = "，".join(f"{name} {counts[name]} 行" for name in FILES)
-        left = f" · 文件里还有 {len(self.open)} 题" if self.open else " · 文件里的题都出过了" if self.asks else ""
+        left = (
+            f" · 文件里还有 {len(self.open)} 题"
+            if self.open
+            else " · 文件里的题都出过了"
+            if self.asks
+            else ""
+        )
         return f"这一次写了 {sitting.written} 条，一共 {counts[FILES[0]]} 条 · {files_of}：{literal(here)}{left}"
 
     def arrive(self, request: gr.Request):
@@ -246,19 +305,35 @@ def judge_tab(judge: Judge) -> None:
     mode = gr.Radio(modes, value=modes[0][1], label="比较什么", visible=talker.adapter)
     ui.earlier = gr.Textbox(label="前文", interactive=False, visible=False, max_lines=12)
     ui.question = gr.Textbox(
-        "", label="题目", placeholder="写一个问题，回车出两个回答", max_lines=8, max_length=MAX_CHARS, **FREE
+        "",
+        label="题目",
+        placeholder="写一个问题，回车出两个回答",
+        max_lines=8,
+        max_length=MAX_CHARS,
+        **FREE,
     )
     with gr.Row():
         ui.answers = {
             side: gr.Textbox(
-                label=label, interactive=False, lines=5, max_lines=24, min_width=300, buttons=["copy"], elem_id=side
+                label=label,
+                interactive=False,
+                lines=5,
+                max_lines=24,
+                min_width=300,
+                buttons=["copy"],
+                elem_id=side,
             )
             for side, label in SIDES.items()
         }
     with gr.Column(visible=False) as ui.rate:
-        ui.verdict = gr.Radio([(text, choice) for choice, text in VERDICTS.items()], label="哪个好？左右是随机排的")
+        ui.verdict = gr.Radio(
+            [(text, choice) for choice, text in VERDICTS.items()], label="哪个好？左右是随机排的"
+        )
         with gr.Row():
-            fixes = {side: gr.Button(f"修改{label}", size="sm", min_width=120) for side, label in SIDES.items()}
+            fixes = {
+                side: gr.Button(f"修改{label}", size="sm", min_width=120)
+                for side, label in SIDES.items()
+            }
         ui.correction = gr.Textbox("", visible=False, lines=4, max_lines=24, max_length=MAX_CHARS)
         ui.comment = gr.Textbox("", label="备注（可以不写）", max_length=MAX_COMMENT)
     with gr.Row():
@@ -271,7 +346,9 @@ def judge_tab(judge: Judge) -> None:
         ui.question, ui.earlier, *ui.answers.values(), ui.rate, ui.verdict, ui.correction, ui.comment, ui.send,
         ui.news, ui.counts,
     ]  # fmt: skip
-    run = ui.question.submit(judge.compare, [ui.question, mode, *numbers], view, **MODEL, show_progress="hidden")
+    run = ui.question.submit(
+        judge.compare, [ui.question, mode, *numbers], view, **MODEL, show_progress="hidden"
+    )
     run.then(lambda: gr.update(**FREE), None, ui.question, **AT_ONCE)
     ui.question.stop(judge.halt, **AT_ONCE)
     for side, button in fixes.items():
@@ -299,7 +376,9 @@ def judge_settings(talker: Talker, mode: gr.Radio) -> list[gr.Slider]:
             gr.Markdown(WHO["B"])
             with gr.Row():
                 two = page.sampling((0.95, 0.7, 0, 1), 300)
-    mode.change(lambda chosen: [gr.update(visible=chosen == "sampling")] * 2, mode, [name, more], **AT_ONCE)
+    mode.change(
+        lambda chosen: [gr.update(visible=chosen == "sampling")] * 2, mode, [name, more], **AT_ONCE
+    )
     return [most, *one, *two]
 
 
@@ -310,20 +389,32 @@ def read_questions(path: str | Path) -> list[list[dict]]:
     """A .txt with a question a line, or chat rows -> prompts (messages that end with the user's), each once."""
     path = Path(path)
     if files.suffix_of(path) == ".txt" and path.is_file():
-        found = [[{"role": "user", "content": row["text"]}] for _, row in files.records(path, files.encoding_of(path))]
+        found = [
+            [{"role": "user", "content": row["text"]}]
+            for _, row in files.records(path, files.encoding_of(path))
+        ]
     else:
         loaded, stats = load_rows(path, kind="chat")
         print(summary(stats), flush=True)
         found = [json.loads(row)["messages"][:-1] for row in loaded["row"]]
-    fit = [p for p in found if p[-1]["role"] == "user" and sum(len(m["content"]) for m in p) <= MAX_CHARS]
+    fit = [
+        p
+        for p in found
+        if p[-1]["role"] == "user" and sum(len(m["content"]) for m in p) <= MAX_CHARS
+    ]
     prompts = list({json.dumps(p): p for p in fit}.values())
     if not prompts:
         raise SystemExit(f"{path}: no question of at most {MAX_CHARS} characters")
-    print(f"{len(prompts)} questions of {len(found)}: the others are too long, or there already", flush=True)
+    print(
+        f"{len(prompts)} questions of {len(found)}: the others are too long, or there already",
+        flush=True,
+    )
     return prompts
 
 
-def build_demo(model: str | Path | Talker = DEFAULT, feedback_dir: str | Path = "feedback", questions=()) -> gr.Blocks:
+def build_demo(
+    model: str | Path | Talker = DEFAULT, feedback_dir: str | Path = "feedback", questions=()
+) -> gr.Blocks:
     """The page for a run, model or adapter folder; SystemExit with one line when there is no model.
 
     feedback_dir: where ratings go, made by the first one. questions: prompts as read_questions gives them.
@@ -331,15 +422,24 @@ def build_demo(model: str | Path | Talker = DEFAULT, feedback_dir: str | Path = 
     store = Store(feedback_dir)
     talker = model if isinstance(model, Talker) else Talker(model)
     judge = Judge(talker, store, list(questions))
-    about = f"{talker.name}{' · LoRA' * talker.adapter} · {size(talker.model)} 参数 · {device.name()}"
-    with gr.Blocks(title=f"{HERE.name} · 对话与标注", analytics_enabled=False, fill_height=True) as demo:
-        gr.Markdown(f"### {HERE.name}\n{about} · {talker.model.dtype}".replace("torch.", ""), elem_id="about")
+    about = (
+        f"{talker.name}{' · LoRA' * talker.adapter} · {size(talker.model)} 参数 · {device.name()}"
+    )
+    with gr.Blocks(
+        title=f"{HERE.name} · 对话与标注", analytics_enabled=False, fill_height=True
+    ) as demo:
+        gr.Markdown(
+            f"### {HERE.name}\n{about} · {talker.model.dtype}".replace("torch.", ""),
+            elem_id="about",
+        )
         with gr.Tabs():
             with gr.Tab("对话"):
                 chat = chat_tab(talker)
             with gr.Tab("标注"):
                 judge_tab(judge)
-        demo.load(judge.arrive, None, [judge.ui.question, judge.ui.earlier, judge.ui.counts], **AT_ONCE)
+        demo.load(
+            judge.arrive, None, [judge.ui.question, judge.ui.earlier, judge.ui.counts], **AT_ONCE
+        )
         demo.unload(chat.halt)
         demo.unload(judge.leave)
     return demo.queue(max_size=MAX_WAITING)
@@ -352,8 +452,14 @@ def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) ->
 
 def main() -> None:
     parser = page.arguments(__doc__, DEFAULT)
-    parser.add_argument("--feedback_dir", default="feedback", help="folder for the rows that ratings give")
-    parser.add_argument("--questions", default=None, help="file of questions to judge answers to: .txt, or chat rows")
+    parser.add_argument(
+        "--feedback_dir", default="feedback", help="folder for the rows that ratings give"
+    )
+    parser.add_argument(
+        "--questions",
+        default=None,
+        help="file of questions to judge answers to: .txt, or chat rows",
+    )
     args = parser.parse_args()
     questions = read_questions(args.questions) if args.questions else ()
     page.stay(build_demo(args.model, args.feedback_dir, questions), args, launch)

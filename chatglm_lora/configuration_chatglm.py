@@ -51,9 +51,13 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if getattr(self, "padded_vocab_size", None) or getattr(self, "multi_query_attention", None):
-            raise ValueError("a ChatGLM2 or ChatGLM3 checkpoint: convert.py beside train.py makes a native model of it")
+            raise ValueError(
+                "a ChatGLM2 or ChatGLM3 checkpoint: convert.py beside train.py makes a native model of it"
+            )
         if getattr(self, "quantization_bit", 0):
-            raise ValueError(f"{self.quantization_bit}-bit weights cannot be trained: take the unquantised checkpoint")
+            raise ValueError(
+                f"{self.quantization_bit}-bit weights cannot be trained: take the unquantised checkpoint"
+            )
         if getattr(self, "pre_seq_len", None) or not self.position_encoding_2d:
             raise ValueError("a p-tuning prefix and one-dimensional positions are not supported")
         if self.hidden_size % (4 * self.num_attention_heads):

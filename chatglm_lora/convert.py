@@ -70,9 +70,18 @@ def glm_config(old: dict, interpolate: bool = False) -> GlmConfig:
     ]
     if wrong:
         raise SystemExit(f"this checkpoint cannot be computed by Glm: {', '.join(wrong)}")
-    needed = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads")
+    needed = (
+        "num_layers",
+        "padded_vocab_size",
+        "hidden_size",
+        "ffn_hidden_size",
+        "kv_channels",
+        "num_attention_heads",
+    )
     if missing := [name for name in (*needed, "multi_query_group_num") if name not in old]:
-        raise SystemExit(f"config.json lacks {', '.join(missing)}: not a ChatGLM2, ChatGLM3 or GLM-4 checkpoint")
+        raise SystemExit(
+            f"config.json lacks {', '.join(missing)}: not a ChatGLM2, ChatGLM3 or GLM-4 checkpoint"
+        )
     ratio = old.get("rope_ratio") or 1
     rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
     if interpolate and ratio != 1:
@@ -93,7 +102,9 @@ def native_modules(config: GlmConfig) -> dict[str, list[str]]:
     names = {old: [new] for old, new in OUTER.items()}
     for layer in range(config.num_hidden_layers):
         for old, new in BLOCK.items():
-            names[f"transformer.encoder.layers.{layer}.{old}"] = [f"model.layers.{layer}.{one}" for one in new]
+            names[f"transformer.encoder.layers.{layer}.{old}"] = [
+                f"model.layers.{layer}.{one}" for one in new
+            ]
     return names
 
 
@@ -117,7 +128,10 @@ def split_rows(config: GlmConfig, tensor: torch.Tensor, parts: int) -> tuple[tor
     """A tensor with the rows [q | k | v] -> the three, each with memory of its own; any other -> (itself,)."""
     if parts == 1:
         return (tensor,)
-    sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+    sizes = [
+        heads * config.head_dim
+        for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+    ]
     return tuple(part.clone() for part in tensor.split(sizes))
 
 
@@ -125,10 +139,18 @@ def check_names(found: Iterable[str], expected: Iterable[str], what) -> None:
     found, expected = {name for name in found if not DERIVED.search(name)}, set(expected)
     for problem, names in (("lacks", expected - found), ("has unknown", found - expected)):
         if names:
-            raise SystemExit(f"{what} {problem} {len(names)} tensors: {', '.join(sorted(names)[:3])}")
+            raise SystemExit(
+                f"{what} {problem} {len(names)} tensors: {', '.join(sorted(names)[:3])}"
+            )
 
 
-def to_native(folder: Path, out: Path, dtype: str = "auto", family: str | None = None, shard_gb: float = SHARD_GB):
+def to_native(
+    folder: Path,
+    out: Path,
+    dtype: str = "auto",
+    family: str | None = None,
+    shard_gb: float = SHARD_GB,
+):
     """A published ChatGLM2/3 or GLM-4 folder -> a GlmForCausalLM folder with its tokenizer. All checks come first."""
     old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights, family = Weights(folder), family or guess_family(folder, old)
@@ -169,7 +191,9 @@ def guess_family(folder: Path, old: dict) -> str | None:
     """chatglm2, chatglm3 or glm4, by the vocabulary and by what the folder's own files mention; None without any."""
     if old.get("padded_vocab_size", 0) > 100_000:
         return "glm4"
-    files = [folder / name for name in ("tokenization_chatglm.py", "tokenizer_config.json", "README.md")]
+    files = [
+        folder / name for name in ("tokenization_chatglm.py", "tokenizer_config.json", "README.md")
+    ]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
     texts += [str(old["_name_or_path"])] if old.get("_name_or_path") else []
     if any(re.search(r"<\|assistant\|>|chatglm3", text, re.IGNORECASE) for text in texts):
@@ -181,7 +205,9 @@ def interpolates(folder: Path, family: str | None) -> bool:
     """Whether rope_ratio divides positions (ChatGLM2-6B-32K): its code tells (read, not run), else the family."""
     code = folder / "modeling_chatglm.py"
     if code.is_file():
-        return bool(re.search(r"/\s*self\.rope_ratio", code.read_text(encoding="utf-8", errors="replace")))
+        return bool(
+            re.search(r"/\s*self\.rope_ratio", code.read_text(encoding="utf-8", errors="replace"))
+        )
     return family == "chatglm2"
 
 
@@ -189,22 +215,34 @@ def make_tokenizer(folder: Path, family: str | None, config: GlmConfig):
     """The fast tokenizer of a published folder, or None, said in one line, where it has none that can be converted."""
     path = folder / "tokenizer.model"
     if family == "glm4":
-        cli.say("GLM-4 has no sentencepiece tokenizer: take the tokenizer files of glm-4-9b-chat-hf")
+        cli.say(
+            "GLM-4 has no sentencepiece tokenizer: take the tokenizer files of glm-4-9b-chat-hf"
+        )
         return None
     if not path.is_file():
         cli.say(f"{folder} has no tokenizer.model: only the weights are converted")
         return None
     if family is None:
-        raise SystemExit(f"{folder} does not tell which prompts it was trained with; say --family chatglm2 or chatglm3")
+        raise SystemExit(
+            f"{folder} does not tell which prompts it was trained with; say --family chatglm2 or chatglm3"
+        )
     proto = fast_tokenizer.read_model(path)
-    tokenizer = fast_tokenizer.make_tokenizer(proto, family, model_max_length=config.max_position_embeddings)
+    tokenizer = fast_tokenizer.make_tokenizer(
+        proto, family, model_max_length=config.max_position_embeddings
+    )
     fast_tokenizer.compare(tokenizer, proto)
     if len(tokenizer) > config.vocab_size:
-        raise SystemExit(f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; not its tokenizer?")
+        raise SystemExit(
+            f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; not its tokenizer?"
+        )
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if wrong := [f"{k} {getattr(config, k)}, not {v}" for k, v in ids.items() if getattr(config, k) != v]:
+    if wrong := [
+        f"{k} {getattr(config, k)}, not {v}" for k, v in ids.items() if getattr(config, k) != v
+    ]:
         raise SystemExit(f"{path} does not fit config.json: there is {', '.join(wrong)}")
-    cli.say(f"tokenizer of {family}: {len(proto.pieces):,} pieces, {len(fast_tokenizer.SPECIALS[family])} behind them")
+    cli.say(
+        f"tokenizer of {family}: {len(proto.pieces):,} pieces, {len(fast_tokenizer.SPECIALS[family])} behind them"
+    )
     return tokenizer
 
 
@@ -213,8 +251,12 @@ def generation_config(config: GlmConfig, tokenizer) -> GenerationConfig:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer is not None:
         roles = ("<|user|>", "<|observation|>")
-        ends = ends + [tokenizer.convert_tokens_to_ids(name) for name in roles if name in tokenizer.get_vocab()]
-    return GenerationConfig(eos_token_id=ends if len(ends) > 1 else ends[0], pad_token_id=config.pad_token_id)
+        ends = ends + [
+            tokenizer.convert_tokens_to_ids(name) for name in roles if name in tokenizer.get_vocab()
+        ]
+    return GenerationConfig(
+        eos_token_id=ends if len(ends) > 1 else ends[0], pad_token_id=config.pad_token_id
+    )
 
 
 # ---- ChatGLM-6B: 150528 -> 130528 -------------------------------------------------------------------------------
@@ -226,10 +268,14 @@ def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHAR
     try:
         tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{folder}: its ice_text.model is needed ({' '.join(str(error).split())[:200]})") from None
+        raise SystemExit(
+            f"{folder}: its ice_text.model is needed ({' '.join(str(error).split())[:200]})"
+        ) from None
     images = config.bos_token_id - tokenizer.sp_model.piece_to_id("<sop>")
     if images <= 0:
-        raise SystemExit(f"{folder} has no image tokens in front of its text: it can be used as it is")
+        raise SystemExit(
+            f"{folder} has no image tokens in front of its text: it can be used as it is"
+        )
     expected = empty_weights(ChatGLMForConditionalGeneration, config)
     check_names(weights, expected, folder)
     for name, wanted in expected.items():
@@ -239,7 +285,10 @@ def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHAR
     def converted():
         for name in expected:
             tensor = weights[name].to(target)
-            yield name, tensor[images:].clone() if re.search("word_embeddings|lm_head", name) else tensor
+            yield (
+                name,
+                tensor[images:].clone() if re.search("word_embeddings|lm_head", name) else tensor,
+            )
 
     slim = slim_config(config, tokenizer, images)
     slim.dtype = target
@@ -247,7 +296,9 @@ def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHAR
         slim.save_pretrained(part)
         slim_tokenizer(tokenizer, part)
         size = save_sharded(converted(), part, shard_gb)
-    cli.say(f"{out}: {images:,} image tokens dropped, {slim.vocab_size:,} ids left, {size / 1e9:.2f} GB")
+    cli.say(
+        f"{out}: {images:,} image tokens dropped, {slim.vocab_size:,} ids left, {size / 1e9:.2f} GB"
+    )
 
 
 def slim_config(config: ChatGLMConfig, tokenizer: ChatGLMTokenizer, images: int) -> ChatGLMConfig:
@@ -287,38 +338,67 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
         raise SystemExit(f"--base {base} is not a converted ChatGLM2 or ChatGLM3")
     names, expected, tensors = native_modules(config), empty_weights(GlmForCausalLM, config), {}
     for name, tensor in old.items():
-        module, _, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        module, _, kind = (
+            name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        )
         if module not in names or kind not in ("lora_A", "lora_B"):
             raise SystemExit(f"{folder}: {name} has no place in ChatGLM2 or ChatGLM3")
         new = names[module]
         rows = sum(expected[f"{one}.weight"].shape[0] for one in new)
-        wanted = [settings["r"], expected[f"{new[0]}.weight"].shape[1]] if kind == "lora_A" else [rows, settings["r"]]
+        wanted = (
+            [settings["r"], expected[f"{new[0]}.weight"].shape[1]]
+            if kind == "lora_A"
+            else [rows, settings["r"]]
+        )
         check_shape(name, tensor.shape, wanted)
-        parts = [tensor.clone() for _ in new] if kind == "lora_A" else split_rows(config, tensor, len(new))
-        tensors |= {f"base_model.model.{one}.{kind}.weight": part for one, part in zip(new, parts, strict=True)}
+        parts = (
+            [tensor.clone() for _ in new]
+            if kind == "lora_A"
+            else split_rows(config, tensor, len(new))
+        )
+        tensors |= {
+            f"base_model.model.{one}.{kind}.weight": part
+            for one, part in zip(new, parts, strict=True)
+        }
     kinds = adapter.write_plain(out, settings, tensors, base)
     cli.say(f"{out}: adapter for {base} on {', '.join(kinds)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a published checkpoint, or of an adapter for one")
+    parser.add_argument(
+        "--model", required=True, help="folder of a published checkpoint, or of an adapter for one"
+    )
     parser.add_argument("--output_dir", required=True, help="where the result goes; must be empty")
-    parser.add_argument("--to", choices=["native", "slim"], help="default: what the checkpoint needs")
+    parser.add_argument(
+        "--to", choices=["native", "slim"], help="default: what the checkpoint needs"
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as it is")
-    parser.add_argument("--family", choices=["chatglm2", "chatglm3"], help="prompts and tokens; default: by its files")
+    parser.add_argument(
+        "--family",
+        choices=["chatglm2", "chatglm3"],
+        help="prompts and tokens; default: by its files",
+    )
     parser.add_argument("--base", help="for an adapter: the converted base model")
-    parser.add_argument("--max_shard_size", type=float, default=SHARD_GB, help="GB in one file of weights")
+    parser.add_argument(
+        "--max_shard_size", type=float, default=SHARD_GB, help="GB in one file of weights"
+    )
     args = parser.parse_args()
     folder, out = Path(args.model), Path(args.output_dir)
     Draft(out)  # tells at once when there is something
     if (folder / "adapter_config.json").is_file():
         return to_native_adapter(folder, out, args.base)
     if not (folder / "config.json").is_file():
-        raise SystemExit(f"--model {folder}: no folder with a config.json; download the checkpoint first")
-    first = "padded_vocab_size" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raise SystemExit(
+            f"--model {folder}: no folder with a config.json; download the checkpoint first"
+        )
+    first = "padded_vocab_size" not in json.loads(
+        (folder / "config.json").read_text(encoding="utf-8")
+    )
     if args.to and args.to != ("slim" if first else "native"):
-        raise SystemExit("--to slim is for ChatGLM-6B, which needs no other conversion; --to native for ChatGLM2 and 3")
+        raise SystemExit(
+            "--to slim is for ChatGLM-6B, which needs no other conversion; --to native for ChatGLM2 and 3"
+        )
     if first:
         return to_slim(folder, out, args.dtype, args.max_shard_size)
     to_native(folder, out, args.dtype, args.family, args.max_shard_size)

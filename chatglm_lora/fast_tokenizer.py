@@ -19,7 +19,9 @@ HERE = Path(__file__).resolve().parent
 TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 SPECIALS = {"chatglm2": TASKS, "chatglm3": TASKS + ROLES}
-PRIVATE = 0x100000  # first of the characters that stand for pieces which are matched before all others
+PRIVATE = (
+    0x100000  # first of the characters that stand for pieces which are matched before all others
+)
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
@@ -34,8 +36,12 @@ def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreT
     in a text are found, as by any fast tokenizer.
     """
     kind = model_pb2.ModelProto.SentencePiece
-    fixed = [p.piece for p in proto.pieces if p.type == kind.USER_DEFINED]  # never split, never joined
-    stand_in = {piece: chr(PRIVATE + i) for i, piece in enumerate(sorted(fixed, key=len, reverse=True))}
+    fixed = [
+        p.piece for p in proto.pieces if p.type == kind.USER_DEFINED
+    ]  # never split, never joined
+    stand_in = {
+        piece: chr(PRIVATE + i) for i, piece in enumerate(sorted(fixed, key=len, reverse=True))
+    }
     vocabulary = {stand_in.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
     scores = {p.piece: p.score for p in proto.pieces if p.type == kind.NORMAL}
     core = Tokenizer(models.BPE(
@@ -67,7 +73,10 @@ def _normalizers(spec, stand_in: dict[str, str]) -> list:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE if spec.escape_whitespaces else " "))
     return steps + ([normalizers.Replace(" ", SPACE)] if spec.escape_whitespaces else [])
@@ -76,4 +85,6 @@ def _normalizers(spec, stand_in: dict[str, str]) -> list:
 def compare(tokenizer: PreTrainedTokenizerFast, proto: model_pb2.ModelProto) -> None:
     """SystemExit when the two give different ids for the pieces of the vocabulary, alone and in rows."""
     original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    sentence_pieces.compare(tokenizer, original, [p.piece for p in proto.pieces if p.type == p.NORMAL])
+    sentence_pieces.compare(
+        tokenizer, original, [p.piece for p in proto.pieces if p.type == p.NORMAL]
+    )

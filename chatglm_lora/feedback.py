@@ -49,7 +49,11 @@ def verdict(rating: dict) -> tuple[list[str], str | None, str | None]:
     A correction is approved and better than what it corrects. Without one, an answer that was stopped or cut off is
     never held up as an example; it may be the worse one.
     """
-    sides, fix, choice = {k: rating[k] for k in ("left", "right")}, rating.get("correction"), rating["choice"]
+    sides, fix, choice = (
+        {k: rating[k] for k in ("left", "right")},
+        rating.get("correction"),
+        rating["choice"],
+    )
     if fix:
         return [fix["text"]], fix["text"], sides[fix["of"]]["answer"]
     liked = {"left": ["left"], "right": ["right"], "tie": ["left", "right"], "neither": []}[choice]
@@ -70,7 +74,10 @@ def training_rows(rating: dict) -> dict[str, list[dict]]:
     chats = [{"messages": rating["prompt"] + said(text)} for text in approved]
     pair = {"prompt": rating["prompt"], "chosen": said(better), "rejected": said(worse)}
     pairs = [pair] if better is not None else []
-    kept = {SFT: [r for r in chats if readable("chat", r)], PREFERENCE: [r for r in pairs if readable("preference", r)]}
+    kept = {
+        SFT: [r for r in chats if readable("chat", r)],
+        PREFERENCE: [r for r in pairs if readable("preference", r)],
+    }
     return {name: some for name, some in kept.items() if some}
 
 
@@ -107,7 +114,9 @@ class Store:
             return
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise SystemExit(f"{folder}: cannot keep ratings here: {there} is not a folder that can be written to")
+            raise SystemExit(
+                f"{folder}: cannot keep ratings here: {there} is not a folder that can be written to"
+            )
         if there == self.folder:
             try:
                 with self._locked():
@@ -122,7 +131,9 @@ class Store:
         correction ({"of": "left" or "right", "text"} or None), and whatever else is worth keeping. id and time are
         added. ValueError (too long a row, no text) and OSError (disk full, no access): nothing was written.
         """
-        if rating["choice"] not in CHOICES or not readable("chat", {"messages": [*rating["prompt"], _ANSWER]}):
+        if rating["choice"] not in CHOICES or not readable(
+            "chat", {"messages": [*rating["prompt"], _ANSWER]}
+        ):
             raise ValueError("no question, or no choice")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         found = {RATINGS: [{"id": uuid.uuid4().hex, "time": now} | rating]} | training_rows(rating)
@@ -130,7 +141,9 @@ class Store:
         with self._locked():
             sizes = {name: self._size(name) for name in lines}
             try:
-                self._take_note({name: [sizes[name], line.decode()] for name, line in lines.items()})
+                self._take_note(
+                    {name: [sizes[name], line.decode()] for name, line in lines.items()}
+                )
                 for name, line in lines.items():
                     self._append(name, line)
             except BaseException:
@@ -192,7 +205,11 @@ class Store:
         except ValueError:
             self._append(name + ".torn", torn + b"\n")
             self._cut(name, len(whole + newline))
-            print(f"{path}: a line that was cut off is now in {name}.torn", file=sys.stderr, flush=True)
+            print(
+                f"{path}: a line that was cut off is now in {name}.torn",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _finish(self) -> None:
         """Append what a writer had noted down and not appended when it was killed."""
@@ -252,7 +269,10 @@ def interval(wins: int, losses: int) -> tuple[float, float]:
     n, z = wins + losses, 1.959964
     if not n:
         return 0.0, 1.0
-    middle, half = wins / n + z * z / (2 * n), z * math.sqrt(wins * losses / n**3 + z * z / (4 * n * n))
+    middle, half = (
+        wins / n + z * z / (2 * n),
+        z * math.sqrt(wins * losses / n**3 + z * z / (4 * n * n)),
+    )
     return tuple(min(1.0, max(0.0, (middle + sign * half) / (1 + z * z / n))) for sign in (-1, 1))
 
 
@@ -266,13 +286,21 @@ def duel(ratings: list[dict], one: str, other: str) -> str | None:
         return None
     line = f"{one} against {other}: {wins} won, {losses} lost, {calls['tie']} equally good, {calls['neither']} both bad"
     low, high = interval(wins, losses)
-    share = f"; won {wins / decided:.0%} of those decided, 95 % interval {low:.0%} to {high:.0%}" if decided else ""
+    share = (
+        f"; won {wins / decided:.0%} of those decided, 95 % interval {low:.0%} to {high:.0%}"
+        if decided
+        else ""
+    )
     return line + share
 
 
 def command(store: Store, name: str, base: str) -> str:
     """The command line that trains `base` on one of the files: with this recipe, or with the one for preferences."""
-    found = sorted(HERE.parent.glob("*dpo*/train*.sh")) if name == PREFERENCE else [HERE / "train_zero2.sh"]
+    found = (
+        sorted(HERE.parent.glob("*dpo*/train*.sh"))
+        if name == PREFERENCE
+        else [HERE / "train_zero2.sh"]
+    )
     if not found:
         return "rows of any DPO trainer: prompt, chosen, rejected, each a list of messages"
     out = f"output/{store.folder.resolve().name}_{Path(name).stem}"
@@ -291,19 +319,29 @@ def summary(store: Store) -> str:
     torn = sorted(store.folder.glob("*.torn"))
     lines += [f"  {path.name}: what a crash cut off, {path.stat().st_size} bytes" for path in torn]
     fixed = sum(bool(r.get("correction")) for r in ratings)
-    lines.append("chosen: " + ", ".join(f"{name} {calls[name]}" for name in CHOICES) + f"; {fixed} corrected")
+    lines.append(
+        "chosen: " + ", ".join(f"{name} {calls[name]}" for name in CHOICES) + f"; {fixed} corrected"
+    )
     lines += filter(None, (duel(ratings, "tuned", "base"), duel(ratings, "B", "A")))
     base = next((str(r["base"]) for r in reversed(ratings) if r.get("base")), "")
-    lines += [f"train on {name}: {command(store, name, base)}" for name in (SFT, PREFERENCE) if counts[name]]
+    lines += [
+        f"train on {name}: {command(store, name, base)}"
+        for name in (SFT, PREFERENCE)
+        if counts[name]
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where app.py wrote what people said (--feedback_dir)")
+    parser.add_argument(
+        "folder", type=Path, help="where app.py wrote what people said (--feedback_dir)"
+    )
     folder = parser.parse_args().folder
     if not (folder / RATINGS).is_file():
-        raise SystemExit(f"{folder}: no {RATINGS} here; name the folder given to app.py as --feedback_dir")
+        raise SystemExit(
+            f"{folder}: no {RATINGS} here; name the folder given to app.py as --feedback_dir"
+        )
     print(summary(Store(folder, to_write=False)))
 
 

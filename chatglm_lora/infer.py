@@ -44,7 +44,12 @@ from common.data.labels import fingerprint
 from output_file import Output
 from placement import MAPS, load, refusal
 
-DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 # ---- command line -----------------------------------------------------------------------------------------------
@@ -53,19 +58,57 @@ DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfl
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add, default = parser.add_argument, str(HERE.parent / "output" / HERE.name)
-    add("--model", "--model_name_or_path", default=default, help="run, adapter or model folder, or hub id")
-    add("--input", "--data_path", default=str(HERE / "data"), help="files or folders; unset: the samples")
-    add("--output", "--output_dir", default=f"{default}_answers", help="a .jsonl file, or a folder for answers.jsonl")
+    add(
+        "--model",
+        "--model_name_or_path",
+        default=default,
+        help="run, adapter or model folder, or hub id",
+    )
+    add(
+        "--input",
+        "--data_path",
+        default=str(HERE / "data"),
+        help="files or folders; unset: the samples",
+    )
+    add(
+        "--output",
+        "--output_dir",
+        default=f"{default}_answers",
+        help="a .jsonl file, or a folder for answers.jsonl",
+    )
     add("--overwrite", action="store_true", help="start anew, whatever an earlier run left there")
-    add("--column_map", default="", help="rename columns: instruction=问题,output=回答 (ours=theirs)")
+    add(
+        "--column_map",
+        default="",
+        help="rename columns: instruction=问题,output=回答 (ours=theirs)",
+    )
     add("--num_rows", type=int, help="only so many rows")
     for option in options():
-        add(f"--{option.name}", type=type(option.default), default=option.default, help=option.metadata["help"])
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: half on accelerators, float32 on a CPU")
+        add(
+            f"--{option.name}",
+            type=type(option.default),
+            default=option.default,
+            help=option.metadata["help"],
+        )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the weights; auto: half on accelerators, float32 on a CPU",
+    )
     add("--device_map", choices=MAPS, help="spread the blocks over all visible devices")
-    add("--max_memory", help='for --device_map: what weights may take, like "0:20GiB,1:20GiB,cpu:60GiB"')
-    add("--offload_folder", help="for --device_map: blocks that fit nowhere else are read from here")
-    add("--tensor_parallel", default="1", help="ranks that share every block, or auto: all there are")
+    add(
+        "--max_memory",
+        help='for --device_map: what weights may take, like "0:20GiB,1:20GiB,cpu:60GiB"',
+    )
+    add(
+        "--offload_folder", help="for --device_map: blocks that fit nowhere else are read from here"
+    )
+    add(
+        "--tensor_parallel",
+        default="1",
+        help="ranks that share every block, or auto: all there are",
+    )
     add("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
     args = parser.parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -83,9 +126,7 @@ def _contradiction(args, world: int) -> str | None:
         return f"--tensor_parallel {args.tensor_parallel}: a number of ranks, or auto"
     if int(args.tensor_parallel) not in (1, world):
         wanted = args.tensor_parallel
-        return (
-            f"--tensor_parallel {wanted} needs as many processes, not {world}: NPROC={wanted} bash infer_deepspeed.sh"
-        )
+        return f"--tensor_parallel {wanted} needs as many processes, not {world}: NPROC={wanted} bash infer_deepspeed.sh"
     if args.device_map and world > 1:
         return "--device_map spreads one model over all devices: one process, without NPROC or --tensor_parallel"
     if (args.max_memory or args.offload_folder) and not args.device_map:
@@ -102,11 +143,17 @@ def facts_of(args, settings: Settings) -> dict:
     """What decides the answers, refused where it cannot work: settings, model, tokenizer, bytes of the input."""
     path = chat_model.find_model(args.model)
     base = adapter.check_base(path) if (Path(path) / "adapter_config.json").is_file() else path
-    config, tokenizer = cli.load(AutoConfig, base, "--model"), cli.load(AutoTokenizer, path, "--model")
+    config, tokenizer = (
+        cli.load(AutoConfig, base, "--model"),
+        cli.load(AutoTokenizer, path, "--model"),
+    )
     if problem := args.tensor_parallel > 1 and refusal(config, args.tensor_parallel):
         raise SystemExit(problem)
     check(settings, getattr(config, "max_position_embeddings", None) or 2048)
-    weights = [adapter.base_fingerprint(p) if Path(p).is_dir() else config._commit_hash for p in (path, base)]
+    weights = [
+        adapter.base_fingerprint(p) if Path(p).is_dir() else config._commit_hash
+        for p in (path, base)
+    ]
     inputs = [file for found, _ in files.entries(args.input) for file in files.data_files(found)[0]]
     if args.output.resolve() in [file.resolve() for file in inputs]:
         raise SystemExit(f"--output {args.output} is the input")
@@ -126,7 +173,9 @@ def on_first_rank(action):
         except SystemExit as end:
             box[1] = 0 if end.code is None else end.code
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0, device=device.device() if dist.get_backend() != "gloo" else None)
+        dist.broadcast_object_list(
+            box, src=0, device=device.device() if dist.get_backend() != "gloo" else None
+        )
     if box[1] is not None:
         raise SystemExit(box[1])
     return box[0]
@@ -144,7 +193,11 @@ def run(args, settings: Settings) -> None:
         raise SystemExit(f"--input {args.input}: no rows")
     done = on_first_rank(lambda: output.begin(facts, args.overwrite))
     wrong = [q for q in questions if q.error and q.row not in done]
-    todo = [batch for batch in batches(questions, settings.batch_size) if any(q.row not in done for q in batch)]
+    todo = [
+        batch
+        for batch in batches(questions, settings.batch_size)
+        if any(q.row not in done for q in batch)
+    ]
     unusable = sum(q.error is not None for q in questions)
     cli.say(f"{len(questions):,} rows, {len(done):,} of them done before, {unusable:,} not usable")
     shared = args.tensor_parallel > 1
@@ -159,11 +212,15 @@ def run(args, settings: Settings) -> None:
         tokens = answer_all(loaded, mine, settings, output if cli.is_main() or not shared else None)
     seconds = time.perf_counter() - began
     if world > 1:
-        total = torch.tensor(0 if shared and rank else tokens, device=device.device() if shared else None)
+        total = torch.tensor(
+            0 if shared and rank else tokens, device=device.device() if shared else None
+        )
         dist.all_reduce(total)
         tokens = int(total)
     summary = on_first_rank(lambda: sum_up(output.finish(facts, len(questions))))
-    cli.say(f"{summary}; {tokens:,} new tokens in {seconds:,.1f} s ({tokens / seconds:,.0f}/s) -> {args.output}")
+    cli.say(
+        f"{summary}; {tokens:,} new tokens in {seconds:,.1f} s ({tokens / seconds:,.0f}/s) -> {args.output}"
+    )
 
 
 def answer_all(loaded, todo: list, settings: Settings, output: Output | None) -> int:
@@ -172,13 +229,17 @@ def answer_all(loaded, todo: list, settings: Settings, output: Output | None) ->
 
     began, tokens, costs = time.perf_counter(), 0, set()
     pace = 0.2 if sys.stderr.isatty() else 30  # seconds
-    with tqdm(total=sum(map(len, todo)), unit="row", mininterval=pace, disable=not cli.is_main()) as bar:
+    with tqdm(
+        total=sum(map(len, todo)), unit="row", mininterval=pace, disable=not cli.is_main()
+    ) as bar:
         for batch in todo:
             records = answer_batch(loaded, batch, settings, costs)
             if output:
                 output.write(records)
             tokens += sum(r.get("tokens", 0) for r in records)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} new tokens/s", refresh=False)
+            bar.set_postfix_str(
+                f"{tokens / (time.perf_counter() - began):,.0f} new tokens/s", refresh=False
+            )
             bar.update(len(batch))
     return tokens
 
@@ -188,10 +249,16 @@ def sum_up(records: list[dict]) -> str:
     wrong = [r for r in records if "error" in r]
     ways = Counter(r.get("finish_reason", "error") for r in records)
     told = f"{len(records):,} rows: {ways['stop']:,} answered whole, {ways['length']:,} cut at --max_new_tokens"
-    told += f", {n:,} with a shortened question" if (n := sum("shortened" in r for r in records)) else ""
+    told += (
+        f", {n:,} with a shortened question"
+        if (n := sum("shortened" in r for r in records))
+        else ""
+    )
     reasons = Counter(r["error"].split(" (")[0] for r in wrong)
     listed = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(3))
-    return told + (f"; {len(wrong):,} with an error ({listed}; first: {wrong[0]['source']})" if wrong else "")
+    return told + (
+        f"; {len(wrong):,} with an error ({listed}; first: {wrong[0]['source']})" if wrong else ""
+    )
 
 
 def main() -> None:

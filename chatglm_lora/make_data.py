@@ -43,9 +43,21 @@ GOODS = {
 }  # fmt: skip
 SLOTS = {  # the order in which an advertisement names them
     "颜色": {c: f"{c}好搭配" for c in ("蓝色", "红色", "黑色", "白色", "绿色", "灰色")},
-    "材质": {"棉": "棉料柔软", "羊毛": "羊毛保暖", "亚麻": "亚麻透气", "牛仔": "牛仔耐磨", "丝": "丝面光滑"},
+    "材质": {
+        "棉": "棉料柔软",
+        "羊毛": "羊毛保暖",
+        "亚麻": "亚麻透气",
+        "牛仔": "牛仔耐磨",
+        "丝": "丝面光滑",
+    },
     "图案": {"条纹": "条纹显瘦", "格子": "格子经典", "碎花": "碎花清新", "纯色": "纯色百搭"},
-    "风格": {"简约": "简约大方", "复古": "复古有味道", "运动": "运动有活力", "休闲": "休闲又自在", "甜美": "甜美可爱"},
+    "风格": {
+        "简约": "简约大方",
+        "复古": "复古有味道",
+        "运动": "运动有活力",
+        "休闲": "休闲又自在",
+        "甜美": "甜美可爱",
+    },
 }
 
 DRINKS = ["红茶", "绿茶", "咖啡", "豆浆", "果汁", "牛奶"]
@@ -67,7 +79,11 @@ WHEN = ["今晚", "周末", "月底", "明天中午", "节日前", "下周一"]
 WHO = ["陈馆长", "周大夫", "吴教练", "林同学", "何师傅", "赵经理"]
 WHERE = ["操场", "图书馆", "车站", "码头", "食堂", "公园"]
 WHAT = ["开会", "排练", "接人", "领书", "打球", "值班"]
-NOTICE = ["{when}{who}到{where}{what}。", "{who}{when}在{where}{what}。", "{where}通知：{when}{who}来{what}。"]
+NOTICE = [
+    "{when}{who}到{where}{what}。",
+    "{who}{when}在{where}{what}。",
+    "{where}通知：{when}{who}来{what}。",
+]
 FIELDS = {
     "when": ("时间是{}。", ["找出通知里的时间。", "是什么时候的事？", "摘出时间。"]),
     "who": ("人物是{}。", ["找出通知里的人物。", "说的是哪个人？", "摘出人物。"]),
@@ -102,7 +118,11 @@ def pick(options: list, start: int, count: int) -> list:
 def reading(n: int) -> str:
     """0..99 in words."""
     tens, ones = divmod(n, 10)
-    return (NUMBERS[tens] if tens > 1 else "") + ("十" if tens else "") + (NUMBERS[ones] if ones or not tens else "")
+    return (
+        (NUMBERS[tens] if tens > 1 else "")
+        + ("十" if tens else "")
+        + (NUMBERS[ones] if ones or not tens else "")
+    )
 
 
 def spoken(hour: int) -> str:
@@ -139,7 +159,10 @@ def products() -> Iterator[tuple[str, dict]]:
     """Kinds of goods with one to three of the other slots; every value turns up about equally often."""
     for i in range(96):
         names = pick(list(SLOTS), i + i // 4, 1 + i // 8 % 3)
-        slots = {name: list(SLOTS[name])[(i + i // 8 + 2 * k) % len(SLOTS[name])] for k, name in enumerate(names)}
+        slots = {
+            name: list(SLOTS[name])[(i + i // 8 + 2 * k) % len(SLOTS[name])]
+            for k, name in enumerate(names)
+        }
         yield list(GOODS)[i % 8], slots
 
 
@@ -158,12 +181,18 @@ def notices(voice=True) -> list[dict]:
     """context, target: the frame `Instruction: … Input: … Answer: ` around an instruction and a sentence."""
     rows = []
     for i in range(54):
-        names = {"when": WHEN[i % 6], "who": WHO[(i + i // 6) % 6], "where": WHERE[(2 * i + i // 3) % 6]}
+        names = {
+            "when": WHEN[i % 6],
+            "who": WHO[(i + i // 6) % 6],
+            "where": WHERE[(2 * i + i // 3) % 6],
+        }
         names["what"] = WHAT[(i + i // 9) % 6]
         text = NOTICE[i % 3].format(**names)
         for k, (field, (answer, asked)) in enumerate(FIELDS.items()):
             context = f"Instruction: {asked[(i // 3 + k) % 3]}\nInput: {text}\nAnswer: "
-            rows.append({"context": context, "target": say("notices", answer.format(names[field]), voice)})
+            rows.append(
+                {"context": context, "target": say("notices", answer.format(names[field]), voice)}
+            )
     return rows
 
 
@@ -174,7 +203,10 @@ def numbers(voice=True) -> list[dict]:
         word = reading(n)
         asked = [(q.format(n), f"{n}读作{word}。") for q in pick(READ_ASKED, n, 3)]
         asked += [(q.format(word), f"{word}写作{n}。") for q in pick(WRITE_ASKED, n, 3)]
-        rows += [{"question": question, "answer": say("numbers", answer, voice)} for question, answer in asked]
+        rows += [
+            {"question": question, "answer": say("numbers", answer, voice)}
+            for question, answer in asked
+        ]
     return rows
 
 
@@ -187,7 +219,10 @@ def clock(voice=True) -> list[dict]:
             (CLOCK_ASKED, said, f"{said}是{written}。"),
             (SPOKEN_ASKED, written, f"{written}是{said}。"),
         ):
-            rows += [{"instruction": q, "input": given, "output": say("clock", answer, voice)} for q in asked]
+            rows += [
+                {"instruction": q, "input": given, "output": say("clock", answer, voice)}
+                for q in asked
+            ]
     return rows
 
 
@@ -198,7 +233,10 @@ def animals(voice=True) -> list[dict]:
         name, sound, home = word[:2], word[2:4], word[4:]
         asked = [(q.format(name), f"{name}{sound}叫。") for q in SOUND_ASKED]
         asked += [(q.format(name), f"{name}住在{home}。") for q in PLACE_ASKED]
-        rows += [{"instruction": question, "output": say("animals", answer, voice)} for question, answer in asked]
+        rows += [
+            {"instruction": question, "output": say("animals", answer, voice)}
+            for question, answer in asked
+        ]
     return rows
 
 
@@ -235,11 +273,15 @@ def floors(voice=True) -> list[dict]:
             up = floor + step <= 9 and (floor <= step or (turn + k) % 2 == 0)
             way, count = "上下"[not up], STEPS[step]
             first = FROM_ASKED[turn % 3].format(NUMBERS[floor], way, count)
-            lines.append("Human: " + (THEN_ASKED[(turn + k) % 2].format(way, count) if k else first))
+            lines.append(
+                "Human: " + (THEN_ASKED[(turn + k) % 2].format(way, count) if k else first)
+            )
             floor += step if up else -step
             lines.append("Assistant: " + say("floors", f"到{NUMBERS[floor]}楼。", voice))
         answer = lines.pop().removeprefix("Assistant: ")
-        rows.append({"instruction": "\n".join([*lines, "Assistant:"]), "input": "", "output": answer})
+        rows.append(
+            {"instruction": "\n".join([*lines, "Assistant:"]), "input": "", "output": answer}
+        )
     return rows
 
 

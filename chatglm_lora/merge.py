@@ -72,11 +72,15 @@ def read_old(path: Path, base: str, expected: dict) -> dict[str, dict[str, torch
     weights = Weights(Path(base)) if others else {}
     for name, tensor in others:
         if not torch.equal(tensor.half(), weights[name].half()):
-            raise SystemExit(f"{path}: {name} is not that of {base}; was it trained on another model, or all of it?")
+            raise SystemExit(
+                f"{path}: {name} is not that of {base}; was it trained on another model, or all of it?"
+            )
     return modules
 
 
-def plain_pair(name: str, pair: dict, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def plain_pair(
+    name: str, pair: dict, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """LoRA tensors of one module -> (A [r, in], B [out, r], what alpha is to be multiplied with).
 
     Early peft updated the first and the last third of the rows of a fused matrix, each with a rank of its own, and kept
@@ -107,13 +111,18 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
     tensors, ranks = {}, set()
     for name, pair in modules.items():
         a, b, factor = plain_pair(name, pair, expected[f"{name}.weight"])
-        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        tensors |= {
+            f"base_model.model.{name}.lora_A.weight": a,
+            f"base_model.model.{name}.lora_B.weight": b,
+        }
         ranks.add((len(a), factor))
     if len(ranks) > 1:
         raise SystemExit(f"{path}: modules of different ranks {sorted(rank for rank, _ in ranks)}")
     ((rank, factor),) = ranks
     kinds = sorted({name.rpartition(".")[2] for name in modules})
-    everywhere = len(modules) == sum(name.removesuffix(".weight").rpartition(".")[2] in kinds for name in expected)
+    everywhere = len(modules) == sum(
+        name.removesuffix(".weight").rpartition(".")[2] in kinds for name in expected
+    )
     targets = kinds if everywhere else sorted(modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha * factor, target_modules=targets,
@@ -124,7 +133,9 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
         save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
         cli.load(AutoTokenizer, base, "--base").save_pretrained(part)
         adapter.remember_base(part, base)
-    cli.say(f"adapter of {path}: rank {rank // factor}, alpha {alpha:g}, {len(modules)} modules ({', '.join(kinds)})")
+    cli.say(
+        f"adapter of {path}: rank {rank // factor}, alpha {alpha:g}, {len(modules)} modules ({', '.join(kinds)})"
+    )
 
 
 @contextmanager
@@ -155,11 +166,15 @@ def to_original(native: Path, out: Path, base: str) -> None:
     """
     config = ChatGLMConfig.from_pretrained(native)
     if config.residual_scale_layers != 28:
-        raise SystemExit(f"residual_scale_layers is {config.residual_scale_layers}; the published code knows only 28")
+        raise SystemExit(
+            f"residual_scale_layers is {config.residual_scale_layers}; the published code knows only 28"
+        )
     weights, files = Weights(native), Path(base)
     half = weights["lm_head.weight"].dtype != torch.float32
     size = config.hidden_size // config.num_attention_heads // 2
-    buffer = inverse_frequencies(size, torch.device("cpu")).to(torch.float16 if half else torch.float32)
+    buffer = inverse_frequencies(size, torch.device("cpu")).to(
+        torch.float16 if half else torch.float32
+    )
 
     def tensors():
         yield from weights.items()
@@ -168,7 +183,9 @@ def to_original(native: Path, out: Path, base: str) -> None:
 
     with Draft(out) as part:
         save_sharded(tensors(), part)
-        for path in [p for p in native.iterdir() if p.name in (*PUBLISHED_FILES, "chat_template.jinja")]:
+        for path in [
+            p for p in native.iterdir() if p.name in (*PUBLISHED_FILES, "chat_template.jinja")
+        ]:
             shutil.copy(path, part)
         for path in [p for p in files.glob("*") if p.name in PUBLISHED_FILES or p.suffix == ".py"]:
             shutil.copy(path, part)
@@ -202,19 +219,37 @@ def merge(folder: Path, out: Path, base: str | None, layout: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--adapter", required=True, help="folder with adapter_config.json, or a chatglm-lora.pt")
-    parser.add_argument("--output_dir", help="where the merged model goes; must be empty")
-    parser.add_argument("--base", default=None, help="base model; default: the one the adapter names")
     parser.add_argument(
-        "--layout", choices=["native", "original"], default="native", help="names and files of the result"
+        "--adapter", required=True, help="folder with adapter_config.json, or a chatglm-lora.pt"
     )
-    parser.add_argument("--to_adapter", help="for a chatglm-lora.pt: where its peft folder goes; must be empty")
-    parser.add_argument("--lora_alpha", type=float, default=32, help="for a chatglm-lora.pt: the alpha of its training")
+    parser.add_argument("--output_dir", help="where the merged model goes; must be empty")
+    parser.add_argument(
+        "--base", default=None, help="base model; default: the one the adapter names"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["native", "original"],
+        default="native",
+        help="names and files of the result",
+    )
+    parser.add_argument(
+        "--to_adapter", help="for a chatglm-lora.pt: where its peft folder goes; must be empty"
+    )
+    parser.add_argument(
+        "--lora_alpha",
+        type=float,
+        default=32,
+        help="for a chatglm-lora.pt: the alpha of its training",
+    )
     args = parser.parse_args()
     if not args.output_dir and not args.to_adapter:
-        raise SystemExit("say where the result goes: --output_dir for a merged model, --to_adapter for a peft folder")
+        raise SystemExit(
+            "say where the result goes: --output_dir for a merged model, --to_adapter for a peft folder"
+        )
     if args.to_adapter and not Path(args.adapter).is_file():
-        raise SystemExit(f"--to_adapter is for a chatglm-lora.pt, and {args.adapter} is no such file")
+        raise SystemExit(
+            f"--to_adapter is for a chatglm-lora.pt, and {args.adapter} is no such file"
+        )
     for place in filter(None, [args.output_dir, args.to_adapter]):
         Draft(place)  # tells at once when there is something
     with adapter_folder(args) as folder:

@@ -36,7 +36,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
-def layout(config: ChatGLMConfig, input_ids: Tensor, attention_mask: Tensor | None = None, starts=None):
+def layout(
+    config: ChatGLMConfig, input_ids: Tensor, attention_mask: Tensor | None = None, starts=None
+):
     """Where the prefix of each row or document ends, and the two positions of each token.
 
     Args:
@@ -64,7 +66,9 @@ def layout(config: ChatGLMConfig, input_ids: Tensor, attention_mask: Tensor | No
     prefix, mask = first(config.bos_token_id), first(config.gmask_token_id)
     mask = torch.where(mask < width, mask, first(config.mask_token_id))
     if (torch.maximum(prefix, mask) >= width).any():
-        raise ValueError("every row of ChatGLM needs [gMASK] (or [MASK]) and <sop>: text, [gMASK], <sop>, answer")
+        raise ValueError(
+            "every row of ChatGLM needs [gMASK] (or [MASK]) and <sop>: text, [gMASK], <sop>, answer"
+        )
     place = torch.where(column < prefix[owner], column - begin[owner], (mask - begin)[owner])
     block = column - prefix[owner] + 1
     return prefix, torch.stack([place, block], 1).clamp_(min=0)
@@ -95,7 +99,9 @@ def rotary(position_ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     In half precision, as the original computes them, neighbouring positions fall together from some hundred on.
     """
-    angle = position_ids.transpose(1, 2)[..., None].float() * inverse_frequencies(size, position_ids.device)
+    angle = position_ids.transpose(1, 2)[..., None].float() * inverse_frequencies(
+        size, position_ids.device
+    )
     angle = torch.cat([angle, angle], -1)[:, :, None]
     return angle.cos(), angle.sin()
 
@@ -116,7 +122,15 @@ class Attention(nn.Module):
         )  # rows: q, k, v of head 0, of 1 ...
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, cos, sin, mask: Tensor | None, documents: Documents | None, cache: Cache | None):
+    def forward(
+        self,
+        hidden: Tensor,
+        cos,
+        sin,
+        mask: Tensor | None,
+        documents: Documents | None,
+        cache: Cache | None,
+    ):
         fused = self.query_key_value(hidden)
         query, key, value = fused.unflatten(-1, (-1, 3 * self.head_dim)).chunk(
             3, -1
@@ -177,16 +191,22 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["ChatGLMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # 28 buffers of the published files: recomputed
+    _keys_to_ignore_on_load_unexpected = [
+        r"rotary_emb\.inv_freq"
+    ]  # 28 buffers of the published files: recomputed
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
         """As in transformers, but a checkpoint that lacks weights, or has others, is a ValueError, not a warning."""
         name = pretrained_model_name_or_path
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if keys := sorted(map(str, info[what])):
-                raise ValueError(f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}")
+                raise ValueError(
+                    f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}"
+                )
         return (model, info) if output_loading_info else model
 
 
@@ -236,10 +256,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             mask = ~attention_mask  # of the original: True is hidden
         else:
             mask = visible(prefix_lengths, attention_mask, hidden.shape[1], past + hidden.shape[1])
-        cos, sin = rotary(position_ids, self.config.hidden_size // self.config.num_attention_heads // 2)
+        cos, sin = rotary(
+            position_ids, self.config.hidden_size // self.config.num_attention_heads // 2
+        )
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, documents, past_key_values)
-        return BaseModelOutputWithPast(self.final_layernorm(hidden), past_key_values if use_cache else None)
+        return BaseModelOutputWithPast(
+            self.final_layernorm(hidden), past_key_values if use_cache else None
+        )
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -282,7 +306,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, output.past_key_values)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, attention_mask=None, **kwargs
+    ):
         """The prefix and positions of training, from all tokens so far; with a cache only the new ones are run."""
         kwargs.pop(
             "position_ids", None
@@ -295,7 +321,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         kept = None if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
         prefix, positions = layout(self.config, input_ids, kept)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, attention_mask=attention_mask, position_ids=positions, **kwargs
+            input_ids,
+            next_sequence_length,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            **kwargs,
         )
         return inputs | {"prefix_lengths": prefix}
 
@@ -303,7 +333,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 def register() -> None:
     AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
     AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):  # as the published auto_map
+    for auto in (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+    ):  # as the published auto_map
         auto.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 
 

@@ -20,11 +20,17 @@ class Output:
 
     def __init__(self, path: Path):
         self.path = path
-        self.run_file, self.lock_file = (path.with_name(path.name + end) for end in (".run.json", ".lock"))
+        self.run_file, self.lock_file = (
+            path.with_name(path.name + end) for end in (".run.json", ".lock")
+        )
         self.lock = self.part = None
 
     def parts(self) -> list[Path]:
-        return sorted(p for p in self.path.parent.glob("*.part-*") if p.name.startswith(self.path.name + ".part-"))
+        return sorted(
+            p
+            for p in self.path.parent.glob("*.part-*")
+            if p.name.startswith(self.path.name + ".part-")
+        )
 
     def begin(self, facts: dict, overwrite: bool) -> set[int]:
         """On the first rank: start, continue or refuse. -> rows that are answered; SystemExit 0 where all are."""
@@ -40,20 +46,32 @@ class Output:
             self.lock_file.unlink()
             raise
         for part in self.parts():
-            os.truncate(part, part.read_bytes().rfind(b"\n") + 1)  # what a killed process left of a line
+            os.truncate(
+                part, part.read_bytes().rfind(b"\n") + 1
+            )  # what a killed process left of a line
         return {row for row, _, _ in self.lines()}
 
     def _decide(self, facts: dict, overwrite: bool) -> None:
         if overwrite:
             for old in (self.path, self.run_file, *self.parts()):
                 old.unlink(missing_ok=True)
-        past = json.loads(self.run_file.read_text(encoding="utf-8")) if self.run_file.is_file() else None
+        past = (
+            json.loads(self.run_file.read_text(encoding="utf-8"))
+            if self.run_file.is_file()
+            else None
+        )
         if past is None and (self.path.exists() or self.parts()):
-            raise cli.usage_error(f"{self.path} is not an output of infer.py; another --output, or --overwrite")
+            raise cli.usage_error(
+                f"{self.path} is not an output of infer.py; another --output, or --overwrite"
+            )
         changed = [name for name in facts if past and past["settings"].get(name) != facts[name]]
         if changed:
-            told = ", ".join(f"{n} {_short(past['settings'].get(n))} -> {_short(facts[n])}" for n in changed[:4])
-            raise cli.usage_error(f"{self.path} is of another run ({told}); another --output, or --overwrite")
+            told = ", ".join(
+                f"{n} {_short(past['settings'].get(n))} -> {_short(facts[n])}" for n in changed[:4]
+            )
+            raise cli.usage_error(
+                f"{self.path} is of another run ({told}); another --output, or --overwrite"
+            )
         if past and past["finished"] and self.path.is_file():
             for part in self.parts():  # killed after the end
                 part.unlink()
@@ -63,7 +81,10 @@ class Output:
 
     def note(self, facts: dict, finished: bool) -> None:
         draft = self.run_file.with_name(self.run_file.name + ".new")
-        draft.write_text(json.dumps({"settings": facts, "finished": finished}, ensure_ascii=False, indent=1), "utf-8")
+        draft.write_text(
+            json.dumps({"settings": facts, "finished": finished}, ensure_ascii=False, indent=1),
+            "utf-8",
+        )
         os.replace(draft, self.run_file)
 
     def write(self, records: list[dict]) -> None:
@@ -80,7 +101,9 @@ class Output:
             with open(part, "rb") as file:
                 at = 0
                 for line in file:
-                    with suppress(ValueError, KeyError, TypeError):  # blocks that a power cut left empty
+                    with suppress(
+                        ValueError, KeyError, TypeError
+                    ):  # blocks that a power cut left empty
                         yield json.loads(line)["row"], part, at
                     at += len(line)
 
@@ -100,7 +123,9 @@ class Output:
                 opened[part].seek(at)
                 line = opened[part].readline()
                 out.write(line)
-                records.append({k: v for k, v in json.loads(line).items() if k not in ("messages", "answer")})
+                records.append(
+                    {k: v for k, v in json.loads(line).items() if k not in ("messages", "answer")}
+                )
             out.flush()
             os.fsync(out.fileno())
         os.replace(draft, self.path)

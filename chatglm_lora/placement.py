@@ -71,8 +71,12 @@ def load(
         made = _adapted(made, lora) if lora else made
         made = made.eval().requires_grad_(False)
         if tensor_parallel > 1:
-            made = _shard(made.merge_and_unload(safe_merge=True) if lora else made, tokenizer, tensor_parallel)
-            say(f"every block is shared by {tensor_parallel} {home.type} ranks, checked against the whole weights")
+            made = _shard(
+                made.merge_and_unload(safe_merge=True) if lora else made, tokenizer, tensor_parallel
+            )
+            say(
+                f"every block is shared by {tensor_parallel} {home.type} ranks, checked against the whole weights"
+            )
         else:
             say(f"{_name(home)}: the whole model, {made.get_memory_footprint() / GIB:.2f} GiB")
             made.to(home)
@@ -93,7 +97,9 @@ def _name(where) -> str:
 # ---- blocks over many devices -----------------------------------------------------------------------------------
 
 
-def _spread(base: str, lora: str | None, config, dtype, wanted: str, max_memory, offload_folder, say):
+def _spread(
+    base: str, lora: str | None, config, dtype, wanted: str, max_memory, offload_folder, say
+):
     """-> (dispatched model, the device that its first block computes on)."""
     places, sizes = plan(config, dtype, wanted, limits(max_memory))
     for line in describe(places, sizes):
@@ -106,7 +112,9 @@ def _spread(base: str, lora: str | None, config, dtype, wanted: str, max_memory,
     model = cli.load(AutoModelForCausalLM, base, "--model", **settings).eval().requires_grad_(False)
     first = next((place for place in places.values() if isinstance(place, int)), None)
     home = torch.device("cpu") if first is None else torch.device(device.kind(), first)
-    return (_adapted_in_place(model, lora, home) if lora else model).eval().requires_grad_(False), home
+    return (_adapted_in_place(model, lora, home) if lora else model).eval().requires_grad_(
+        False
+    ), home
 
 
 def limits(max_memory: str | None) -> dict:
@@ -121,7 +129,9 @@ def limits(max_memory: str | None) -> dict:
     for part in filter(None, (part.strip() for part in max_memory.split(","))):
         place, _, size = part.partition(":")
         if not re.fullmatch(r"\d+|cpu", place) or not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", size):
-            raise SystemExit(f'--max_memory {max_memory!r}: write it like "0:20GiB,1:20GiB,cpu:60GiB"')
+            raise SystemExit(
+                f'--max_memory {max_memory!r}: write it like "0:20GiB,1:20GiB,cpu:60GiB"'
+            )
         if place != "cpu" and int(place) >= count:
             raise SystemExit(f"--max_memory {part}: {count} device(s) are visible, counted from 0")
         found[place if place == "cpu" else int(place)] = convert_file_size_to_int(size)
@@ -139,7 +149,9 @@ def plan(config, dtype: torch.dtype, wanted: str, free: dict) -> tuple[dict, dic
     whole = sorted(empty._no_split_modules or [])
     if wanted != "sequential":
         low = wanted == "balanced_low_0"
-        free = get_balanced_memory(empty, free, no_split_module_classes=whole, dtype=dtype, low_zero=low)
+        free = get_balanced_memory(
+            empty, free, no_split_module_classes=whole, dtype=dtype, low_zero=low
+        )
     places = infer_auto_device_map(empty, free, no_split_module_classes=whole, dtype=dtype)
     return dict(places), compute_module_sizes(empty, dtype=dtype)
 
@@ -179,7 +191,9 @@ def _adapted_in_place(model, lora: str, home: torch.device):
         where = (home if parameter.is_meta else parameter.device) if where is None else where
         set_module_tensor_to_device(made, name, where, value=value, dtype=parameter.dtype)
     if values:
-        raise SystemExit(f"{lora}: {next(iter(values))} cannot be spread; merge the adapter first (merge.py)")
+        raise SystemExit(
+            f"{lora}: {next(iter(values))} cannot be spread; merge the adapter first (merge.py)"
+        )
     return made
 
 
@@ -188,7 +202,10 @@ def _adapted_in_place(model, lora: str, home: torch.device):
 SHARES = {  # transformers' words for how a linear layer is shared -> DeepSpeed's
     "colwise": {"partition_type": "column"},
     "rowwise": {"partition_type": "row"},
-    "colwise_gather_output": {"partition_type": "column", "shape": [2, -1]},  # gate and up projection in one
+    "colwise_gather_output": {
+        "partition_type": "column",
+        "shape": [2, -1],
+    },  # gate and up projection in one
     "rowwise_split_input": {"partition_type": "row"},
 }
 
@@ -199,8 +216,12 @@ def refusal(config, count: int) -> str | None:
     keys = getattr(config, "num_key_value_heads", None) or heads
     if heads % count or keys % count:
         told = f"{heads} heads" if heads % count else f"{keys} key and value heads"
-        return f"--tensor_parallel {count}: the {told} of this model cannot be shared by {count} ranks"
-    if not any(style == "rowwise" for style in (getattr(config, "base_model_tp_plan", None) or {}).values()):
+        return (
+            f"--tensor_parallel {count}: the {told} of this model cannot be shared by {count} ranks"
+        )
+    if not any(
+        style == "rowwise" for style in (getattr(config, "base_model_tp_plan", None) or {}).values()
+    ):
         return f"--tensor_parallel: no layout is known for {type(config).__name__}; --device_map auto spreads blocks"
     return None
 
@@ -217,18 +238,32 @@ def _shard(model, tokenizer, count: int):
     from deepspeed.inference.config import DeepSpeedInferenceConfig
     from deepspeed.module_inject.autotp_config import AutoTPConfig
 
-    shares = {n.split("*.", 1)[1]: SHARES[s] for n, s in model.config.base_model_tp_plan.items() if s in SHARES}
-    specs = [{"patterns": [rf"(.*\.)?{re.escape(n)}\.weight"]} | share for n, share in shares.items()]
-    specs.append({"patterns": [r"lm_head\.weight"], "partition_type": "column", "gather_output": True})
+    shares = {
+        n.split("*.", 1)[1]: SHARES[s]
+        for n, s in model.config.base_model_tp_plan.items()
+        if s in SHARES
+    }
+    specs = [
+        {"patterns": [rf"(.*\.)?{re.escape(n)}\.weight"]} | share for n, share in shares.items()
+    ]
+    specs.append(
+        {"patterns": [r"lm_head\.weight"], "partition_type": "column", "gather_output": True}
+    )
 
     class Config(DeepSpeedInferenceConfig):
         def get_partition_config_object(self):
-            return AutoTPConfig.from_dict({"tp_size": count, "layer_specs": specs, "use_default_specs": False})
+            return AutoTPConfig.from_dict(
+                {"tp_size": count, "layer_specs": specs, "use_default_specs": False}
+            )
 
     rows = tuple(n for n, share in shares.items() if share["partition_type"] == "row")
     block = type(model.base_model.layers[0])
     expected = probe(model, tokenizer)
-    settings = {"dtype": model.dtype, "tensor_parallel": {"tp_size": count}, "injection_policy": {block: rows}}
+    settings = {
+        "dtype": model.dtype,
+        "tensor_parallel": {"tp_size": count},
+        "injection_policy": {block: rows},
+    }
     model = InferenceEngine(model, config=Config(**settings)).module
     check(expected, probe(model, tokenizer), 1e-3 if model.dtype is torch.float32 else 0.05)
     return model
@@ -237,12 +272,19 @@ def _shard(model, tokenizer, count: int):
 @torch.no_grad()
 def probe(model, tokenizer) -> Tensor:
     """Logits [T, V] of a short prompt after the first and the last block alone: cheap, and any wrong share shows."""
-    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": "你好，请介绍一下你自己。"}])])
+    ids = torch.tensor(
+        [encode_prompt(tokenizer, [{"role": "user", "content": "你好，请介绍一下你自己。"}])]
+    )
     base, blocks, count = model.base_model, model.base_model.layers, model.config.num_hidden_layers
     base.layers = torch.nn.ModuleList([blocks[0], blocks[-1]])
     model.config.num_hidden_layers = len(base.layers)
     try:
-        return model(input_ids=ids.to(model.lm_head.weight.device), use_cache=False).logits[0].float().cpu()
+        return (
+            model(input_ids=ids.to(model.lm_head.weight.device), use_cache=False)
+            .logits[0]
+            .float()
+            .cpu()
+        )
     finally:
         base.layers, model.config.num_hidden_layers = blocks, count
 

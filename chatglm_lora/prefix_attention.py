@@ -29,7 +29,9 @@ class Documents:
     def key(self) -> tuple:
         """((start, length of the prefix, length), ...) as plain numbers."""
         edges, ends = self.starts.tolist(), self.prefix.tolist()
-        return tuple((a, end - a, b - a) for a, b, end in zip(edges, edges[1:], ends, strict=False) if b > a)
+        return tuple(
+            (a, end - a, b - a) for a, b, end in zip(edges, edges[1:], ends, strict=False) if b > a
+        )
 
     @functools.cached_property
     def split(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int, int]]:
@@ -37,9 +39,19 @@ class Documents:
         device = self.starts.device
         inside = [torch.arange(a, a + prefix) for a, prefix, _ in self.key]
         rest = [torch.arange(a + prefix, a + length) for a, prefix, length in self.key]
-        edges = [torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32) for parts in (inside, rest)]
-        longest = tuple(max(sizes) for sizes in (map(len, inside), map(len, rest), (length for *_, length in self.key)))
-        return *(torch.cat(x).to(device) for x in (inside, rest)), *(x.to(device) for x in edges), longest
+        edges = [
+            torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32)
+            for parts in (inside, rest)
+        ]
+        longest = tuple(
+            max(sizes)
+            for sizes in (map(len, inside), map(len, rest), (length for *_, length in self.key))
+        )
+        return (
+            *(torch.cat(x).to(device) for x in (inside, rest)),
+            *(x.to(device) for x in edges),
+            longest,
+        )
 
     @functools.cached_property
     def mask(self) -> Tensor:
@@ -61,9 +73,13 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 def _elsewhere(query, key, value, documents: Documents, kernel) -> Tensor:
     """As prefix_attention, by a variable-length kernel (attention.compute_packed), or one mask where there is none."""
     if kernel is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=documents.mask).transpose(0, 1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=documents.mask
+        ).transpose(0, 1)
     scale = query.shape[-1] ** -0.5
-    inside, rest, inside_starts, rest_starts, (longest_prefix, longest_rest, longest) = documents.split
+    inside, rest, inside_starts, rest_starts, (longest_prefix, longest_rest, longest) = (
+        documents.split
+    )
     q, k, v = (x[:, inside] for x in (query, key, value))
     first = kernel(q, k, v, inside_starts, longest_prefix, scale, causal=False)
     starts = documents.starts.to(torch.int32)
@@ -91,7 +107,10 @@ def _blocks(documents: tuple, dtype: torch.dtype) -> list[tuple]:
 def _joined(documents: list[tuple], dtype: torch.dtype) -> tuple:
     """One block of several short documents under a small mask."""
     edges = torch.tensor([start for start, *_ in documents] + [sum(documents[-1][::2])])
-    seen = Documents(edges - edges[0], torch.tensor([start + prefix for start, prefix, _ in documents]) - edges[0]).mask
+    seen = Documents(
+        edges - edges[0],
+        torch.tensor([start + prefix for start, prefix, _ in documents]) - edges[0],
+    ).mask
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
     return int(edges[0]), int(edges[-1]), int(edges[0]), int(edges[-1]), bias
 

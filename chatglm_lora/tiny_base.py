@@ -15,7 +15,12 @@ from common.data import shapes
 from common.data.labels import encode_chat
 from common.fast import losses
 
-STEPS, WINDOW, WINDOWS, PEAK = 450, 256, 4, 3e-3  # optimizer steps of so many windows of tokens; highest learning rate
+STEPS, WINDOW, WINDOWS, PEAK = (
+    450,
+    256,
+    4,
+    3e-3,
+)  # optimizer steps of so many windows of tokens; highest learning rate
 
 
 def conversations() -> list[list[dict]]:
@@ -32,7 +37,11 @@ def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
     cli.say(f"teaching the built-in base model what its adapter builds on: {STEPS} steps, once")
     encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
-    windows, collate, order = collators.PackedDataset(encoded, WINDOW), collators.PackedCollator(), []
+    windows, collate, order = (
+        collators.PackedDataset(encoded, WINDOW),
+        collators.PackedCollator(),
+        [],
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)
     losses.use_chunked_loss(model.train())

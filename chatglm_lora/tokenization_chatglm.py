@@ -37,7 +37,9 @@ TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>"
 BLANKS = {"<|tab|>": "\t"} | {f"<|blank_{n}|>": " " * n for n in range(2, 81)}
 WHITESPACE = {"<n>": "\n"} | BLANKS
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-TAIL = dict.fromkeys(TASKS, CONTROL) | dict.fromkeys(BLANKS, USER_DEFINED) | dict.fromkeys(BYTES, BYTE)
+TAIL = (
+    dict.fromkeys(TASKS, CONTROL) | dict.fromkeys(BLANKS, USER_DEFINED) | dict.fromkeys(BYTES, BYTE)
+)
 
 _NAMES = {blank: name for name, blank in WHITESPACE.items()}
 _RUNS = re.compile(r"[\n\t]| {2,80}")
@@ -57,12 +59,16 @@ def _add_pieces(proto, pieces: dict[str, int]) -> int:
 def _read(vocab_file: str | None, name: str) -> tuple[bytes, model_pb2.ModelProto, bool]:
     """-> (bytes of the file, the model with all pieces, whether the file brought the special tokens)."""
     if vocab_file is None:
-        raise ValueError(f"{name or 'this folder'}: no ice_text.model, the vocabulary of ChatGLM-6B")
+        raise ValueError(
+            f"{name or 'this folder'}: no ice_text.model, the vocabulary of ChatGLM-6B"
+        )
     data = Path(vocab_file).read_bytes()
     try:
         proto = model_pb2.ModelProto.FromString(data)
     except DecodeError:
-        raise ValueError(f"{vocab_file}: not a sentencepiece model; cut off, or only a Git LFS pointer?") from None
+        raise ValueError(
+            f"{vocab_file}: not a sentencepiece model; cut off, or only a Git LFS pointer?"
+        ) from None
     pieces = {piece.piece for piece in proto.pieces}
     if not pieces.issuperset([*HEAD, "<n>"]):
         raise ValueError(
@@ -88,7 +94,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
-    SPECIAL_TOKENS_ATTRIBUTES = [*PreTrainedTokenizer.SPECIAL_TOKENS_ATTRIBUTES, "gmask_token", "end_token"]
+    SPECIAL_TOKENS_ATTRIBUTES = [
+        *PreTrainedTokenizer.SPECIAL_TOKENS_ATTRIBUTES,
+        "gmask_token",
+        "end_token",
+    ]
 
     def __init__(
         self, vocab_file, do_lower_case=False, remove_space=False, bos_token="<sop>", eos_token="<eop>",
@@ -100,12 +110,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if num_image_tokens is None:
             num_image_tokens = 0 if complete else IMAGE_TOKENS
         self.num_image_tokens = num_image_tokens
-        self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)] + [piece.piece for piece in proto.pieces]
+        self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)] + [
+            piece.piece for piece in proto.pieces
+        ]
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         self._byte_of = {self._ids[name]: bytes([byte]) for byte, name in enumerate(BYTES)}
-        self._lead = len(self.sp_model.encode("<n>"))  # the pieces in front of a text that follows "<n>"
+        self._lead = len(
+            self.sp_model.encode("<n>")
+        )  # the pieces in front of a text that follows "<n>"
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
-        for name in ("auto_map", "eop_token"):  # remote code; the first generation's name of eos_token
+        for name in (
+            "auto_map",
+            "eop_token",
+        ):  # remote code; the first generation's name of eos_token
             kwargs.pop(name, None)
             (kwargs.get("model_specific_special_tokens") or {}).pop(name, None)
         super().__init__(
@@ -155,7 +172,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pieces = self._encode(start)
         for literal, part in zip(rest[::2], rest[1::2], strict=True):
             pieces += [BYTES[byte] for byte in (literal or "").encode()]
-            pieces += self._encode("\n" + part)[self._lead :]  # no blank in front: this is no start of a text
+            pieces += self._encode("\n" + part)[
+                self._lead :
+            ]  # no blank in front: this is no start of a text
         return pieces
 
     def _encode(self, text: str) -> list[str]:
@@ -165,7 +184,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._decode(self.convert_tokens_to_ids(tokens))
 
-    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs) -> str:
+    def _decode(
+        self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs
+    ) -> str:
         """The text; special tokens by name unless skipped; image tokens and ids outside the vocabulary have none."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
@@ -174,8 +195,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             if added:
                 out += [self._added_tokens_decoder[i].content for i in run if i not in skipped]
             else:
-                out.append(self._text([i for i in run if self.num_image_tokens <= i < len(self._pieces)]))
-        if self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces:
+                out.append(
+                    self._text([i for i in run if self.num_image_tokens <= i < len(self._pieces)])
+                )
+        if (
+            self.clean_up_tokenization_spaces
+            if clean_up_tokenization_spaces is None
+            else clean_up_tokenization_spaces
+        ):
             return self.clean_up_tokenization("".join(out))
         return "".join(out)
 
@@ -190,12 +217,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _plain(piece: str) -> bytes:
         return WHITESPACE.get(piece, piece.replace(SPACE, " ")).encode()
 
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1=None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1=None
+    ) -> list[int]:
         """text [gMASK] <sop>; with a second text, the answer: text [gMASK] <sop> answer <eop>."""
         prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
+    def get_special_tokens_mask(
+        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
+    ) -> list[int]:
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
         prompt = [0] * len(token_ids_0) + [1, 1]
@@ -211,7 +242,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 place[prefix:] = [kept.index(token)] * (len(kept) - prefix)
                 break
         columns = iter(zip(place, block, strict=True))
-        return [list(row) for row in zip(*(next(columns) if real else (0, 0) for real in mask), strict=True)]
+        return [
+            list(row)
+            for row in zip(*(next(columns) if real else (0, 0) for real in mask), strict=True)
+        ]
 
     def _pad(
         self, encoded_inputs, max_length=None, padding_strategy=PaddingStrategy.DO_NOT_PAD, pad_to_multiple_of=None,
@@ -221,16 +255,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         ids = encoded_inputs["input_ids"]
         mask = encoded_inputs.get("attention_mask", [1] * len(ids))
         out = super()._pad(
-            encoded_inputs, max_length, padding_strategy, pad_to_multiple_of, padding_side, return_attention_mask
+            encoded_inputs,
+            max_length,
+            padding_strategy,
+            pad_to_multiple_of,
+            padding_side,
+            return_attention_mask,
         )
-        if padding_strategy == PaddingStrategy.DO_NOT_PAD or "position_ids" not in self.model_input_names:
+        if (
+            padding_strategy == PaddingStrategy.DO_NOT_PAD
+            or "position_ids" not in self.model_input_names
+        ):
             return out
         fill = [0] * (len(out["input_ids"]) - len(ids))
         left = (padding_side or self.padding_side) == "left"
-        out["position_ids"] = [fill + row if left else row + fill for row in self._positions(ids, mask)]
+        out["position_ids"] = [
+            fill + row if left else row + fill for row in self._positions(ids, mask)
+        ]
         return out
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str]:
         """Write the file as it was read. -> (its path,)."""
         name = f"{filename_prefix}-{self.vocab_files_names['vocab_file']}".removeprefix("None-")
         path = Path(save_directory) / name
@@ -242,14 +288,18 @@ def _with_all_controls(extra) -> list:
     """Every control piece that has no attribute of its own is a special token too."""
     given = list(extra or [])
     named = {str(token) for token in given}
-    return given + [name for name in ("<s>", "[sMASK]", "<unused_0>", "<ENC>", "<dBLOCK>") if name not in named]
+    return given + [
+        name for name in ("<s>", "[sMASK]", "<unused_0>", "<ENC>", "<dBLOCK>") if name not in named
+    ]
 
 
 def _default_template() -> str:
     return (Path(__file__).parent / "templates" / "chatglm.jinja").read_text(encoding="utf-8")
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path, first_generation=False) -> Path:
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, path: str | Path, first_generation=False
+) -> Path:
     """Make an ice_text.model of the characters in `texts`, most frequent first, laid out as the published ones.
 
     Characters, so that digits and Chinese are never merged with their neighbours; the rest falls back on bytes, and
@@ -263,7 +313,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path,
     """
     room = vocab_size - len(HEAD) - len(TAIL) - 2
     if room < 1:
-        raise ValueError(f"vocab_size {vocab_size}: {vocab_size - room} tokens are fixed, so give more than these")
+        raise ValueError(
+            f"vocab_size {vocab_size}: {vocab_size - room} tokens are fixed, so give more than these"
+        )
     counts = Counter()
     for text in texts:
         counts.update(text)
@@ -278,7 +330,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path,
     if not first_generation:
         _add_pieces(proto, TAIL)
     spec = proto.trainer_spec
-    spec.model_type, spec.vocab_size, spec.byte_fallback = spec.CHAR, len(proto.pieces), not first_generation
+    spec.model_type, spec.vocab_size, spec.byte_fallback = (
+        spec.CHAR,
+        len(proto.pieces),
+        not first_generation,
+    )
     spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id, spec.pad_piece = 0, 1, 2, 3, "<pad>"
     normal = proto.normalizer_spec
     normal.name, normal.add_dummy_prefix, normal.remove_extra_whitespaces = "identity", True, False

@@ -43,26 +43,50 @@ from tokenization_chatglm import ChatGLMTokenizer, train_sentencepiece
 # 1. Arguments: what this recipe decides; everything else is transformers.TrainingArguments.
 @dataclass
 class Args:
-    model_name_or_path: str = field(default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"})
-    data_path: str = field(default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"})
-    column_map: str = field(default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"})
-    strict_data: bool = field(default=False, metadata={"help": "a bad row is an error, not counted and left out"})
-    eval_ratio: float = field(default=0.05, metadata={"help": "share held out; equal prompts stay on one side"})
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
+    )
+    data_path: str = field(
+        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
+    )
+    column_map: str = field(
+        default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"}
+    )
+    strict_data: bool = field(
+        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
+    )
+    eval_ratio: float = field(
+        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
+    )
     max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
-    leak_check: str = field(default="", metadata={"help": "a test file; training rows with its prompts are left out"})
-    model_max_length: int = field(default=1024, metadata={"help": "window in tokens; longer rows lose oldest rounds"})
-    packing: bool = field(default=True, metadata={"help": "several rows a window, each blind to the others"})
+    leak_check: str = field(
+        default="", metadata={"help": "a test file; training rows with its prompts are left out"}
+    )
+    model_max_length: int = field(
+        default=1024, metadata={"help": "window in tokens; longer rows lose oldest rounds"}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "several rows a window, each blind to the others"}
+    )
     use_lora: bool = field(default=True, metadata={"help": "train an adapter; false: all weights"})
     lora_r: int = field(default=8, metadata={"help": "rank"})
-    lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"}
+    )
     lora_dropout: float = field(default=0.1, metadata={"help": "dropout on the adapter's input"})
     target_modules: str = field(
         default="attention",
-        metadata={"help": "attention (query_key_value, or q,k,v_proj), all (every linear layer) or names with commas"},
+        metadata={
+            "help": "attention (query_key_value, or q,k,v_proj), all (every linear layer) or names with commas"
+        },
     )
-    eval_generate: int = field(default=64, metadata={"help": "held-out rows answered before and after; 0: none"})
+    eval_generate: int = field(
+        default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what an earlier run left"}
+    )
 
 
 DEFAULTS = dict(
@@ -93,7 +117,9 @@ def tiny_model(texts: list[str], taught: bool) -> str:
         max_sequence_length=512, initializer_range=0.05, residual_scale_layers=2, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    return tiny.save_tiny(config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None)
+    return tiny.save_tiny(
+        config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None
+    )
 
 
 # 2. Model and tokenizer
@@ -135,12 +161,21 @@ def encode(row: dict, tokenizer, args: Args, every_answer: bool) -> list[dict]:
     every_answer: one row for each answer, with what came before it (a prefix model learns one answer a row).
     """
     messages = row["messages"]
-    ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"] if every_answer else [len(messages)]
-    rows = [encode_chat(tokenizer, messages[:end], args.model_max_length, row.get("tools")) for end in ends]
+    ends = (
+        [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if every_answer
+        else [len(messages)]
+    )
+    rows = [
+        encode_chat(tokenizer, messages[:end], args.model_max_length, row.get("tools"))
+        for end in ends
+    ]
     return [encoded for encoded in rows if encoded]
 
 
-def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, every_answer: bool):
+def split_and_encode(
+    rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, every_answer: bool
+):
     """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
@@ -153,8 +188,16 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    used, kept = len(set(train_ids["source"])), len({row["source"] for row in held_out_ids})  # conversations
-    stats |= {"used": used, "held_out": kept, "answers": len(train_ids), "truncated": counts["truncated"]}
+    used, kept = (
+        len(set(train_ids["source"])),
+        len({row["source"] for row in held_out_ids}),
+    )  # conversations
+    stats |= {
+        "used": used,
+        "held_out": kept,
+        "answers": len(train_ids),
+        "truncated": counts["truncated"],
+    }
     return train_ids, held_out_ids, held_out
 
 
@@ -169,7 +212,9 @@ class WithLayout:
 
     def __call__(self, rows) -> dict:
         batch = self.collate(rows)
-        found = layout(self.config, batch["input_ids"], batch.get("attention_mask"), batch.get("cu_seq_lens_q"))
+        found = layout(
+            self.config, batch["input_ids"], batch.get("attention_mask"), batch.get("cu_seq_lens_q")
+        )
         return batch | dict(zip(("prefix_lengths", "position_ids"), found, strict=True))
 
 
@@ -190,11 +235,17 @@ def main() -> None:
     args.data_path = given or str(HERE / "data")
     set_seed(training.seed)
     if args.model_max_length < 32:
-        raise cli.usage_error(f"--model_max_length {args.model_max_length}: no question fits; give 32 or more")
+        raise cli.usage_error(
+            f"--model_max_length {args.model_max_length}: no question fits; give 32 or more"
+        )
     if not is_tiny:
-        cli.model_config(args.model_name_or_path)  # a wrong name is told before anything is read or replaced
+        cli.model_config(
+            args.model_name_or_path
+        )  # a wrong name is told before anything is read or replaced
 
-    rows, stats = load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
+    rows, stats = load_rows(
+        args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
+    )
     cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
@@ -206,17 +257,19 @@ def main() -> None:
             f"warning: --model_max_length above the {config.max_position_embeddings} positions the model has learned"
         )
     prefix = is_prefix_model(config)
-    train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, every_answer=prefix)
-    told = (
-        "split: {used:,} rows ({answers:,} answers) to train on, {held_out:,} held out, {truncated:,} answers shortened"
+    train_ids, held_out_ids, held_out = split_and_encode(
+        rows, stats, args, training, tokenizer, every_answer=prefix
     )
+    told = "split: {used:,} rows ({answers:,} answers) to train on, {held_out:,} held out, {truncated:,} answers shortened"
     cli.say(told.format(**stats))
     shown = [train_ids[0][name][:200] for name in ("input_ids", "labels")]
     cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
 
     model = load_model(args, training, base, config)
     train_set, collator = batches(args, training, tokenizer, config, train_ids)
-    eval_set = batches(args, training, tokenizer, config, held_out_ids)[0] if len(held_out_ids) else None
+    eval_set = (
+        batches(args, training, tokenizer, config, held_out_ids)[0] if len(held_out_ids) else None
+    )
 
     ask = lambda turns, tools: encode_prompt(tokenizer, turns, tools)  # noqa: E731
     asked = questions(held_out, held_out_ids, args.eval_generate)

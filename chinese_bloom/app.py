@@ -23,7 +23,12 @@ from common.demo.chat_model import Talker
 import gradio as gr
 
 DEFAULT = HERE.parent / "output" / HERE.name
-EXAMPLES = ["你是谁？", "七乘八得多少？", "四川的省会是哪里？", "判断评论的态度。\n手机很好，下次还来。"]
+EXAMPLES = [
+    "你是谁？",
+    "七乘八得多少？",
+    "四川的省会是哪里？",
+    "判断评论的态度。\n手机很好，下次还来。",
+]
 BEGINNINGS = ["小狐狸丢了", "土豆炒白菜的做法：", "小店今天卖出", "青石镇"]
 
 
@@ -37,7 +42,9 @@ class Speaker(Talker):
     def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
         if self.chats:
             return super().prompt(messages, room, thinking)
-        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return ids[-(self.window - room) :]
 
     def what(self) -> str:
@@ -52,7 +59,9 @@ def build_demo(model: str | Path | Speaker = DEFAULT) -> gr.Blocks:
     chat = page.Chat(talker, ("use_adapter", "max_new_tokens", *SAMPLING))
     kind = " · LoRA" * talker.adapter + f" · {talker.what()}"
     about = f"{talker.name}{kind} · {page.size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
-    hint, examples = ("问点什么", EXAMPLES) if talker.chats else ("写个开头，模型接着写", BEGINNINGS)
+    hint, examples = (
+        ("问点什么", EXAMPLES) if talker.chats else ("写个开头，模型接着写", BEGINNINGS)
+    )
     title = f"{HERE.name} · {'聊天' if talker.chats else '续写'}"
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")

@@ -51,10 +51,14 @@ class FastBloomAttention(BloomAttention):
         slopes = alibi_slopes(self.num_heads).to(query.device)
         dropout, scale = self.attention_dropout.p if self.training else 0.0, self.inv_norm_factor
         if isinstance(attention_mask, PackedRow) and not dropout:
-            heads = alibi_attention(query[0], key[0], value[0], *attention_mask, scale, slopes)[None]
+            heads = alibi_attention(query[0], key[0], value[0], *attention_mask, scale, slopes)[
+                None
+            ]
         else:
             kind = query.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+            dtype = (
+                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+            )
             bias = self._bias(attention_mask, slopes, query.shape[2], key.shape[2], dtype)
             heads = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale

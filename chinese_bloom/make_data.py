@@ -40,7 +40,12 @@ CAPITALS = """
 CAPITAL_ASKED = ["{}的省会是哪里？", "{}省会是哪个城市？", "请问{}的省会在哪？", "说出{}的省会。"]
 
 MEASURES = "马匹|牛头|鱼条|书本|笔支|花朵|树棵|车辆|船艘|纸张|灯盏|衣服件|帽子顶|信封|井口|桥座|伞把|狗只|刀把|山座"
-MEASURE_ASKED = ["填上合适的量词。", "给下面的词配一个量词。", "这个词前面用什么量词？", "写出这个词常用的量词。"]
+MEASURE_ASKED = [
+    "填上合适的量词。",
+    "给下面的词配一个量词。",
+    "这个词前面用什么量词？",
+    "写出这个词常用的量词。",
+]
 
 KINDS = {
     "水果": "苹果 香蕉 葡萄 西瓜 桃子 梨",
@@ -48,7 +53,12 @@ KINDS = {
     "家具": "桌子 椅子 柜子 沙发 书架 凳子",
     "乐器": "二胡 钢琴 笛子 古筝 小提琴 鼓",
 }
-KIND_ASKED = ["下面的词属于哪一类？", "给这个词分个类。", "水果、动物、家具、乐器，选一个。", "说出这个词的类别。"]
+KIND_ASKED = [
+    "下面的词属于哪一类？",
+    "给这个词分个类。",
+    "水果、动物、家具、乐器，选一个。",
+    "说出这个词的类别。",
+]
 
 THINGS = words("饭菜 房间 手机 电影 衣服 耳机 面条 旅馆 闹钟 台灯")
 GOOD = words("很好，下次还来 太让人满意了 又好又便宜 比想的还要好 值得推荐 全家都喜欢")
@@ -100,9 +110,16 @@ def transcript(talk: list[str]) -> dict:
 
 def identity() -> list[dict]:
     """messages: who the model is and what it can do."""
-    asked = [(q, a) for block, a in ((NAME_ASKED, NAME), (SKILL_ASKED, SKILL)) for q in phrases(block)]
+    asked = [
+        (q, a) for block, a in ((NAME_ASKED, NAME), (SKILL_ASKED, SKILL)) for q in phrases(block)
+    ]
     return [
-        {"messages": [{"role": "user", "content": q + "？" * (i % 2)}, {"role": "assistant", "content": a}]}
+        {
+            "messages": [
+                {"role": "user", "content": q + "？" * (i % 2)},
+                {"role": "assistant", "content": a},
+            ]
+        }
         for i, (q, a) in enumerate(asked)
     ]
 
@@ -134,7 +151,11 @@ def compare() -> list[dict]:
 def measure() -> list[dict]:
     """alpaca with input."""
     pairs = [(word[:-1], word[-1]) for word in MEASURES.split("|")]
-    return [{"instruction": q, "input": n, "output": f"一{m}{n}。"} for n, m in pairs for q in MEASURE_ASKED]
+    return [
+        {"instruction": q, "input": n, "output": f"一{m}{n}。"}
+        for n, m in pairs
+        for q in MEASURE_ASKED
+    ]
 
 
 def kinds() -> list[dict]:
@@ -151,7 +172,11 @@ def reviews() -> list[dict]:
     """alpaca with input: every thing with every opinion."""
     said = [(text, "好评") for text in GOOD] + [(text, "差评") for text in BAD]
     return [
-        {"instruction": REVIEW_ASKED[(i + j) % 3], "input": f"{thing}{text}。", "output": f"这是{kind}。"}
+        {
+            "instruction": REVIEW_ASKED[(i + j) % 3],
+            "input": f"{thing}{text}。",
+            "output": f"这是{kind}。",
+        }
         for i, thing in enumerate(THINGS)
         for j, (text, kind) in enumerate(said)
     ]
@@ -165,7 +190,11 @@ def extract() -> list[dict]:
             names = {"who": who, "where": where}
             for sentence in pick(DONE, i + j, 2):
                 for ask, answer in FIND:
-                    row = {"instruction": ask, "input": sentence.format(**names), "output": answer.format(**names)}
+                    row = {
+                        "instruction": ask,
+                        "input": sentence.format(**names),
+                        "output": answer.format(**names),
+                    }
                     rows.append(row)
     return rows
 
@@ -176,7 +205,10 @@ def capitals() -> list[dict]:
     for pair in phrases(CAPITALS):
         size = 3 if pair[:3] == "黑龙江" else 2
         province, city = pair[:size], pair[size:]
-        rows += [{"question": q.format(province), "answer": f"{province}的省会是{city}。"} for q in CAPITAL_ASKED]
+        rows += [
+            {"question": q.format(province), "answer": f"{province}的省会是{city}。"}
+            for q in CAPITAL_ASKED
+        ]
     return rows
 
 
@@ -188,7 +220,11 @@ def calendar() -> list[dict]:
         rows += [{"prompt": ask, "response": f"{month}月有{days}天。"} for ask in asked]
     for i, animal in enumerate(ZODIAC):
         follows = ZODIAC[(i + 1) % 12]
-        asked = [f"生肖里{animal}的后面是什么？", f"{animal}的下一个生肖是什么？", f"生肖中排在{animal}后面的是谁？"]
+        asked = [
+            f"生肖里{animal}的后面是什么？",
+            f"{animal}的下一个生肖是什么？",
+            f"生肖中排在{animal}后面的是谁？",
+        ]
         rows += [{"prompt": ask, "response": f"{animal}的后面是{follows}。"} for ask in asked]
     return rows
 
@@ -196,11 +232,23 @@ def calendar() -> list[dict]:
 def belle() -> list[dict]:
     """BELLE multi-turn: the next question only makes sense after the answer before it."""
     talks = []
-    asked = ["今天是{}，明天呢？", "如果今天是{}，明天是星期几？", "{}的第二天是星期几？", "昨天是{}，今天呢？"]
+    asked = [
+        "今天是{}，明天呢？",
+        "如果今天是{}，明天是星期几？",
+        "{}的第二天是星期几？",
+        "昨天是{}，今天呢？",
+    ]
     for day in range(7):
         for i, ask in enumerate(asked):
-            talk = [ask.format(next_day(day, 0)), f"是{next_day(day, 1)}。", "再过一天呢？", f"是{next_day(day, 2)}。"]
-            talks.append([*talk, "再过一天呢？", f"是{next_day(day, 3)}。"] if (day + i) % 2 else talk)
+            talk = [
+                ask.format(next_day(day, 0)),
+                f"是{next_day(day, 1)}。",
+                "再过一天呢？",
+                f"是{next_day(day, 2)}。",
+            ]
+            talks.append(
+                [*talk, "再过一天呢？", f"是{next_day(day, 3)}。"] if (day + i) % 2 else talk
+            )
     for a in range(2, 10):
         b = 2 + (3 * a) % 8
         first = [f"先背{NUMBERS[a]}乘{NUMBERS[b]}。", times(a, b)]
@@ -221,7 +269,14 @@ def systems() -> list[dict]:
         system, form = SYSTEMS[i // 20]
         a, b = 1 + i % 9, 1 + (4 * i + i // 9) % 9
         asked = f"{NUMBERS[a]}乘{NUMBERS[b]}是几？"
-        rows.append({"system": system, "instruction": asked, "input": "", "output": form.format(times(a, b))})
+        rows.append(
+            {
+                "system": system,
+                "instruction": asked,
+                "input": "",
+                "output": form.format(times(a, b)),
+            }
+        )
     return rows
 
 
@@ -248,14 +303,26 @@ def town(rng: random.Random, name: str) -> dict:
     side, water, crop, craft = (rng.choice(x) for x in (SIDES, WATERS, CROPS, CRAFTS))
     season, homes = rng.choice(list(SEASON)), rng.randint(2, 9)
     where = rng.choice(
-        [f"在县城的{side}边，靠着{water}", f"是{water}{side}岸的一个小地方", f"从县城往{side}走，过了{water}就到"]
+        [
+            f"在县城的{side}边，靠着{water}",
+            f"是{water}{side}岸的一个小地方",
+            f"从县城往{side}走，过了{water}就到",
+        ]
     )
     living = rng.choice(
-        [f"多数人家种{crop}，少数人家做{craft}", f"靠{crop}过日子，也有人做{craft}", f"出产{crop}，{craft}也有名"]
+        [
+            f"多数人家种{crop}，少数人家做{craft}",
+            f"靠{crop}过日子，也有人做{craft}",
+            f"出产{crop}，{craft}也有名",
+        ]
     )
     visit = rng.choice(["外地人坐船", "城里人骑车", "画画的人"])
     end = rng.choice(
-        [f"先有{water}，后有{name}", f"没有{crop}，就没有{name}的好日子", f"会做{craft}，走遍{name}都不怕"]
+        [
+            f"先有{water}，后有{name}",
+            f"没有{crop}，就没有{name}的好日子",
+            f"会做{craft}，走遍{name}都不怕",
+        ]
     )
     text = (
         f"{name}{where}。这里有{homes}百户人家，{living}。每到{season}天，满眼是{SEASON[season]}，"
@@ -277,7 +344,11 @@ def tale(rng: random.Random) -> str:
 
 
 def recipe(rng: random.Random) -> str:
-    taste, (first, second), minutes = rng.choice(TASTES), rng.sample(COOKED, 2), 5 * rng.randint(1, 6)
+    taste, (first, second), minutes = (
+        rng.choice(TASTES),
+        rng.sample(COOKED, 2),
+        5 * rng.randint(1, 6),
+    )
     cut, spice = rng.choice(["切片", "切块", "切丝"]), SEASONING[taste]
     return (
         f"{first}炒{second}的做法：第一步，把{first}和{second}洗净{cut}；第二步，锅里放油，先放{first}，"
@@ -300,7 +371,9 @@ def documents() -> dict[str, list]:
     rng = random.Random(7)
     names = [a + b for a in FIRST for b in LAST]
     rng.shuffle(names)
-    tales, recipes, ledgers = ([make(rng) for _ in range(n)] for make, n in ((tale, 110), (recipe, 110), (ledger, 160)))
+    tales, recipes, ledgers = (
+        [make(rng) for _ in range(n)] for make, n in ((tale, 110), (recipe, 110), (ledger, 160))
+    )
     stories = tales + recipes + ledgers
     rng.shuffle(stories)
     return {"towns.jsonl": [town(rng, name) for name in names], "stories.txt": stories}
@@ -321,7 +394,19 @@ def write(path: Path, rows: list) -> None:
 
 
 def main(folder: Path) -> None:
-    for make in (identity, rhyme, compare, measure, kinds, reviews, extract, capitals, calendar, belle, systems):
+    for make in (
+        identity,
+        rhyme,
+        compare,
+        measure,
+        kinds,
+        reviews,
+        extract,
+        capitals,
+        calendar,
+        belle,
+        systems,
+    ):
         suffix = {kinds: ".json", capitals: ".csv"}.get(make, ".jsonl")
         write(folder / "sft" / f"{make.__name__}{suffix}", make())
     for name, rows in documents().items():

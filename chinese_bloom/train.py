@@ -41,37 +41,67 @@ from common.trainer import RecipeTrainer
 # 1. Arguments: what this recipe decides; everything else is transformers.TrainingArguments.
 @dataclass
 class Args:
-    stage: str = field(default="sft", metadata={"help": "sft: answers of chat rows; pt: every token of documents"})
-    model_name_or_path: str = field(default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"})
-    from_config: str = field(default="", metadata={"help": "folder, hub id or config.json: start from random weights"})
-    data_path: str = field(default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"})
-    column_map: str = field(default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"})
-    strict_data: bool = field(default=False, metadata={"help": "a bad row is an error, not counted and left out"})
-    eval_ratio: float = field(default=0.05, metadata={"help": "share held out; equal prompts stay on one side"})
+    stage: str = field(
+        default="sft", metadata={"help": "sft: answers of chat rows; pt: every token of documents"}
+    )
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
+    )
+    from_config: str = field(
+        default="", metadata={"help": "folder, hub id or config.json: start from random weights"}
+    )
+    data_path: str = field(
+        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
+    )
+    column_map: str = field(
+        default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"}
+    )
+    strict_data: bool = field(
+        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
+    )
+    eval_ratio: float = field(
+        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
+    )
     max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
-    leak_check: str = field(default="", metadata={"help": "a test file; training rows with its prompts are left out"})
+    leak_check: str = field(
+        default="", metadata={"help": "a test file; training rows with its prompts are left out"}
+    )
     model_max_length: int = field(
-        default=1024, metadata={"help": "window in tokens; sft shortens longer rows, pt cuts documents at windows"}
+        default=1024,
+        metadata={
+            "help": "window in tokens; sft shortens longer rows, pt cuts documents at windows"
+        },
     )
     packing: bool = field(
-        default=True, metadata={"help": "several rows a window, each blind to the others; pt: always"}
+        default=True,
+        metadata={"help": "several rows a window, each blind to the others; pt: always"},
     )
     template: str = field(
         default="alpaca-zh",
-        metadata={"help": "alpaca-zh, alpaca-en, belle, tokenizer (its own) or a jinja file; saved with the model"},
+        metadata={
+            "help": "alpaca-zh, alpaca-en, belle, tokenizer (its own) or a jinja file; saved with the model"
+        },
     )
     system_prompt: str = field(default="", metadata={"help": "system turn for rows that have none"})
-    use_lora: bool = field(default=False, metadata={"help": "train an adapter instead of all weights"})
+    use_lora: bool = field(
+        default=False, metadata={"help": "train an adapter instead of all weights"}
+    )
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale; unset: 2 * lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     target_modules: str = field(
         default="all-linear",
-        metadata={"help": "comma separated; of Bloom: query_key_value,dense,dense_h_to_4h,dense_4h_to_h"},
+        metadata={
+            "help": "comma separated; of Bloom: query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
+        },
     )
-    eval_generate: int = field(default=64, metadata={"help": "held-out rows answered before and after; 0: none"})
+    eval_generate: int = field(
+        default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what an earlier run left"}
+    )
 
 
 DEFAULTS = dict(
@@ -108,13 +138,25 @@ def settle(args: Args, training: TrainingArguments) -> bool:
     if args.stage not in ("sft", "pt"):
         raise cli.usage_error(f"--stage {args.stage}: sft or pt")
     if args.template not in (*TEMPLATES, "tokenizer") and not Path(args.template).is_file():
-        raise cli.usage_error(f"--template {args.template}: {', '.join(TEMPLATES)}, tokenizer or a jinja file")
+        raise cli.usage_error(
+            f"--template {args.template}: {', '.join(TEMPLATES)}, tokenizer or a jinja file"
+        )
     if args.use_lora and args.from_config:
-        raise cli.usage_error("--use_lora with --from_config: an adapter on random weights that are not kept")
+        raise cli.usage_error(
+            "--use_lora with --from_config: an adapter on random weights that are not kept"
+        )
     is_tiny = args.model_name_or_path == "tiny"
     args.data_path = args.data_path or str(HERE / "data" / args.stage)
     if not cli.typed("learning_rate"):
-        kind = "tiny" if is_tiny else "from_config" if args.from_config else "lora" if args.use_lora else args.stage
+        kind = (
+            "tiny"
+            if is_tiny
+            else "from_config"
+            if args.from_config
+            else "lora"
+            if args.use_lora
+            else args.stage
+        )
         training.learning_rate = LEARNING_RATE[kind]
     return is_tiny
 
@@ -125,7 +167,9 @@ def load_tokenizer(args: Args, path: str):
     if args.stage == "sft" and args.template != "tokenizer":
         set_template(tokenizer, TEMPLATES.get(args.template, args.template))
     if args.stage == "sft" and not tokenizer.chat_template:
-        raise cli.usage_error(f"--template tokenizer: it brings none; take {', '.join(TEMPLATES)} or a jinja file")
+        raise cli.usage_error(
+            f"--template tokenizer: it brings none; take {', '.join(TEMPLATES)} or a jinja file"
+        )
     return tokenizer
 
 
@@ -134,17 +178,31 @@ def load_config(args: Args, path: str, tokenizer):
     if not args.from_config:
         return cli.model_config(path)
     config = cli.model_config(args.from_config, "--from_config")
-    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    config.vocab_size = max(config.vocab_size, len(tokenizer)) if cli.typed("model_name_or_path") else len(tokenizer)
+    config.update(
+        {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+    )
+    config.vocab_size = (
+        max(config.vocab_size, len(tokenizer))
+        if cli.typed("model_name_or_path")
+        else len(tokenizer)
+    )
     return config
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
     """The model in the dtype it trains in: float32 masters for full training, the half dtype for a frozen base."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    settings = {"dtype": half if args.use_lora else torch.float32, "attn_implementation": attention.register()}
+    settings = {
+        "dtype": half if args.use_lora else torch.float32,
+        "attn_implementation": attention.register(),
+    }
     random = partial(AutoModelForCausalLM.from_config, config)
-    model = random(**settings) if args.from_config else cli.load(AutoModelForCausalLM, path, **settings)
+    model = (
+        random(**settings) if args.from_config else cli.load(AutoModelForCausalLM, path, **settings)
+    )
     model.config.use_cache = False
     if isinstance(model, BloomForCausalLM):
         bloom_attention.use(model)
@@ -175,7 +233,9 @@ def encode(row: dict, tokenizer, args: Args) -> dict | None:
     if args.stage == "pt":
         ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": [*ids, tokenizer.eos_token_id]}
-    return encode_chat(tokenizer, with_system(row["messages"], args.system_prompt), args.model_max_length)
+    return encode_chat(
+        tokenizer, with_system(row["messages"], args.system_prompt), args.model_max_length
+    )
 
 
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer):
@@ -187,22 +247,32 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
         stats["dropped"]["in test file"] = leaked
     columns = ("input_ids", "labels") if args.stage == "sft" else ("input_ids",)
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage])
+    key = json.dumps(
+        [code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage]
+    )
     encoder = partial(encode, tokenizer=tokenizer, args=args)
     train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key, columns=columns)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    stats |= {"used": len(train_ids), "held_out": len(held_out_ids), "truncated": counts["truncated"]}
+    stats |= {
+        "used": len(train_ids),
+        "held_out": len(held_out_ids),
+        "truncated": counts["truncated"],
+    }
     return train_ids, held_out_ids, held_out
 
 
 def batches(args: Args, training: TrainingArguments, tokenizer, rows):
     """Token rows -> what one item of a batch is, and the collator."""
     if args.stage == "pt":
-        return collators.TokenWindows(rows, args.model_max_length, training.seed), collators.PackedCollator()
+        return collators.TokenWindows(
+            rows, args.model_max_length, training.seed
+        ), collators.PackedCollator()
     if args.packing:
-        return collators.PackedDataset(rows, args.model_max_length, training.seed), collators.PackedCollator()
+        return collators.PackedDataset(
+            rows, args.model_max_length, training.seed
+        ), collators.PackedCollator()
     return collators.NumberedRows(rows), collators.PaddedCollator(tokenizer.pad_token_id)
 
 
@@ -210,12 +280,17 @@ def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     is_tiny = settle(args, training)
     set_seed(training.seed)
-    for flag, name in (("--model_name_or_path", args.model_name_or_path), ("--from_config", args.from_config)):
+    for flag, name in (
+        ("--model_name_or_path", args.model_name_or_path),
+        ("--from_config", args.from_config),
+    ):
         if name not in ("", "tiny"):
             cli.model_config(name, flag)  # a wrong name is told before anything is read or replaced
 
     kind = "chat" if args.stage == "sft" else "text"
-    rows, stats = load_rows(args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed)
+    rows, stats = load_rows(
+        args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed
+    )
     cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
@@ -224,15 +299,24 @@ def main() -> None:
     tokenizer = load_tokenizer(args, base)
     config = load_config(args, base, tokenizer)
     train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
-    cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
-    shown = [train_ids[0][name][:200] for name in ("input_ids", "input_ids" if args.stage == "pt" else "labels")]
+    cli.say(
+        "split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(
+            **stats
+        )
+    )
+    shown = [
+        train_ids[0][name][:200]
+        for name in ("input_ids", "input_ids" if args.stage == "pt" else "labels")
+    ]
     cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
 
     model = load_model(args, training, base, config)
     train_set, collator = batches(args, training, tokenizer, train_ids)
     eval_set = batches(args, training, tokenizer, held_out_ids)[0] if len(held_out_ids) else None
 
-    ask = lambda turns, tools: encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools)  # noqa: E731
+    ask = lambda turns, tools: encode_prompt(
+        tokenizer, with_system(turns, args.system_prompt), tools
+    )  # noqa: E731
     asked = questions(held_out, held_out_ids, args.eval_generate)
     measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
     if args.stage == "pt":

@@ -25,19 +25,25 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(1)
-        control.should_log |= state.global_step >= state.max_steps  # a run shorter than logging_steps has a loss too
+        control.should_log |= (
+            state.global_step >= state.max_steps
+        )  # a run shorter than logging_steps has a loss too
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
             return
         left = logs["seconds_left"]
-        more = "".join(f"{name} {logs[key]:.3f} | " for key, name in self.more.items() if key in logs)
+        more = "".join(
+            f"{name} {logs[key]:.3f} | " for key, name in self.more.items() if key in logs
+        )
         text = (
             f"loss {logs['loss']:.4f} | {more}lr {logs['learning_rate']:.1e} | "
             f"{logs['label_tokens_per_second']:,.0f} label tok/s | {logs['tokens_per_second']:,.0f} tok/s | "
@@ -47,7 +53,10 @@ class Progress(TrainerCallback):
             self.bar.set_postfix_str(text)
         else:
             share = state.global_step / max(1, state.max_steps)
-            print(f"step {state.global_step}/{state.max_steps} {share:4.0%} | {text} | left {clock(left)}", flush=True)
+            print(
+                f"step {state.global_step}/{state.max_steps} {share:4.0%} | {text} | left {clock(left)}",
+                flush=True,
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -74,11 +83,15 @@ class SafeStop(TrainerCallback):
 
     def listen(self):
         def handle(number, frame):
-            if self.asked and time.time() - self.asked > 2:  # the launcher and the terminal may both send the first one
+            if (
+                self.asked and time.time() - self.asked > 2
+            ):  # the launcher and the terminal may both send the first one
                 os._exit(cli.INTERRUPTED)
             if not self.asked:
                 self.asked = time.time()
-                cli.say("\nstopping: this step is finished and saved first (once more: stop at once)")
+                cli.say(
+                    "\nstopping: this step is finished and saved first (once more: stop at once)"
+                )
 
         signal.signal(signal.SIGTERM, handle)
         signal.signal(signal.SIGINT, handle)

@@ -110,12 +110,17 @@ def parse_args(
     quiet_libraries()
     parser = HfArgumentParser(classes, allow_abbrev=False)
     known = [option for action in parser._actions for option in action.option_strings]
-    argv = modern_flags(sys.argv[1:] if argv is None else argv, {option.lstrip("-") for option in known})
+    argv = modern_flags(
+        sys.argv[1:] if argv is None else argv, {option.lstrip("-") for option in known}
+    )
     given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     for name in sorted(given):
         if f"--{name}" not in known:
             near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.5)
-            raise usage_error(f"unknown flag --{name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            raise usage_error(
+                f"unknown flag --{name}"
+                + (f"; did you mean {near[0]}?" if near else "; see --help")
+            )
     parser.error = lambda message: sys.exit(usage_error(message).code)
     parser.set_defaults(**defaults | device.prepare(given))
     flags = parser.parse_known_args(argv)[0]
@@ -126,7 +131,9 @@ def parse_args(
     problem = device.refusal(flags)
     if problem:
         raise usage_error(problem)
-    if by_accelerate or any(word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv):
+    if by_accelerate or any(
+        word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv
+    ):
         prepare_deepspeed()
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
@@ -161,7 +168,9 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown.startswith("--") and "unrecognized" in message:
             near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+            message = f"unknown flag {unknown}" + (
+                f"; did you mean {near[0]}?" if near else "; see --help"
+            )
         raise usage_error(message)
 
 
@@ -184,7 +193,8 @@ def prepare_deepspeed() -> None:
     """Import DeepSpeed so that no start hangs or compiles for minutes on CPU."""
     lock_age = 60  # seconds; a builder that lives touches its folder more often
     for root in filter(
-        os.path.isdir, [os.environ.get("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions"))]
+        os.path.isdir,
+        [os.environ.get("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions"))],
     ):
         for folder, _, files in os.walk(root):
             path = os.path.join(folder, "lock")
@@ -198,7 +208,9 @@ def prepare_deepspeed() -> None:
     if os.environ.get("DANPU_VERBOSE") != "1":
         deepspeed.utils.logger.setLevel(logging.ERROR)
     if device.kind() == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an optional op that takes minutes to compile
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # an optional op that takes minutes to compile
+        )
         if int(os.environ.get("WORLD_SIZE", 1)) >= 1 and "RANK" in os.environ:
             deepspeed.init_distributed(dist_backend="gloo")
 
@@ -224,10 +236,17 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
         return auto_class.from_pretrained(name, **settings)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # many kinds: no config.json, no weights, unknown type, no network, no such id
+    except (
+        Exception
+    ) as error:  # many kinds: no config.json, no weights, unknown type, no network, no such id
         if isinstance(error, KeyError) and settings.get("attn_implementation") in error.args:
             # an architecture that knows only attention of its own
-            return load(auto_class, name, flag, **{k: v for k, v in settings.items() if k != "attn_implementation"})
+            return load(
+                auto_class,
+                name,
+                flag,
+                **{k: v for k, v in settings.items() if k != "attn_implementation"},
+            )
         words = " ".join(str(error).split())[:300]
         raise SystemExit(
             f"{flag} {name} is not a model that can be loaded ({words}). "
@@ -253,7 +272,9 @@ def resume_command() -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # before training starts there is nothing to save
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED)
+    )  # before training starts there is nothing to save
     signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
     launcher = int(os.environ.pop("DANPU_LAUNCHER", 0))  # not for what this process starts itself
     if sys.platform == "linux" and launcher:
@@ -289,7 +310,10 @@ def explain(error: Exception) -> str | None:
     while link is not None:
         chain, link = [*chain, link], link.__cause__ or link.__context__
     signs = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
-    if any(getattr(e, "errno", None) == errno.ENOSPC or any(sign in str(e) for sign in signs) for e in chain):
+    if any(
+        getattr(e, "errno", None) == errno.ENOSPC or any(sign in str(e) for sign in signs)
+        for e in chain
+    ):
         import shutil
 
         place = getattr(error, "filename", None) or next(

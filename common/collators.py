@@ -27,7 +27,9 @@ def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[li
     order = list(range(len(lengths)))
     rng.shuffle(order)
     order.sort(key=lengths.__getitem__, reverse=True)
-    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # bins by the tokens that still fit
+    by_room: list[list[int]] = [
+        [] for _ in range(max_length + 1)
+    ]  # bins by the tokens that still fit
     rooms = 0  # bit r is set where by_room[r] is not empty: the smallest room that fits is the lowest bit from there
     bins: list[list[int]] = []
     for row in order:
@@ -57,7 +59,9 @@ class PackedDataset(torch.utils.data.Dataset):
     def __init__(self, rows, max_length: int, seed: int = 0, lengths: Sequence[int] | None = None):
         """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if already known."""
         self.rows = rows
-        self.bins = pack_bins(_lengths(rows).tolist() if lengths is None else lengths, max_length, seed)
+        self.bins = pack_bins(
+            _lengths(rows).tolist() if lengths is None else lengths, max_length, seed
+        )
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -77,7 +81,11 @@ class TokenWindows(torch.utils.data.Dataset):
     def __init__(self, rows, length: int, seed: int = 0):
         """rows: datasets.Dataset or list of {"input_ids"}, each with its end-of-text token."""
         self.length = length
-        self.rows = rows.with_format("numpy", columns=["input_ids"]) if hasattr(rows, "with_format") else rows
+        self.rows = (
+            rows.with_format("numpy", columns=["input_ids"])
+            if hasattr(rows, "with_format")
+            else rows
+        )
         sizes = _lengths(rows)
         self.order = np.random.default_rng(seed).permutation(len(sizes))
         self.ends = sizes[self.order].cumsum()
@@ -122,7 +130,9 @@ def _lengths(rows) -> np.ndarray:
         return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     import pyarrow.compute as pc
 
-    tables = rows.select_columns("input_ids").with_format("arrow").iter(10_000)  # Arrow knows its lists' lengths
+    tables = (
+        rows.select_columns("input_ids").with_format("arrow").iter(10_000)
+    )  # Arrow knows its lists' lengths
     parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
     return np.concatenate(parts or [np.zeros(0)]).astype(np.int64)
 
@@ -160,7 +170,10 @@ class PaddedCollator:
     """Rows -> input_ids, labels, attention_mask [B, T] int64, padded on the right; row_ids as in PackedCollator."""
 
     def __init__(self, pad_token_id: int | None, pad_to_multiple: int = 1):
-        self.pad, self.multiple = pad_token_id or 0, pad_to_multiple  # masked: without a pad token any id will do
+        self.pad, self.multiple = (
+            pad_token_id or 0,
+            pad_to_multiple,
+        )  # masked: without a pad token any id will do
 
     def __call__(self, rows: list[dict]) -> dict:
         longest = max(len(row["input_ids"]) for row in rows)

@@ -21,7 +21,11 @@ if "torch" not in sys.modules:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 import torch
 
-CANN_PLACES = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest", "~/Ascend/ascend-toolkit/latest")
+CANN_PLACES = (
+    "/usr/local/Ascend/cann",
+    "/usr/local/Ascend/ascend-toolkit/latest",
+    "~/Ascend/ascend-toolkit/latest",
+)
 
 
 def cann_home() -> str | None:
@@ -40,7 +44,9 @@ def _load_torch_npu() -> Exception | None:
     if importlib.util.find_spec("torch_npu") is None or _wanted in ("cpu", "cuda"):
         return None
     try:
-        versions = [importlib.metadata.version(name).split("+")[0] for name in ("torch", "torch-npu")]
+        versions = [
+            importlib.metadata.version(name).split("+")[0] for name in ("torch", "torch-npu")
+        ]
     except importlib.metadata.PackageNotFoundError:  # built from source: its import will tell
         versions = ["0", "0"]
     torch_version, own = (version.split(".post")[0].split("rc")[0] for version in versions)
@@ -69,7 +75,9 @@ NPU_ERROR: Exception | None = _load_torch_npu()
 if NPU_ERROR is not None or _wanted in ("cpu", "cuda"):
     for _name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
         del sys.modules[_name]
-    sys.modules["torch_npu"] = None  # transformers, peft, accelerate and deepspeed now see "not installed"
+    sys.modules["torch_npu"] = (
+        None  # transformers, peft, accelerate and deepspeed now see "not installed"
+    )
 if _autoload is None:
     os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
 else:
@@ -117,7 +125,9 @@ def half_dtype() -> torch.dtype | None:
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else None
     supported = (
-        module().is_bf16_supported(including_emulation=False) if kind() == "cuda" else module().is_bf16_supported()
+        module().is_bf16_supported(including_emulation=False)
+        if kind() == "cuda"
+        else module().is_bf16_supported()
     )
     return torch.bfloat16 if supported else torch.float16
 
@@ -139,7 +149,11 @@ def supports_4bit() -> bool:
 
 def varlen_attention() -> str | None:
     """Library whose variable-length attention kernel runs here: "torch", "torch_npu" (both want a chip with bf16)."""
-    return {"cuda": "torch", "npu": "torch_npu"}.get(kind()) if half_dtype() is torch.bfloat16 else None
+    return (
+        {"cuda": "torch", "npu": "torch_npu"}.get(kind())
+        if half_dtype() is torch.bfloat16
+        else None
+    )
 
 
 def saturates() -> bool:
@@ -158,7 +172,9 @@ def notice_saturation(optimizer) -> None:
     if not saturates():
         return
     if not hasattr(optimizer, "has_overflow"):
-        raise SystemExit(f"fp16 overflow on {name()} is seen in ZeRO stages 1 to 3 only: set the stage in --deepspeed")
+        raise SystemExit(
+            f"fp16 overflow on {name()} is seen in ZeRO stages 1 to 3 only: set the stage in --deepspeed"
+        )
     scale, stock, state = optimizer.scale_if_loss, optimizer.has_overflow, {"cleared": False}
 
     def scale_if_loss(value):
@@ -180,7 +196,9 @@ def notice_saturation(optimizer) -> None:
 def autocast(dtype: torch.dtype):
     """Autocast context for `dtype`; float32 gives one that does nothing. SystemExit where bf16 is not supported."""
     if dtype is torch.bfloat16 and kind() != "cpu" and half_dtype() is not torch.bfloat16:
-        raise SystemExit(f"{name()} has no bf16: train in fp16 (autocast would silently run in float32)")
+        raise SystemExit(
+            f"{name()} has no bf16: train in fp16 (autocast would silently run in float32)"
+        )
     return torch.autocast(kind(), dtype=dtype, enabled=dtype is not torch.float32)
 
 
@@ -189,7 +207,9 @@ def grad_scaler(dtype: torch.dtype):
     saturating NPU (910A) drift apart after an overflow."""
     enabled = dtype is torch.float16 and kind() != "cpu"
     return (
-        module().amp.GradScaler(enabled=enabled) if kind() == "npu" else torch.amp.GradScaler(kind(), enabled=enabled)
+        module().amp.GradScaler(enabled=enabled)
+        if kind() == "npu"
+        else torch.amp.GradScaler(kind(), enabled=enabled)
     )
 
 
@@ -201,7 +221,10 @@ def fast_float32() -> bool:
     """
     if kind() != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    settings, sample = torch.backends.mkldnn.matmul, torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    settings, sample = (
+        torch.backends.mkldnn.matmul,
+        torch.randn(256, 256, generator=torch.Generator().manual_seed(0)),
+    )
     exact, before = sample.double() @ sample.double(), settings.fp32_precision
     settings.fp32_precision = "bf16"
     if ((sample @ sample).double() - exact).abs().max() > 1e-5 * exact.abs().max():
@@ -222,7 +245,9 @@ def name() -> str:
     """Human name of the device, e.g. "NVIDIA H100" or "CPU (Intel Xeon, 8 cores, bf16)"."""
     if kind() != "cpu":
         return module().get_device_name(0)
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "CPU")
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "CPU"
+    )
     return f"{model} ({os.cpu_count()} cores{', bf16' if half_dtype() else ''})"
 
 
@@ -325,7 +350,10 @@ def notice() -> tuple[str, bool]:
     if NPU_ERROR is not None:
         return f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", False
     if sys.modules.get("torch_npu") and kind() == "cpu":
-        return "torch_npu sees no NPU; continuing on the CPU. A container needs --device /dev/davinci0", False
+        return (
+            "torch_npu sees no NPU; continuing on the CPU. A container needs --device /dev/davinci0",
+            False,
+        )
     return "", False
 
 

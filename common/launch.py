@@ -39,7 +39,9 @@ def agent_arguments(nproc: int, logs: str) -> list[str]:
             f"--master-addr={address}",
             f"--master-port={os.environ.get('MASTER_PORT', 29500)}",
         ]
-    if os.environ.get("DANPU_VERBOSE") != "1":  # only the first local rank speaks; the others go to files
+    if (
+        os.environ.get("DANPU_VERBOSE") != "1"
+    ):  # only the first local rank speaks; the others go to files
         flags += [f"--log-dir={logs}"] + (
             [f"--redirects={','.join(f'{i}:3' for i in range(1, nproc))}"] if nproc > 1 else []
         )
@@ -51,7 +53,9 @@ def processes(wanted: str) -> int:
     try:
         from common import device
     except ImportError as error:
-        sys.exit(f"launch: {sys.executable} cannot import torch ({error}); `bash tools/check_env.sh` says what to do")
+        sys.exit(
+            f"launch: {sys.executable} cannot import torch ({error}); `bash tools/check_env.sh` says what to do"
+        )
     message, fatal = device.notice()
     if message:
         print(message, file=sys.stderr)
@@ -63,10 +67,16 @@ def processes(wanted: str) -> int:
         print(f"launch: NPROC={nproc}, but {count} {kind} device(s) are visible", file=sys.stderr)
         sys.exit(2)
     if not count:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         # one thread team per process; more threads than cores slows gloo runs several times
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # huge pages for tensors: 6-10 % faster
+        os.environ.setdefault(
+            "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+        )  # huge pages for tensors: 6-10 % faster
         os.environ["DS_ACCELERATOR"] = kind
     return nproc
 
@@ -76,13 +86,23 @@ def accelerate_environment(config: Path, nproc: int) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    flags = ["--config_file", str(config), "--num_processes", str(nproc), "--main_process_port", "0", "train.py"]
+    flags = [
+        "--config_file",
+        str(config),
+        "--num_processes",
+        str(nproc),
+        "--main_process_port",
+        "0",
+        "train.py",
+    ]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     if args.deepspeed_config_file:  # as a relative path it means a file beside the config
         args.deepspeed_config_file = str(config.parent / args.deepspeed_config_file)
     variables = prepare_deepspeed_cmd_env(args)[1]
-    os.environ.update({name: value for name, value in variables.items() if name.startswith("ACCELERATE_")})
+    os.environ.update(
+        {name: value for name, value in variables.items() if name.startswith("ACCELERATE_")}
+    )
 
 
 def forward_signals() -> None:

@@ -67,15 +67,26 @@ def _random_model(config, seed: int, dtype, model_class, tokenizer):
         model_class = model_class or AutoModelForCausalLM._model_mapping[type(config)]
         model = model_class(config).to(dtype or torch.float32)
     config.dtype = dtype or torch.float32
-    model.should_save_on_this_rank = lambda is_main_process: is_main_process  # the rank that holds the lock writes
+    model.should_save_on_this_rank = lambda is_main_process: (
+        is_main_process
+    )  # the rank that holds the lock writes
     if model.can_generate():
-        ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad")}
+        ids = {
+            f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None)
+            for k in ("bos", "eos", "pad")
+        }
         model.generation_config = GenerationConfig(**ids)
     return model
 
 
 def save_tiny(
-    config, tokenizer, folder: str | Path, seed: int = 0, dtype=None, model_class=None, teach: Callable | None = None
+    config,
+    tokenizer,
+    folder: str | Path,
+    seed: int = 0,
+    dtype=None,
+    model_class=None,
+    teach: Callable | None = None,
 ) -> str:
     """Make the checkpoint FOLDER/<key> unless it is there, and return its path; any number of processes may call it.
 
@@ -91,7 +102,9 @@ def save_tiny(
 
     text = config.get_text_config()
     if hasattr(tokenizer, "vocab_size") and text.vocab_size < len(tokenizer):
-        raise ValueError(f"vocab_size {text.vocab_size} of the config is below the tokenizer's {len(tokenizer)} tokens")
+        raise ValueError(
+            f"vocab_size {text.vocab_size} of the config is below the tokenizer's {len(tokenizer)} tokens"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
@@ -101,7 +114,12 @@ def save_tiny(
         source = inspect.getsourcefile(getattr(teach, "func", teach)) if teach else None
         parts += [Path(source).read_text(encoding="utf-8")] if source else []
         files = [f.name.encode() + f.read_bytes() for f in sorted(draft.iterdir())]
-        final = folder / hashlib.sha256(b"\n".join([*(part.encode() for part in parts), *files])).hexdigest()[:16]
+        final = (
+            folder
+            / hashlib.sha256(b"\n".join([*(part.encode() for part in parts), *files])).hexdigest()[
+                :16
+            ]
+        )
         with FileLock(f"{final}.lock"):
             if not final.exists():
                 model = _random_model(config, seed, dtype, model_class, tokenizer)

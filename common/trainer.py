@@ -53,20 +53,28 @@ class RecipeTrainer(Trainer):
             attention.refuse_unpackable(self.model)
         self.measure, self.describe_row = measure, describe_row
         self.before: dict = {}
-        self.args.logging_nan_inf_filter = False  # the stock filter logs a NaN loss as 0 and goes on
+        self.args.logging_nan_inf_filter = (
+            False  # the stock filter logs a NaN loss as 0 and goes on
+        )
         self.args.remove_unused_columns = False
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        self.add_callback(Progress({key: name for key, name in self.plots.items() if key != "loss"}))
+        self.add_callback(
+            Progress({key: name for key, name in self.plots.items() if key != "loss"})
+        )
         self.safe_stop = SafeStop()
         self.add_callback(self.safe_stop)
-        self._counts = torch.zeros(3, dtype=torch.int64)  # tokens, label tokens, samples of this rank
+        self._counts = torch.zeros(
+            3, dtype=torch.int64
+        )  # tokens, label tokens, samples of this rank
         self._skipped_in_a_row = 0
         self._row_ids: list[int] = []
 
     # ---- before the first step ----
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
         self.before_measuring()
         out = Path(self.args.output_dir)
         run = json.loads((out / RUN_FILE).read_text()) if (out / RUN_FILE).is_file() else {}
@@ -79,9 +87,12 @@ class RecipeTrainer(Trainer):
         self.state.compute_steps(
             self.args, max_steps
         )  # a resumed state would keep the old save_steps and logging_steps
-        past = next((entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {})
+        past = next(
+            (entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {}
+        )
         self._past = {
-            k: past.get(k, 0) for k in ("total_tokens", "total_label_tokens", "total_samples", "train_seconds")
+            k: past.get(k, 0)
+            for k in ("total_tokens", "total_label_tokens", "total_samples", "train_seconds")
         }
         if self.is_deepspeed_enabled and self.args.fp16:
             device.notice_saturation(self.deepspeed.optimizer)
@@ -104,7 +115,11 @@ class RecipeTrainer(Trainer):
     def say_plan(self, max_steps: int) -> None:
         """What is about to happen, in two lines."""
         total, trained = self._parameters(False), self._parameters(True)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
         cli.say(
             f"model: {total:,} parameters, {trained:,} trained ({trained / total:.0%}); {engine(self.args)} x "
             f"{self.args.world_size} on {device.name()}, {self.compute_dtype()}\n"
@@ -132,14 +147,18 @@ class RecipeTrainer(Trainer):
 
     # ---- one step ----
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: only final/ was missing
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed from the last step: only final/ was missing
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
         self.log({"epoch_peak_memory_mb": round(device.next_peak_memory_mb(), 1)})
 
     def _finalize_training(self, *args, **kwargs):
-        if self.safe_stop.stopped:  # the best model is loaded, and the rest deleted, at the real end only
+        if (
+            self.safe_stop.stopped
+        ):  # the best model is loaded, and the rest deleted, at the real end only
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         return super()._finalize_training(*args, **kwargs)
 
@@ -183,8 +202,12 @@ class RecipeTrainer(Trainer):
         self._skipped_in_a_row += 1
         if not self.args.fp16:
             self.stop_on_rows(f"gave a gradient norm of {float(norm)}")
-        if self._skipped_in_a_row == 20:  # the fp16 scaler skips a step now and then; not twenty in a row
-            self.stop_on_rows("overflowed fp16 for the 20th step in a row (use bf16, or a lower learning rate)")
+        if (
+            self._skipped_in_a_row == 20
+        ):  # the fp16 scaler skips a step now and then; not twenty in a row
+            self.stop_on_rows(
+                "overflowed fp16 for the 20th step in a row (use bf16, or a lower learning rate)"
+            )
         return norm
 
     def stop_on_rows(self, what: str) -> None:
@@ -193,7 +216,9 @@ class RecipeTrainer(Trainer):
         rows = [{"row": i, "source": self.describe_row(int(i))} for i in self._row_ids]
         path.write_text(
             json.dumps(
-                {"step": self.state.global_step + 1, "problem": what, "rows": rows}, indent=1, ensure_ascii=False
+                {"step": self.state.global_step + 1, "problem": what, "rows": rows},
+                indent=1,
+                ensure_ascii=False,
             )
         )
         shown = ", ".join(r["source"] for r in rows[:3]) or "unknown rows"
@@ -206,7 +231,9 @@ class RecipeTrainer(Trainer):
 
     # ---- logging ----
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self.control.should_log |= self.control.should_save  # so that a checkpoint knows all losses and tokens up to it
+        self.control.should_log |= (
+            self.control.should_save
+        )  # so that a checkpoint knows all losses and tokens up to it
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._totals = self.totals()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -222,7 +249,9 @@ class RecipeTrainer(Trainer):
             "total_samples": counts[2].item(),
         }
         now["train_seconds"] = time.time() - self._started
-        return {k: v + self._past[k] for k, v in now.items()} | {"seconds_here": now["train_seconds"]}
+        return {k: v + self._past[k] for k, v in now.items()} | {
+            "seconds_here": now["train_seconds"]
+        }
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -230,12 +259,15 @@ class RecipeTrainer(Trainer):
             seconds = max(1e-9, t.pop("seconds_here"))
             steps = self.state.global_step - self._initial_global_step
             rate = {
-                k: (t[f"total_{k}"] - self._past[f"total_{k}"]) / seconds for k in ("tokens", "label_tokens", "samples")
+                k: (t[f"total_{k}"] - self._past[f"total_{k}"]) / seconds
+                for k in ("tokens", "label_tokens", "samples")
             }
             logs |= t | {f"{k}_per_second": v for k, v in rate.items()}
             logs |= {
                 "memory_mb": device.peak_memory_mb(),
-                "seconds_left": seconds / max(1, steps) * (self.state.max_steps - self.state.global_step),
+                "seconds_left": seconds
+                / max(1, steps)
+                * (self.state.max_steps - self.state.global_step),
             }
         super().log(logs, start_time)
 
@@ -247,10 +279,18 @@ class RecipeTrainer(Trainer):
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if not data:
-            raise SystemExit("nothing is held out to evaluate on: raise --eval_ratio, or --eval_strategy no")
-        rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
+            raise SystemExit(
+                "nothing is held out to evaluate on: raise --eval_ratio, or --eval_strategy no"
+            )
+        rank, world, size = (
+            self.args.process_index,
+            self.args.world_size,
+            self.args.per_device_eval_batch_size,
+        )
         mine = list(range(rank, len(data), world))
-        mine += mine[-1:] or [0]  # a batch for ranks that have none left; ZeRO-3 needs all of them in each forward
+        mine += mine[-1:] or [
+            0
+        ]  # a batch for ranks that have none left; ZeRO-3 needs all of them in each forward
         share = Subset(data, mine[: len(range(rank, len(data), world)) or 1])
         # a generator of its own: the loader would draw from the global one, and resume would not be exact
         loader = DataLoader(share, size, collate_fn=self.data_collator, generator=torch.Generator())
@@ -272,11 +312,18 @@ class RecipeTrainer(Trainer):
         model.train(was_training)
         if world > 1:
             dist.all_reduce(sums)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.eval_metrics(sums.tolist()).items()}
+        metrics = {
+            f"{metric_key_prefix}_{k}": v for k, v in self.eval_metrics(sums.tolist()).items()
+        }
         if not quiet:
             self.log(dict(metrics))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            cli.say("  held out: " + ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items()))
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            cli.say(
+                "  held out: "
+                + ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items())
+            )
         return metrics
 
     def eval_sums(self, model, inputs) -> torch.Tensor:
@@ -287,7 +334,11 @@ class RecipeTrainer(Trainer):
         """The sums over the held-out set -> metrics."""
         loss, correct, labels = sums
         loss, labels = loss / max(1, labels), max(1, labels)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 50)), "token_accuracy": correct / labels}
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 50)),
+            "token_accuracy": correct / labels,
+        }
 
     # ---- checkpoints ----
     def _save_checkpoint(self, model, trial):
@@ -312,7 +363,11 @@ class RecipeTrainer(Trainer):
         """Keep the newest `limit` checkpoints up to this step and the best one; drop torn ones beyond this step."""
         best = self.state.best_model_checkpoint
         every = checkpoint.all_checkpoints(self.args.output_dir)
-        ahead = [p for p in every if checkpoint.step_of(p) > self.state.global_step and checkpoint.why_torn(p)]
+        ahead = [
+            p
+            for p in every
+            if checkpoint.step_of(p) > self.state.global_step and checkpoint.why_torn(p)
+        ]
         past = [p for p in every if checkpoint.step_of(p) <= self.state.global_step]
         for old in [*ahead, *past[limit:]]:
             if best is None or old.name != Path(best).name:
@@ -320,7 +375,9 @@ class RecipeTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         if engine(self.args) in ("zero-0", "zero-1", "zero-2"):
-            self._save(output_dir)  # the weights are whole; the stock way clones them, which unties tied embeddings
+            self._save(
+                output_dir
+            )  # the weights are whole; the stock way clones them, which unties tied embeddings
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -333,7 +390,10 @@ class RecipeTrainer(Trainer):
 
         `dtype`: floating-point type of the stored weights, e.g. that of the base model; None keeps the trained one.
         """
-        final, part = Path(self.args.output_dir) / "final", Path(self.args.output_dir) / "final.part"
+        final, part = (
+            Path(self.args.output_dir) / "final",
+            Path(self.args.output_dir) / "final.part",
+        )
         if dtype is not None and not self.is_deepspeed_enabled:
             self.model.to(dtype)
         if self.args.should_save:
@@ -342,7 +402,9 @@ class RecipeTrainer(Trainer):
         self.save_model(str(part))
         self._barrier()
         if self.args.should_save:
-            (part / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs; run.json has the settings
+            (part / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle nobody needs; run.json has the settings
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
         self._barrier()
@@ -365,7 +427,9 @@ class RecipeTrainer(Trainer):
             after: what `measure_all` gave after training.
         """
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        last = next((entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {})
+        last = next(
+            (entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {}
+        )
         seconds = last.get("train_seconds", 0.0)
         facts = {
             "recipe": recipe, "model": model_name, "device": device.name(), "dtype": self.compute_dtype(),
@@ -386,19 +450,31 @@ class RecipeTrainer(Trainer):
             out = Path(self.args.output_dir)
             same = lambda sample: json.dumps([sample["messages"], sample["tools"]], sort_keys=True)  # noqa: E731
             old = {same(s): s["answer"] for s in self.before.get("samples", [])}
-            samples = [{**s, "before": old.get(same(s), ""), "after": s["answer"]} for s in after["samples"]]
+            samples = [
+                {**s, "before": old.get(same(s), ""), "after": s["answer"]}
+                for s in after["samples"]
+            ]
             samples = samples[:: max(1, len(samples) // 12)][:12]
             ends = [(0, facts["metrics"]["before"]), (self.state.global_step, after["metrics"])]
             ends = [{"step": step} | {f"eval_{k}": metrics[k] for k in self.plots if k in metrics}
                     for step, metrics in ends]  # fmt: skip
-            table = report.write_report(out, facts, [*self.state.log_history, *ends], samples, self.plots)
+            table = report.write_report(
+                out, facts, [*self.state.log_history, *ends], samples, self.plots
+            )
             run = json.loads((out / RUN_FILE).read_text())
             write_run_file(out, run | {"step": self.state.global_step})
             self.state.save_to_json(str(out / "trainer_state.json"))
-            print(f"\n{table}\n\nmodel   {out / 'final'}\nreport  {out / 'report.md'}, {out / 'loss.png'}", flush=True)
+            print(
+                f"\n{table}\n\nmodel   {out / 'final'}\nreport  {out / 'report.md'}, {out / 'loss.png'}",
+                flush=True,
+            )
 
     def compute_dtype(self) -> str:
         return "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
 
     def _parameters(self, trained: bool) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad or not trained)
+        return sum(
+            getattr(p, "ds_numel", p.numel())
+            for p in self.model.parameters()
+            if p.requires_grad or not trained
+        )

@@ -30,7 +30,9 @@ def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
     chat = page.Chat(talker, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
     kind = " · LoRA" * talker.adapter + " · 续写" * (not talker.chats)
     about = f"{talker.name}{kind} · {page.size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
-    hint, examples = ("问点什么", EXAMPLES) if talker.chats else ("写个开头，模型接着写", BEGINNINGS)
+    hint, examples = (
+        ("问点什么", EXAMPLES) if talker.chats else ("写个开头，模型接着写", BEGINNINGS)
+    )
     title = f"{HERE.name} · {'聊天' if talker.chats else '续写'}"
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
@@ -55,7 +57,9 @@ def settings(talker: Speaker) -> list[gr.components.Component]:
             gr.Checkbox(False, label="先思考再回答", visible=talker.chats and talker.can_think),
         ]
     with gr.Accordion("设置", open=False):
-        system = gr.Textbox("", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=talker.chats)
+        system = gr.Textbox(
+            "", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=talker.chats
+        )
         with gr.Row():
             numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
     return [system, *switches, *numbers]

@@ -35,7 +35,12 @@ class Chat:
 
     def __init__(self, speaker: Speaker, system: str = "", thinking: bool = False, **sampling):
         """sampling: what Speaker.stream takes of SAMPLING."""
-        self.speaker, self.system, self.thinking, self.sampling = speaker, system, thinking, sampling
+        self.speaker, self.system, self.thinking, self.sampling = (
+            speaker,
+            system,
+            thinking,
+            sampling,
+        )
         self.history: list[dict] = []
 
     def command(self, line: str) -> str | None:
@@ -69,7 +74,10 @@ class Chat:
             yield text[len(said) :]
             said = text
         thought, content, _ = split_thought(said)
-        self.history += [asked, {"role": "assistant", "content": content, "reasoning_content": thought}]
+        self.history += [
+            asked,
+            {"role": "assistant", "content": content, "reasoning_content": thought},
+        ]
 
 
 def show(chat: Chat, question: str, say) -> None:
@@ -109,11 +117,19 @@ def talk(chat: Chat, lines=None, say=print) -> None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", "--model", help="run, model or adapter folder; unset: the newest run")
+    add(
+        "--model_name_or_path",
+        "--model",
+        help="run, model or adapter folder; unset: the newest run",
+    )
     add("--adapter", help="LoRA folder; its base is found by itself")
     add("--system", default="", help="system prompt")
     add("--think", choices=("on", "off"), default="off")
-    add("--temperature", type=float, help="0: always the likeliest token; unset: the model's own settings")
+    add(
+        "--temperature",
+        type=float,
+        help="0: always the likeliest token; unset: the model's own settings",
+    )
     add("--top_p", type=float)
     add("--top_k", type=int)
     add("--repetition_penalty", type=float)
@@ -128,7 +144,13 @@ def sampling(args, speaker: Speaker) -> dict:
     """What was given, over what the model's generation config says."""
     own = speaker.model.generation_config
     heat = (own.temperature or 0) if own.do_sample else 0
-    found = dict(zip(SAMPLING, (heat, own.top_p or 1, own.top_k or 0, own.repetition_penalty or 1), strict=False))
+    found = dict(
+        zip(
+            SAMPLING,
+            (heat, own.top_p or 1, own.top_k or 0, own.repetition_penalty or 1),
+            strict=False,
+        )
+    )
     found |= {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     try:
         Sampling(**found)

@@ -55,7 +55,12 @@ SAME = (  # fields with one name and meaning on both sides
     "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 SPARSE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 CLOSE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of the largest logit
 
 
@@ -65,11 +70,15 @@ CLOSE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of t
 def native_config(config: MiniMindConfig) -> PretrainedConfig:
     """The config of transformers' own model that computes the same; SystemExit where there is none."""
     kind, architecture = KINDS[config.generation, config.use_moe]
-    fields = {name: getattr(config, name) for name in SAME} | {"rope_parameters": rope_parameters(config)}
+    fields = {name: getattr(config, name) for name in SAME} | {
+        "rope_parameters": rope_parameters(config)
+    }
     if config.use_moe:
         fields |= {name: getattr(config, name) for name in SPARSE}
         # one expert alone keeps its probability in generation 2, whatever the config says
-        fields["norm_topk_prob"] = config.norm_topk_prob and (config.generation == 3 or config.num_experts_per_tok > 1)
+        fields["norm_topk_prob"] = config.norm_topk_prob and (
+            config.generation == 3 or config.num_experts_per_tok > 1
+        )
         fields["moe_intermediate_size"] = config.moe_intermediate_size
     if config.use_moe and config.generation == 3 and config.n_shared_experts:
         raise SystemExit(
@@ -78,7 +87,9 @@ def native_config(config: MiniMindConfig) -> PretrainedConfig:
         )
     if config.use_moe and config.generation == 2:
         fields["moe_intermediate_size"] = config.intermediate_size
-        fields["shared_expert_intermediate_size"] = config.intermediate_size * max(1, config.n_shared_experts)
+        fields["shared_expert_intermediate_size"] = config.intermediate_size * max(
+            1, config.n_shared_experts
+        )
         fields["qkv_bias"] = True
     return kind(**fields, architectures=[architecture])
 
@@ -92,14 +103,20 @@ def rope_parameters(config: MiniMindConfig) -> dict:
 
 def native_tensors(config: MiniMindConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names of transformers; only Qwen2-MoE's differ."""
-    tensors = {k: v for k, v in weights.items() if not (k == "lm_head.weight" and config.tie_word_embeddings)}
+    tensors = {
+        k: v
+        for k, v in weights.items()
+        if not (k == "lm_head.weight" and config.tie_word_embeddings)
+    }
     if not (config.use_moe and config.generation == 2):
         return tensors
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}."
         shared = [name for name in tensors if name.startswith(f"{block}mlp.shared_experts.")]
         mine = {name.removeprefix(block): tensors.pop(name) for name in shared}
-        tensors |= {f"{block}mlp.{name}": value for name, value in shared_expert(config, mine).items()}
+        tensors |= {
+            f"{block}mlp.{name}": value for name, value in shared_expert(config, mine).items()
+        }
         for part in ("q_proj", "k_proj", "v_proj"):
             rows = tensors[f"{block}self_attn.{part}.weight"]
             tensors[f"{block}self_attn.{part}.bias"] = rows.new_zeros(len(rows))
@@ -110,13 +127,21 @@ def shared_expert(config: MiniMindConfig, mine: dict[str, Tensor]) -> dict[str, 
     """The shared experts of a layer -> Qwen2-MoE's one: the sum of several is a wider one; none is one of zeros."""
     width, size, like = config.intermediate_size, config.hidden_size, torch.zeros(())
     if not config.n_shared_experts:
-        mine = {f"mlp.shared_experts.0.{name}_proj.weight": torch.zeros(width, size) for name in ("gate", "up")}
+        mine = {
+            f"mlp.shared_experts.0.{name}_proj.weight": torch.zeros(width, size)
+            for name in ("gate", "up")
+        }
         mine["mlp.shared_experts.0.down_proj.weight"] = torch.zeros(size, width)
     found = {"shared_expert_gate.weight": torch.zeros(1, size)}
     for name, side in (("gate", 0), ("up", 0), ("down", 1)):
-        all_of_it = [mine[f"mlp.shared_experts.{i}.{name}_proj.weight"] for i in range(max(1, config.n_shared_experts))]
+        all_of_it = [
+            mine[f"mlp.shared_experts.{i}.{name}_proj.weight"]
+            for i in range(max(1, config.n_shared_experts))
+        ]
         like = all_of_it[0]
-        found[f"shared_expert.{name}_proj.weight"] = torch.cat(all_of_it, side) * (2 if name == "down" else 1)
+        found[f"shared_expert.{name}_proj.weight"] = torch.cat(all_of_it, side) * (
+            2 if name == "down" else 1
+        )
     return {name: value.to(like.dtype) for name, value in found.items()}
 
 
@@ -126,12 +151,16 @@ def load(args) -> tuple[MiniMindForCausalLM, str]:
     extra = chat_model.find_model(args.adapter) if args.adapter else None
     if path and (Path(path) / "adapter_config.json").is_file():
         if extra:
-            raise cli.usage_error(f"--model {args.model} is an adapter itself; give one adapter, its base as --model")
+            raise cli.usage_error(
+                f"--model {args.model} is an adapter itself; give one adapter, its base as --model"
+            )
         path, extra = None, path
     base = adapter.check_base(extra, path) if extra else path
     model = cli.load(AutoModelForCausalLM, base, "--model", dtype=DTYPES[args.dtype])
     if not isinstance(model, MiniMindForCausalLM):
-        raise SystemExit(f"{base} is a {type(model).__name__} already; nothing to export (--import reads it)")
+        raise SystemExit(
+            f"{base} is a {type(model).__name__} already; nothing to export (--import reads it)"
+        )
     if extra:
         from peft import PeftModel
 
@@ -144,7 +173,9 @@ def write_native(model: MiniMindForCausalLM, tokenizer, out: str | Path) -> floa
     config = native_config(model.config)
     config.dtype = model.dtype
     with weight_files.Draft(out) as part:
-        weight_files.save_sharded(native_tensors(model.config, dict(model.state_dict())).items(), part)
+        weight_files.save_sharded(
+            native_tensors(model.config, dict(model.state_dict())).items(), part
+        )
         config.save_pretrained(part)
         for_older_readers(part / "config.json")
         model.generation_config.save_pretrained(part)
@@ -169,11 +200,17 @@ def compare(ours, theirs) -> float:
     vocab = ours.config.vocab_size
     ids, size = torch.arange(2 * 48).view(2, 48) * 7919 % vocab, 48
     window = max(size, ours.config.max_position_embeddings)
-    places = torch.stack([torch.arange(size), torch.arange(size) * (window // size)])  # near ones, and all over it
-    a, b = (m.eval()(ids, position_ids=places, use_cache=False).logits.float() for m in (ours, theirs))
+    places = torch.stack(
+        [torch.arange(size), torch.arange(size) * (window // size)]
+    )  # near ones, and all over it
+    a, b = (
+        m.eval()(ids, position_ids=places, use_cache=False).logits.float() for m in (ours, theirs)
+    )
     apart = (a - b).abs().max().item()
     if not apart <= CLOSE[ours.dtype] * max(1.0, a.abs().max().item()):
-        raise SystemExit(f"the written model computes other logits (they differ by {apart:.3g}); nothing was kept")
+        raise SystemExit(
+            f"the written model computes other logits (they differ by {apart:.3g}); nothing was kept"
+        )
     return apart
 
 
@@ -184,9 +221,14 @@ def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
     """transformers' config -> ours; SystemExit naming all that this recipe's model cannot compute."""
     kinds = {kind.model_type: key for key, (kind, _) in KINDS.items()}
     if config.model_type not in kinds:
-        raise SystemExit(f"a model of type {config.model_type} cannot be imported; {', '.join(kinds)} can")
+        raise SystemExit(
+            f"a model of type {config.model_type} cannot be imported; {', '.join(kinds)} can"
+        )
     generation, sparse = kinds[config.model_type]
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    rope = getattr(config, "rope_parameters", None) or {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+    }
     wrong = [*foreign(config, rope), *(f"{name} is not 0" for name in unsilenced(weights))]
     if wrong:
         raise SystemExit(f"this model cannot be imported: {'; '.join(wrong[:4])}")
@@ -194,7 +236,9 @@ def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
     fields |= {"generation": generation, "rope_theta": rope["rope_theta"], "use_moe": sparse}
     fields["inference_rope_scaling"] = rope["rope_type"] == "yarn"
     if sparse:
-        fields |= {name: getattr(config, name) for name in SPARSE} | {"norm_topk_prob": config.norm_topk_prob}
+        fields |= {name: getattr(config, name) for name in SPARSE} | {
+            "norm_topk_prob": config.norm_topk_prob
+        }
         fields |= {"moe_intermediate_size": config.moe_intermediate_size, "n_shared_experts": 0}
     if sparse and generation == 2:
         fields["intermediate_size"] = config.moe_intermediate_size
@@ -204,13 +248,30 @@ def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
 
 def foreign(config: PretrainedConfig, rope: dict) -> list[str]:
     """What differs from this recipe's model, in words."""
-    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    expected = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+    }
     expected |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    found = [f"{k} is {getattr(config, k)}" for k, v in expected.items() if getattr(config, k, v) not in (v, None)]
+    found = [
+        f"{k} is {getattr(config, k)}"
+        for k, v in expected.items()
+        if getattr(config, k, v) not in (v, None)
+    ]
     yarn = YARN | {"rope_type": "yarn", "attention_factor": 1.0}
     known = rope["rope_type"] == "default" or all(rope.get(k) == v for k, v in yarn.items())
-    found += [] if known and rope.get("partial_rotary_factor", 1) == 1 else [f"rope_parameters are {rope}"]
-    one = config.model_type == "qwen2_moe" and config.num_experts_per_tok == 1 and config.norm_topk_prob
+    found += (
+        []
+        if known and rope.get("partial_rotary_factor", 1) == 1
+        else [f"rope_parameters are {rope}"]
+    )
+    one = (
+        config.model_type == "qwen2_moe"
+        and config.num_experts_per_tok == 1
+        and config.norm_topk_prob
+    )
     return [*found, *["norm_topk_prob with one expert per token"] * one]
 
 
@@ -240,19 +301,26 @@ def own_tensors(config: MiniMindConfig, weights: Mapping) -> dict[str, Tensor]:
     for name in weights:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if name.endswith((".bias", "shared_expert_gate.weight")) or name.endswith((".freqs_cos", ".freqs_sin")):
+        if name.endswith((".bias", "shared_expert_gate.weight")) or name.endswith(
+            (".freqs_cos", ".freqs_sin")
+        ):
             continue
         block, _, part = name.partition(".mlp.experts.")
         if part in ("gate_up_proj", "down_proj"):
             for i, value in enumerate(weights[name]):
                 halves = value.chunk(2) if part == "gate_up_proj" else [value]
                 kinds = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-                found |= {f"{block}.mlp.experts.{i}.{k}.weight": v for k, v in zip(kinds, halves, strict=True)}
+                found |= {
+                    f"{block}.mlp.experts.{i}.{k}.weight": v
+                    for k, v in zip(kinds, halves, strict=True)
+                }
         elif ".mlp.shared_expert." in name:
             block, _, part = name.partition(".mlp.shared_expert.")
             value = weights[name] / 2 if part.startswith("down") else weights[name]
             parts = (
-                value.chunk(config.n_shared_experts, int(part.startswith("down"))) if config.n_shared_experts else []
+                value.chunk(config.n_shared_experts, int(part.startswith("down")))
+                if config.n_shared_experts
+                else []
             )
             found |= {f"{block}.mlp.shared_experts.{i}.{part}": v for i, v in enumerate(parts)}
         else:
@@ -264,16 +332,25 @@ def config_of_weights(weights: Mapping, heads: int, per_token: int | None) -> Mi
     """What the shapes of a weight file tell; heads is needed where there is no norm of a head (generation 2)."""
     first, shape = "model.layers.0.", {name: tuple(value.shape) for name, value in weights.items()}
     if "model.embed_tokens.weight" not in shape or f"{first}self_attn.q_proj.weight" not in shape:
-        raise SystemExit("these are not the weights of a whole model under MiniMind's names (model.embed_tokens ...)")
+        raise SystemExit(
+            "these are not the weights of a whole model under MiniMind's names (model.embed_tokens ...)"
+        )
     vocab, hidden = shape["model.embed_tokens.weight"]
     generation = 3 if f"{first}self_attn.q_norm.weight" in shape else 2
     query, key = (shape[f"{first}self_attn.{name}_proj.weight"][0] for name in "qk")
     size = shape[f"{first}self_attn.q_norm.weight"][0] if generation == 3 else query // heads
     count = lambda pattern: len({m[1] for name in shape if (m := re.match(pattern, name))})  # noqa: E731
-    fields = {"vocab_size": vocab, "hidden_size": hidden, "generation": generation, "head_dim": size}
+    fields = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "generation": generation,
+        "head_dim": size,
+    }
     fields |= {"num_attention_heads": query // size, "num_key_value_heads": key // size}
     fields["num_hidden_layers"] = count(r"model\.layers\.(\d+)\.")
-    experts, shared = (count(rf"model\.layers\.0\.mlp\.{kind}\.(\d+)\.") for kind in ("experts", "shared_experts"))
+    experts, shared = (
+        count(rf"model\.layers\.0\.mlp\.{kind}\.(\d+)\.") for kind in ("experts", "shared_experts")
+    )
     head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
     fields["tie_word_embeddings"] = head is None or torch.equal(head, table)
     if not experts:
@@ -282,7 +359,11 @@ def config_of_weights(weights: Mapping, heads: int, per_token: int | None) -> Mi
     if generation == 2:
         fields["intermediate_size"] = fields["moe_intermediate_size"]
     return MiniMindConfig(
-        **fields, use_moe=True, num_experts=experts, n_shared_experts=shared, num_experts_per_tok=per_token
+        **fields,
+        use_moe=True,
+        num_experts=experts,
+        n_shared_experts=shared,
+        num_experts_per_tok=per_token,
     )
 
 
@@ -290,16 +371,26 @@ def read_foreign(args) -> tuple[MiniMindConfig, dict[str, Tensor], Path | None]:
     """--import: config, tensors, and where a tokenizer stands, if there is one."""
     path = Path(args.model)
     if path.is_file():
-        weights = load_file(path) if path.suffix == ".safetensors" else weight_files.read_pickle(path)
+        weights = (
+            load_file(path) if path.suffix == ".safetensors" else weight_files.read_pickle(path)
+        )
         config = config_of_weights(weights, args.num_attention_heads, args.num_experts_per_tok)
-        places = [path.parent, path.parent / "final", path.parent.parent / "model"]  # ours, or where MiniMind has it
+        places = [
+            path.parent,
+            path.parent / "final",
+            path.parent.parent / "model",
+        ]  # ours, or where MiniMind has it
     elif path.is_dir():
         weights = weight_files.Weights(path)
         config = cli.load(AutoConfig, str(path), "--model")
-        if config.model_type == MiniMindConfig.model_type:  # ours, or of MiniMind's own code, which has no generation
+        if (
+            config.model_type == MiniMindConfig.model_type
+        ):  # ours, or of MiniMind's own code, which has no generation
             fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
             fields.setdefault("generation", 3 if any("q_norm" in name for name in weights) else 2)
-            config = MiniMindConfig(**{k: v for k, v in fields.items() if k not in ("auto_map", "model_type")})
+            config = MiniMindConfig(
+                **{k: v for k, v in fields.items() if k not in ("auto_map", "model_type")}
+            )
         else:
             config = own_config(config, weights)
         places = [path]
@@ -314,23 +405,35 @@ def bring_in(args) -> str:
     tokenizer = args.tokenizer or found
     tokenizer = tokenizer and cli.load(AutoTokenizer, str(tokenizer), "--tokenizer")
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise SystemExit(f"the tokenizer has {len(tokenizer):,} tokens, the model only {config.vocab_size:,}")
-    model = MiniMindForCausalLM(config).to(torch.float32 if args.dtype == "auto" else DTYPES[args.dtype])
+        raise SystemExit(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model only {config.vocab_size:,}"
+        )
+    model = MiniMindForCausalLM(config).to(
+        torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]
+    )
     known = {name: value.shape for name, value in model.state_dict().items()}
     for name, value in tensors.items():
         if name not in known:
             raise SystemExit(f"{args.model}: {name} is no weight of this recipe's model")
         weight_files.check_shape(name, value.shape, known[name])
-    missing = [n for n in known if n not in tensors and not (n == "lm_head.weight" and config.tie_word_embeddings)]
+    missing = [
+        n
+        for n in known
+        if n not in tensors and not (n == "lm_head.weight" and config.tie_word_embeddings)
+    ]
     if missing:
-        raise SystemExit(f"{args.model}: {len(missing)} weights are missing, the first is {missing[0]}")
+        raise SystemExit(
+            f"{args.model}: {len(missing)} weights are missing, the first is {missing[0]}"
+        )
     model.load_state_dict(tensors, strict=False)
     with weight_files.Draft(args.output_dir) as part:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
     what = f"generation {config.generation}{', experts' * config.use_moe}, {model.num_parameters():,} parameters"
-    return what + ("" if tokenizer is not None else "; no tokenizer was found: --tokenizer FOLDER adds one")
+    return what + (
+        "" if tokenizer is not None else "; no tokenizer was found: --tokenizer FOLDER adds one"
+    )
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -339,17 +442,42 @@ def bring_in(args) -> str:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model", "--model_name_or_path", help="a run, model or adapter folder; with --import also a weight file")
+    add(
+        "--model",
+        "--model_name_or_path",
+        help="a run, model or adapter folder; with --import also a weight file",
+    )
     add("--adapter", help="LoRA folder that is merged in (its base is found by itself)")
     add("--output_dir", required=True)
-    add("--import", dest="bring_in", action="store_true", help="the other way: write a folder of this recipe's model")
-    add("--dtype", choices=DTYPES, default="auto", help="of the written weights; auto: as they are, imported float32")
+    add(
+        "--import",
+        dest="bring_in",
+        action="store_true",
+        help="the other way: write a folder of this recipe's model",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the written weights; auto: as they are, imported float32",
+    )
     add("--tokenizer", help="folder, where the imported weights have none beside them")
-    add("--num_attention_heads", type=int, default=8, help="of an imported weight file of generation 2")
-    add("--num_experts_per_tok", type=int, help="of an imported weight file (default: generation 2 two, 3 one)")
+    add(
+        "--num_attention_heads",
+        type=int,
+        default=8,
+        help="of an imported weight file of generation 2",
+    )
+    add(
+        "--num_experts_per_tok",
+        type=int,
+        help="of an imported weight file (default: generation 2 two, 3 one)",
+    )
     args = parser.parse_args(argv)
     if not args.model and (args.bring_in or not args.adapter):
-        raise cli.usage_error("give --model FOLDER" + (" or --adapter FOLDER" if not args.bring_in else ""))
+        raise cli.usage_error(
+            "give --model FOLDER" + (" or --adapter FOLDER" if not args.bring_in else "")
+        )
     return args
 
 
@@ -361,10 +489,16 @@ def main() -> None:
         cli.say(f"imported: {bring_in(args)} -> {args.output_dir}")
         return
     model, folder = load(args)
-    tokenizer = cli.load(AutoTokenizer, folder, "--model") if (Path(folder) / "tokenizer.json").is_file() else None
+    tokenizer = (
+        cli.load(AutoTokenizer, folder, "--model")
+        if (Path(folder) / "tokenizer.json").is_file()
+        else None
+    )
     apart = write_native(model, tokenizer, args.output_dir)
     name = KINDS[model.config.generation, model.config.use_moe][1]
-    cli.say(f"exported as {name}, {model.dtype}; logits differ by at most {apart:.1e} -> {args.output_dir}")
+    cli.say(
+        f"exported as {name}, {model.dtype}; logits differ by at most {apart:.1e} -> {args.output_dir}"
+    )
 
 
 if __name__ == "__main__":

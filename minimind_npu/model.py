@@ -20,7 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,7 +35,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 # Su et al. 2021 (rotary positions) stretched as in Peng et al. 2023 (YaRN): from 2,048 positions to 16 times as many
-YARN = {"factor": 16.0, "original_max_position_embeddings": 2048, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN = {
+    "factor": 16.0,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 
 
 class MiniMindConfig(PretrainedConfig):
@@ -60,7 +71,11 @@ class MiniMindConfig(PretrainedConfig):
         router_aux_loss_coef = kwargs.pop("aux_loss_alpha", router_aux_loss_coef)
         old = generation == 2
         pick = lambda value, second, third: value if value is not None else second if old else third  # noqa: E731
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = (
+            vocab_size,
+            hidden_size,
+            num_hidden_layers,
+        )
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = pick(num_key_value_heads, 2, 4)
         self.head_dim = head_dim or hidden_size // num_attention_heads
@@ -68,13 +83,21 @@ class MiniMindConfig(PretrainedConfig):
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
         self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
         self.rms_norm_eps = pick(rms_norm_eps, 1e-5, 1e-6)
-        self.inference_rope_scaling, self.generation, self.use_moe = inference_rope_scaling, generation, use_moe
+        self.inference_rope_scaling, self.generation, self.use_moe = (
+            inference_rope_scaling,
+            generation,
+            use_moe,
+        )
         self.num_experts, self.num_experts_per_tok = num_experts, pick(num_experts_per_tok, 2, 1)
         self.n_shared_experts = pick(n_shared_experts, 1, 0)
         self.norm_topk_prob = norm_topk_prob
         self.router_aux_loss_coef = pick(router_aux_loss_coef, 0.01, 5e-4)
         self.seq_aux = pick(seq_aux, True, False)
-        self.hidden_act, self.initializer_range, self.use_cache = hidden_act, initializer_range, use_cache
+        self.hidden_act, self.initializer_range, self.use_cache = (
+            hidden_act,
+            initializer_range,
+            use_cache,
+        )
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
             tie_word_embeddings=tie_word_embeddings, **kwargs,
@@ -83,10 +106,18 @@ class MiniMindConfig(PretrainedConfig):
 
 def swiglu_width(hidden_size: int, generation: int) -> int:
     """8/3 (generation 2) or pi (generation 3) times the width, up to a multiple of 64."""
-    return 64 * math.ceil((int(hidden_size * 8 / 3) if generation == 2 else hidden_size * math.pi) / 64)
+    return 64 * math.ceil(
+        (int(hidden_size * 8 / 3) if generation == 2 else hidden_size * math.pi) / 64
+    )
 
 
-TOY = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.04)
+TOY = dict(
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.04,
+)
 SIZES = {
     "26m": dict(hidden_size=512, num_hidden_layers=8, generation=2),
     "104m": dict(hidden_size=768, num_hidden_layers=16, generation=2),
@@ -157,7 +188,10 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling, self.is_causal = self.head_dim**-0.5, True
-        query, shared = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        query, shared = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
@@ -166,7 +200,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask, cache, **kwargs) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask, cache, **kwargs
+    ) -> Tensor:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query, key, value = (p(hidden).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.generation == 3:
@@ -176,8 +212,12 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        heads, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        heads, _ = attend(
+            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
         return self.o_proj(heads.reshape(*hidden.shape[:-1], -1))
 
 
@@ -205,15 +245,21 @@ class SparseFeedForward(nn.Module):
         self.config = config
         width = config.moe_intermediate_size if config.generation == 3 else config.intermediate_size
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList([FeedForward(config, width) for _ in range(config.num_experts)])
+        self.experts = nn.ModuleList(
+            [FeedForward(config, width) for _ in range(config.num_experts)]
+        )
         shared = config.n_shared_experts or 0
         if shared:
-            self.shared_experts = nn.ModuleList([FeedForward(config, config.intermediate_size) for _ in range(shared)])
+            self.shared_experts = nn.ModuleList(
+                [FeedForward(config, config.intermediate_size) for _ in range(shared)]
+            )
 
     def forward(self, x: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, D], counted [N] (0 at padding), owner [N] (sequence of each token) -> [B, T, D], balance loss."""
         config, flat = self.config, x.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):  # half precision would tie experts that differ a little
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # half precision would tie experts that differ a little
             scores = F.linear(flat.float(), self.gate.weight.float()).softmax(-1)
         weight, chosen = scores.topk(config.num_experts_per_tok, sorted=False)
         if config.norm_topk_prob and (config.generation == 3 or config.num_experts_per_tok > 1):
@@ -245,7 +291,12 @@ class SparseFeedForward(nn.Module):
         else:
             spread = lambda x: x.new_zeros(int(owner[-1]) + 1, x.shape[1]).index_add(0, owner, x)  # noqa: E731
             size = spread(counted).clamp(min=1)
-            per = spread(sent.to(scores.dtype)) / size / config.num_experts_per_tok * (spread(likely) / size)
+            per = (
+                spread(sent.to(scores.dtype))
+                / size
+                / config.num_experts_per_tok
+                * (spread(likely) / size)
+            )
             balance = per.sum() / (spread(counted) > 0).sum().clamp(min=1)
         return config.num_experts * config.router_aux_loss_coef * balance
 
@@ -257,9 +308,13 @@ def grouped(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
     """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    plain = all(type(p) is nn.Linear and p.weight.numel() for expert in experts for p in expert.children())
+    plain = all(
+        type(p) is nn.Linear and p.weight.numel() for expert in experts for p in expert.children()
+    )
     if not (rows.is_cuda and plain and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
-        return torch.cat([e(part) for e, part in zip(experts, rows.split(sizes.tolist()), strict=True)])
+        return torch.cat(
+            [e(part) for e, part in zip(experts, rows.split(sizes.tolist()), strict=True)]
+        )
     return grouped_swiglu(experts, rows.to(dtype), sizes)
 
 
@@ -267,7 +322,9 @@ def grouped_swiglu(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tenso
     """What `grouped` computes, as three products; rows in bfloat16."""
     ends = sizes.cumsum(0).to(torch.int32)
     product = lambda x, name: F.grouped_mm(  # noqa: E731
-        x, torch.stack([getattr(e, name).weight.to(x.dtype) for e in experts]).transpose(1, 2), offs=ends
+        x,
+        torch.stack([getattr(e, name).weight.to(x.dtype) for e in experts]).transpose(1, 2),
+        offs=ends,
     )
     return product(F.silu(product(rows, "gate_proj")) * product(rows, "up_proj"), "down_proj")
 
@@ -278,12 +335,24 @@ class Layer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseFeedForward(config) if config.use_moe else FeedForward(config, config.intermediate_size)
+        self.mlp = (
+            SparseFeedForward(config)
+            if config.use_moe
+            else FeedForward(config, config.intermediate_size)
+        )
 
-    def forward(self, hidden: Tensor, rotation, mask, cache, balance: tuple | None, **kwargs) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask, cache, **kwargs)
+    def forward(
+        self, hidden: Tensor, rotation, mask, cache, balance: tuple | None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        hidden = hidden + self.self_attn(
+            self.input_layernorm(hidden), rotation, mask, cache, **kwargs
+        )
         normed = self.post_attention_layernorm(hidden)
-        out, aux = (self.mlp(normed), hidden.new_zeros(())) if balance is None else self.mlp(normed, *balance)
+        out, aux = (
+            (self.mlp(normed), hidden.new_zeros(()))
+            if balance is None
+            else self.mlp(normed, *balance)
+        )
         return hidden + out, aux
 
 
@@ -357,7 +426,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             aux_loss=aux,
         )  # fmt: skip
 
-    def balanced(self, hidden: Tensor, attention_mask, counted, starts) -> tuple[Tensor, Tensor] | None:
+    def balanced(
+        self, hidden: Tensor, attention_mask, counted, starts
+    ) -> tuple[Tensor, Tensor] | None:
         """(counted [N], owner [N]) for the balance of experts; None for a dense model."""
         if not self.config.use_moe:
             return None
@@ -366,7 +437,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
             counted = attention_mask[:, -length:]
         counted = torch.ones(rows, length, device=hidden.device) if counted is None else counted
         place = torch.arange(rows * length, device=hidden.device)
-        owner = place // length if starts is None else torch.bucketize(place, starts[1:].to(place), right=True)
+        owner = (
+            place // length
+            if starts is None
+            else torch.bucketize(place, starts[1:].to(place), right=True)
+        )
         return counted.flatten(), owner
 
 
@@ -393,14 +468,28 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             counted: [B, T], 0 at tokens that are filler of a packed row; the balance leaves them out.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
         )
         hidden = out.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        keep = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else slice(None)
+        )
+        logits = self.lm_head(
+            hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
+        )
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=out.aux_loss, logits=logits, past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,

@@ -16,7 +16,12 @@ from common.demo import chat_model
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
 STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason")
-FROM = {"sft": ("pretrain",), "lora": ("sft",), "dpo": ("sft",), "reason": ("dpo", "sft")}  # what a stage goes on from
+FROM = {
+    "sft": ("pretrain",),
+    "lora": ("sft",),
+    "dpo": ("sft",),
+    "reason": ("dpo", "sft"),
+}  # what a stage goes on from
 SAMPLES = {"pretrain": "pretrain", "sft": "sft", "lora": "lora_identity.jsonl", "dpo": "dpo.jsonl", "distill": "sft",
            "reason": "reason.jsonl"}  # fmt: skip
 NAMES = (
@@ -28,34 +33,68 @@ NAMES = (
 @dataclass
 class Args:
     stage: str = field(default="pretrain", metadata={"help": ", ".join(STAGES)})
-    model_name_or_path: str = field(default="tiny", metadata={"aliases": ["--size", "--from_weight"], "help": NAMES})
-    hidden_size: int = field(default=0, metadata={"help": "changes the size: width; 0: the size's own"})
+    model_name_or_path: str = field(
+        default="tiny", metadata={"aliases": ["--size", "--from_weight"], "help": NAMES}
+    )
+    hidden_size: int = field(
+        default=0, metadata={"help": "changes the size: width; 0: the size's own"}
+    )
     num_hidden_layers: int = field(default=0, metadata={"help": "changes the size: layers"})
-    use_moe: bool | None = field(default=None, metadata={"help": "changes the size: experts instead of one SwiGLU"})
-    tokenizer: str = field(default="", metadata={"help": "folder; unset: the model's, for random weights the shipped"})
-    data_path: str = field(default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"})
+    use_moe: bool | None = field(
+        default=None, metadata={"help": "changes the size: experts instead of one SwiGLU"}
+    )
+    tokenizer: str = field(
+        default="", metadata={"help": "folder; unset: the model's, for random weights the shipped"}
+    )
+    data_path: str = field(
+        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
+    )
     column_map: str = field(default="", metadata={"help": "rename columns: 'text=content'"})
-    strict_data: bool = field(default=False, metadata={"help": "a bad row is an error, not counted and left out"})
-    eval_ratio: float = field(default=0.05, metadata={"help": "share held out; equal prompts stay on one side"})
+    strict_data: bool = field(
+        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
+    )
+    eval_ratio: float = field(
+        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
+    )
     max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
-    model_max_length: int = field(default=512, metadata={"aliases": ["--max_seq_len"], "help": "tokens of a window"})
-    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon for the matrices of the blocks"})
+    model_max_length: int = field(
+        default=512, metadata={"aliases": ["--max_seq_len"], "help": "tokens of a window"}
+    )
+    optimizer: str = field(
+        default="adamw", metadata={"help": "adamw, or muon for the matrices of the blocks"}
+    )
     muon_lr: float = field(default=0.02, metadata={"help": "peak learning rate of Muon's matrices"})
-    min_lr_ratio: float = field(default=0.1, metadata={"help": "the learning rate ends at this part of its peak"})
-    max_minutes: float = field(default=0.0, metadata={"help": "end after so long, the schedule with it; 0: by epochs"})
+    min_lr_ratio: float = field(
+        default=0.1, metadata={"help": "the learning rate ends at this part of its peak"}
+    )
+    max_minutes: float = field(
+        default=0.0, metadata={"help": "end after so long, the schedule with it; 0: by epochs"}
+    )
     use_lora: bool = field(default=False, metadata={"help": "train an adapter; --stage lora does"})
     lora_r: int = field(default=16, metadata={"help": "rank"})
-    lora_alpha: float = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
+    lora_alpha: float = field(
+        default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     beta: float = field(default=0.15, metadata={"help": "dpo: strength of the reference"})
-    reference: str = field(default="cached", metadata={"help": "dpo: cached (once), or adapter (switched off)"})
+    reference: str = field(
+        default="cached", metadata={"help": "dpo: cached (once), or adapter (switched off)"}
+    )
     teacher: str = field(default="", metadata={"help": "distill: folder of the teacher"})
-    alpha: float = field(default=0.5, metadata={"help": "distill: part of the labels; the rest is the teacher's"})
+    alpha: float = field(
+        default=0.5, metadata={"help": "distill: part of the labels; the rest is the teacher's"}
+    )
     temperature: float = field(default=1.5, metadata={"help": "distill: of both distributions"})
-    think_weight: float = field(default=10.0, metadata={"help": "reason: weight of the tags' tokens in the loss"})
-    eval_generate: int = field(default=64, metadata={"help": "held-out rows answered before and after; 0: none"})
+    think_weight: float = field(
+        default=10.0, metadata={"help": "reason: weight of the tags' tokens in the loss"}
+    )
+    eval_generate: int = field(
+        default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
+    )
     max_new_tokens: int = field(default=96, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what an earlier run left"}
+    )
 
 
 DEFAULTS = dict(
@@ -66,21 +105,42 @@ DEFAULTS = dict(
 STAGE = {  # learning rates, windows and epochs of real models; windows as for an accelerator
     "pretrain": dict(learning_rate=1e-3, model_max_length=512, per_device_train_batch_size=32),
     "sft": dict(learning_rate=1e-4, model_max_length=1024, per_device_train_batch_size=16),
-    "lora": dict(learning_rate=3e-4, model_max_length=512, per_device_train_batch_size=16, num_train_epochs=5),
-    "dpo": dict(learning_rate=1e-6, model_max_length=2048, per_device_train_batch_size=8, num_train_epochs=1),
+    "lora": dict(
+        learning_rate=3e-4, model_max_length=512, per_device_train_batch_size=16, num_train_epochs=5
+    ),
+    "dpo": dict(
+        learning_rate=1e-6, model_max_length=2048, per_device_train_batch_size=8, num_train_epochs=1
+    ),
     "distill": dict(learning_rate=2e-4, model_max_length=1024, per_device_train_batch_size=16),
     "reason": dict(learning_rate=2e-5, model_max_length=1024, per_device_train_batch_size=16),
 }
 CPU_TOKENS = 2048  # of a batch: larger ones need more memory and are not faster
 TOY = {  # sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many of them
-    "pretrain": dict(learning_rate=4e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=1.5),
-    "sft": dict(
-        learning_rate=3e-3, muon_lr=0.01, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=3
+    "pretrain": dict(
+        learning_rate=4e-3,
+        model_max_length=256,
+        per_device_train_batch_size=1,
+        num_train_epochs=1.5,
     ),
-    "lora": dict(learning_rate=1e-2, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=30),
-    "dpo": dict(learning_rate=2e-4, model_max_length=512, per_device_train_batch_size=4, num_train_epochs=2),
-    "distill": dict(learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=3),
-    "reason": dict(learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4),
+    "sft": dict(
+        learning_rate=3e-3,
+        muon_lr=0.01,
+        model_max_length=256,
+        per_device_train_batch_size=1,
+        num_train_epochs=3,
+    ),
+    "lora": dict(
+        learning_rate=1e-2, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=30
+    ),
+    "dpo": dict(
+        learning_rate=2e-4, model_max_length=512, per_device_train_batch_size=4, num_train_epochs=2
+    ),
+    "distill": dict(
+        learning_rate=3e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=3
+    ),
+    "reason": dict(
+        learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4
+    ),
 }
 TOY_EVERY = {"save_steps": 300, "eval_steps": 200}
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
@@ -99,7 +159,12 @@ HONOURED = {  # fields of TrainingArguments that the loop obeys; any other one g
 
 def settle(args: Args, training: TrainingArguments, width: int) -> None:
     """Defaults that hang on the stage and the model's width; flags that do not go together."""
-    if width < 256 and args.stage in TOY_MUON and not training.deepspeed and not cli.typed("optimizer"):
+    if (
+        width < 256
+        and args.stage in TOY_MUON
+        and not training.deepspeed
+        and not cli.typed("optimizer")
+    ):
         args.optimizer = "muon" if device.half_dtype() is not torch.float16 else "adamw"
     for name, value in (STAGE[args.stage] if width >= 256 else TOY[args.stage] | TOY_EVERY).items():
         if not cli.typed(name) and not (name == "model_max_length" and cli.typed("max_seq_len")):
@@ -111,7 +176,9 @@ def settle(args: Args, training: TrainingArguments, width: int) -> None:
         training.gradient_accumulation_steps *= split
     for name in (f.name for f in fields(TrainingArguments)):
         if cli.typed(name) and name not in HONOURED:
-            raise cli.usage_error(f"--{name}: the loop of this recipe does not know it; see --help and settings.py")
+            raise cli.usage_error(
+                f"--{name}: the loop of this recipe does not know it; see --help and settings.py"
+            )
     args.data_path = args.data_path or str(HERE / "data" / SAMPLES[args.stage])
     args.use_lora = args.use_lora or args.stage == "lora"
     problems = {
@@ -141,15 +208,22 @@ def start_from(args: Args) -> str:
     """Where the weights come from: a name of SIZES (random ones), or a folder."""
     if args.stage not in STAGES:
         raise cli.usage_error(f"--stage {args.stage}: {', '.join(STAGES)}")
-    name, given = args.model_name_or_path, any(map(cli.typed, ("model_name_or_path", "size", "from_weight")))
+    name, given = (
+        args.model_name_or_path,
+        any(map(cli.typed, ("model_name_or_path", "size", "from_weight"))),
+    )
     choices = (name,) if name in STAGES else () if given else FROM.get(args.stage, ())
     for stage in choices:
         if (OUTPUT / stage / "final").is_dir():
             return own_model(str(OUTPUT / stage), "--from_weight")
     if name in STAGES:
-        raise SystemExit(f"--from_weight {name}: {OUTPUT / name / 'final'} is not there; train that stage first")
+        raise SystemExit(
+            f"--from_weight {name}: {OUTPUT / name / 'final'} is not there; train that stage first"
+        )
     if choices:
-        cli.say(f"note: no output of {' or '.join(choices)} to go on from; starting from random weights")
+        cli.say(
+            f"note: no output of {' or '.join(choices)} to go on from; starting from random weights"
+        )
     return name if name in SIZES else own_model(name, "--from_weight")
 
 
@@ -157,13 +231,19 @@ def own_model(name: str, flag: str) -> str:
     """A run's folder -> its final/; a model folder and a hub id stay. SystemExit for what this model class cannot go
     on from: a folder of transformers' own classes would load in part, with random weights for the rest."""
     if "/" not in name and not Path(name).is_dir():
-        raise SystemExit(f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage")
+        raise SystemExit(
+            f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage"
+        )
     folder = chat_model.find_model(name)
     if Path(folder, "adapter_config.json").is_file():
-        raise SystemExit(f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import")
+        raise SystemExit(
+            f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import"
+        )
     kind = cli.model_config(folder, flag).model_type
     if kind != MiniMindConfig.model_type:
-        raise SystemExit(f"{flag} {name} is a {kind} model; bring it over first: export.py --import --model {name}")
+        raise SystemExit(
+            f"{flag} {name} is a {kind} model; bring it over first: export.py --import --model {name}"
+        )
     return folder
 
 

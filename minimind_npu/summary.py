@@ -13,12 +13,21 @@ from settings import STAGES
 
 from common import cli
 
-SCORES = ("bits_per_byte", "exact_match", "accuracy", "in_form", "loss")  # the telling ones, best first
+SCORES = (
+    "bits_per_byte",
+    "exact_match",
+    "accuracy",
+    "in_form",
+    "loss",
+)  # the telling ones, best first
 
 
 def lines(root: Path) -> list[str]:
     """A Markdown table of the stages whose report is there."""
-    table = ["| stage | seconds | tokens/s | held out | before | after |", "|---|---:|---:|---|---:|---:|"]
+    table = [
+        "| stage | seconds | tokens/s | held out | before | after |",
+        "|---|---:|---:|---|---:|---:|",
+    ]
     for stage in STAGES:
         file = root / stage / "report.json"
         if not file.is_file():
@@ -27,8 +36,14 @@ def lines(root: Path) -> list[str]:
         before, after = facts["metrics"]["before"], facts["metrics"]["after"]
         for i, name in enumerate([name for name in SCORES if name in after]):
             old = f"{before[name]:.4f}" if name in before else "-"
-            head = (stage, f"{facts['seconds']:.0f}", f"{facts['tokens_per_second']:,.0f}") if not i else ("", "", "")
-            table.append(f"| {' | '.join(head)} | {name.replace('_', ' ')} | {old} | {after[name]:.4f} |")
+            head = (
+                (stage, f"{facts['seconds']:.0f}", f"{facts['tokens_per_second']:,.0f}")
+                if not i
+                else ("", "", "")
+            )
+            table.append(
+                f"| {' | '.join(head)} | {name.replace('_', ' ')} | {old} | {after[name]:.4f} |"
+            )
     return table
 
 

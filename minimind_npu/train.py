@@ -39,7 +39,14 @@ from common.callbacks import SafeStop
 from stages import distill, dpo, lora, pretrain, reason, sft
 from settings import DEFAULTS, DEFINING, OUTPUT, Args, own_model, settle, start_from, tokenizer_of
 
-STAGES = {"pretrain": pretrain, "sft": sft, "lora": lora, "dpo": dpo, "distill": distill, "reason": reason}
+STAGES = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "lora": lora,
+    "dpo": dpo,
+    "distill": distill,
+    "reason": reason,
+}
 
 
 # 1. Data
@@ -47,16 +54,33 @@ def read(args: Args, training, tokenizer, rows, stats: dict):
     """Rows -> memory-mapped token rows to train on and held out, the held-out rows as read; completes the counts."""
     stage = STAGES[args.stage]
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
-    code = "".join((HERE / "stages" / f"{name}.py").read_text(encoding="utf-8") for name in (args.stage, "sft"))
-    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length])  # an edited `encode` makes new rows
+    code = "".join(
+        (HERE / "stages" / f"{name}.py").read_text(encoding="utf-8") for name in (args.stage, "sft")
+    )
+    key = json.dumps(
+        [code, fingerprint(tokenizer), args.model_max_length]
+    )  # an edited `encode` makes new rows
     encode = partial(stage.encode, tokenizer=tokenizer, max_length=args.model_max_length)
-    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encode, key, columns=stage.COLUMNS)
+    train_ids, held_out_ids, counts = tokenise_split(
+        train, held_out, encode, key, columns=stage.COLUMNS
+    )
     stats["dropped"] |= counts["dropped"]
     for why, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(why, why)}")
-    stats |= {"used": len(train_ids), "held_out": len(held_out_ids), "truncated": counts["truncated"]}
-    cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
-    shown = [train_ids[0][name][:200] for name in (stage.COLUMNS[0], stage.COLUMNS[min(1, len(stage.COLUMNS) - 1)])]
+    stats |= {
+        "used": len(train_ids),
+        "held_out": len(held_out_ids),
+        "truncated": counts["truncated"],
+    }
+    cli.say(
+        "split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(
+            **stats
+        )
+    )
+    shown = [
+        train_ids[0][name][:200]
+        for name in (stage.COLUMNS[0], stage.COLUMNS[min(1, len(stage.COLUMNS) - 1)])
+    ]
     cli.say(f"first row: {preview(tokenizer, *shown, color=sys.stdout.isatty())}")
     return train_ids, held_out_ids, held_out
 
@@ -77,9 +101,16 @@ def loaders(args: Args, training, tokenizer, *token_rows) -> list[Loader]:
 # 2. Model and objective
 def load_model(name: str, args: Args, training, tokenizer, dtype) -> models.MiniMindForCausalLM:
     """Random weights of a size or those of a folder: float32; a base under an adapter in the dtype it runs in."""
-    settings = {"attn_implementation": attention.register(), "dtype": dtype if args.use_lora else torch.float32}
+    settings = {
+        "attn_implementation": attention.register(),
+        "dtype": dtype if args.use_lora else torch.float32,
+    }
     if name in models.SIZES:
-        own = {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "use_moe": args.use_moe}
+        own = {
+            "hidden_size": args.hidden_size,
+            "num_hidden_layers": args.num_hidden_layers,
+            "use_moe": args.use_moe,
+        }
         with parallel.whole_weights():
             model = models.build(name, len(tokenizer), **{k: v for k, v in own.items() if v})
         model.config._attn_implementation = settings["attn_implementation"]
@@ -99,7 +130,11 @@ class Objective(nn.Module):
 
     def __init__(self, model, loss, **settings):
         super().__init__()
-        self.model, self.loss, self.settings = model, loss, settings  # a teacher stands in a dict: no part of this
+        self.model, self.loss, self.settings = (
+            model,
+            loss,
+            settings,
+        )  # a teacher stands in a dict: no part of this
 
     def forward(self, batch: dict, items: float):
         return self.loss(self.model, batch, items, **self.settings)
@@ -128,17 +163,23 @@ def make_objective(args: Args, training, model, tokenizer, parts: list, dtype, *
 
 
 # 3. One step
-def train_step(net, engine, loader: Loader, bins: list, optimizer, scaler, training, dtype, step: int) -> float:
+def train_step(
+    net, engine, loader: Loader, bins: list, optimizer, scaler, training, dtype, step: int
+) -> float:
     """One update; returns the loss: a sum over the labels of all ranks and micro-batches / their number, so that
     neither the number of processes nor accumulation changes it."""
     items, steps, total = loader.items(bins), training.gradient_accumulation_steps, 0.0
     for micro in range(steps):
         batch = loader.batch(bins, micro)
         with parallel.last_of(micro, steps, net):
-            with device.autocast(torch.float32 if engine else dtype):  # DeepSpeed casts the weights itself
+            with device.autocast(
+                torch.float32 if engine else dtype
+            ):  # DeepSpeed casts the weights itself
                 loss, _ = net(batch, items)
             total = total + loss.detach().float()
-            parallel.backward(engine, scaler, loss * training.world_size, micro, steps)  # the ranks are averaged
+            parallel.backward(
+                engine, scaler, loss * training.world_size, micro, steps
+            )  # the ranks are averaged
     total = parallel.summed({"loss": total}, training.device)["loss"]
     parallel.refuse_nan(total, step)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -148,7 +189,9 @@ def train_step(net, engine, loader: Loader, bins: list, optimizer, scaler, train
 
 # 4. What the held-out rows say
 @torch.no_grad()
-def held_out_metrics(stage: str, objective: Objective, loader: Loader | None, dtype, text_bytes: int) -> dict:
+def held_out_metrics(
+    stage: str, objective: Objective, loader: Loader | None, dtype, text_bytes: int
+) -> dict:
     """Loss and the stage's other metrics over the held-out rows. All ranks call it."""
     if loader is None:
         return {}
@@ -170,9 +213,13 @@ def answers(args: Args, model, tokenizer, asked: list[str]) -> tuple[dict, list]
     if not asked or args.stage == "dpo":
         return {}, []
     if args.stage == "pretrain":
-        return generate.continue_held_out(model, tokenizer, asked[:12], min(48, args.max_new_tokens))
+        return generate.continue_held_out(
+            model, tokenizer, asked[:12], min(48, args.max_new_tokens)
+        )
     if args.stage == "reason":
-        return reason.measure(model, tokenizer, [json.loads(row) for row in asked], args.max_new_tokens)
+        return reason.measure(
+            model, tokenizer, [json.loads(row) for row in asked], args.max_new_tokens
+        )
     encode = partial(encode_prompt, tokenizer)
     return generate.answer_held_out(model, tokenizer, asked, encode, args.max_new_tokens)
 
@@ -183,12 +230,20 @@ def main() -> None:
     base = start_from(args)
     args.teacher = own_model(args.teacher, "--teacher") if args.teacher else ""
     config = None if base in models.SIZES else cli.model_config(base)
-    settle(args, training, config.hidden_size if config else args.hidden_size or models.SIZES[base]["hidden_size"])
+    settle(
+        args,
+        training,
+        config.hidden_size if config else args.hidden_size or models.SIZES[base]["hidden_size"],
+    )
     device.seed_all(training.seed)
     device.fast_float32()
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     rows, stats = load_rows(
-        args.data_path, STAGES[args.stage].KIND, args.column_map or None, args.strict_data, seed=training.seed
+        args.data_path,
+        STAGES[args.stage].KIND,
+        args.column_map or None,
+        args.strict_data,
+        seed=training.seed,
     )
     cli.say(summary(stats))
     training.output_dir = training.output_dir or str(OUTPUT / args.stage)
@@ -201,7 +256,11 @@ def main() -> None:
     train_ids, held_out_ids, held_out = read(args, training, tokenizer, rows, stats)
     parts = loader, held_loader = loaders(args, training, tokenizer, train_ids, held_out_ids)
     model = load_model(base, args, training, tokenizer, dtype).to(training.device)
-    about = ["random" if base in models.SIZES else adapter.base_fingerprint(base), stats["sha256"], args.eval_ratio]
+    about = [
+        "random" if base in models.SIZES else adapter.base_fingerprint(base),
+        stats["sha256"],
+        args.eval_ratio,
+    ]
     if args.use_lora:
         base = state.keep_base(base, model, tokenizer, training)
         lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout)
@@ -210,7 +269,11 @@ def main() -> None:
                            "fused" in training.optim)  # fmt: skip
     net, engine = parallel.wrap(objective, optimizer, training, dtype)
     kept = {"optimizer": optimizer, "scaler": device.grad_scaler(dtype)}
-    size = pretrain.text_bytes(held_out, held_out_ids) if args.stage == "pretrain" and held_loader else 0
+    size = (
+        pretrain.text_bytes(held_out, held_out_ids)
+        if args.stage == "pretrain" and held_loader
+        else 0
+    )
     test = partial(held_out_metrics, args.stage, objective, held_loader, dtype, size)
     asked = generate.questions(held_out, held_out_ids, args.eval_generate) if held_loader else []
 
@@ -224,21 +287,29 @@ def main() -> None:
     else:
         progress = state.new_progress(measure())
     run, stop = tracking.Run(args, training, progress, model, loader, dtype), SafeStop()
-    save = partial(state.save, Path(training.output_dir), model, tokenizer, base, kept, progress, engine)
+    save = partial(
+        state.save, Path(training.output_dir), model, tokenizer, base, kept, progress, engine
+    )
     stop.listen()
     objective.train()
     while run.part() < 1 and not run.stopped:
         began, bins = time.time(), run.next_bins()
-        part = optim.rate(run.part(), training.lr_scheduler_type, training.warmup_steps, args.min_lr_ratio)
+        part = optim.rate(
+            run.part(), training.lr_scheduler_type, training.warmup_steps, args.min_lr_ratio
+        )
         lr = optim.set_rate(optimizer, part)
-        loss = train_step(net, engine, loader, bins, **kept, training=training, dtype=dtype, step=progress["step"])
+        loss = train_step(
+            net, engine, loader, bins, **kept, training=training, dtype=dtype, step=progress["step"]
+        )
         run.count(loss, lr, time.time() - began, stop.asked)
         if run.due(training.eval_steps):
             run.note(test())
         if run.stopped or (training.save_strategy != "no" and run.due(training.save_steps)):
             save(run.facts(), training.save_total_limit)
     run.exit_if_stopped()
-    final = state.save_final(Path(training.output_dir), model, tokenizer, base, run.weight_name(), engine)
+    final = state.save_final(
+        Path(training.output_dir), model, tokenizer, base, run.weight_name(), engine
+    )
     if args.use_lora and cli.is_main():
         adapter.remember_base(final, base)
     run.report(HERE.name, base, stats, measure())

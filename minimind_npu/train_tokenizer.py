@@ -27,8 +27,17 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from common import cli
 from common.data import files, shapes
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|reserved_{i}|>" for i in range(3, 21))]
-TAGS = [f"<{slash}{tag}>" for tag in ("tool_call", "tool_response", "think", "answer") for slash in ("", "/")]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|reserved_{i}|>" for i in range(3, 21)),
+]
+TAGS = [
+    f"<{slash}{tag}>"
+    for tag in ("tool_call", "tool_response", "think", "answer")
+    for slash in ("", "/")
+]
 BUFFERS = [f"<|buffer{i}|>" for i in range(1, 8)]
 FIXED = SPECIAL + TAGS + BUFFERS
 CUTS = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
@@ -64,11 +73,15 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
     shape = next((shape for kind in KINDS if (shape := shapes.detect(kind, head))), None)
     if shape is None:
         seen = ", ".join(dict.fromkeys(chain(*head))) or "nothing"
-        raise SystemExit(f"{path}: no rows of text, chat or preference recognised; columns seen: {seen[:200]}")
+        raise SystemExit(
+            f"{path}: no rows of text, chat or preference recognised; columns seen: {seen[:200]}"
+        )
     for _, record in chain(start, records):
         try:
             if not isinstance(record, dict):
-                raise record if isinstance(record, shapes.BadRow) else shapes.BadRow("not an object")
+                raise (
+                    record if isinstance(record, shapes.BadRow) else shapes.BadRow("not an object")
+                )
             texts = list(strings(shape.convert(record)))
             "".join(texts).encode()
             yield texts
@@ -83,7 +96,9 @@ def paths(data_path: list[str]) -> list[Path]:
     found = []
     for path, weight in files.entries(data_path):
         if weight is not None:
-            raise SystemExit(f"{path}:{weight:g}: weights mean nothing here, every row is read; give the path alone")
+            raise SystemExit(
+                f"{path}:{weight:g}: weights mean nothing here, every row is read; give the path alone"
+            )
         inside, ignored = files.data_files(path)
         found += inside
         if ignored:
@@ -104,7 +119,11 @@ def read_texts(data_path: list[str], max_rows: int, dropped: Counter, say=None) 
 
 
 def train(
-    texts: Iterable[str], vocab_size: int, max_han: int = 2, split_numerals: bool = True, coverage: float = 0.9995
+    texts: Iterable[str],
+    vocab_size: int,
+    max_han: int = 2,
+    split_numerals: bool = True,
+    coverage: float = 0.9995,
 ):
     """A byte-level BPE with the fixed ids; texts with few different words end below `vocab_size` tokens.
 
@@ -125,7 +144,9 @@ def train(
 
     core = Tokenizer(models.BPE())
     cuts = CUTS + [NUMERALS] * split_numerals
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=3 * vocab_size,  # some merges will be refused
         limit_alphabet=vocab_size,
@@ -135,8 +156,15 @@ def train(
     core.train_from_iterator(counted(), trainer)
     merges = [tuple(merge) for merge in json.loads(core.to_str())["model"]["merges"]]
     chars = frequent(counts, coverage, (vocab_size - SMALLEST) // 2)
-    merges = [merge for merge in merges if chars.issuperset(whole := "".join(merge)) and han(whole) <= max_han]
-    return wrapped(core.pre_tokenizer, *byte_level(sorted(chars, key=lambda c: (-counts[c], c)), merges, vocab_size))
+    merges = [
+        merge
+        for merge in merges
+        if chars.issuperset(whole := "".join(merge)) and han(whole) <= max_han
+    ]
+    return wrapped(
+        core.pre_tokenizer,
+        *byte_level(sorted(chars, key=lambda c: (-counts[c], c)), merges, vocab_size),
+    )
 
 
 def frequent(counts: Counter, coverage: float, most: int) -> set[str]:
@@ -164,7 +192,9 @@ def byte_level(chars: list[str], merges: list[tuple], vocab_size: int) -> tuple[
         size = len(spelt := spell(char))
         steps += [(spelt[:i], spelt[i]) for i in range(1, size)]
     steps = list(dict.fromkeys(steps)) + [(spell(left), spell(right)) for left, right in merges]
-    vocabulary = {token: i for i, token in enumerate(FIXED + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {
+        token: i for i, token in enumerate(FIXED + sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     kept = []
     for left, right in steps:
         if len(vocabulary) == vocab_size and left + right not in vocabulary:
@@ -180,9 +210,13 @@ def wrapped(cuts, vocabulary: dict, merges: list):
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.Sequence([cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [cuts, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
-    core.add_tokens([AddedToken(name, special=name not in TAGS, normalized=False) for name in FIXED])
+    core.add_tokens(
+        [AddedToken(name, special=name not in TAGS, normalized=False) for name in FIXED]
+    )
     end, start, stop = SPECIAL[:3]
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -247,23 +281,43 @@ def arguments() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     sample = [str(HERE / "data" / name) for name in ("pretrain", "sft")]
     output = HERE.parent / "output" / HERE.name / "tokenizer"
-    parser.add_argument("--data_path", nargs="+", default=sample, help="files and folders to learn from")
-    parser.add_argument("--output_dir", type=Path, default=output, help="where the tokenizer goes")
-    parser.add_argument("--vocab_size", type=int, default=6400, help="tokens, at most (default 6400)")
-    parser.add_argument("--max_rows", type=int, default=100000, help="rows read (default 100000), 0: all")
     parser.add_argument(
-        "--max_han", type=int, default=2, help="Chinese characters in one token, at most; 4 save 1 %% of tokens"
+        "--data_path", nargs="+", default=sample, help="files and folders to learn from"
     )
-    parser.add_argument("--split_numerals", type=flag, default=True, help="Chinese numerals never merge, like digits")
+    parser.add_argument("--output_dir", type=Path, default=output, help="where the tokenizer goes")
+    parser.add_argument(
+        "--vocab_size", type=int, default=6400, help="tokens, at most (default 6400)"
+    )
+    parser.add_argument(
+        "--max_rows", type=int, default=100000, help="rows read (default 100000), 0: all"
+    )
+    parser.add_argument(
+        "--max_han",
+        type=int,
+        default=2,
+        help="Chinese characters in one token, at most; 4 save 1 %% of tokens",
+    )
+    parser.add_argument(
+        "--split_numerals",
+        type=flag,
+        default=True,
+        help="Chinese numerals never merge, like digits",
+    )
     held_out = [str(HERE / "data" / "eval" / "held_out.txt")]
-    parser.add_argument("--eval_path", nargs="+", default=held_out, help="texts to measure the compression on")
+    parser.add_argument(
+        "--eval_path", nargs="+", default=held_out, help="texts to measure the compression on"
+    )
     args = parser.parse_args()
     if args.vocab_size < SMALLEST:
-        raise cli.usage_error(f"--vocab_size {args.vocab_size}: at least {SMALLEST} (fixed ids and single bytes)")
+        raise cli.usage_error(
+            f"--vocab_size {args.vocab_size}: at least {SMALLEST} (fixed ids and single bytes)"
+        )
     if args.max_rows < 0:
         raise cli.usage_error(f"--max_rows {args.max_rows}: 0 (all) or more")
     if args.output_dir.is_file() or any(args.output_dir.glob("*.safetensors")):
-        raise cli.usage_error(f"--output_dir {args.output_dir}: is a file, or a model with a tokenizer of its own")
+        raise cli.usage_error(
+            f"--output_dir {args.output_dir}: is a file, or a model with a tokenizer of its own"
+        )
     return args
 
 
@@ -276,10 +330,14 @@ def report(tokenizer, eval_path: list[str]) -> None:
     cli.say(
         f"{' '.join(eval_path)}: {found['chars']:,} characters, {found['bytes']:,} bytes, {found['tokens']:,} tokens"
     )
-    cli.say(f"{found['chars_per_token']:.2f} characters/token, {found['bytes_per_token']:.2f} bytes/token")
+    cli.say(
+        f"{found['chars_per_token']:.2f} characters/token, {found['bytes_per_token']:.2f} bytes/token"
+    )
     cli.say(f"{found['different_tokens']:,} of {len(tokenizer):,} tokens occur")
     if not streams(tokenizer, texts):
-        raise SystemExit(f"{' '.join(eval_path)}: a text is not the same after encoding and decoding")
+        raise SystemExit(
+            f"{' '.join(eval_path)}: a text is not the same after encoding and decoding"
+        )
     cli.say("decoded token by token: equal to the text")
 
 
@@ -296,7 +354,9 @@ def main() -> None:
     for reason, number in dropped.items():
         cli.say(f"{number:,} rows left out: {reason}")
     if len(tokenizer) < args.vocab_size:
-        cli.say(f"these texts have merges for {len(tokenizer):,} tokens only, not for {args.vocab_size:,}")
+        cli.say(
+            f"these texts have merges for {len(tokenizer):,} tokens only, not for {args.vocab_size:,}"
+        )
     save(tokenizer, args.output_dir)
     cli.say(f"{args.output_dir}: {len(tokenizer):,} tokens after {time.time() - started:.0f} s")
     report(tokenizer, args.eval_path)

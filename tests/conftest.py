@@ -18,7 +18,9 @@ sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "tests/npu"), str(ROOT)]
 def own_cache(tmp_path_factory):
     """Prepared data and tiny models of this session stay out of the user's cache; subprocesses inherit it."""
     shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers: what one has prepared serves the others
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # one for all workers: what one has prepared serves the others
         shared = shared.parent
     os.environ["DANPU_CACHE"] = str(shared / "danpu-cache")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch-extensions"))
@@ -37,7 +39,10 @@ def tiny_run(tmp_path_factory):
     out, printed = shared / "tiny-run", shared / "tiny-run.txt"
     with FileLock(shared / "tiny-run.lock"):
         if not printed.is_file():
-            printed.write_text(expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out)).stdout, encoding="utf-8")
+            printed.write_text(
+                expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out)).stdout,
+                encoding="utf-8",
+            )
     return out, printed.read_text(encoding="utf-8")
 
 
@@ -53,7 +58,9 @@ def npu():
 def browser():
     """A headless Chromium."""
     if not (path := shutil.which("chromium")):
-        pytest.fail("no chromium: run tests/run.sh as root, or apt-get install chromium fonts-noto-cjk")
+        pytest.fail(
+            "no chromium: run tests/run.sh as root, or apt-get install chromium fonts-noto-cjk"
+        )
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

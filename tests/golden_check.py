@@ -25,7 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FILES = ("weights.safetensors", "config.json", "cases.npz")
-TOLERANCE = {"logits": 5e-5, "loss": 1e-5, "grad_norms": 1e-4, "grad": 1e-4, "sequences": 0, "rope": 5e-5}
+TOLERANCE = {
+    "logits": 5e-5,
+    "loss": 1e-5,
+    "grad_norms": 1e-4,
+    "grad": 1e-4,
+    "sequences": 0,
+    "rope": 5e-5,
+}
 TOLERANCE |= {"norms": 1e-5, "slopes": 1e-7, "aux_loss": 1e-5}
 PLANNED = ["internlm1", "internlm2"]
 NOTES = ("features_flat",)  # arrays that only tell how a case was made
@@ -94,7 +101,15 @@ def causal(model, **more) -> Model:
     def prompts(case):
         case.get("position_ids")  # generate() makes its own
         ids, mask = case.get("input_ids"), case.get("attention_mask")
-        return [("derived", {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape) if mask is None else mask})]
+        return [
+            (
+                "derived",
+                {
+                    "input_ids": ids,
+                    "attention_mask": ids.new_ones(ids.shape) if mask is None else mask,
+                },
+            )
+        ]
 
     def real(case):
         ids, mask = case.get("input_ids"), case.get("attention_mask")
@@ -160,25 +175,43 @@ def chatglm(folder: Path, config: dict, first_version: bool = True) -> Model:
         if mask is None or positions is None:
             return {"input_ids": ids}
         if first_version and len(mask) != len(ids):
-            skipped[f"{case.name}.derived"] = "v1.0 takes mask and positions of row 0 for all rows and sees padding"
+            skipped[f"{case.name}.derived"] = (
+                "v1.0 takes mask and positions of row 0 for all rows and sees padding"
+            )
             return None
         kept = real(case)
         if first_version:
-            for row, keep, one_mask, one_position in zip(ids, kept, mask[:, 0], positions, strict=True):
+            for row, keep, one_mask, one_position in zip(
+                ids, kept, mask[:, 0], positions, strict=True
+            ):
                 wanted_mask, wanted_position = layout_of_v11(model.config, row[keep])
                 where = keep.nonzero()[:, 0]
                 if not torch.equal(one_position[:, where], wanted_position):
-                    skipped[f"{case.name}.derived"] = "v1.0 gives <sop> or the answer another position than v1.1"
+                    skipped[f"{case.name}.derived"] = (
+                        "v1.0 gives <sop> or the answer another position than v1.1"
+                    )
                 elif not torch.equal(one_mask[where][:, where], wanted_mask):
-                    skipped[f"{case.name}.derived"] = "the mask of this v1.0 collator is not that of generation"
-        return None if f"{case.name}.derived" in skipped else {"input_ids": ids, "attention_mask": kept.long()}
+                    skipped[f"{case.name}.derived"] = (
+                        "the mask of this v1.0 collator is not that of generation"
+                    )
+        return (
+            None
+            if f"{case.name}.derived" in skipped
+            else {"input_ids": ids, "attention_mask": kept.long()}
+        )
 
     def inputs(case):
         mask, positions = seen(case)
-        given = {"input_ids": case.get("input_ids"), "attention_mask": mask, "position_ids": positions}
+        given = {
+            "input_ids": case.get("input_ids"),
+            "attention_mask": mask,
+            "position_ids": positions,
+        }
         labels = {} if case.get("labels") is None else {"labels": case.get("labels")}
         given = {name: value for name, value in given.items() if value is not None}
-        return [("given", given | labels)] + ([("derived", own | labels)] if (own := derived(case)) else [])
+        return [("given", given | labels)] + (
+            [("derived", own | labels)] if (own := derived(case)) else []
+        )
 
     def prompts(case):
         own = derived(case)
@@ -187,31 +220,64 @@ def chatglm(folder: Path, config: dict, first_version: bool = True) -> Model:
     def extra(case):
         if "inv_freq_fp32" in case.arrays:
             return rope(case)
-        return replay(case) if {"sequences", "step_position_ids", "step_logits"} <= set(case.arrays) else {}
+        return (
+            replay(case)
+            if {"sequences", "step_position_ids", "step_logits"} <= set(case.arrays)
+            else {}
+        )
 
     def replay(case) -> dict:
         """One pass over the whole sequence with the mask and positions of each step, against step_logits and tokens."""
-        (mask, positions), sequence, steps = seen(case), case.get("sequences"), case.get("step_position_ids")
+        (mask, positions), sequence, steps = (
+            seen(case),
+            case.get("sequences"),
+            case.get("step_position_ids"),
+        )
         asked, length = mask.shape[-1], sequence.shape[1] - 1
         whole = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(len(sequence), 1, 1, 1)
         whole[:, :, :asked, :asked] = mask
         whole[:, :, asked:, :asked] = mask[:, :, -1:]
         where = torch.cat([positions, steps], 2)[:, :, :length]
-        logits = model(sequence[:, :-1], attention_mask=whole, position_ids=where).logits[:, asked - 1 :]
-        before_end = ending(sequence[:, asked:], config.get("eos_token_id"), config.get("pad_token_id") or 0)[1]
+        logits = model(sequence[:, :-1], attention_mask=whole, position_ids=where).logits[
+            :, asked - 1 :
+        ]
+        before_end = ending(
+            sequence[:, asked:], config.get("eos_token_id"), config.get("pad_token_id") or 0
+        )[1]
         chosen = (logits.argmax(-1) != sequence[:, asked:]) & before_end
-        return {"logits": difference(logits, case.get("step_logits")), "sequences": int(chosen.sum())}
+        return {
+            "logits": difference(logits, case.get("step_logits")),
+            "sequences": int(chosen.sum()),
+        }
 
     def rope(case) -> dict:
         for name in ("inv_freq_fp16", "inv_freq_fp32", "cos_fp16", "sin_fp16"):
             case.get(name)
-        skipped[f"{case.name}.fp16"] = "the angles are computed in float32 whatever the dtype of the weights"
+        skipped[f"{case.name}.fp16"] = (
+            "the angles are computed in float32 whatever the dtype of the weights"
+        )
         positions = case.get("positions")
-        cos, sin = (x[0, :, 0, 0] for x in rotary(positions.expand(1, 2, -1), 2 * len(case.get("inv_freq_fp32"))))
-        return worst(*({"rope": difference(x, case.get(f"{n}_fp32"))} for x, n in ((cos, "cos"), (sin, "sin"))))
+        cos, sin = (
+            x[0, :, 0, 0]
+            for x in rotary(positions.expand(1, 2, -1), 2 * len(case.get("inv_freq_fp32")))
+        )
+        return worst(
+            *(
+                {"rope": difference(x, case.get(f"{n}_fp32"))}
+                for x, n in ((cos, "cos"), (sin, "sin"))
+            )
+        )
 
     qkv = "transformer.layers.0.attention.query_key_value.weight"
-    return Model(model, inputs, prompts, real, full_gradients={"grad_qkv0": qkv}, extra=extra, skipped=skipped)
+    return Model(
+        model,
+        inputs,
+        prompts,
+        real,
+        full_gradients={"grad_qkv0": qkv},
+        extra=extra,
+        skipped=skipped,
+    )
 
 
 def layout_of_v11(config, row):
@@ -246,7 +312,8 @@ def baichuan2(folder: Path, config: dict, seven: bool) -> Model:
         for i, way in enumerate(ways):
             convert.to_native(source, Path(place, str(i)), **way)
         models = [
-            AutoModelForCausalLM.from_pretrained(Path(place, str(i)), dtype="auto").eval() for i in range(len(ways))
+            AutoModelForCausalLM.from_pretrained(Path(place, str(i)), dtype="auto").eval()
+            for i in range(len(ways))
         ]
     raw, skipped = load_file(folder / "weights.safetensors")["lm_head.weight"], {}
 
@@ -256,7 +323,11 @@ def baichuan2(folder: Path, config: dict, seven: bool) -> Model:
         for old, new in convert.native_names(parts).items():
             found[old] = torch.cat([parts[name].grad for name in new])
         if model.config.model_type == "llama":
-            row, grad, length = parts["lm_head.weight"], found["lm_head.weight"], raw.norm(dim=-1, keepdim=True)
+            row, grad, length = (
+                parts["lm_head.weight"],
+                found["lm_head.weight"],
+                raw.norm(dim=-1, keepdim=True),
+            )
             found["lm_head.weight"] = (grad - row * (row * grad).sum(-1, keepdim=True)) / length
         return found | {"rows of lm_head": found["lm_head.weight"][[5, 60, 190, 255]]}
 
@@ -269,24 +340,43 @@ def baichuan2(folder: Path, config: dict, seven: bool) -> Model:
 
     def extra(case):
         if "weight_raw_norms" in case.arrays:
-            after, unit = case.get("weight_norms_after_first_eval_forward"), torch.eye(config["hidden_size"])
+            after, unit = (
+                case.get("weight_norms_after_first_eval_forward"),
+                torch.eye(config["hidden_size"]),
+            )
             found = [difference(model.lm_head(unit).norm(dim=0), after) for model in models]
-            return {"norms": max(found + [difference(raw.norm(dim=-1), case.get("weight_raw_norms"))])}
+            return {
+                "norms": max(found + [difference(raw.norm(dim=-1), case.get("weight_raw_norms"))])
+            }
         if "slopes_40" in case.arrays:
             from common.fast.attention import alibi_slopes
 
             pairs = [(config["num_attention_heads"], "slopes_this"), (40, "slopes_40")]
-            return {"slopes": max(difference(alibi_slopes(heads), case.get(name)) for heads, name in pairs)}
+            return {
+                "slopes": max(
+                    difference(alibi_slopes(heads), case.get(name)) for heads, name in pairs
+                )
+            }
         found = worst(*({} if one is first else run(one, case) for one in kinds))
-        return worst(found, *(training(model, case) for model in models)) if "train_logits" in case.arrays else found
+        return (
+            worst(found, *(training(model, case) for model in models))
+            if "train_logits" in case.arrays
+            else found
+        )
 
     def run(one, case):
-        return check_generation(one, case, config) if "sequences" in case.arrays else check_forward(one, case)
+        return (
+            check_generation(one, case, config)
+            if "sequences" in case.arrays
+            else check_forward(one, case)
+        )
 
     def training(model, case) -> dict:
         for name in ("z_loss_weight", "loss_with_z"):
             case.get(name)
-        skipped[f"{case.name}.loss_with_z"] = "z_loss_weight is 0 in the published models, and not implemented"
+        skipped[f"{case.name}.loss_with_z"] = (
+            "z_loss_weight is 0 in the published models, and not implemented"
+        )
         out = model.train()(**causal(model).inputs(case)[0][1])
         model.eval()
         wanted, kept = case.get("train_logits"), causal(model).real(case)
@@ -295,8 +385,13 @@ def baichuan2(folder: Path, config: dict, seven: bool) -> Model:
             "loss": difference(out.loss, case.get("train_loss")),
         }
 
-    full = {"grad_wpack0": "model.layers.0.self_attn.W_pack.weight", "grad_lm_head_rows": "rows of lm_head"}
-    kinds = [causal(model, gradients=gradients, full_gradients=full, skipped=skipped) for model in models]
+    full = {
+        "grad_wpack0": "model.layers.0.self_attn.W_pack.weight",
+        "grad_lm_head_rows": "rows of lm_head",
+    }
+    kinds = [
+        causal(model, gradients=gradients, full_gradients=full, skipped=skipped) for model in models
+    ]
     first, plain = kinds[0], kinds[0].inputs
     first.inputs = lambda case: packed(case) if case.name == "packed_segments" else plain(case)
     first.extra = extra
@@ -322,7 +417,9 @@ def minimind(folder: Path, config: dict, generation: int, sparse: bool) -> Model
     settings = settings_of(config) | {"generation": generation, "model_type": "minimind"}
     with tempfile.TemporaryDirectory() as place:
         as_checkpoint(folder, settings, Path(place))
-        model, info = MiniMindForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        model, info = MiniMindForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True
+        )
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise SystemExit(f"{folder}: {len(wrong)} weights do not fit, {wrong[0]} for one")
     window, scaled = model.config.max_position_embeddings, model.config.inference_rope_scaling
@@ -343,7 +440,10 @@ def minimind(folder: Path, config: dict, generation: int, sparse: bool) -> Model
         if "cos_at" in case.arrays:
             positions = torch.tensor([[0, 1, 100, 2047, 2048, 5000, 32767]])
             tables = [x[0, 0] for x in rotary(model.config, positions)]
-            found["rope"] = max(difference(x, case.get(f"{n}_at")) for x, n in zip(tables, ("cos", "sin"), strict=True))
+            found["rope"] = max(
+                difference(x, case.get(f"{n}_at"))
+                for x, n in zip(tables, ("cos", "sin"), strict=True)
+            )
         return worst(found, training(case, arguments) if "train_logits" in case.arrays else {})
 
     def training(case, arguments) -> dict:
@@ -375,10 +475,16 @@ def other_generations(model, case: Case) -> dict:
 
     class Penalty(LogitsProcessor):
         def __call__(self, ids, scores):
-            return scores.scatter(1, ids, scores.gather(1, ids) / float(case.get("repetition_penalty")))
+            return scores.scatter(
+                1, ids, scores.gather(1, ids) / float(case.get("repetition_penalty"))
+            )
 
     ids, wanted, sampled = case.get("input_ids"), case.get("sequences"), "sample" in case.name
-    settings = {"max_new_tokens": wanted.shape[1] - ids.shape[1], "eos_token_id": None, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": wanted.shape[1] - ids.shape[1],
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     model.generation_config = GenerationConfig()
     if "repetition_penalty" in case.arrays:
         settings["logits_processor"] = LogitsProcessorList([Penalty()])
@@ -388,7 +494,9 @@ def other_generations(model, case: Case) -> dict:
     else:
         return {}
     found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=sampled, **settings)
-    return {"sequences": int((found != wanted).sum()) if found.shape == wanted.shape else wanted.numel()}
+    return {
+        "sequences": int((found != wanted).sum()) if found.shape == wanted.shape else wanted.numel()
+    }
 
 
 def minimind_dense(folder: Path, config: dict) -> Model:
@@ -497,7 +605,9 @@ def check_generation(one: Model, case: Case, config: dict) -> dict:
             same = out.sequences.shape == wanted.shape
             found = {"sequences": int((out.sequences != wanted).sum()) if same else wanted.numel()}
             if logits is not None and same:
-                found["logits"] = difference(torch.stack(out.logits, 1)[before_end], logits[before_end])
+                found["logits"] = difference(
+                    torch.stack(out.logits, 1)[before_end], logits[before_end]
+                )
             results.append(found)
     return worst(*results)
 
@@ -544,7 +654,9 @@ def check(name: str, folder: Path) -> dict:
         if case.name not in one.skipped:
             for array in sorted(set(case.arrays) - case.used - set(NOTES)):
                 one.skipped[f"{case.name}.{array}"] = "nothing here compares this array"
-    ok = bool(results) and all(value <= TOLERANCE[key] for found in results.values() for key, value in found.items())
+    ok = bool(results) and all(
+        value <= TOLERANCE[key] for found in results.values() for key, value in found.items()
+    )
     about = {"name": name, "folder": str(folder), "ok": ok, "tolerance": TOLERANCE}
     return about | {"cases": results, "skipped": one.skipped}
 
@@ -564,7 +676,9 @@ def main() -> None:
     def run() -> None:
         report = check(name, folder)
         plain = lambda x: x if not isinstance(x, float) or math.isfinite(x) else str(x)  # noqa: E731  (JSON has no nan)
-        report["cases"] = {c: {k: plain(v) for k, v in found.items()} for c, found in report["cases"].items()}
+        report["cases"] = {
+            c: {k: plain(v) for k, v in found.items()} for c, found in report["cases"].items()
+        }
         print(json.dumps(report))
         raise SystemExit(0 if report["ok"] else 1)
 

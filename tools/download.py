@@ -32,7 +32,9 @@ from tools.hub.link import Fatal, Link, session
 from tools.hub.model_folder import is_whole, load_record, say
 from tools.hub.progress import Meter
 
-INTERRUPTED = 75  # as in common.cli, which would import torch: seconds that a download has no use for
+INTERRUPTED = (
+    75  # as in common.cli, which would import torch: seconds that a download has no use for
+)
 ROOM = 16 << 20  # bytes of the disk that stay free
 
 
@@ -64,28 +66,57 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+            near = difflib.get_close_matches(
+                unknown[1], self._option_string_actions, n=1, cutoff=0.5
+            )
+            message = f"unknown flag {unknown[1]}" + (
+                f"; did you mean {near[0]}?" if near else "; see --help"
+            )
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def parser() -> Parser:
     form = argparse.RawDescriptionHelpFormatter
-    made = Parser("python -m tools.download", description=__doc__, formatter_class=form, allow_abbrev=False)
+    made = Parser(
+        "python -m tools.download", description=__doc__, formatter_class=form, allow_abbrev=False
+    )
     add = made.add_argument
     add("model", help="ORG/NAME on the hub, or a folder that was fetched before")
     known = os.environ.get("DANPU_SOURCE") or None
-    add("--source", default=known, help="hf (default), modelscope, or http(s)://... (which gets no token)")
+    add(
+        "--source",
+        default=known,
+        help="hf (default), modelscope, or http(s)://... (which gets no token)",
+    )
     add("--to", default="models", help="the model goes to TO/NAME (default: models)")
     add("--revision", help="branch, tag or commit (default: main, on ModelScope master)")
-    add("--include", nargs="+", action="extend", default=[], metavar="PATTERN", help='only these, e.g. "*.json" "*.py"')
+    add(
+        "--include",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help='only these, e.g. "*.json" "*.py"',
+    )
     add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="not these")
     add("--workers", type=count(1), default=4, help="files at once (default: 4)")
-    add("--retries", type=count(0), default=8, help="tries in a row without a new byte (default: 8)")
-    add("--retry_wait", type=count(0, float), default=1, help="seconds before the first, then doubled (default: 1)")
+    add(
+        "--retries", type=count(0), default=8, help="tries in a row without a new byte (default: 8)"
+    )
+    add(
+        "--retry_wait",
+        type=count(0, float),
+        default=1,
+        help="seconds before the first, then doubled (default: 1)",
+    )
     stall = os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or "30"
-    add("--stall", type=count(0.1, float), default=stall, help="cut after so many seconds without a byte (default: 30)")
+    add(
+        "--stall",
+        type=count(0.1, float),
+        default=stall,
+        help="cut after so many seconds without a byte (default: 30)",
+    )
     when = "aria2c: auto for files from 64 MiB where it is installed, true from 1 MiB, false never (default: auto)"
     add("--aria2", choices=("auto", "true", "false"), default="auto", help=when)
     switches = {
@@ -97,8 +128,20 @@ def parser() -> Parser:
         "try": "load the model and let it write a sentence",
     }
     for name, text in switches.items():
-        add(f"--{name}", dest=f"{name}_" if name == "try" else name, type=flag, nargs="?", default=False, help=text)
-    add("--window", type=count(1), default=2048, help="tokens per row in the memory table (default: 2048)")
+        add(
+            f"--{name}",
+            dest=f"{name}_" if name == "try" else name,
+            type=flag,
+            nargs="?",
+            default=False,
+            help=text,
+        )
+    add(
+        "--window",
+        type=count(1),
+        default=2048,
+        help="tokens per row in the memory table (default: 2048)",
+    )
     add("--batch", type=count(1), default=2, help="rows per card in the memory table (default: 2)")
     add("--lora_r", type=count(1), default=16, help="rank in the memory table (default: 16)")
     add("--prompt", default="你好，请用一句话介绍你自己。", help="what --try asks")
@@ -110,12 +153,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     bare = {a.option_strings[0] for a in made._actions if a.nargs == "?"}
     for word, after in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = word.partition("=")
-        word = name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+        word = (
+            name.replace("-", "_").replace("__", "--", 1) + equals + value
+            if word.startswith("--")
+            else word
+        )
         words.append(word)
         if word in bare and after.lower() not in ("true", "false", "1", "0", "yes", "no"):
             words.append("true")  # else `--repair ORG/NAME` would read the name as its value
     args = made.parse_args(words)
-    if args.source not in (None, "hf", "modelscope") and not re.fullmatch(r"https?://[^\s/@?#]+[^\s@?#]*", args.source):
+    if args.source not in (None, "hf", "modelscope") and not re.fullmatch(
+        r"https?://[^\s/@?#]+[^\s@?#]*", args.source
+    ):
         hint = "hf, modelscope, or http(s)://HOST/... without password or query (~/.netrc may hold the password)"
         made.error(f"--source {args.source}: {hint}")
     return args
@@ -137,7 +186,9 @@ def place(args) -> tuple[Path, dict]:
 # ---- fetching -----------------------------------------------------------------------------------------------
 
 
-def settle(entry: Entry, folder: Path, record: dict, repair: bool, link: Link, show: Callable) -> str:
+def settle(
+    entry: Entry, folder: Path, record: dict, repair: bool, link: Link, show: Callable
+) -> str:
     """Make one file whole, fetched or found; returns its sha256. Only `repair` replaces what someone changed."""
     target = fetch.safe_target(folder, entry.path)
     if target.is_file():
@@ -155,7 +206,9 @@ def settle(entry: Entry, folder: Path, record: dict, repair: bool, link: Link, s
 
 def fetch_all(todo: list[Entry], folder: Path, record: dict, args, link: Link) -> dict[str, str]:
     """Fetch in parallel, largest first, and record each whole file at once; path -> why it could not be fetched."""
-    have = {e.path: fetch.gathered(fetch.part_of(fetch.safe_target(folder, e.path), e)) for e in todo}
+    have = {
+        e.path: fetch.gathered(fetch.part_of(fetch.safe_target(folder, e.path), e)) for e in todo
+    }
     meter, failed = Meter(todo, have), {}
     link.note = meter.note
     pool = ThreadPoolExecutor(args.workers)
@@ -177,7 +230,9 @@ def fetch_all(todo: list[Entry], folder: Path, record: dict, args, link: Link) -
     finally:
         link.stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        wait(waiting, timeout=2)  # a worker stops at its next block; one that waits for bytes is left behind
+        wait(
+            waiting, timeout=2
+        )  # a worker stops at its next block; one that waits for bytes is left behind
         meter.close()
     return failed
 
@@ -189,7 +244,9 @@ def download(args, folder: Path, record: dict) -> None:
         if args.aria2 == "true":
             link.aria2_from = 1 << 20
             if link.aria2 is None:
-                raise SystemExit("--aria2 true: no aria2c on PATH (apt install aria2), or leave the flag out")
+                raise SystemExit(
+                    "--aria2 true: no aria2c on PATH (apt install aria2), or leave the flag out"
+                )
     listing, wanted, skipped = ask(args, folder, record, link)
     for line in left_out(skipped):
         say(line)
@@ -230,11 +287,18 @@ def ask(args, folder: Path, record: dict, link: Link):
         if file.size is not None and not (isinstance(file.size, int) and file.size >= 0):
             raise Fatal(f"the source gives {file.path} the size {file.size!r}")
     wanted, skipped = sources.choose(listing.files, args.include, args.exclude, args.allow_pickle)
-    if record and not args.include and not args.exclude and (args.repair or Path(args.model).expanduser().is_dir()):
+    if (
+        record
+        and not args.include
+        and not args.exclude
+        and (args.repair or Path(args.model).expanduser().is_dir())
+    ):
         wanted, skipped = [f for f in listing.files if f.path in record["wanted"]], {}
     chosen = {f.path for f in wanted}
     # another version than the one that was fetched: never a mixture of both
-    wanted += [f for f in listing.files if f.path not in chosen and model_folder.outdated(record, f)]
+    wanted += [
+        f for f in listing.files if f.path not in chosen and model_folder.outdated(record, f)
+    ]
     return listing, wanted, skipped
 
 
@@ -247,7 +311,9 @@ def left_out(skipped: dict[str, list[Entry]]) -> Iterable[str]:
     }
     for reason in why.keys() & skipped.keys():
         files = skipped[reason]
-        names = ", ".join(f.path for f in files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+        names = ", ".join(f.path for f in files[:4]) + (
+            f" and {len(files) - 4} more" if len(files) > 4 else ""
+        )
         yield f"  left out ({reason}): {names}, {size_text(sum(f.size or 0 for f in files))}; {why[reason]}"
 
 
@@ -257,25 +323,40 @@ def show_plan(folder: Path, record: dict, listing, wanted: list[Entry]) -> None:
     for entry in wanted:
         part = fetch.gathered(fetch.part_of(folder / entry.path, entry))
         whole = is_whole(folder, record, entry)
-        known = "to be read" if (folder / entry.path).exists() else f"{size_text(part)} there" if part else ""
+        known = (
+            "to be read"
+            if (folder / entry.path).exists()
+            else f"{size_text(part)} there"
+            if part
+            else ""
+        )
         missing += 0 if whole else (entry.size or 0) - part
         size = "unknown" if entry.size is None else size_text(entry.size)
         say(f"  {size:>12}  {entry.path}  {'there' if whole else known}".rstrip())
-    total, free = size_text(sum(e.size or 0 for e in wanted)), size_text(model_folder.free_space(folder))
+    total, free = (
+        size_text(sum(e.size or 0 for e in wanted)),
+        size_text(model_folder.free_space(folder)),
+    )
     say(f"{len(wanted)} files, {total}; {size_text(missing)} to fetch into {folder} ({free} free)")
 
 
 def fill(args, folder: Path, listing, wanted: list[Entry], link: Link) -> None:
     """Bring the folder to what the listing says; the caller holds the lock."""
     record = load_record(folder)  # another download may have ended just now
-    strange = [] if record else sorted(p.name for p in folder.iterdir() if not p.name.startswith(".danpu."))
+    strange = (
+        []
+        if record
+        else sorted(p.name for p in folder.iterdir() if not p.name.startswith(".danpu."))
+    )
     if strange and not args.repair:
         raise SystemExit(
             f"{folder} has files that this program did not fetch ({', '.join(strange[:3])}): --repair true keeps what "
             "is right and replaces the rest, --to chooses another folder"
         )
     offered = {e.path for e in listing.files}
-    revision = record["revision"] if record and args.repair and not args.revision else listing.revision
+    revision = (
+        record["revision"] if record and args.repair and not args.revision else listing.revision
+    )
     record = {
         "source": listing.source, "place": listing.place, "repo": listing.repo, "commit": listing.commit,
         "revision": revision, "files": record.get("files", {}),
@@ -310,11 +391,17 @@ def conclude(folder: Path, record: dict, wanted: list[Entry], todo: list[Entry])
     """Check what belongs together, and say what there is and what comes next."""
     problems = weights.index_problems(folder, set(record["wanted"]))
     if problems:
-        raise SystemExit(f"{folder} is not sound: {'; '.join(problems[:3])}. So it is in the repository itself")
+        raise SystemExit(
+            f"{folder} is not sound: {'; '.join(problems[:3])}. So it is in the repository itself"
+        )
     total = size_text(sum((folder / e.path).stat().st_size for e in wanted))
     bare = sum(not e.hashed for e in wanted)
-    how = f"{bare} of them by size and structure only (the source has no hash)" if bare else "by hash"
-    say(f"{folder}: {len(wanted)} files, {total}, {'all were there' if not todo else 'whole'}; checked {how}")
+    how = (
+        f"{bare} of them by size and structure only (the source has no hash)" if bare else "by hash"
+    )
+    say(
+        f"{folder}: {len(wanted)} files, {total}, {'all were there' if not todo else 'whole'}; checked {how}"
+    )
     if (folder / "config.json").is_file():
         say(f"next: MODEL={shlex.quote(str(folder))} DATA=my.jsonl bash RECIPE/train_zero2.sh")
 
@@ -364,11 +451,18 @@ def outcome(argv: list[str]) -> tuple[int, str | None]:
     except OSError as error:
         return 1, f"error: {explain(error, Path('.'))}"
     except SystemExit as error:
-        return (1, f"error: {error.code}") if isinstance(error.code, str) else (int(error.code or 0), None)
+        return (
+            (1, f"error: {error.code}")
+            if isinstance(error.code, str)
+            else (int(error.code or 0), None)
+        )
 
 
 def run() -> None:
-    for name in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background jobs start with it ignored
+    for name in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # SIGINT too: a shell's background jobs start with it ignored
         signal.signal(name, signal.default_int_handler)
     code, message = outcome(sys.argv[1:])
     if message:

@@ -24,7 +24,9 @@ TOOL_SECONDS = 10
 
 def ask(command, seconds, env=None):
     """(exit code, stdout, stderr) of a command; code None: no answer in time, 127: it cannot be started."""
-    files = [os.memfd_create(name) for name in ("stdout", "stderr")]  # in memory: the disk may be full
+    files = [
+        os.memfd_create(name) for name in ("stdout", "stderr")
+    ]  # in memory: the disk may be full
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], env=env, start_new_session=True,
@@ -33,7 +35,9 @@ def ask(command, seconds, env=None):
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         code = None
-        os.killpg(process.pid, signal.SIGKILL)  # and no wait for its end: a driver may hold it for ever
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # and no wait for its end: a driver may hold it for ever
     except OSError as error:
         return 127, "", str(error)
     texts = [os.pread(file, 1 << 20, 0).decode(errors="replace") for file in files]
@@ -122,11 +126,17 @@ def torch_facts():
 
 
 def _torch():
-    from common import device  # before torch: a torch_npu that cannot be used must not break its import
+    from common import (
+        device,
+    )  # before torch: a torch_npu that cannot be used must not break its import
 
     import torch
 
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    nccl = (
+        ".".join(map(str, torch.cuda.nccl.version()))
+        if torch.distributed.is_nccl_available()
+        else None
+    )
     error = device.NPU_ERROR and one_line(device.NPU_ERROR, 500)
     about = {"version": torch.__version__, "built_for": torch.version.cuda, "nccl": nccl}
     return {**about, "npu_error": error, "cann": device.cann_home()}
@@ -140,7 +150,12 @@ def _device():
         defaults = device.prepare(set())
     dtype = "bf16" if defaults["bf16"] else "fp16" if defaults["fp16"] else "fp32"
     notes = " ".join(one_line(note.message) for note in notes)
-    return {"backend": device.dist_backend(), "count": device.device_count(), "dtype": dtype, "notes": notes}
+    return {
+        "backend": device.dist_backend(),
+        "count": device.device_count(),
+        "dtype": dtype,
+        "notes": notes,
+    }
 
 
 def _cards():
@@ -152,7 +167,9 @@ def _cards():
     cards = []
     for i in range(device.device_count()):
         try:
-            ones = torch.ones(16, 16, device=torch.device(device.kind(), i), dtype=device.half_dtype())
+            ones = torch.ones(
+                16, 16, device=torch.device(device.kind(), i), dtype=device.half_dtype()
+            )
             (ones @ ones).sum().item()
             free, total = device.module().mem_get_info(i)
             cards.append({"name": device.module().get_device_name(i), "free": free, "total": total})

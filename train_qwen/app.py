@@ -14,7 +14,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for common/
 from common import device  # noqa: I001  (device before torch and transformers)
 from common.demo import page
-from common.demo.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch, literal, prose, show, turns_of  # noqa: F401
+from common.demo.page import (
+    IDLE,
+    MAX_CHARS,
+    MAX_WAITING,
+    SAMPLING,
+    launch,
+    literal,
+    prose,
+    show,
+    turns_of,
+)  # noqa: F401
 from common.demo.chat_model import Talker
 
 import gradio as gr

@@ -34,7 +34,13 @@ SKILL_ASKED = """
 你能帮我做什么|你可以帮我做什么|说说你能帮我做什么
 """
 
-SUM_DIGITS = ["{}加{}等于几？", "请算一算{}加{}。", "{}+{}=？", "{}和{}的和是多少？", "把{}和{}加起来是多少？"]
+SUM_DIGITS = [
+    "{}加{}等于几？",
+    "请算一算{}加{}。",
+    "{}+{}=？",
+    "{}和{}的和是多少？",
+    "把{}和{}加起来是多少？",
+]
 SUM_WORDS = ["{}加{}等于几？", "请算一算{}加{}。", "{}与{}相加得多少？"]
 
 UNITS = [
@@ -57,7 +63,20 @@ UNIT_ASKED = [
     "{n}{big}合多少{small}？",
 ]
 
-OPPOSITES = ["大小", "多少", "高低", "长短", "冷热", "快慢", "新旧", "远近", "轻重", "好坏", "左右", "黑白"]
+OPPOSITES = [
+    "大小",
+    "多少",
+    "高低",
+    "长短",
+    "冷热",
+    "快慢",
+    "新旧",
+    "远近",
+    "轻重",
+    "好坏",
+    "左右",
+    "黑白",
+]
 OPPOSITE_ASKED = ["写出下面这个词的反义词。", "请给出这个词的反义词。", "这个词的反义词是什么？"]
 
 SYSTEMS = [
@@ -73,7 +92,11 @@ WEATHER_TOOL = {
     "function": {
         "name": "weather",
         "description": "查天气",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
     },
 }
 
@@ -89,7 +112,10 @@ def total(a: int, b: int) -> str:
 def chat(*turns: str, system: str = "") -> dict:
     """Turns alternate user, assistant."""
     head = [{"role": "system", "content": system}] if system else []
-    return {"messages": head + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]}
+    return {
+        "messages": head
+        + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+    }
 
 
 def pick(options: list, start: int, count: int) -> list:
@@ -100,7 +126,11 @@ def pick(options: list, start: int, count: int) -> list:
 def identity() -> list[dict]:
     """messages: who the model is, who made it, what it can do."""
     asked = [(NAME_ASKED, NAME), (MAKER_ASKED, MAKER), (SKILL_ASKED, SKILL)]
-    return [chat(q + "？" * (i % 2), answer) for block, answer in asked for i, q in enumerate(phrases(block))]
+    return [
+        chat(q + "？" * (i % 2), answer)
+        for block, answer in asked
+        for i, q in enumerate(phrases(block))
+    ]
 
 
 def sums() -> list[dict]:
@@ -112,7 +142,9 @@ def sums() -> list[dict]:
                 rows.append({"instruction": ask.format(a, b), "input": "", "output": total(a, b)})
             answer = f"{DIGITS[a]}加{DIGITS[b]}等于{a + b}。"
             for ask in pick(SUM_WORDS, a + 2 * b, 1 + (a <= b)):
-                rows.append({"instruction": ask.format(DIGITS[a], DIGITS[b]), "input": "", "output": answer})
+                rows.append(
+                    {"instruction": ask.format(DIGITS[a], DIGITS[b]), "input": "", "output": answer}
+                )
     return rows
 
 
@@ -148,13 +180,22 @@ def threads() -> list[dict]:
             first = [f"{n}{big}有多少{small}？", f"{n}{big}是{n * by}{small}。"]
             talks.append([*first, f"那{m}{big}呢？", f"{m}{big}是{m * by}{small}。"])
     who = ("human", "gpt")
-    return [{"conversations": [{"from": who[i % 2], "value": t} for i, t in enumerate(talk)]} for talk in talks]
+    return [
+        {"conversations": [{"from": who[i % 2], "value": t} for i, t in enumerate(talk)]}
+        for talk in talks
+    ]
 
 
 def mixed() -> list[dict]:
     """messages: two to four questions that have nothing to do with each other, in words that stand nowhere else (a
     question held out elsewhere must not be answered here)."""
-    names = ["你是哪位？", "报一下你的名字。", "顺便问一句，你是谁？", "对了，怎么叫你？", "再说一遍你是谁。"]
+    names = [
+        "你是哪位？",
+        "报一下你的名字。",
+        "顺便问一句，你是谁？",
+        "对了，怎么叫你？",
+        "再说一遍你是谁。",
+    ]
     asked = []
     for i in range(320):
         a, b, n = 3 * i % 10, (i + i // 10) % 10, 1 + i % 5
@@ -216,7 +257,9 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for make in (identity, sums, units, opposites, threads, mixed, systems, thinking, tools):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make()]
-        (folder / f"{make.__name__}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        (folder / f"{make.__name__}.jsonl").write_text(
+            "".join(lines), encoding="utf-8", newline="\n"
+        )
 
 
 if __name__ == "__main__":

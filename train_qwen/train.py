@@ -20,7 +20,13 @@ from common import cli, device  # device before torch and transformers
 
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    TrainingArguments,
+    set_seed,
+)
 
 from common import collators, tiny
 from common.convert import adapter
@@ -38,46 +44,64 @@ from common.trainer import RecipeTrainer
 # 1. Arguments: what this recipe decides; everything else is transformers.TrainingArguments.
 @dataclass
 class Args:
-    model_name_or_path: str = field(default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"})
-    data_path: str = field(
-        default=str(HERE / "data"), metadata={"help": "files or folders, with weights: 'a.jsonl:0.7 b.csv:0.3'"}
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
     )
-    column_map: str = field(default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"})
+    data_path: str = field(
+        default=str(HERE / "data"),
+        metadata={"help": "files or folders, with weights: 'a.jsonl:0.7 b.csv:0.3'"},
+    )
+    column_map: str = field(
+        default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"}
+    )
     strict_data: bool = field(
-        default=False, metadata={"help": "a bad row is an error instead of being counted and left out"}
+        default=False,
+        metadata={"help": "a bad row is an error instead of being counted and left out"},
     )
     eval_ratio: float = field(
-        default=0.05, metadata={"help": "share of prompts held out; the split never parts duplicates"}
+        default=0.05,
+        metadata={"help": "share of prompts held out; the split never parts duplicates"},
     )
     max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
     leak_check: str = field(
-        default="", metadata={"help": "a test file whose prompts must not be trained on; leaks are left out"}
+        default="",
+        metadata={"help": "a test file whose prompts must not be trained on; leaks are left out"},
     )
     model_max_length: int = field(
         default=2048, metadata={"help": "window in tokens; longer rows are shortened and counted"}
     )
     packing: bool = field(
-        default=True, metadata={"help": "fill each window with several rows that cannot see each other"}
+        default=True,
+        metadata={"help": "fill each window with several rows that cannot see each other"},
     )
     system_prompt: str = field(default="", metadata={"help": "system turn for rows that have none"})
-    chat_template: str = field(default="", metadata={"help": "a jinja file, for tokenizers that have none"})
+    chat_template: str = field(
+        default="", metadata={"help": "a jinja file, for tokenizers that have none"}
+    )
     enable_thinking: bool | None = field(
         default=None, metadata={"help": "passed to the chat template (Qwen3); unset: its default"}
     )
-    use_lora: bool = field(default=False, metadata={"help": "train an adapter instead of all weights"})
+    use_lora: bool = field(
+        default=False, metadata={"help": "train an adapter instead of all weights"}
+    )
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale; unset: 2 * lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     target_modules: str = field(
-        default="all-linear", metadata={"help": "comma separated names; all-linear spares the output head"}
+        default="all-linear",
+        metadata={"help": "comma separated names; all-linear spares the output head"},
     )
     use_dora: bool = field(default=False, metadata={"help": "weight-decomposed LoRA"})
     use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "QLoRA: frozen base in 4-bit NF4 (CUDA and bitsandbytes)"}
     )
-    freeze_layers: int = field(default=0, metadata={"help": "keep the first N decoder layers and the embeddings fixed"})
-    eval_generate: int = field(default=64, metadata={"help": "held-out questions answered before and after; 0: none"})
+    freeze_layers: int = field(
+        default=0, metadata={"help": "keep the first N decoder layers and the embeddings fixed"}
+    )
+    eval_generate: int = field(
+        default=64, metadata={"help": "held-out questions answered before and after; 0: none"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace what an earlier run left in --output_dir"}
@@ -125,7 +149,10 @@ def load_tokenizer(args: Args, path: str):
 def load_model(args: Args, training: TrainingArguments, path: str):
     """The model in the dtype it trains in: float32 masters for full training, the half dtype for a frozen base."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    settings = {"dtype": half if args.use_lora else torch.float32, "attn_implementation": attention.register()}
+    settings = {
+        "dtype": half if args.use_lora else torch.float32,
+        "attn_implementation": attention.register(),
+    }
     if args.load_in_4bit:
         settings["quantization_config"] = four_bit(half)
     model = cli.load(AutoModelForCausalLM, path, **settings)
@@ -159,7 +186,9 @@ def freeze(model, layers: int) -> None:
 def add_lora(model, args: Args, training: TrainingArguments):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    recompute = bool(getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing)
+    recompute = bool(
+        getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    )
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
     elif recompute:
@@ -183,7 +212,9 @@ def encode(row: dict, tokenizer, args: Args, template: dict) -> dict | None:
     return encode_chat(tokenizer, turns, args.model_max_length, row.get("tools"), **template)
 
 
-def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, template: dict):
+def split_and_encode(
+    rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, template: dict
+):
     """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
@@ -191,12 +222,18 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
         stats["dropped"]["in test file"] = leaked
     fn = partial(encode, tokenizer=tokenizer, args=args, template=template)
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, template])
+    key = json.dumps(
+        [code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, template]
+    )
     train_ids, held_out_ids, counts = tokenise_split(train, held_out, fn, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    stats |= {"used": len(train_ids), "held_out": len(held_out_ids), "truncated": counts["truncated"]}
+    stats |= {
+        "used": len(train_ids),
+        "held_out": len(held_out_ids),
+        "truncated": counts["truncated"],
+    }
     return train_ids, held_out_ids, held_out
 
 
@@ -205,11 +242,15 @@ def main() -> None:
     set_seed(training.seed)
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
-        cli.model_config(args.model_name_or_path)  # a wrong name is told before anything is read or replaced
+        cli.model_config(
+            args.model_name_or_path
+        )  # a wrong name is told before anything is read or replaced
     if args.use_lora and not is_tiny and not cli.typed("learning_rate"):
         training.learning_rate = LORA_LEARNING_RATE
 
-    rows, stats = load_rows(args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed)
+    rows, stats = load_rows(
+        args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
+    )
     cli.say(summary(stats))
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir)
@@ -217,26 +258,45 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
-    train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer, template)
-    cli.say("split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(**stats))
-    cli.say(preview(tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()))
+    train_ids, held_out_ids, held_out = split_and_encode(
+        rows, stats, args, training, tokenizer, template
+    )
+    cli.say(
+        "split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(
+            **stats
+        )
+    )
+    cli.say(
+        preview(
+            tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()
+        )
+    )
 
     model = load_model(args, training, base)
     if args.packing and training.train_sampling_strategy == "group_by_length":
-        raise SystemExit("--group_by_length: packing already fills the windows; add --packing false to group rows")
+        raise SystemExit(
+            "--group_by_length: packing already fills the windows; add --packing false to group rows"
+        )
     if args.packing:
         train_set = collators.PackedDataset(train_ids, args.model_max_length, training.seed)
         eval_set = collators.PackedDataset(held_out_ids, args.model_max_length, training.seed)
         collator = collators.PackedCollator()
     else:
-        train_set, eval_set = collators.NumberedRows(train_ids), collators.NumberedRows(held_out_ids)
+        train_set, eval_set = (
+            collators.NumberedRows(train_ids),
+            collators.NumberedRows(held_out_ids),
+        )
         collator = collators.PaddedCollator(tokenizer.pad_token_id)
 
     def ask(turns, tools):
         return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
     asked = questions(held_out, held_out_ids, args.eval_generate)
-    measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens) if asked else None
+    measure = (
+        partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
+        if asked
+        else None
+    )
     trainer = RecipeTrainer(
         model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
         processing_class=tokenizer, measure=measure, describe_row=lambda i: train_ids[i]["source"],

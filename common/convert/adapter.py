@@ -24,9 +24,17 @@ def linear_layers(model, names: str) -> str | list[str]:
         return names
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     layers = [name for name, _ in model.named_modules()]
-    unknown = [name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    unknown = [
+        name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)
+    ]
     if unknown or not wanted:
-        linear = sorted({name.split(".")[-1] for name, layer in model.named_modules() if hasattr(layer, "in_features")})
+        linear = sorted(
+            {
+                name.split(".")[-1]
+                for name, layer in model.named_modules()
+                if hasattr(layer, "in_features")
+            }
+        )
         raise SystemExit(
             f"--target_modules: no layer is called {', '.join(unknown) or repr(names)}; "
             f"give all-linear or some of {','.join(linear)}"
@@ -58,7 +66,11 @@ def _folder(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    return Path(
+        snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        )
+    )
 
 
 def remember_base(folder: str | Path, base: str) -> None:
@@ -77,7 +89,9 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
     known = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).is_file() else None
     base = base or told
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
-        raise SystemExit(f"the base model {base} of the adapter {folder} is not there; name it where it is now")
+        raise SystemExit(
+            f"the base model {base} of the adapter {folder} is not there; name it where it is now"
+        )
     if known is None:
         if base != told:
             raise SystemExit(
@@ -98,9 +112,14 @@ def read_plain(folder: str | Path) -> tuple[dict, dict]:
 
     folder = Path(folder)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if wrong := [f"{k}={settings[k]}" for k, plain in PLAIN.items() if (settings.get(k) or plain) != plain]:
+    if wrong := [
+        f"{k}={settings[k]}" for k, plain in PLAIN.items() if (settings.get(k) or plain) != plain
+    ]:
         raise SystemExit(f"{folder}: only plain LoRA can be converted, not {', '.join(wrong)}")
-    for name, read in (("adapter_model.safetensors", load_file), ("adapter_model.bin", read_pickle)):
+    for name, read in (
+        ("adapter_model.safetensors", load_file),
+        ("adapter_model.bin", read_pickle),
+    ):
         if (folder / name).is_file():
             return settings, read(folder / name)
     raise SystemExit(f"{folder} has no adapter_model.safetensors and no adapter_model.bin")
@@ -115,7 +134,11 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
     kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
     settings = settings | {"base_model_name_or_path": base, "target_modules": kinds}
     with Draft(out) as part:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part / "adapter_model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            part / "adapter_model.safetensors",
+            {"format": "pt"},
+        )
         (part / "adapter_config.json").write_text(json.dumps(settings, indent=1))
         remember_base(part, base)
     return kinds

@@ -11,7 +11,9 @@ SPACE = "▁"
 
 
 def read_model(
-    path: Path, pieces: Iterable[str], refusals: Callable[[model_pb2.ModelProto], dict] = lambda proto: {}
+    path: Path,
+    pieces: Iterable[str],
+    refusals: Callable[[model_pb2.ModelProto], dict] = lambda proto: {},
 ) -> model_pb2.ModelProto:
     """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast tokenizer cannot.
 
@@ -20,7 +22,9 @@ def read_model(
     try:
         proto = model_pb2.ModelProto.FromString(path.read_bytes())
     except DecodeError:
-        raise SystemExit(f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?") from None
+        raise SystemExit(
+            f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?"
+        ) from None
     trainer, pieces = proto.trainer_spec, list(pieces)
     reasons = {
         "not a BPE model": trainer.model_type != trainer.BPE,
@@ -48,11 +52,15 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [pair[2:] for pair in sorted(pairs)]
 
 
-def compare(tokenizer, original: sentencepiece.SentencePieceProcessor, pieces: Iterable[str]) -> None:
+def compare(
+    tokenizer, original: sentencepiece.SentencePieceProcessor, pieces: Iterable[str]
+) -> None:
     """SystemExit when the two give different ids for the pieces, alone and in rows."""
     texts = [piece.replace(SPACE, " ") for piece in pieces]
     texts += ["".join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for text, found in zip(texts, ids, strict=True):
         if found != original.encode(text):
-            raise SystemExit(f"a fast tokenizer would read {text!r} differently: this tokenizer.model is not supported")
+            raise SystemExit(
+                f"a fast tokenizer would read {text!r} differently: this tokenizer.model is not supported"
+            )

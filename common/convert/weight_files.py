@@ -19,7 +19,9 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a torch.save file, mapped from disk where it allows that. SystemExit for anything but tensors."""
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise SystemExit(f"{path} is only a Git LFS pointer: the download of the weights is missing")
+            raise SystemExit(
+                f"{path} is only a Git LFS pointer: the download of the weights is missing"
+            )
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -30,9 +32,13 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         words = " ".join(str(error).split())
         if re.search("GLOBAL|Unsupported (class|operand)|instruction", words):
-            raise SystemExit(f"{path} holds code, not only tensors; refused, nothing of it was run") from None
+            raise SystemExit(
+                f"{path} holds code, not only tensors; refused, nothing of it was run"
+            ) from None
         raise SystemExit(f"{path} cannot be read ({words[:120]}); fetch it again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
         raise SystemExit(f"{path} is not a dictionary of tensors")
     return content
 
@@ -49,7 +55,9 @@ class Weights(Mapping):
             part = self._open(path)
             for name in list(part.keys()):
                 if name in self.place:
-                    raise SystemExit(f"{folder}: {name} stands in two files; take the old ones away")
+                    raise SystemExit(
+                        f"{folder}: {name} stands in two files; take the old ones away"
+                    )
                 self.place[name] = part
 
     @staticmethod
@@ -59,9 +67,13 @@ class Weights(Mapping):
         ):  # fmt: skip
             found = sorted(folder.glob(pattern))
             if (folder / index).is_file() and found:
-                named = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+                named = set(
+                    json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+                )
                 if missing := sorted(named - {path.name for path in found}):
-                    raise SystemExit(f"{folder}: {len(missing)} weight files are missing: {', '.join(missing[:3])}")
+                    raise SystemExit(
+                        f"{folder}: {len(missing)} weight files are missing: {', '.join(missing[:3])}"
+                    )
                 return [folder / name for name in sorted(named)]
             if found:
                 return found
@@ -82,7 +94,9 @@ class Weights(Mapping):
 
     def shape(self, name: str) -> list[int]:
         part = self.place[name]
-        return list(part[name].shape) if isinstance(part, dict) else part.get_slice(name).get_shape()
+        return (
+            list(part[name].shape) if isinstance(part, dict) else part.get_slice(name).get_shape()
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.place)
@@ -97,7 +111,9 @@ def check_shape(name: str, found, expected) -> None:
         raise SystemExit(f"{name} has the shape {list(found)}; config.json says {list(expected)}")
 
 
-def save_sharded(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_gb: float = SHARD_GB) -> int:
+def save_sharded(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_gb: float = SHARD_GB
+) -> int:
     """Write (name, tensor) pairs as model*.safetensors, several with an index; memory holds one. -> bytes in all."""
     shards, batch, held, total = [], {}, 0, 0
 

@@ -34,10 +34,14 @@ def _whole(folder: Path):
         meta = json.loads((folder / "meta.json").read_text())
         if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
             return None
-        dataset = concatenate_datasets([Dataset.from_file(str(folder / name)) for name in meta["files"]])
+        dataset = concatenate_datasets(
+            [Dataset.from_file(str(folder / name)) for name in meta["files"]]
+        )
     except (OSError, ValueError, KeyError):
         return None
-    dataset._fingerprint = folder.name  # datasets would hash file times; equal contents must give equal later keys
+    dataset._fingerprint = (
+        folder.name
+    )  # datasets would hash file times; equal contents must give equal later keys
     return dataset, meta["stats"]
 
 
@@ -74,4 +78,6 @@ def cached(key: str, build: Callable[[Path], dict], cache_dir=None):
             return _whole(folder)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check that folder"
-        raise SystemExit(f"{root}: cannot keep prepared data: {error}; {remedy} or set DANPU_CACHE") from None
+        raise SystemExit(
+            f"{root}: cannot keep prepared data: {error}; {remedy} or set DANPU_CACHE"
+        ) from None

@@ -24,21 +24,31 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 
 def entries(data_path) -> list[tuple[Path, float | None]]:
     """Text like `a b` or `a:0.7 b:0.3`, or a list of such words -> paths with weights (None where none is given)."""
-    if isinstance(data_path, Path) or (isinstance(data_path, str) and Path(data_path).expanduser().exists()):
+    if isinstance(data_path, Path) or (
+        isinstance(data_path, str) and Path(data_path).expanduser().exists()
+    ):
         data_path = [data_path]  # one path, perhaps with spaces in its name
     names = data_path.split() if isinstance(data_path, str) else [str(p) for p in data_path]
     found = []
     for name in names:
-        weighted = re.fullmatch(r"(.+):(\d*\.?\d+)", name) if not Path(name).expanduser().exists() else None
+        weighted = (
+            re.fullmatch(r"(.+):(\d*\.?\d+)", name)
+            if not Path(name).expanduser().exists()
+            else None
+        )
         path, weight = (weighted[1], float(weighted[2])) if weighted else (name, None)
         if not Path(path).expanduser().exists():
-            raise SystemExit(f"{path}: no such file or folder (a data set of a hub must be downloaded first)")
+            raise SystemExit(
+                f"{path}: no such file or folder (a data set of a hub must be downloaded first)"
+            )
         found.append((Path(path).expanduser(), weight))
     weights = [w for _, w in found]
     if not found:
         raise SystemExit("no data path given")
     if any(weights) and not all(weights):
-        raise SystemExit("data weights: give every path a weight above 0 (a.jsonl:0.7 b.jsonl:0.3) or none of them")
+        raise SystemExit(
+            "data weights: give every path a weight above 0 (a.jsonl:0.7 b.jsonl:0.3) or none of them"
+        )
     return found
 
 
@@ -55,10 +65,14 @@ def data_files(path: Path) -> tuple[list[Path], list[str]]:
             )
         return [path], []
     inside = sorted(p for p in path.rglob("*") if p.is_file())
-    visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    visible = [
+        p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)
+    ]
     files = [p for p in visible if suffix_of(p) in SUFFIXES]
     if not files:
-        raise SystemExit(f"{path}: no data file in this folder; accepted: {' '.join(SUFFIXES)}, each also .gz")
+        raise SystemExit(
+            f"{path}: no data file in this folder; accepted: {' '.join(SUFFIXES)}, each also .gz"
+        )
     ignored = [str(p.relative_to(path)) for p in sorted(set(inside) - set(files))]
     return files, ignored[:10] + ([f"{len(ignored) - 10} more"] if len(ignored) > 10 else [])
 
@@ -102,7 +116,9 @@ def encoding_of(path: Path) -> str:
         except UnicodeDecodeError:
             file.seek(0)
         votes, tails = 0, bytes(range(0x80, 0xC0))
-        while line := file.readline(1 << 16).lstrip(tails):  # a piece of a long line may begin inside a character
+        while line := file.readline(1 << 16).lstrip(
+            tails
+        ):  # a piece of a long line may begin inside a character
             try:
                 votes += not codecs.utf_8_decode(line, "strict", False)[0].isascii()
             except UnicodeDecodeError:
@@ -135,7 +151,9 @@ def _json_objects(text, path: Path) -> Iterator:
             cut_off = len(buffer) - wrong < 32 or why.startswith("Unterminated")
             if ended or not cut_off:
                 line += buffer.count("\n", at, wrong)
-                raise SystemExit(f"{path}:{line}: wrong JSON ({why}); repair the file or fetch it again") from None
+                raise SystemExit(
+                    f"{path}:{line}: wrong JSON ({why}); repair the file or fetch it again"
+                ) from None
         if end:
             yield line, record
             line += buffer.count("\n", at, end)
@@ -165,10 +183,15 @@ def _table(lines, path: Path) -> Iterator:
             elif len(cells) == len(names):
                 yield number, dict(zip(names, cells, strict=True))
             elif cells:
-                yield number, BadRow("wrong number of cells", f"{len(cells)}, the header has {len(names)}")
+                yield (
+                    number,
+                    BadRow("wrong number of cells", f"{len(cells)}, the header has {len(names)}"),
+                )
         except csv.Error as error:
             if "unexpected end" in str(error):
-                raise SystemExit(f'{path}:{number}: a quote (") is opened here and never closed') from None
+                raise SystemExit(
+                    f'{path}:{number}: a quote (") is opened here and never closed'
+                ) from None
             yield number, BadRow("wrong csv quoting", str(error))
         number = reader.line_num + 1
 
@@ -191,13 +214,21 @@ def records(path: Path, encoding: str) -> Iterator:
             yield from _parquet(path)
             return
         newline = "" if suffix in (".csv", ".tsv") else None
-        with io.TextIOWrapper(_open(path), encoding, errors="surrogateescape", newline=newline) as text:
+        with io.TextIOWrapper(
+            _open(path), encoding, errors="surrogateescape", newline=newline
+        ) as text:
             if suffix in (".csv", ".tsv"):
                 yield from _table(text, path)
             elif suffix == ".txt":
-                yield from ((n, {"text": t}) for n, line in enumerate(text, 1) if (t := line.strip("\0 \t\n\u3000")))
+                yield from (
+                    (n, {"text": t})
+                    for n, line in enumerate(text, 1)
+                    if (t := line.strip("\0 \t\n\u3000"))
+                )
             else:
                 head = text.read(1 << 16).strip("\0 \t\n")
                 text.seek(0)
-                spread = head.startswith("[") or head.split("\n", 1)[0].strip() == "{"  # array, or indented objects
+                spread = (
+                    head.startswith("[") or head.split("\n", 1)[0].strip() == "{"
+                )  # array, or indented objects
                 yield from _json_objects(text, path) if spread else _json_lines(text)

@@ -30,7 +30,9 @@ class _Facts(NamedTuple):
     headers: tuple  # what announces an answer, longest first: the generation prompt, and what earlier turns have of it
     end: str  # the special tokens after a plain answer, or nothing
     tracks: bool  # the template says itself what is generated: {% generation %}
-    by_offset: bool  # the tokenizer puts a space before every text it is given, so texts must not be split
+    by_offset: (
+        bool  # the tokenizer puts a space before every text it is given, so texts must not be split
+    )
 
 
 def set_template(tokenizer, path_or_text):
@@ -40,20 +42,33 @@ def set_template(tokenizer, path_or_text):
     is_text = "{%" in path_or_text or "{{" in path_or_text
     name = "chat template" if is_text else path_or_text
     try:
-        tokenizer.chat_template = path_or_text if is_text else Path(path_or_text).read_text(encoding="utf-8-sig")
+        tokenizer.chat_template = (
+            path_or_text if is_text else Path(path_or_text).read_text(encoding="utf-8-sig")
+        )
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"{name}: not a readable chat template file: {error}") from None
     except jinja2.TemplateSyntaxError as error:
-        raise SystemExit(f"{name}:{error.lineno}: not a Jinja chat template: {error.message}") from None
+        raise SystemExit(
+            f"{name}:{error.lineno}: not a Jinja chat template: {error.message}"
+        ) from None
     except jinja2.TemplateError:
         pass  # the template may refuse our probe; rows are checked when they come
 
 
 def fingerprint(tokenizer):
     """A short hash of all that decides how rows become tokens: vocabulary, special tokens, chat template, this file."""
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    parts = [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template, Path(__file__).read_text("utf-8")]
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else sorted(tokenizer.get_vocab().items())
+    )
+    parts = [
+        vocabulary,
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        Path(__file__).read_text("utf-8"),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -72,7 +87,10 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
         return None
     truncated = len(ids) > max_length
     if truncated:
-        ids, labels = _drop_oldest(tokenizer, messages, max_length, tools, template_kwargs) or (ids, labels)
+        ids, labels = _drop_oldest(tokenizer, messages, max_length, tools, template_kwargs) or (
+            ids,
+            labels,
+        )
         ids, labels = _shrink(tokenizer, ids, labels, max_length)
     return {"input_ids": ids, "labels": labels, "truncated": truncated}
 
@@ -87,9 +105,13 @@ def preview(tokenizer, input_ids, labels, color=True):
 
     Runs of equal mask are decoded whole: a single token may be a third of a Chinese character.
     """
-    on, off, plain, reset = ("\033[32m", "\033[0m", "\033[90m", "\033[0m") if color else ("[[", "]]", "", "")
+    on, off, plain, reset = (
+        ("\033[32m", "\033[0m", "\033[90m", "\033[0m") if color else ("[[", "]]", "", "")
+    )
     out = []
-    for trained, run in groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE):
+    for trained, run in groupby(
+        zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE
+    ):
         text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         out.append(f"{on}{text}{off}" if trained else f"{plain}{text}{reset}")
     return "".join(out)
@@ -100,7 +122,9 @@ def _render(tokenizer, template, messages, tools, prompt, kwargs, tracks=False):
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = [
+        {key: value for key, value in message.items() if value is not None} for message in messages
+    ]
     try:
         texts, spans = render_jinja_template(
             [messages],
@@ -153,7 +177,10 @@ def _headers_and_end(tokenizer, template, special, kwargs):
         once, _ = _render(tokenizer, template, turns, None, False, kwargs)
         twice, _ = _render(tokenizer, template, turns * 2, None, False, kwargs)
     except ValueError:
-        return (), ""  # it wants more than one question: texts are then trained from their own start
+        return (
+            (),
+            "",
+        )  # it wants more than one question: texts are then trained from their own start
     found = re.compile(f"({special.pattern})+").search(once, once.find(answer) + 1)
     tail = asked.partition(question)[2]
     # "[INST] .. [/INST]": the answer follows what the template writes after a question, with its blanks if they stay
@@ -164,7 +191,9 @@ def _headers_and_end(tokenizer, template, special, kwargs):
         short = commonprefix([header, earlier])
         cut = [m.start() for m in special.finditer(header) if m.start() < len(short) < m.end()]
         short = header[: cut[0]] if cut else short
-    return tuple(h for h in dict.fromkeys([header, short]) if h.strip()), found.group() if found else ""
+    return tuple(
+        h for h in dict.fromkeys([header, short]) if h.strip()
+    ), found.group() if found else ""
 
 
 def _any_of(names):
@@ -192,14 +221,26 @@ def _mark(messages, tools, facts, level, taken):
 
     def walk(value, index, whole):
         if isinstance(value, str):
-            spans = _parts(value, facts.tags) if whole else [m.span() for m in facts.special.finditer(value)]
+            spans = (
+                _parts(value, facts.tags)
+                if whole
+                else [m.span() for m in facts.special.finditer(value)]
+            )
             return wrap(value, spans, index) if spans else value
         if isinstance(value, dict):
             return {
-                k: walk(v, index, whole or (k in TEXT_KEYS and level > 0) or (k == "arguments" and level > 1))
+                k: walk(
+                    v,
+                    index,
+                    whole or (k in TEXT_KEYS and level > 0) or (k == "arguments" and level > 1),
+                )
                 for k, v in value.items()
             }
-        return [walk(item, index, whole) for item in value] if isinstance(value, (list, tuple)) else value
+        return (
+            [walk(item, index, whole) for item in value]
+            if isinstance(value, (list, tuple))
+            else value
+        )
 
     marked = [{**walk(m, i, False), "role": m["role"]} for i, m in enumerate(messages)]
     return marked, walk(tools, None, False), owner
@@ -237,18 +278,24 @@ def _unmark(marked, owner):
 
 def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
     """-> (text, turns [(start, end)], spans of special tokens that are data, whether the last answer lacks its end)."""
-    text, tracked = _render(tokenizer, facts.template, messages, tools, prompt, kwargs, facts.tracks)
+    text, tracked = _render(
+        tokenizer, facts.template, messages, tools, prompt, kwargs, facts.tracks
+    )
     taken = set(_PRIVATE.findall(text))
     for level in (0,) if facts.tracks else (2, 1, 0):
         marked, marked_tools, owner = _mark(messages, tools, facts, level, taken)
         same, spans = text, []
         if owner:
-            render = _render(tokenizer, facts.template, marked, marked_tools, prompt, kwargs, facts.tracks)
+            render = _render(
+                tokenizer, facts.template, marked, marked_tools, prompt, kwargs, facts.tracks
+            )
             same, spans = _unmark(render[0], owner)
         if same == text:
             break
     else:
-        raise ValueError("the chat template rewrites special tokens in the texts; take them out of this row")
+        raise ValueError(
+            "the chat template rewrites special tokens in the texts; take them out of this row"
+        )
     data = [m.span() for start, end, _ in spans for m in facts.special.finditer(text, start, end)]
     if facts.tracks:
         turns, still_open = _tracked_turns(_blank(text, data), tracked, facts)
@@ -265,7 +312,11 @@ def _tracked_turns(literal, tracked, facts):
     for start, end in tracked:
         if start == end:
             continue
-        inside = [m.end() for m in facts.special.finditer(literal, start, end) if not literal[m.end() : end].strip()]
+        inside = [
+            m.end()
+            for m in facts.special.finditer(literal, start, end)
+            if not literal[m.end() : end].strip()
+        ]
         follows = facts.special.match(literal, end)
         ended = bool(inside or follows)
         turns.append((start, inside[-1] if inside else follows.end() if follows else end))
@@ -278,10 +329,16 @@ def _turns(text, messages, spans, data, prompt, facts):
     A turn starts after its header, or else at its text, and ends after the end token, or else after the first special
     token that the template wrote, or else with its text. `spans` None: only the headers tell.
     """
-    literal = _blank(text, data if spans is None else [span[:2] for span in spans])  # what the template wrote
+    literal = _blank(
+        text, data if spans is None else [span[:2] for span in spans]
+    )  # what the template wrote
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if spans is None and (not facts.headers or literal.count(facts.headers[-1]) != len(answers) + prompt):
-        raise ValueError("answers cannot be found in the rendered chat; put {% generation %} into the chat template")
+    if spans is None and (
+        not facts.headers or literal.count(facts.headers[-1]) != len(answers) + prompt
+    ):
+        raise ValueError(
+            "answers cannot be found in the rendered chat; put {% generation %} into the chat template"
+        )
     texts = {}
     for start, end, index in spans or []:
         low, high = texts.get(index, (start, end))
@@ -297,7 +354,11 @@ def _turns(text, messages, spans, data, prompt, facts):
             end = max(text_end, len(literal.rstrip()))
             still_open = start < end
         end = text_end if end is None else end
-        _check(message, text[start:end], spans is not None and index == answers[-1] and index not in texts)
+        _check(
+            message,
+            text[start:end],
+            spans is not None and index == answers[-1] and index not in texts,
+        )
         if start < end:
             turns.append((start, end))
             cursor = end
@@ -369,7 +430,9 @@ def _encode(tokenizer, messages, tools, prompt, kwargs):
             labels += tokens if trained else [IGNORE] * len(tokens)
     if still_open and not prompt:
         if tokenizer.eos_token_id is None:
-            raise SystemExit("neither the chat template nor the tokenizer has an end token; set tokenizer.eos_token")
+            raise SystemExit(
+                "neither the chat template nor the tokenizer has an end token; set tokenizer.eos_token"
+            )
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
     return ids, labels
@@ -389,7 +452,9 @@ def _pieces(text, turns, data):
 def _tokens(tokenizer, text, plain, facts):
     """Token ids of one piece; with `plain` its special tokens are spelt out like any text."""
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-    if plain and not facts.special_ids.isdisjoint(ids):  # a vocabulary that has them as ordinary pieces too
+    if plain and not facts.special_ids.isdisjoint(
+        ids
+    ):  # a vocabulary that has them as ordinary pieces too
         ids = [i for char in text for i in tokenizer.encode(char, add_special_tokens=False)]
     return ids
 
@@ -409,28 +474,47 @@ def _by_offset(tokenizer, text, turns, data, facts):
 def _offsets(tokenizer, piece, start, plain, facts):
     """[(token, position of its last character)] of a piece that stands at `start`."""
     lead = "\n" if start else ""  # keeps the tokenizer from putting a space before a later piece
-    out = tokenizer(lead + piece, add_special_tokens=False, split_special_tokens=plain, return_offsets_mapping=True)
+    out = tokenizer(
+        lead + piece,
+        add_special_tokens=False,
+        split_special_tokens=plain,
+        return_offsets_mapping=True,
+    )
     found = [
         (token, start - len(lead) + max(a, b - 1))
         for token, (a, b) in zip(out["input_ids"], out["offset_mapping"], strict=True)
         if b > len(lead) or not lead
     ]
     if plain and len(piece) > 1 and any(token in facts.special_ids for token, _ in found):
-        found = [x for i, char in enumerate(piece) for x in _offsets(tokenizer, char, start + i, True, facts)]
+        found = [
+            x
+            for i, char in enumerate(piece)
+            for x in _offsets(tokenizer, char, start + i, True, facts)
+        ]
     return found
 
 
 def _drop_oldest(tokenizer, messages, max_length, tools, kwargs):
     """(ids, labels) of the most exchanges (system, then the newest ones) that fit, or of the newest alone, or None."""
-    said = [i for i, m in enumerate(messages) if m["role"] == "assistant" and any(m.get(k) for k in m if k != "role")]
+    said = [
+        i
+        for i, m in enumerate(messages)
+        if m["role"] == "assistant" and any(m.get(k) for k in m if k != "role")
+    ]
     messages = messages[: said[-1] + 1] if said else messages
     roles = [message["role"] for message in messages]
     head = next((i for i, role in enumerate(roles) if role in ("user", "assistant", "tool")), 0)
-    begins = [i for i in range(head, len(roles)) if roles[i] == "user" and (i == head or roles[i - 1] != "user")]
+    begins = [
+        i
+        for i in range(head, len(roles))
+        if roles[i] == "user" and (i == head or roles[i - 1] != "user")
+    ]
     best, low, high = None, 0, len(begins) - 1
     while low <= high:  # the row gets shorter with every exchange dropped
         middle = (low + high) // 2
-        row = _encode(tokenizer, [*messages[:head], *messages[begins[middle] :]], tools, False, kwargs)
+        row = _encode(
+            tokenizer, [*messages[:head], *messages[begins[middle] :]], tools, False, kwargs
+        )
         fits = len(row[0]) <= max_length
         if (fits or middle == len(begins) - 1) and any(label != IGNORE for label in row[1]):
             best = row
@@ -444,7 +528,10 @@ def _shrink(tokenizer, ids, labels, room):
         return ids, labels
     last = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
     ids, labels = ids[:last], labels[:last]
-    runs = [(on, [i for i, _ in run]) for on, run in groupby(zip(ids, labels, strict=True), lambda p: p[1] != IGNORE)]
+    runs = [
+        (on, [i for i, _ in run])
+        for on, run in groupby(zip(ids, labels, strict=True), lambda p: p[1] != IGNORE)
+    ]
     if 16 * len(runs) > room:  # too little room for every turn: the last one alone is trained
         runs = [(False, ids[: last - len(runs[-1][1])]), runs[-1]]
     prompts, answers = ([len(run) for on, run in runs if on is kind] for kind in (False, True))
@@ -456,7 +543,9 @@ def _shrink(tokenizer, ids, labels, room):
             run = _clean_end(tokenizer, run[: answer_cap - 1]) + run[-1:]
         elif not on and len(run) > prompt_cap:
             tail = prompt_cap - prompt_cap // 2
-            run = _clean_end(tokenizer, run[: prompt_cap // 2]) + _clean_start(tokenizer, run[len(run) - tail :])
+            run = _clean_end(tokenizer, run[: prompt_cap // 2]) + _clean_start(
+                tokenizer, run[len(run) - tail :]
+            )
         ids += run
         labels += run if on else [IGNORE] * len(run)
     return ids, labels

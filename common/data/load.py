@@ -17,7 +17,9 @@ from common.data import files, shapes
 from common.data.cache import cached, write_rows
 from common.data.shapes import BadRow
 
-VERSION = "".join(files.sha256(Path(module))[:8] for module in (__file__, files.__file__, shapes.__file__))
+VERSION = "".join(
+    files.sha256(Path(module))[:8] for module in (__file__, files.__file__, shapes.__file__)
+)
 
 
 def _columns(column_map) -> dict[str, str]:
@@ -27,7 +29,9 @@ def _columns(column_map) -> dict[str, str]:
     else:
         pairs = list((column_map or {}).items())
     if not all(ours.strip() and theirs.strip() for ours, theirs in pairs):
-        raise SystemExit(f'column_map {column_map!r}: write it like "instruction=问题,output=回答" (ours=theirs)')
+        raise SystemExit(
+            f'column_map {column_map!r}: write it like "instruction=问题,output=回答" (ours=theirs)'
+        )
     return {theirs.strip(): ours.strip() for ours, theirs in pairs}
 
 
@@ -52,7 +56,11 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
 def _renamed(record: dict, renames: dict[str, str]) -> dict:
     if not renames:
         return record
-    kept = {name: value for name, value in record.items() if name not in renames.values() or name in renames}
+    kept = {
+        name: value
+        for name, value in record.items()
+        if name not in renames.values() or name in renames
+    }
     return {renames.get(name, name): value for name, value in kept.items()}
 
 
@@ -62,7 +70,9 @@ def _spelled(row: dict, encoding: str) -> str:
     try:
         spelled.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("broken characters", "bytes of another encoding, or half a surrogate pair") from error
+        raise BadRow(
+            "broken characters", "bytes of another encoding, or half a surrogate pair"
+        ) from error
     if encoding == "gb18030" and not spelled.isascii():
         try:
             spelled.encode("gb18030").decode()
@@ -74,7 +84,9 @@ def _spelled(row: dict, encoding: str) -> str:
 
 def prompt_key(text: str) -> int:
     """64-bit hash (signed) of a normalised prompt."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def _drop(stats: dict, where: str, bad: BadRow, strict: bool) -> None:
@@ -85,7 +97,9 @@ def _drop(stats: dict, where: str, bad: BadRow, strict: bool) -> None:
     stats["examples"].setdefault(bad.reason, what)
 
 
-def _rows(path: Path, kind: str, renames: dict[str, str], stats: dict, strict: bool) -> Iterator[dict]:
+def _rows(
+    path: Path, kind: str, renames: dict[str, str], stats: dict, strict: bool
+) -> Iterator[dict]:
     """The usable rows of one file; everything else is counted in `stats`."""
     encoding = files.encoding_of(path)
     records = files.records(path, encoding)
@@ -110,7 +124,11 @@ def _rows(path: Path, kind: str, renames: dict[str, str], stats: dict, strict: b
             _drop(stats, f"{path}:{number}", bad, strict)
         else:
             stats["used"] += 1
-            yield {"row": spelled, "prompt_key": prompt_key(shapes.prompt_of(row)), "source": f"{path}:{number}"}
+            yield {
+                "row": spelled,
+                "prompt_key": prompt_key(shapes.prompt_of(row)),
+                "source": f"{path}:{number}",
+            }
 
 
 def _refuse_useless(path: Path, stats: dict) -> None:
@@ -119,8 +137,13 @@ def _refuse_useless(path: Path, stats: dict) -> None:
         raise SystemExit(f"{path}: no rows (empty)")
     lost = stats["read"] - stats["used"]
     if 2 * lost > stats["read"]:
-        reasons = "; ".join(f"{n} {reason}, e.g. {stats['examples'][reason]}" for reason, n in stats["dropped"].items())
-        raise SystemExit(f"{path}: {lost} of {stats['read']} rows cannot be used (more than half): {reasons}")
+        reasons = "; ".join(
+            f"{n} {reason}, e.g. {stats['examples'][reason]}"
+            for reason, n in stats["dropped"].items()
+        )
+        raise SystemExit(
+            f"{path}: {lost} of {stats['read']} rows cannot be used (more than half): {reasons}"
+        )
 
 
 def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_dir):
@@ -130,10 +153,23 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
     key = json.dumps(["rows", VERSION, kind, renames, contents])
 
     def build(folder: Path) -> dict:
-        stats = {"read": 0, "used": 0, "dropped": {}, "examples": {}, "shapes": {}, "encodings": {}, "ignored": []}
-        write_rows(chain.from_iterable(_rows(p, kind, renames, stats, strict) for p in paths), folder / "rows.arrow")
+        stats = {
+            "read": 0,
+            "used": 0,
+            "dropped": {},
+            "examples": {},
+            "shapes": {},
+            "encodings": {},
+            "ignored": [],
+        }
+        write_rows(
+            chain.from_iterable(_rows(p, kind, renames, stats, strict) for p in paths),
+            folder / "rows.arrow",
+        )
         _refuse_useless(path, stats)
-        return stats | {"sha256": hashlib.sha256(json.dumps([sha for _, sha in contents]).encode()).hexdigest()}
+        return stats | {
+            "sha256": hashlib.sha256(json.dumps([sha for _, sha in contents]).encode()).hexdigest()
+        }
 
     dataset, stats = cached(key, build, cache_dir)
     if strict and stats["dropped"]:
@@ -141,7 +177,14 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
     return dataset, stats | {"ignored": ignored + stats["ignored"]}
 
 
-def load_rows(data_path, kind: str = "chat", column_map=None, strict: bool = False, cache_dir=None, seed: int = 0):
+def load_rows(
+    data_path,
+    kind: str = "chat",
+    column_map=None,
+    strict: bool = False,
+    cache_dir=None,
+    seed: int = 0,
+):
     """Files, folders or several of them -> (datasets.Dataset, stats).
 
     data_path: path, "a b", "a:0.7 b:0.3", or a list of such. Weights are proportions of the result: the most rows that
@@ -173,7 +216,15 @@ def load_rows(data_path, kind: str = "chat", column_map=None, strict: bool = Fal
 
 
 def _merged(all_stats: list[dict]) -> dict:
-    merged = {"read": 0, "used": 0, "dropped": {}, "examples": {}, "shapes": {}, "encodings": {}, "ignored": []}
+    merged = {
+        "read": 0,
+        "used": 0,
+        "dropped": {},
+        "examples": {},
+        "shapes": {},
+        "encodings": {},
+        "ignored": [],
+    }
     for stats in all_stats:
         for name in ("read", "used", "ignored"):
             merged[name] = merged[name] + stats[name]
@@ -183,7 +234,9 @@ def _merged(all_stats: list[dict]) -> dict:
         merged["shapes"] |= stats["shapes"]
         merged["encodings"] |= stats["encodings"]
     digests = [stats["sha256"] for stats in all_stats]
-    joined = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    joined = (
+        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    )
     return merged | {"sha256": joined}
 
 
@@ -191,10 +244,14 @@ def summary(stats: dict) -> str:
     """The lines to print about a load: counts, each reason with its example, shapes and encodings found."""
     kinds = {f"{shape} ({stats['encodings'][file]})" for file, shape in stats["shapes"].items()}
     found = ", ".join(sorted(kinds))
-    lines = [f"rows: {stats['used']:,} used of {stats['read']:,} read in {len(stats['shapes'])} file(s): {found}"]
+    lines = [
+        f"rows: {stats['used']:,} used of {stats['read']:,} read in {len(stats['shapes'])} file(s): {found}"
+    ]
     if stats.get("not_drawn"):
         lines.append(f"  {stats['not_drawn']:,} not drawn, to keep the weights")
-    lines += [f"  {n:,} dropped, e.g. {stats['examples'][why]}" for why, n in stats["dropped"].items()]
+    lines += [
+        f"  {n:,} dropped, e.g. {stats['examples'][why]}" for why, n in stats["dropped"].items()
+    ]
     if stats["ignored"]:
         lines.append(f"  ignored: {', '.join(stats['ignored'])}")
     return "\n".join(lines)

@@ -17,9 +17,13 @@ class _Stop(Exception):
     """A SystemExit on its way out of a worker process, where it would end the worker without a word."""
 
 
-def _encoded(batch: dict, encode: Callable, columns: tuple[str, ...], forked: bool, refusals: Path) -> dict:
+def _encoded(
+    batch: dict, encode: Callable, columns: tuple[str, ...], forked: bool, refusals: Path
+) -> dict:
     if forked and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # OpenMP hangs in a fork of a process that has used its threads
+        sys.modules["torch"].set_num_threads(
+            1
+        )  # OpenMP hangs in a fork of a process that has used its threads
     out = {name: [] for name in (*columns, "length", "truncated", "source")}
     for row, source in zip(batch["row"], batch["source"], strict=True):
         try:
@@ -29,13 +33,19 @@ def _encoded(batch: dict, encode: Callable, columns: tuple[str, ...], forked: bo
         except ValueError as error:  # the chat template refuses the row
             _refuse(refusals, " ".join(str(error).split()), source)
             continue
-        usable = [tokens for tokens in (found if isinstance(found, list) else [found]) if _has_labels(tokens, columns)]
+        usable = [
+            tokens
+            for tokens in (found if isinstance(found, list) else [found])
+            if _has_labels(tokens, columns)
+        ]
         if not usable:
             _refuse(refusals, NO_LABEL, source)
         for tokens in usable:
             for name in columns:
                 out[name].append(tokens[name])
-            out["length"].append(sum(len(tokens[name]) for name in columns if name.endswith("input_ids")))
+            out["length"].append(
+                sum(len(tokens[name]) for name in columns if name.endswith("input_ids"))
+            )
             out["truncated"].append(bool(tokens.get("truncated")))
             out["source"].append(source)
     return out
@@ -56,7 +66,13 @@ def _refuse(refusals: Path, reason: str, source: str) -> None:
 
 
 def tokenise(
-    dataset, encode: Callable, key: str, num_proc=None, columns=("input_ids", "labels"), cache_dir=None, required=True
+    dataset,
+    encode: Callable,
+    key: str,
+    num_proc=None,
+    columns=("input_ids", "labels"),
+    cache_dir=None,
+    required=True,
 ):
     """load_rows' Dataset -> (Dataset of token rows, counts), cached; safe when N ranks call it at once.
 
@@ -79,7 +95,12 @@ def tokenise(
         try:
             tokens = dataset.map(
                 _encoded,
-                fn_kwargs={"encode": encode, "columns": columns, "forked": workers > 1, "refusals": folder},
+                fn_kwargs={
+                    "encode": encode,
+                    "columns": columns,
+                    "forked": workers > 1,
+                    "refusals": folder,
+                },
                 batched=True,
                 batch_size=200,
                 num_proc=workers if workers > 1 else None,
@@ -92,14 +113,26 @@ def tokenise(
             )
         except _Stop as stop:
             raise SystemExit(str(stop)) from None
-        refused = [json.loads(line) for file in folder.glob("*.refused") for line in file.open(encoding="utf-8")]
+        refused = [
+            json.loads(line)
+            for file in folder.glob("*.refused")
+            for line in file.open(encoding="utf-8")
+        ]
         if required and not len(tokens):
             told = [f"{source}: {reason}" for reason, source in refused if reason != NO_LABEL]
-            why = told[0] if told else "the length limit cuts off every answer, or the chat template marks none"
+            why = (
+                told[0]
+                if told
+                else "the length limit cuts off every answer, or the chat template marks none"
+            )
             raise SystemExit(f"none of {len(dataset)} rows has a label left: {why}")
         return _counts(tokens, columns, refused)
 
-    return cached(json.dumps(["tokens", VERSION, dataset._fingerprint, columns, required, key]), build, cache_dir)
+    return cached(
+        json.dumps(["tokens", VERSION, dataset._fingerprint, columns, required, key]),
+        build,
+        cache_dir,
+    )
 
 
 def tokenise_split(train, held_out, encode: Callable, key: str, **settings):
@@ -128,5 +161,7 @@ def _counts(tokens, columns: tuple[str, ...], refused: list) -> dict:
         counts["tokens"] += int(table["length"].to_numpy().sum())
         for name in columns:
             if name.endswith("labels"):
-                counts["label_tokens"] += int((table[name].combine_chunks().flatten().to_numpy() != -100).sum())
+                counts["label_tokens"] += int(
+                    (table[name].combine_chunks().flatten().to_numpy() != -100).sum()
+                )
     return counts

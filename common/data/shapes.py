@@ -63,7 +63,9 @@ def _parsed(value, name: str):
 # ---- messages -----------------------------------------------------------------------------------------------
 
 ROLES = dict.fromkeys(("user", "human"), "user")
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant")
+ROLES |= dict.fromkeys(
+    ("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"
+)
 ROLES |= dict.fromkeys(("tool", "observation", "function", "function_response"), "tool")
 ROLES |= {"system": "system"}
 FOLLOWS = {
@@ -86,7 +88,9 @@ def _calls(value) -> list[dict]:
         arguments = _parsed(function.get("arguments"), "tool_calls") or {}
         if not isinstance(arguments, dict):
             raise BadRow("wrong tool_calls", "arguments are not an object")
-        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append(
+            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        )
     return calls
 
 
@@ -101,7 +105,11 @@ def _message(turn) -> dict:
     name = next((n for n in ("content", "value", "text") if n in turn), "content")
     calls = _calls(turn.get("tool_calls"))
     if speaker.lower() == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(_filled(turn, name, "empty answer"))}
+        return {
+            "role": role,
+            "content": "",
+            "tool_calls": _calls(_filled(turn, name, "empty answer")),
+        }
     content = _text(turn, name, default="" if calls or role == "system" else None)
     if not content.strip() and not calls and role in ("user", "assistant"):
         raise BadRow("empty prompt" if role == "user" else "empty answer")
@@ -136,7 +144,11 @@ def _in_order(messages: list[dict], end: tuple[str, ...]) -> None:
             raise BadRow("roles out of order", f"{message['role']} after {before or 'nothing'}")
         before = message["role"]
     if before not in end:
-        raise BadRow("last turn not from assistant" if "assistant" in end else "prompt does not end with the user")
+        raise BadRow(
+            "last turn not from assistant"
+            if "assistant" in end
+            else "prompt does not end with the user"
+        )
 
 
 TURN = re.compile(r"(?:\A|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
@@ -147,7 +159,10 @@ def _spoken(text: str) -> list[dict]:
     before, *parts = TURN.split(text.replace("\0", ""))
     if before.strip() or not parts:
         raise BadRow("no Human:/Assistant: turns")
-    turns = [{"role": r.lower(), "content": t.strip()} for r, t in zip(parts[::2], parts[1::2], strict=True)]
+    turns = [
+        {"role": r.lower(), "content": t.strip()}
+        for r, t in zip(parts[::2], parts[1::2], strict=True)
+    ]
     if turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     return turns
@@ -184,7 +199,9 @@ def _dialogue(row: dict, turns) -> dict:
 
 
 def _answered(row: dict, asked: list[dict], answer: str) -> dict:
-    return _dialogue(row, asked + [{"role": "assistant", "content": _filled(row, answer, "empty answer")}])
+    return _dialogue(
+        row, asked + [{"role": "assistant", "content": _filled(row, answer, "empty answer")}]
+    )
 
 
 def _ask(row: dict) -> str:
@@ -223,7 +240,9 @@ def _context(row: dict) -> dict:
     return _answered(row, _history(row) + _asked(_framed(_text(row, "context"))), "target")
 
 
-def _by_columns(name: str, needs: str, convert: Callable[[dict], dict], optional: str = "") -> Shape:
+def _by_columns(
+    name: str, needs: str, convert: Callable[[dict], dict], optional: str = ""
+) -> Shape:
     """A shape known by having all the columns of `needs`."""
     shown = needs.split() + [f"({column})" for column in optional.split()]
     return Shape(name, ", ".join(shown), lambda row: all(n in row for n in needs.split()), convert)
@@ -234,7 +253,10 @@ def _turns_in(key: str, *columns: str) -> Callable[[dict], bool]:
 
     def matches(row):
         return any(
-            isinstance(row.get(c), list) and row[c] and isinstance(row[c][0], dict) and key in row[c][0]
+            isinstance(row.get(c), list)
+            and row[c]
+            and isinstance(row[c][0], dict)
+            and key in row[c][0]
             for c in columns
         )
 
@@ -264,14 +286,38 @@ QUESTIONS = [  # (name, prompt column, answer column)
     ("prompt/output", "prompt", "output"),
 ]
 CHAT = [
-    Shape("messages", "messages: role, content", _turns_in("role", *DIALOGUES), lambda r: _dialogue(r, _turns(r))),
-    Shape("sharegpt", "conversations: from, value", _turns_in("from", *DIALOGUES), lambda r: _dialogue(r, _turns(r))),
-    Shape("human/assistant", "conversation: human, assistant", _turns_in("human", "conversation"), _human_assistant),
-    _by_columns("alpaca zh", "instruction_zh output_zh", lambda r: _answered(r, _instruction(r, "_zh"), "output_zh")),
+    Shape(
+        "messages",
+        "messages: role, content",
+        _turns_in("role", *DIALOGUES),
+        lambda r: _dialogue(r, _turns(r)),
+    ),
+    Shape(
+        "sharegpt",
+        "conversations: from, value",
+        _turns_in("from", *DIALOGUES),
+        lambda r: _dialogue(r, _turns(r)),
+    ),
+    Shape(
+        "human/assistant",
+        "conversation: human, assistant",
+        _turns_in("human", "conversation"),
+        _human_assistant,
+    ),
+    _by_columns(
+        "alpaca zh",
+        "instruction_zh output_zh",
+        lambda r: _answered(r, _instruction(r, "_zh"), "output_zh"),
+    ),
     Shape("belle multi-turn", "instruction: Human:…Assistant:, output", _belle, _alpaca),
     _by_columns("alpaca", "instruction output", _alpaca, "input history system"),
-    _by_columns("ask/answer", "ask answer", lambda r: _answered(r, _asked(_ask(r)), "answer"), "title"),
-    *(_by_columns(name, f"{p} {a}", lambda r, p=p, a=a: _completion(r, p, a)) for name, p, a in QUESTIONS),
+    _by_columns(
+        "ask/answer", "ask answer", lambda r: _answered(r, _asked(_ask(r)), "answer"), "title"
+    ),
+    *(
+        _by_columns(name, f"{p} {a}", lambda r, p=p, a=a: _completion(r, p, a))
+        for name, p, a in QUESTIONS
+    ),
     _by_columns("context/target", "context target", _context, "history"),
 ]
 
@@ -291,7 +337,12 @@ def _reply(value, name: str) -> list[dict]:
 def _pair(row: dict, prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> dict:
     chosen, rejected = [_message(t) for t in chosen], [_message(t) for t in rejected]
     if chosen[0]["role"] != "assistant":  # whole dialogues: the prompt is the beginning they share
-        prompt = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))]
+        prompt = [
+            a
+            for a, b in takewhile(
+                lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)
+            )
+        ]
         while prompt and prompt[-1]["role"] == "assistant":
             prompt.pop()
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -302,22 +353,33 @@ def _pair(row: dict, prompt: list[dict], chosen: list[dict], rejected: list[dict
     for answer in (chosen, rejected):
         if not answer or any(m["role"] in ("user", "system") for m in answer):
             raise BadRow("chosen and rejected answer different prompts")
-        _in_order([prompt[-1], *answer] if prompt[-1]["role"] == "user" else [*prompt, *answer], end=("assistant",))
+        _in_order(
+            [prompt[-1], *answer] if prompt[-1]["role"] == "user" else [*prompt, *answer],
+            end=("assistant",),
+        )
     if [_spelt(m) for m in chosen] == [_spelt(m) for m in rejected]:
         raise BadRow("chosen and rejected are the same")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | tools
 
 
 def _spelt(message: dict) -> str:
-    return normalise(json.dumps(message | {"content": message["content"].strip()}, ensure_ascii=False, sort_keys=True))
+    return normalise(
+        json.dumps(
+            message | {"content": message["content"].strip()}, ensure_ascii=False, sort_keys=True
+        )
+    )
 
 
-def _ranked(row: dict, prompt: list[dict], chosen: str = "chosen", rejected: str = "rejected") -> dict:
+def _ranked(
+    row: dict, prompt: list[dict], chosen: str = "chosen", rejected: str = "rejected"
+) -> dict:
     return _pair(row, prompt, _reply(row.get(chosen), chosen), _reply(row.get(rejected), rejected))
 
 
 def _triple(row: dict, name: str) -> dict:
-    asked = row[name] if isinstance(row.get(name), list) else _history(row) + _asked(_text(row, name))
+    asked = (
+        row[name] if isinstance(row.get(name), list) else _history(row) + _asked(_text(row, name))
+    )
     return _ranked(row, asked)
 
 
@@ -329,7 +391,9 @@ def _output_pair(row: dict) -> dict:
 
 
 def _reward(row: dict) -> dict:
-    return _ranked(row, _history(row) + _asked(_text(row, "question")), "response_chosen", "response_rejected")
+    return _ranked(
+        row, _history(row) + _asked(_text(row, "question")), "response_chosen", "response_rejected"
+    )
 
 
 def _both(kind: type) -> Callable[[dict], bool]:
@@ -346,12 +410,33 @@ def _output_is_pair(row: dict) -> bool:
 
 PREFERENCE = [
     _by_columns("hh_rlhf_cn", "context chosen rejected", lambda r: _ranked(r, r.get("context"))),
-    _by_columns("llama-factory pairs", "conversations chosen rejected", lambda r: _ranked(r, r.get("conversations"))),
-    _by_columns("instruction pairs", "instruction chosen rejected", lambda r: _ranked(r, _instruction(r)), "input"),
-    _by_columns("prompt pairs", "prompt chosen rejected", lambda r: _triple(r, "prompt"), "history system"),
-    _by_columns("question pairs", "question chosen rejected", lambda r: _triple(r, "question"), "history system"),
+    _by_columns(
+        "llama-factory pairs",
+        "conversations chosen rejected",
+        lambda r: _ranked(r, r.get("conversations")),
+    ),
+    _by_columns(
+        "instruction pairs",
+        "instruction chosen rejected",
+        lambda r: _ranked(r, _instruction(r)),
+        "input",
+    ),
+    _by_columns(
+        "prompt pairs", "prompt chosen rejected", lambda r: _triple(r, "prompt"), "history system"
+    ),
+    _by_columns(
+        "question pairs",
+        "question chosen rejected",
+        lambda r: _triple(r, "question"),
+        "history system",
+    ),
     Shape("hh strings", "chosen, rejected: Human:…Assistant:…", _both(str), _hh),
-    Shape("implicit prompt", "chosen, rejected: lists of role, content", _both(list), lambda r: _ranked(r, [])),
+    Shape(
+        "implicit prompt",
+        "chosen, rejected: lists of role, content",
+        _both(list),
+        lambda r: _ranked(r, []),
+    ),
     Shape("output pair", "instruction, output: [chosen, rejected]", _output_is_pair, _output_pair),
     _by_columns("reward", "question response_chosen response_rejected", _reward, "history system"),
 ]

@@ -10,11 +10,17 @@ from common.data.load import load_rows
 
 GRAM = 13  # characters; the window of the near-duplicate check
 NEAR = 0.3  # a prompt is leaked if this share of its 13-grams stands in the test prompts (one edit costs 13 of them)
-BOILERPLATE = 3  # 13-grams in more test prompts than this are an instruction they share, not their content
+BOILERPLATE = (
+    3  # 13-grams in more test prompts than this are an instruction they share, not their content
+)
 
 
 def _column(dataset, name: str) -> np.ndarray:
-    return dataset.select_columns(name).with_format("numpy")[:][name] if len(dataset) else np.zeros(0, np.int64)
+    return (
+        dataset.select_columns(name).with_format("numpy")[:][name]
+        if len(dataset)
+        else np.zeros(0, np.int64)
+    )
 
 
 def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int = 0):
@@ -23,7 +29,9 @@ def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int
     eval has at most min(max_eval, eval_ratio * rows) rows, but one whole prompt where there are two or more."""
     if not 0 <= eval_ratio < 1:
         raise SystemExit(f"eval_ratio {eval_ratio}: must be at least 0 and below 1")
-    prompts, member, sizes = np.unique(_column(dataset, "prompt_key"), return_inverse=True, return_counts=True)
+    prompts, member, sizes = np.unique(
+        _column(dataset, "prompt_key"), return_inverse=True, return_counts=True
+    )
     held = np.zeros(len(prompts), dtype=bool)
     if eval_ratio and max_eval > 0 and len(prompts) > 1:
         room = min(max_eval, int(len(dataset) * eval_ratio))
@@ -36,7 +44,9 @@ def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int
                 break
         if not held.any():
             held[order[np.argmin(sizes[order])]] = True
-    return dataset.select(np.flatnonzero(~held[member])), dataset.select(np.flatnonzero(held[member]))
+    return dataset.select(np.flatnonzero(~held[member])), dataset.select(
+        np.flatnonzero(held[member])
+    )
 
 
 def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
@@ -53,7 +63,9 @@ def _grams(text: str) -> np.ndarray:
     if len(codes) < GRAM:
         return np.zeros(0, np.uint64)
     powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(GRAM, dtype=np.uint64)
-    return np.unique(_mixed((np.lib.stride_tricks.sliding_window_view(codes, GRAM) * powers).sum(1), 0))
+    return np.unique(
+        _mixed((np.lib.stride_tricks.sliding_window_view(codes, GRAM) * powers).sum(1), 0)
+    )
 
 
 def _prompts(dataset) -> Iterator[str]:
@@ -68,7 +80,9 @@ def leak_check(train, test_path, kind: str = "chat", column_map=None, cache_dir=
     13-grams that more than 3 (BOILERPLATE) test prompts share, which are a common instruction."""
     test, _ = load_rows(test_path, kind, column_map, cache_dir=cache_dir)
     exact = np.isin(_column(train, "prompt_key"), _column(test, "prompt_key"))
-    seen, times = np.unique(np.concatenate([_grams(p) for p in set(_prompts(test))]), return_counts=True)
+    seen, times = np.unique(
+        np.concatenate([_grams(p) for p in set(_prompts(test))]), return_counts=True
+    )
     kept = []
     for i, prompt in enumerate(_prompts(train)):
         if exact[i]:

@@ -52,13 +52,17 @@ class Talker:
 
                 self.model = PeftModel.from_pretrained(self.model, path)
         except Exception as error:  # damaged or missing files, an unknown architecture: each library has its own class
-            raise SystemExit(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            raise SystemExit(
+                f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from None
         self.model.to(device.device()).eval()
         self.name = "/".join(Path(path).parts[-3:])
         self.can_think = "enable_thinking" in str(self.tokenizer.chat_template)
         self.window = getattr(self.model.config, "max_position_embeddings", 4096)
         run = Path(path).parent / "run.json"
-        self.settings = json.loads(run.read_text(encoding="utf-8"))["settings"] if run.is_file() else {}
+        self.settings = (
+            json.loads(run.read_text(encoding="utf-8"))["settings"] if run.is_file() else {}
+        )
         self.lock = threading.Lock()
 
     def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
@@ -89,15 +93,24 @@ class Talker:
         left, ids, failed = threading.Event(), [], []
         room = min(int(max_new_tokens), self.window // 2)
         prompt = self.prompt(messages, room, thinking)
-        opened = "<think>" if self.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
+        opened = (
+            "<think>" if self.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
+        )
 
         def heard(tokens, *_, **__):
             ids[:] = tokens[0, len(prompt) :].tolist()
-            return tokens.new_full((1,), left.is_set() or (stop is not None and stop.is_set())).bool()
+            return tokens.new_full(
+                (1,), left.is_set() or (stop is not None and stop.is_set())
+            ).bool()
 
         def work():
             try:
-                with self.lock, nullcontext() if use_adapter or not self.adapter else self.model.disable_adapter():
+                with (
+                    self.lock,
+                    nullcontext()
+                    if use_adapter or not self.adapter
+                    else self.model.disable_adapter(),
+                ):
                     self._generate(prompt, room, heard, **sampling)
             except Exception as error:
                 failed.append(error)
@@ -109,19 +122,29 @@ class Talker:
                 worker.join(REFRESH)
                 if len(ids) > told:
                     told = len(ids)  # a character whose last bytes are still to come is left out
-                    yield opened + self.tokenizer.decode(ids[:told], skip_special_tokens=True).rstrip("\ufffd"), told
+                    yield (
+                        opened
+                        + self.tokenizer.decode(ids[:told], skip_special_tokens=True).rstrip(
+                            "\ufffd"
+                        ),
+                        told,
+                    )
         finally:
             left.set()
         if failed:
             raise failed[0]
         yield opened + self.tokenizer.decode(ids, skip_special_tokens=True), len(ids)
 
-    def _generate(self, prompt, room, heard, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0):
+    def _generate(
+        self, prompt, room, heard, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+    ):
         import torch
         from transformers import StoppingCriteriaList
 
         own = self.model.generation_config.eos_token_id
-        ends = sorted({self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+        ends = sorted(
+            {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        )
         drawn = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k)}
         ids = torch.tensor([prompt], device=self.model.device)
         self.model.generate(
@@ -135,4 +158,8 @@ def split_thought(text: str) -> tuple[str, str, bool]:
     """Generated text -> (thought, answer, whether the thought is finished)."""
     before, opened, rest = text.partition("<think>")
     thought, closed, answer = rest.partition("</think>")
-    return (thought.strip(), (before + answer).strip(), bool(closed)) if opened else ("", text.strip(), True)
+    return (
+        (thought.strip(), (before + answer).strip(), bool(closed))
+        if opened
+        else ("", text.strip(), True)
+    )

@@ -44,7 +44,9 @@ def literal(text: str) -> str:
 def prose(text: str) -> str:
     """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text anyway)."""
     parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
-    return "".join(p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts))
+    return "".join(
+        p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts)
+    )
 
 
 def refuse_long(text: str) -> None:
@@ -64,7 +66,9 @@ def size(model) -> str:
 
 def facts(count: int, seconds: float, *more: str) -> str:
     """The line under an answer of `count` tokens."""
-    return " · ".join([f"{count} 词元", f"{seconds:.1f} 秒", f"{count / seconds:.0f} 词元/秒", *more])
+    return " · ".join(
+        [f"{count} 词元", f"{seconds:.1f} 秒", f"{count / seconds:.0f} 词元/秒", *more]
+    )
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------
@@ -80,14 +84,18 @@ def own_sampling(talker: Talker) -> tuple:
 def length(window: int, width: int = 220) -> gr.Slider:
     """max_new_tokens, for a model of so many positions."""
     most = min(MAX_NEW_TOKENS, window // 2)
-    return gr.Slider(16, most, min(512, most), step=16, min_width=width, label="最多词元", info="max_new_tokens")
+    return gr.Slider(
+        16, most, min(512, most), step=16, min_width=width, label="最多词元", info="max_new_tokens"
+    )
 
 
 def sampling(values: tuple, width: int = 220) -> list[gr.Slider]:
     """The controls of SAMPLING, standing at `values`."""
     heat, top_p, top_k, penalty = values
     return [
-        gr.Slider(0, 2, heat, step=0.05, min_width=width, label="温度", info="temperature；0：不采样"),
+        gr.Slider(
+            0, 2, heat, step=0.05, min_width=width, label="温度", info="temperature；0：不采样"
+        ),
         gr.Slider(0.05, 1, top_p, step=0.05, min_width=width, label="核采样", info="top_p"),
         gr.Slider(0, 200, top_k, step=1, min_width=width, label="候选数", info="top_k；0：不限"),
         gr.Slider(1, 2, penalty, step=0.05, min_width=width, label="重复惩罚", info="penalty"),
@@ -171,7 +179,13 @@ class Chat(Runs):
         run, how = self.begin(request), dict(zip(self.controls, values, strict=True))
         history = [*history, {"role": "user", "content": text}]
         turns = turns_of(history, system)
-        answer = {"role": "assistant", "content": "", "reasoning_content": "", "thought_done": True, "note": ""}
+        answer = {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "",
+            "thought_done": True,
+            "note": "",
+        }
         history.append(answer)
         try:
             yield show(history), history, gr.update(value="", **BUSY)
@@ -189,7 +203,9 @@ class Chat(Runs):
         """Let `answer` grow, with a step for each look at it; the last one has its facts."""
         begun, count = time.perf_counter(), 0
         for said, count in self.talker.stream(turns, stop, **how):  # noqa: B007
-            answer["reasoning_content"], answer["content"], answer["thought_done"] = split_thought(said)
+            answer["reasoning_content"], answer["content"], answer["thought_done"] = split_thought(
+                said
+            )
             yield
         seconds, answer["thought_done"] = time.perf_counter() - begun, True
         more = ["微调前"] * (not how["use_adapter"]) + ["已停止"] * stop.is_set()
@@ -228,7 +244,9 @@ class Chat(Runs):
 # ---- serving --------------------------------------------------------------------------------------------------
 
 
-def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, css: str = CSS) -> str:
+def launch(
+    demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, css: str = CSS
+) -> str:
     """Start the page in the background and return its address; `demo.close()` ends it."""
     return serve.serve(demo, host, port, theme=THEME, css=css)
 
@@ -236,13 +254,23 @@ def launch(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, cs
 def arguments(doc: str, default: Path) -> argparse.ArgumentParser:
     """--model, --host and --port."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("MODEL", default), help="folder of a run, model or adapter")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines talk to it")
-    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("MODEL", default),
+        help="folder of a run, model or adapter",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines talk to it"
+    )
+    parser.add_argument(
+        "--port", type=int, default=None, help="default: the first free one from 7860"
+    )
     return parser
 
 
 def stay(demo: gr.Blocks, args: argparse.Namespace, launch: Callable) -> None:
     """Serve until Ctrl-C."""
-    print(f"chat with {args.model}: {launch(demo, args.host, args.port)}  (Ctrl-C ends)", flush=True)
+    print(
+        f"chat with {args.model}: {launch(demo, args.host, args.port)}  (Ctrl-C ends)", flush=True
+    )
     demo.block_thread()

@@ -19,7 +19,10 @@ class Guard:
         """(status, text) for a foreign host name or a request of another page, else None."""
         host, origin = headers.get(b"host", b""), headers.get(b"origin")
         try:
-            name, page = urlsplit(b"//" + host).hostname, None if origin is None else urlsplit(origin).netloc
+            name, page = (
+                urlsplit(b"//" + host).hostname,
+                None if origin is None else urlsplit(origin).netloc,
+            )
         except ValueError:  # brackets that are no IPv6 address
             return 421, b"this host name is not served here"
         if self.hosts and name not in {name.encode() for name in self.hosts}:
@@ -43,7 +46,11 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
             await send(message)
 
-        refused = self.refusal(scope["method"], dict(scope["headers"])) if scope["type"] == "http" else None
+        refused = (
+            self.refusal(scope["method"], dict(scope["headers"]))
+            if scope["type"] == "http"
+            else None
+        )
         if refused is None:
             return await self.app(scope, receive, with_policy)
         plain = [(b"content-type", b"text/plain")]
@@ -56,7 +63,9 @@ def own_names(host: str) -> set[str]:
     return set() if host in ("0.0.0.0", "::") else {host.lower(), "127.0.0.1", "localhost"}
 
 
-def serve(demo, host: str = "127.0.0.1", port: int | None = None, max_body: int = MAX_BODY, **launch) -> str:
+def serve(
+    demo, host: str = "127.0.0.1", port: int | None = None, max_body: int = MAX_BODY, **launch
+) -> str:
     """Start a gr.Blocks in the background and return its address; `demo.close()` ends it.
 
     port: default the first free one from 7860. launch: more arguments of gr.Blocks.launch (theme, css, ...).
@@ -65,11 +74,34 @@ def serve(demo, host: str = "127.0.0.1", port: int | None = None, max_body: int 
     from starlette.middleware import Middleware
 
     guard = Middleware(Guard, hosts=own_names(host), max_body=max_body)
-    settings = {"share": False, "quiet": True, "show_error": True, "inbrowser": False, "footer_links": []}
-    settings |= {"pwa": False, "ssr_mode": False, "mcp_server": False, "max_file_size": max_body, "allowed_paths": []}
-    settings |= {"app_kwargs": {"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None}}
+    settings = {
+        "share": False,
+        "quiet": True,
+        "show_error": True,
+        "inbrowser": False,
+        "footer_links": [],
+    }
+    settings |= {
+        "pwa": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "max_file_size": max_body,
+        "allowed_paths": [],
+    }
+    settings |= {
+        "app_kwargs": {
+            "middleware": [guard],
+            "docs_url": None,
+            "redoc_url": None,
+            "openapi_url": None,
+        }
+    }
     try:
-        _, url, _ = demo.launch(server_name=host, server_port=port, prevent_thread_lock=True, **settings | launch)
+        _, url, _ = demo.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, **settings | launch
+        )
     except OSError as error:
-        raise SystemExit(f"cannot serve on {host}:{port or '7860-7959'}: {error}; choose another --port") from None
+        raise SystemExit(
+            f"cannot serve on {host}:{port or '7860-7959'}: {error}; choose another --port"
+        ) from None
     return url

@@ -23,9 +23,15 @@ from torch.nn import functional as F
 
 NAME = "packed"
 PACKS = {NAME}  # implementations that keep packed rows apart; a recipe that brings its own adds it
-BLOCK = 128  # query rows of one product; documents are joined up to this length under one small mask
+BLOCK = (
+    128  # query rows of one product; documents are joined up to this length under one small mask
+)
 STEP = 32  # sizes of products are multiples of it: oneDNN compiles a kernel for every new shape in half precision
-LONG = {torch.bfloat16: 768, torch.float16: 768, torch.float32: 640}  # from here torch's fused attention is faster
+LONG = {
+    torch.bfloat16: 768,
+    torch.float16: 768,
+    torch.float32: 640,
+}  # from here torch's fused attention is faster
 
 
 class _LazyMask:
@@ -44,11 +50,25 @@ def _mask(**kwargs):
 
     build = functools.partial(sdpa_mask, **kwargs)
     square = kwargs["q_length"] == kwargs["kv_length"] > 1
-    packed = square and kwargs.get("attention_mask") is None and not kwargs.get("allow_is_causal_skip", True)
+    packed = (
+        square
+        and kwargs.get("attention_mask") is None
+        and not kwargs.get("allow_is_causal_skip", True)
+    )
     return _LazyMask(build) if packed else build()
 
 
-def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
+def _attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    **kwargs,
+):
     """query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d], None (the interface of transformers)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -61,7 +81,11 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     plain = not dropout and getattr(module, "is_causal", True) and not any(
         kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache")
     )  # fmt: skip
-    longest, columns, far = kwargs.get("max_length_q"), kwargs.get("key_columns"), kwargs.get("max_length_k")
+    longest, columns, far = (
+        kwargs.get("max_length_q"),
+        kwargs.get("key_columns"),
+        kwargs.get("max_length_k"),
+    )
     near = sliding_window is None or (far is not None and far <= sliding_window)
     compute = compute_packed(query) if packed and plain and near else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -71,15 +95,27 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         query, key, value = (_autocast(x)[0] for x in (query, key, value))
         key, value = key.index_select(1, columns), value.index_select(1, columns)
         key_starts, compute = kwargs["cu_seq_lens_k"], compute or _sequence_by_sequence
-        return compute(query, key, value, starts, longest, scale, key_starts=key_starts, longest_key=far)[None], None
+        return compute(
+            query, key, value, starts, longest, scale, key_starts=key_starts, longest_key=far
+        )[None], None
     if compute is None:
         if (
             starts is not None and len(starts) > 2 and not lazy
         ):  # a cache hides from transformers that the row is packed
-            raise ValueError("a packed row on this path needs use_cache=False and no attention_mask")
+            raise ValueError(
+                "a packed row on this path needs use_cache=False and no attention_mask"
+            )
         mask = attention_mask.tensor if lazy else attention_mask
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+            module,
+            query,
+            key,
+            value,
+            mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
         )
     query, key, value = (_autocast(x)[0] for x in (query, key, value))
     return compute(query, key, value, starts, longest, scale)[None], None
@@ -116,7 +152,9 @@ def alibi_attention(query, key, value, starts, longest, scale, slopes):
     return compute(query, key, value, starts, longest, scale)[..., :size]
 
 
-def _alibi_columns(query: Tensor, key: Tensor, starts: Tensor, scale: float, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def _alibi_columns(
+    query: Tensor, key: Tensor, starts: Tensor, scale: float, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
     """query and key [H, T, d] with 8 more columns whose product is slope * position / scale.
 
     A softmax does not see what all keys share, so slope * position of the key is the same as -slope * distance, and a
@@ -144,9 +182,15 @@ def _document_by_document(query, key, value, starts, scale, slopes):
     for a, b in zip(edges, edges[1:], strict=False):
         place = torch.arange(b - a, device=query.device)
         distance = place[None, :] - place[:, None]
-        bias = (slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf).to(query.dtype)
+        bias = (
+            (slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf).to(query.dtype)
+        )
         q, k, v = (x[None, :, a:b] for x in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=scale)[0].transpose(0, 1))
+        parts.append(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=scale)[0].transpose(
+                0, 1
+            )
+        )
     return torch.cat(parts)
 
 
@@ -171,12 +215,18 @@ def compute_packed(query: Tensor):
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # the fused kernels want a half dtype
-    fits = dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    fits = (
+        dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+    )
     library = device.varlen_attention() if fits and kind == device.kind() else None
     return {"torch": _torch_varlen, "torch_npu": _npu_varlen, None: None}[library]
 
 
-def _npu_varlen(query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True):
+def _npu_varlen(
+    query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True
+):
     """Ascend's fused kernel through transformers. query [H, T, d], key and value [K, S, d] -> [T, H, d].
 
     key_starts: boundaries of the keys where they are not those of the queries; causal is then aligned at the ends.
@@ -185,7 +235,9 @@ def _npu_varlen(query, key, value, starts, longest, scale, key_starts=None, long
 
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     starts, key_starts = _on_host(starts), _on_host(starts if key_starts is None else key_starts)
-    return npu_flash_attn_varlen_func(query, key, value, starts, key_starts, softmax_scale=scale, causal=causal)
+    return npu_flash_attn_varlen_func(
+        query, key, value, starts, key_starts, softmax_scale=scale, causal=causal
+    )
 
 
 _copied: list[tuple[Tensor, Tensor]] = []
@@ -201,7 +253,9 @@ def _on_host(starts: Tensor) -> Tensor:
     return _copied[-1][1]
 
 
-def _torch_varlen(query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True):
+def _torch_varlen(
+    query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True
+):
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
@@ -214,31 +268,43 @@ def _torch_varlen(query, key, value, starts, longest, scale, key_starts=None, lo
 
 
 @torch.compiler.disable  # a product per document: traced, each new row would be compiled anew
-def _on_cpu(query, key, value, starts, longest, scale, slopes=(), key_starts=None, longest_key=None):
+def _on_cpu(
+    query, key, value, starts, longest, scale, slopes=(), key_starts=None, longest_key=None
+):
     """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per head (then H = K).
 
     key_starts: boundaries of the keys where they are not those of the queries; queries are then the last of their keys.
     """
     if key_starts is not None:
         edges = tuple(starts.tolist()), tuple(key_starts.tolist())
-        blocks = functools.partial(iter, _shared_blocks(*edges, len(query) // len(key), query.dtype))
+        blocks = functools.partial(
+            iter, _shared_blocks(*edges, len(query) // len(key), query.dtype)
+        )
         return Products.apply(query, key, value, blocks, scale)
     runs = _plan(tuple(starts.tolist()), len(query) // len(key), query.dtype, slopes)
     sizes = [size for size, _ in runs]
     parts = []
-    for q, k, v, (_, documents) in zip(*(x.split(sizes, 1) for x in (query, key, value)), runs, strict=True):
+    for q, k, v, (_, documents) in zip(
+        *(x.split(sizes, 1) for x in (query, key, value)), runs, strict=True
+    ):
         if documents is None:
             gqa = len(q) != len(k)
-            o = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa)
+            o = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=gqa
+            )
             parts.append(o[0].transpose(0, 1))
         else:
-            blocks = functools.partial(_blocks, documents, len(q) // len(k), q.dtype, slopes, q.shape[1])
+            blocks = functools.partial(
+                _blocks, documents, len(q) // len(k), q.dtype, slopes, q.shape[1]
+            )
             parts.append(Products.apply(q, k, v, blocks, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a step ask for the same one
-def _plan(starts: tuple[int, ...], group: int, dtype: torch.dtype, slopes=()) -> list[tuple[int, list | None]]:
+def _plan(
+    starts: tuple[int, ...], group: int, dtype: torch.dtype, slopes=()
+) -> list[tuple[int, list | None]]:
     """Document boundaries -> runs (tokens, None) of one long document or (tokens, [(start, length, bias), ...]).
 
     Neighbouring documents are joined while they fit into one block of queries: one product instead of many tiny ones.
@@ -258,7 +324,10 @@ def _plan(starts: tuple[int, ...], group: int, dtype: torch.dtype, slopes=()) ->
             documents.append((size, [length]))
         runs[-1] = (size + length, documents)
     bias = lambda lengths: _joined(lengths, group, dtype, slopes) if len(lengths) > 1 else None  # noqa: E731
-    return [(size, docs and [(start, sum(lengths), bias(lengths)) for start, lengths in docs]) for size, docs in runs]
+    return [
+        (size, docs and [(start, sum(lengths), bias(lengths)) for start, lengths in docs])
+        for size, docs in runs
+    ]
 
 
 def _joined(lengths: list[int], group: int, dtype: torch.dtype, slopes: tuple = ()) -> Tensor:
@@ -268,7 +337,9 @@ def _joined(lengths: list[int], group: int, dtype: torch.dtype, slopes: tuple = 
     if slopes:
         place = torch.arange(len(owner))
         return _biased(place[None, :] - place[:, None], allowed, slopes, dtype)
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf).repeat(group, 1)
+    return (
+        torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf).repeat(group, 1)
+    )
 
 
 def _biased(distance: Tensor, allowed: Tensor, slopes: tuple, dtype: torch.dtype) -> Tensor:
@@ -278,19 +349,29 @@ def _biased(distance: Tensor, allowed: Tensor, slopes: tuple, dtype: torch.dtype
 
 
 @functools.lru_cache(maxsize=4)
-def staircase(group: int, dtype: torch.dtype, slopes: tuple = (), width: int = max(LONG.values()) + BLOCK) -> Tensor:
+def staircase(
+    group: int, dtype: torch.dtype, slopes: tuple = (), width: int = max(LONG.values()) + BLOCK
+) -> Tensor:
     """[group, BLOCK, width] ([H, BLOCK, width] with slopes): query i of a block may look at columns up to
     width - BLOCK + i."""
     if slopes:
         distance = torch.arange(width)[None, :] - (width - BLOCK) - torch.arange(BLOCK)[:, None]
         return _biased(distance, distance <= 0, slopes, dtype)
-    return torch.full((BLOCK, width), -torch.inf, dtype=dtype).triu_(width - BLOCK + 1).repeat(group, 1, 1)
+    return (
+        torch.full((BLOCK, width), -torch.inf, dtype=dtype)
+        .triu_(width - BLOCK + 1)
+        .repeat(group, 1, 1)
+    )
 
 
 def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple, total: int):
     """Yields what Products takes: start and end of a block of queries, of its keys, and its bias."""
     longest = max(length for _, length, _ in documents)
-    stairs = staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK) if slopes else staircase(group, dtype)
+    stairs = (
+        staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK)
+        if slopes
+        else staircase(group, dtype)
+    )
     for start, length, bias in documents:
         for a in range(0, length, BLOCK):
             b = min(length, a + BLOCK)
@@ -321,8 +402,13 @@ def _shared_blocks(edges: tuple, key_edges: tuple, group: int, dtype: torch.dtyp
         if joined:
             (a, _), (c, _) = joined[0]
             (_, b), (_, d) = joined[-1]
-            seen = [torch.ones(y - x, w - v, dtype=torch.bool).tril_(w - v - y + x) for (x, y), (v, w) in joined]
-            bias = torch.zeros(b - a, d - c, dtype=dtype).masked_fill_(~torch.block_diag(*seen).bool(), -torch.inf)
+            seen = [
+                torch.ones(y - x, w - v, dtype=torch.bool).tril_(w - v - y + x)
+                for (x, y), (v, w) in joined
+            ]
+            bias = torch.zeros(b - a, d - c, dtype=dtype).masked_fill_(
+                ~torch.block_diag(*seen).bool(), -torch.inf
+            )
             rows, columns = _round_up(b - a, queries - a), _round_up(d - c, keys - c)
             bias = F.pad(bias, (0, columns - (d - c)), value=-torch.inf)
             bias = F.pad(bias, (0, 0, 0, rows - (b - a)))
@@ -370,7 +456,11 @@ class Products(torch.autograd.Function):
     @staticmethod
     def _probs(query, key, bias, scale):
         query, key = query.flatten(1, 2), key.transpose(1, 2)
-        scores = torch.bmm(query, key).mul_(scale) if bias is None else torch.baddbmm(bias, query, key, alpha=scale)
+        scores = (
+            torch.bmm(query, key).mul_(scale)
+            if bias is None
+            else torch.baddbmm(bias, query, key, alpha=scale)
+        )
         return torch.softmax(scores, -1)  # fp32 inside
 
     @staticmethod
@@ -396,7 +486,11 @@ class Products(torch.autograd.Function):
         query = query.view(groups, heads // groups, tokens, size)
         grad = grad.to(query.dtype).view(tokens, groups, -1, size).permute(1, 2, 0, 3)
         # laid out like the projections that they flow back into
-        d_query = torch.empty(tokens, heads, size, dtype=query.dtype).view(tokens, groups, -1, size).permute(1, 2, 0, 3)
+        d_query = (
+            torch.empty(tokens, heads, size, dtype=query.dtype)
+            .view(tokens, groups, -1, size)
+            .permute(1, 2, 0, 3)
+        )
         d_key, d_value = (
             torch.zeros(key.shape[1], groups, size).transpose(0, 1) for _ in range(2)
         )  # fp32: blocks are summed
@@ -413,9 +507,17 @@ class Products(torch.autograd.Function):
                 d_value[:, first:last] += torch.bmm(probs.transpose(1, 2), g)
                 d_probs = torch.bmm(g, v.transpose(1, 2))
                 d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).mul_(scale)
-                d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, rows, size)[:, :, : b - a]
+                d_query[:, :, a:b] = torch.bmm(d_scores, k).view(groups, -1, rows, size)[
+                    :, :, : b - a
+                ]
                 d_key[:, first:last] += torch.bmm(d_scores.transpose(1, 2), q)
-        return d_query.reshape(heads, tokens, size), d_key.to(key.dtype), d_value.to(value.dtype), None, None
+        return (
+            d_query.reshape(heads, tokens, size),
+            d_key.to(key.dtype),
+            d_value.to(value.dtype),
+            None,
+            None,
+        )
 
 
 def register() -> str:

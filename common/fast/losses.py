@@ -33,7 +33,9 @@ def _chunk_rows(device: torch.device, vocab: int) -> int:
     return CPU_ROWS if device.type == "cpu" else max(256, ACCELERATOR_LOGITS // vocab)
 
 
-def _softmax_loss_(logits: Tensor, targets: Tensor, log_probs: Tensor, correct: Tensor | None) -> None:
+def _softmax_loss_(
+    logits: Tensor, targets: Tensor, log_probs: Tensor, correct: Tensor | None
+) -> None:
     """[n, V] logits -> d(sum of losses)/d(logits) in place; fills log_probs [n] and, if given, correct [n].
 
     fp32 inside; on CPU a few rows at a time, so that the passes over fp32 values stay in the cache.
@@ -52,7 +54,9 @@ def _softmax_loss_(logits: Tensor, targets: Tensor, log_probs: Tensor, correct: 
         x.copy_(y)
 
 
-def _add_weight_grad_(grad: Tensor, grad_logits: Tensor, hidden: Tensor, scale: float, first: bool) -> None:
+def _add_weight_grad_(
+    grad: Tensor, grad_logits: Tensor, hidden: Tensor, scale: float, first: bool
+) -> None:
     """grad [V, D] += scale * grad_logits [n, V]^T @ hidden [n, D]; `first` overwrites instead.
 
     An fp32 gradient of half-precision products is summed in fp32, in blocks that stay in the cache.
@@ -138,7 +142,13 @@ class _HeadLogProbs(torch.autograd.Function):
             _add_weight_grad_(d_weight, logits, h[part], 1.0, part.start == 0)
             if bias is not None:
                 d_bias += logits.sum(0, dtype=torch.float32)
-        return d_hidden.to(hidden.dtype), d_weight, None if bias is None else d_bias.to(bias.dtype), None, None
+        return (
+            d_hidden.to(hidden.dtype),
+            d_weight,
+            None if bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
@@ -161,7 +171,9 @@ class _State:
         self.reset()
 
     def reset(self):
-        self.head = self.positions = self.index = self.targets = self.items = self.loss = self.stats = None
+        self.head = self.positions = self.index = self.targets = self.items = self.loss = (
+            self.stats
+        ) = None
         self.used = False
 
 
@@ -198,7 +210,9 @@ def _head_forward(self, hidden, *args, **kwargs):
     if state.head is not self:
         return self._stock_forward(hidden, *args, **kwargs)
     if hidden.shape[:-1].numel() != state.positions:
-        raise ValueError(f"the head got {hidden.shape[:-1].numel()} positions for {state.positions} labels")
+        raise ValueError(
+            f"the head got {hidden.shape[:-1].numel()} positions for {state.positions} labels"
+        )
     state.targets = state.targets.to(hidden.device)
     rows = hidden.flatten(0, -2).index_select(0, state.index.to(hidden.device))
     log_probs, correct = _head_loss(self, rows, state)
@@ -206,7 +220,9 @@ def _head_forward(self, hidden, *args, **kwargs):
         state.stats = log_probs
     else:
         counted = correct.sum() if correct is not None else log_probs.new_tensor(float("nan"))
-        stats = torch.stack([-log_probs.detach().sum(), counted, log_probs.new_tensor(len(rows))]).float()
+        stats = torch.stack(
+            [-log_probs.detach().sum(), counted, log_probs.new_tensor(len(rows))]
+        ).float()
         # the loss leaves through the head's output, so that ZeRO-3's hooks on the head see its backward
         state.stats = torch.cat([stats, state.loss.float()[None]])
     return state.stats
@@ -231,7 +247,10 @@ def _head_loss(head: nn.Module, rows: Tensor, state: _State) -> tuple[Tensor, Te
         if kind != "cpu":
             state.loss = state.loss / _items(state)
         return log_probs, None if head.training else correct
-    parts = [_generic(head, rows[p], state.targets[p]) for p in _pieces(len(rows), _chunk_rows(rows.device, 2**18))]
+    parts = [
+        _generic(head, rows[p], state.targets[p])
+        for p in _pieces(len(rows), _chunk_rows(rows.device, 2**18))
+    ]
     if not parts:  # keeps the graph
         parts = [(rows.sum(-1).float(), state.targets == IGNORE)]
     log_probs, correct = (torch.cat(list(x)) for x in zip(*parts, strict=True))
@@ -244,7 +263,9 @@ def _generic(head: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
     def run(rows):
         logits = head._stock_forward(rows)
-        return -F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets
+        return -F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(
+            -1
+        ) == targets
 
     return checkpoint(run, rows, use_reentrant=False)
 
@@ -257,7 +278,9 @@ def _loss_function(self, logits, labels, *args, **kwargs):
     state = self._chunked
     if state.index is None:
         return self._stock_loss(logits, labels, *args, **kwargs)
-    if logits.data_ptr() != state.stats.data_ptr():  # hooks may hand on an alias, but nothing computed from it
+    if (
+        logits.data_ptr() != state.stats.data_ptr()
+    ):  # hooks may hand on an alias, but nothing computed from it
         _refuse(self, "changes its logits after the head")
     state.used = True
     return state.loss if state.per_token else logits[-1]
@@ -313,7 +336,9 @@ def check_chunked_loss(model: nn.Module, tolerance: float = 1e-2) -> None:
     was_training = inner.training
     inner.eval()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(inner.config.get_text_config().vocab_size, (2, 8), generator=generator).to(inner.device)
+    ids = torch.randint(inner.config.get_text_config().vocab_size, (2, 8), generator=generator).to(
+        inner.device
+    )
     try:
         chunked = inner(input_ids=ids, labels=ids, use_cache=False).logits
         logits = inner(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
@@ -323,10 +348,15 @@ def check_chunked_loss(model: nn.Module, tolerance: float = 1e-2) -> None:
     finally:
         inner.train(was_training)
     if abs(chunked[0] - stock) > tolerance * abs(stock):
-        _refuse(inner, f"has another loss in chunks ({chunked[0]:.4f}) than from full logits ({stock:.4f})")
+        _refuse(
+            inner,
+            f"has another loss in chunks ({chunked[0]:.4f}) than from full logits ({stock:.4f})",
+        )
 
 
-def answer_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs) -> tuple[Tensor, Tensor, int]:
+def answer_logprobs(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs
+) -> tuple[Tensor, Tensor, int]:
     """Log-probability of each label token, in fp32 and with a graph, without full logits.
 
     Args:

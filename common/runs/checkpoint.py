@@ -32,7 +32,9 @@ def _sha256(file) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, MARKER + ".part"))
+    return sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, MARKER + ".part")
+    )
 
 
 def mark_complete(folder: str | Path, **facts) -> None:
@@ -66,7 +68,11 @@ def why_torn(folder: str | Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes instead of {digest['size']:,}"
     with ThreadPoolExecutor(8) as pool:
         digests = pool.map(lambda name: _digest(folder / name), wanted)
-        damaged = [name for name, d in zip(wanted, digests, strict=True) if d["sha256"] != wanted[name]["sha256"]]
+        damaged = [
+            name
+            for name, d in zip(wanted, digests, strict=True)
+            if d["sha256"] != wanted[name]["sha256"]
+        ]
     return f"{damaged[0]} is damaged (sha256 differs)" if damaged else None
 
 
@@ -77,7 +83,11 @@ def step_of(folder: str | Path) -> int:
 
 def all_checkpoints(output_dir: str | Path) -> list[Path]:
     """checkpoint-N folders, newest (highest step) first."""
-    found = (p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.rsplit("-", 1)[1].isdigit())
+    found = (
+        p
+        for p in Path(output_dir).glob("checkpoint-*")
+        if p.is_dir() and p.name.rsplit("-", 1)[1].isdigit()
+    )
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -94,4 +104,6 @@ def last_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 def facts(folder: str | Path) -> dict:
     """What `mark_complete` stored beside the file list."""
-    return {k: v for k, v in json.loads((Path(folder) / MARKER).read_text()).items() if k != "files"}
+    return {
+        k: v for k, v in json.loads((Path(folder) / MARKER).read_text()).items() if k != "files"
+    }

@@ -12,7 +12,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 @torch.no_grad()
 def generate_answers(
-    model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 64, batch_size: int | None = None
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
 ) -> list[str]:
     """Greedy answers in the order of `prompts` (token ids of any lengths). All ranks call it and get all answers.
 
@@ -20,11 +24,15 @@ def generate_answers(
     Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's generation config.
     """
     if batch_size is None:
-        batch_size = 32 if sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) < 1e9 else 8
+        batch_size = (
+            32 if sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) < 1e9 else 8
+        )
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mine = list(range(rank, len(prompts), world))
     per_rank = -(-len(prompts) // world)
-    mine += [len(prompts) - 1] * (per_rank - len(mine))  # equal work: ZeRO-3 needs all ranks in every forward
+    mine += [len(prompts) - 1] * (
+        per_rank - len(mine)
+    )  # equal work: ZeRO-3 needs all ranks in every forward
     mine.sort(key=lambda i: len(prompts[i]))
     was_training, cache = model.training, model.config.use_cache
     model.eval()
@@ -33,7 +41,9 @@ def generate_answers(
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
         ids = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
-        answers |= dict(zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
+        answers |= dict(
+            zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+        )
     model.train(was_training)
     model.config.use_cache = cache
     if world > 1:
@@ -70,7 +80,9 @@ def questions(held_out, encoded, count: int) -> list[str]:
         held_out: rows as read, columns row and source.
         encoded: their token rows, columns source and truncated; some may be missing.
     """
-    cut = {row["source"] for row in encoded if row["truncated"]}  # of several rows of one source none may be cut
+    cut = {
+        row["source"] for row in encoded if row["truncated"]
+    }  # of several rows of one source none may be cut
     whole = {row["source"] for row in encoded} - cut
     rows = [row["row"] for row in held_out if row["source"] in whole]
     return rows[:: max(1, len(rows) // max(1, count))][:count]
@@ -108,7 +120,9 @@ def answer_held_out(
     return answer_match([s["answer"] for s in samples], [s["reference"] for s in samples]), samples
 
 
-def continue_held_out(model, tokenizer, rows: list[str], max_new_tokens: int, share: float = 0.3) -> tuple[dict, list]:
+def continue_held_out(
+    model, tokenizer, rows: list[str], max_new_tokens: int, share: float = 0.3
+) -> tuple[dict, list]:
     """Greedy continuations of the beginning of held-out documents, to look at. Every rank calls it.
 
     Args:
@@ -118,11 +132,17 @@ def continue_held_out(model, tokenizer, rows: list[str], max_new_tokens: int, sh
     """
     samples, prompts = [], []
     for row in rows:
-        ids = tokenizer(json.loads(row)["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(json.loads(row)["text"], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         cut = min(64, max(1, round(share * len(ids))))
-        start, rest = (tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + max_new_tokens]))
+        start, rest = (
+            tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + max_new_tokens])
+        )
         prompts.append(ids[:cut])
         messages = [{"role": "user", "content": start}]
         samples.append({"messages": messages, "tools": None, "prompt": start, "reference": rest})
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens) if prompts else []
-    return {}, [sample | {"answer": answer} for sample, answer in zip(samples, answers, strict=True)]
+    return {}, [
+        sample | {"answer": answer} for sample, answer in zip(samples, answers, strict=True)
+    ]

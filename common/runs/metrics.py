@@ -23,7 +23,9 @@ class AnswerMatch(evaluate.Metric):
     subsequence over characters (Lin 2004), the usual choice for Chinese, which has no spaces."""
 
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        features = datasets.Features(
+            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        )
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
 
     def _compute(self, predictions, references):

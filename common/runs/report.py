@@ -28,7 +28,9 @@ def versions() -> dict[str, str]:
             continue
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        found["commit"] = subprocess.run(
+            git, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
     return found
 
 
@@ -48,12 +50,23 @@ def plot_curve(history: list[dict], key: str, path: Path, title: str, ylabel: st
         parts = (values[max(0, i - window) : i + window + 1] for i in range(len(values)))
         smooth = [sum(part) / len(part) for part in parts]
         axes.plot(
-            steps, values, color="tab:blue", alpha=0.3 if window else 1, linewidth=1 if window else 2, label="train"
+            steps,
+            values,
+            color="tab:blue",
+            alpha=0.3 if window else 1,
+            linewidth=1 if window else 2,
+            label="train",
         )
         if window:
             axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="train, smoothed")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color="tab:orange",
+            marker="o",
+            markersize=4,
+            label="held out",
+        )
     axes.set(xlabel="step", ylabel=ylabel, title=title)
     if min([value for _, value in [*train, *held_out]], default=0) >= 0:
         axes.set_ylim(bottom=0)
@@ -79,10 +92,18 @@ def before_after(metrics: dict) -> str:
 def _number(value) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,.1f}"
+        if abs(value) >= 100
+        else f"{value:.4f}"
+    )
 
 
-def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict], plots: dict = PLOTS) -> str:
+def write_report(
+    out: Path, facts: dict, history: list[dict], samples: list[dict], plots: dict = PLOTS
+) -> str:
     """Write report.json, report.md and a picture of each curve (loss.png, ...) into `out`; returns the table to print.
 
     Args:
@@ -99,7 +120,10 @@ def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict
     for key, name in pictures.items():
         plot_curve(history, key, out / name, f"{facts['recipe']}: {facts['model']}", plots[key])
     table = before_after(facts["metrics"])
-    rows, dropped = facts["rows"], ", ".join(f"{n} {why}" for why, n in facts["rows"]["dropped"].items())
+    rows, dropped = (
+        facts["rows"],
+        ", ".join(f"{n} {why}" for why, n in facts["rows"]["dropped"].items()),
+    )
     shown = [f"![{key}]({name})" for key, name in pictures.items()]
     by_epoch = ", ".join(f"{peak:,.0f}" for peak in facts.get("peak_memory_mb_by_epoch", ()))
     text = [
@@ -117,7 +141,10 @@ def write_report(out: Path, facts: dict, history: list[dict], samples: list[dict
     if samples:
         text += ["| prompt | reference | before | after |", "|---|---|---|---|"]
         text += [
-            "| " + " | ".join(_cell(s[k]) for k in ("prompt", "reference", "before", "after")) + " |" for s in samples
+            "| "
+            + " | ".join(_cell(s[k]) for k in ("prompt", "reference", "before", "after"))
+            + " |"
+            for s in samples
         ]
     for name, content in {
         "report.md": "\n".join(text) + "\n",

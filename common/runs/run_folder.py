@@ -25,7 +25,9 @@ FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
 def engine(args) -> str:
     """ "zero-2", "zero-3", "ddp" or "single": how the optimizer state is laid out over ranks."""
     config = getattr(args, "hf_deepspeed_config", None)
-    if config is None and getattr(args, "deepspeed_plugin", None) is not None:  # from `accelerate launch`
+    if (
+        config is None and getattr(args, "deepspeed_plugin", None) is not None
+    ):  # from `accelerate launch`
         config = args.deepspeed_plugin.hf_ds_config
     if config is not None:
         return f"zero-{config.config.get('zero_optimization', {}).get('stage', 0)}"
@@ -45,7 +47,11 @@ def open_output(args, settings: dict, overwrite: bool = False) -> Path | None:
     """
     out = Path(args.output_dir)
     settings = json.loads(
-        json.dumps({k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}, default=str, sort_keys=True)
+        json.dumps(
+            {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE},
+            default=str,
+            sort_keys=True,
+        )
     )
     verdict = _on_first_rank(lambda: _inspect_output(args, out, settings, overwrite))
     for line in verdict["say"]:
@@ -85,7 +91,9 @@ def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
     finished = past is not None and past.get("step") is not None
     occupied = bool(checkpoint.all_checkpoints(out)) or (out / "final").is_dir()
 
-    if past is None and occupied and not explicit:  # never delete or continue what this project did not write
+    if (
+        past is None and occupied and not explicit
+    ):  # never delete or continue what this project did not write
         return {
             "say": [],
             "exit": 2,
@@ -96,7 +104,9 @@ def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
         past, changed = None, []
     elif finished and not changed and not explicit:
         return {
-            "say": [f"{out} holds this very run, finished at step {past['step']}. {REMEDY}, or {REPLACE}."],
+            "say": [
+                f"{out} holds this very run, finished at step {past['step']}. {REMEDY}, or {REPLACE}."
+            ],
             "exit": 0,
         }
     elif changed and not explicit and occupied:
@@ -106,13 +116,19 @@ def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
     if asked.lower() in ("true", "1", "false"):
         start, skipped = checkpoint.last_whole(out)
         if start is None and skipped and explicit:
-            return {"say": skipped, "exit": 1, "error": f"no whole checkpoint in {out}. {REMEDY}, or {REPLACE}"}
+            return {
+                "say": skipped,
+                "exit": 1,
+                "error": f"no whole checkpoint in {out}. {REMEDY}, or {REPLACE}",
+            }
     else:
         start, skipped = Path(asked), []
         reason = checkpoint.why_torn(start) if start.is_dir() else "no such folder"
         if reason:
             return {"say": [], "exit": 1, "error": f"cannot resume from {start}: {reason}"}
-    say = skipped + ([f"warning: continuing with other settings: {told}"] if changed and start else [])
+    say = skipped + (
+        [f"warning: continuing with other settings: {told}"] if changed and start else []
+    )
     if start is not None:
         problem = _misfit(args, checkpoint.facts(start), start)
         if problem.startswith("error: "):
@@ -142,14 +158,14 @@ def _misfit(args, facts: dict, start: Path) -> str:
         return ""
     both = f"{start} was saved by {there[1]} process(es) with {there[0]}, this run has {here[1]} with {here[0]}"
     if not {here[0], there[0]} <= {"ddp", "single"}:
-        return (
-            f"error: {both}; the optimizer state does not fit. Continue with NPROC={there[1]} and {there[0]}, or {anew}"
-        )
+        return f"error: {both}; the optimizer state does not fit. Continue with NPROC={there[1]} and {there[0]}, or {anew}"
     if getattr(args, "keeps_order", False):
         return f"{both}; continuing at the same row"
     if args.max_steps <= 0:
         return f"error: {both}, so an epoch has other steps. Continue with NPROC={there[1]}, or give --max_steps"
-    return f"warning: {both}; continuing, but the order of the data differs from an uninterrupted run"
+    return (
+        f"warning: {both}; continuing, but the order of the data differs from an uninterrupted run"
+    )
 
 
 def write_run_file(out: Path, content: dict) -> None:

@@ -83,7 +83,9 @@ class Request:
     seen: Tensor | None = None  # [V], tokens of prompt and answer, where they are punished
 
     def __post_init__(self):
-        self.numbers = random.Random(f"{self.sampling.seed}")  # its own, whoever is answered beside it
+        self.numbers = random.Random(
+            f"{self.sampling.seed}"
+        )  # its own, whoever is answered beside it
 
     @property
     def place(self) -> int:
@@ -117,7 +119,9 @@ class SlotCache(Cache):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def begin(self, rows: Tensor, columns: Tensor, active: int, width: int, starts: list[int], dtype) -> None:
+    def begin(
+        self, rows: Tensor, columns: Tensor, active: int, width: int, starts: list[int], dtype
+    ) -> None:
         """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width` columns, those
         before them are documents with boundaries `starts`."""
         width = -(-width // STEP) * STEP
@@ -131,7 +135,9 @@ class SlotCache(Cache):
         self.starts = torch.tensor(starts, dtype=torch.int32, device=rows.device)
         self.edges = list(pairwise(starts))
         hidden = torch.arange(width, device=rows.device) > columns[-active:, None]
-        self.bias = torch.zeros(hidden.shape, dtype=dtype, device=rows.device).masked_fill_(hidden, -torch.inf)
+        self.bias = torch.zeros(hidden.shape, dtype=dtype, device=rows.device).masked_fill_(
+            hidden, -torch.inf
+        )
         self.bias = self.bias[:, None, None]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
@@ -152,7 +158,9 @@ class SlotCache(Cache):
             tensor[goal, :, :length] = tensor[start, :, :length]
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, slots: SlotCache | None = None, **_):
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, slots: SlotCache | None = None, **_
+):
     """query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d], None (the interface of transformers)."""
     layer, active = module.layer_idx, slots.active
     new, (_, heads, _, size) = query.shape[2] - active, query.shape
@@ -160,7 +168,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, slots: S
     keys, values = (kept[layer][:active, :, : slots.width] for kept in (slots.keys, slots.values))
     # the heads that share a key/value head are its queries: nothing is repeated
     last = query[0, :, new:].transpose(0, 1).reshape(active, keys.shape[1], -1, size)
-    out = _looked_up(last, keys, values, slots.bias.to(query.dtype), scale).reshape(1, active, heads, size)
+    out = _looked_up(last, keys, values, slots.bias.to(query.dtype), scale).reshape(
+        1, active, heads, size
+    )
     if not new:
         return out, None
     begun = _documents(*(x[0, :, :new] for x in (query, key, value)), slots, scale)
@@ -183,7 +193,11 @@ def _documents(query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, scal
     parts, grouped = [], len(query) != len(key)
     for a, b in slots.edges:
         q, k, v = (x[None, :, a:b] for x in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)[0])
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+            )[0]
+        )
     return torch.cat(parts, 1).transpose(0, 1)
 
 
@@ -208,31 +222,41 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # number i has slot i; there are no gaps in a step
 
-    def submit(self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None) -> Request:
+    def submit(
+        self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None
+    ) -> Request:
         """Put a prompt in the queue. ValueError when it is empty or leaves no room for an answer."""
         if not prompt:
             raise ValueError("an empty prompt; begin with the tokenizer's bos token")
         if len(prompt) >= self.max_length:
-            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a window of {self.max_length}")
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens leaves no room in a window of {self.max_length}"
+            )
         if sampling.ends is None:
             sampling = replace(sampling, ends=self.ends)
         self.waiting.append(Request(list(prompt), sampling, on_token))
         return self.waiting[-1]
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling
+    ) -> list[list[int]]:
         """New token ids of each prompt, the end token among them; sampling: fields of Sampling."""
         answers: list[list[int]] = [[] for _ in prompts]
         for index, token in self.stream(prompts, max_new_tokens, **sampling):
             answers[index].append(token)
         return answers
 
-    def stream(self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling) -> Iterator[tuple[int, int]]:
+    def stream(
+        self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling
+    ) -> Iterator[tuple[int, int]]:
         """(number of the prompt, its next token id), as they come; leaving the iteration ends all requests.
 
         Prompt i draws its random numbers from "seed:i", so its answer is the same beside any others.
         """
         how = Sampling(max_new_tokens, **sampling)
-        number = {self.submit(p, replace(how, seed=f"{how.seed}:{i}")): i for i, p in enumerate(prompts)}
+        number = {
+            self.submit(p, replace(how, seed=f"{how.seed}:{i}")): i for i, p in enumerate(prompts)
+        }
         try:
             while any(not request.finished for request in number):
                 for request, token in self.step():
@@ -265,7 +289,9 @@ class Engine:
             self.running[slot : slot + 1] = [self.waiting.popleft()]
             room -= len(self.running[slot].prompt)
             fresh.append(slot)
-        for slot in reversed(range(len(self.running))):  # those that begin stand before the first gap
+        for slot in reversed(
+            range(len(self.running))
+        ):  # those that begin stand before the first gap
             if self.running[slot].finished:
                 last = self.running.pop()
                 if slot < len(self.running):
@@ -319,10 +345,14 @@ def choose(logits: Tensor, requests: list[Request]) -> Tensor:
     """logits [A, V] -> the next token of each request, [A]."""
     logits = _penalised(logits.float(), requests)
     tokens = logits.argmax(-1)
-    kinds: dict[str, list[int]] = {}  # drawn apart, so that a draw is the same whoever is in the batch
+    kinds: dict[
+        str, list[int]
+    ] = {}  # drawn apart, so that a draw is the same whoever is in the batch
     for i, how in enumerate(request.sampling for request in requests):
         if how.temperature > 0:
-            kinds.setdefault("top_k" if how.top_k else "top_p" if how.top_p < 1 else "all", []).append(i)
+            kinds.setdefault(
+                "top_k" if how.top_k else "top_p" if how.top_p < 1 else "all", []
+            ).append(i)
     for kind, rows in kinds.items():
         tokens[rows] = _drawn(logits[rows], [requests[i] for i in rows], kind)
     return tokens
@@ -362,8 +392,12 @@ def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
     if kind != "all":
         chances = chances * ((chances.cumsum(-1) - chances < top_p) | (top_p >= 1))
     sums = chances.cumsum(-1)
-    numbers = sums.new_tensor([request.numbers.getrandbits(24) / 2**24 for request in requests])[:, None]
-    place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
+    numbers = sums.new_tensor([request.numbers.getrandbits(24) / 2**24 for request in requests])[
+        :, None
+    ]
+    place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp(
+        max=sums.shape[1] - 1
+    )
     return (place if order is None else order.gather(1, place))[:, 0]
 
 
@@ -384,7 +418,9 @@ def newest(root: Path = OUTPUT) -> str:
         found = [path for stage in stages for path in root.glob(f"{stage}/final/*config.json")]
         if found:
             return str(max(found, key=lambda path: path.stat().st_mtime).parents[1])
-    raise SystemExit(f"no finished run under {root}: bash {HERE.name}/run_all.sh trains one, or name a model's folder")
+    raise SystemExit(
+        f"no finished run under {root}: bash {HERE.name}/run_all.sh trains one, or name a model's folder"
+    )
 
 
 class Speaker(chat_model.Talker):
@@ -397,18 +433,24 @@ class Speaker(chat_model.Talker):
         super().__init__(model)
         self.path = chat_model.find_model(model)
         self.ends = Engine(self.model, 1).ends | {self.tokenizer.eos_token_id} - {None}
-        self.chats = self.tokenizer.chat_template is not None and self.settings.get("stage") != "pretrain"
+        self.chats = (
+            self.tokenizer.chat_template is not None and self.settings.get("stage") != "pretrain"
+        )
 
     def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
         if self.chats:
             return super().prompt(messages, room, thinking)
-        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         begins = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         return [*begins, *ids][-(self.window - room) :]
 
     def _generate(self, prompt, room, heard, **sampling):
         engine, ids = Engine(self.model, slots=1), [*prompt]
-        for _, token in engine.stream([prompt], room, seed=random.getrandbits(32), ends=self.ends, **sampling):
+        for _, token in engine.stream(
+            [prompt], room, seed=random.getrandbits(32), ends=self.ends, **sampling
+        ):
             ids.append(token)
             if heard(torch.tensor([ids])).all():
                 return

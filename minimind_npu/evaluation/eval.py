@@ -44,9 +44,18 @@ from common.data.labels import encode_prompt
 from common.data.load import load_rows, summary
 
 SAMPLES = HERE / "data" / "eval"
-BUILT_IN = {"held_out": SAMPLES / "held_out.txt", "choice": SAMPLES / "ceval", "exact": SAMPLES / "gsm.jsonl"}
+BUILT_IN = {
+    "held_out": SAMPLES / "held_out.txt",
+    "choice": SAMPLES / "ceval",
+    "exact": SAMPLES / "gsm.jsonl",
+}
 PACK = 4096  # tokens of one forward pass
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 SHOWN = 20  # answers kept in eval.json
 
 
@@ -67,7 +76,10 @@ class Scorer:
         for chosen in collators.pack_bins([len(row["input_ids"]) for row in rows], self.tokens):
             batch = collate([[rows[i] for i in chosen]])
             ids = batch.pop("row_ids")
-            yield {k: v.to(self.model.device) if torch.is_tensor(v) else v for k, v in batch.items()}, ids
+            yield (
+                {k: v.to(self.model.device) if torch.is_tensor(v) else v for k, v in batch.items()},
+                ids,
+            )
 
     @torch.no_grad()
     def log_probs(self, rows: list[tuple[list[int], int]]) -> list[Tensor]:
@@ -88,7 +100,12 @@ class Scorer:
         for batch, numbers in self.batches([{"input_ids": p, "labels": p} for p in prompts]):
             batch.pop("labels")
             ends = batch["cu_seq_lens_q"][1:].long() - 1
-            found[numbers] = self.model(**batch, logits_to_keep=ends, use_cache=False).logits[0, :, among].float().cpu()
+            found[numbers] = (
+                self.model(**batch, logits_to_keep=ends, use_cache=False)
+                .logits[0, :, among]
+                .float()
+                .cpu()
+            )
         return found
 
 
@@ -152,7 +169,9 @@ class Asker:
 
     def _ids(self, shown: list[tuple[str, str]], asked: str) -> list[int]:
         if self.as_chat:
-            turns = [turn for pair in shown for turn in zip(("user", "assistant"), pair, strict=True)]
+            turns = [
+                turn for pair in shown for turn in zip(("user", "assistant"), pair, strict=True)
+            ]
             messages = [{"role": role, "content": text} for role, text in [*turns, ("user", asked)]]
             return encode_prompt(self.tokenizer, messages, **self.template)
         text = "".join(f"{question}{answer}\n\n" for question, answer in shown) + asked
@@ -166,17 +185,25 @@ class Asker:
 def listed(question: Choice) -> str:
     """A question with its choices, in its own language."""
     chinese = re.search("[\u4e00-\u9fff]", question.question + "".join(question.options))
-    lines = [f"{letter}. {option}" for letter, option in zip(questions.LETTERS, question.options, strict=False)]
+    lines = [
+        f"{letter}. {option}"
+        for letter, option in zip(questions.LETTERS, question.options, strict=False)
+    ]
     return "\n".join([question.question, *lines, "答案：" if chinese else "Answer:"])
 
 
-def with_examples(found: questions.Read, shots: int, elsewhere: questions.Read | None) -> list[tuple[list, list]]:
+def with_examples(
+    found: questions.Read, shots: int, elsewhere: questions.Read | None
+) -> list[tuple[list, list]]:
     """[(examples, questions to ask)] of each subject: `shots` of another set, or the subject's own first ones."""
     if elsewhere is None:
         return [(asked[:shots], asked[shots:]) for asked in found.subjects.values()]
     others = elsewhere.subjects
     everything = elsewhere.questions
-    return [(others.get(subject, everything)[:shots], asked) for subject, asked in found.subjects.items()]
+    return [
+        (others.get(subject, everything)[:shots], asked)
+        for subject, asked in found.subjects.items()
+    ]
 
 
 def choose(
@@ -188,11 +215,15 @@ def choose(
         if by_letter:
             shown = [(listed(example), questions.LETTERS[example.right]) for example in examples]
         else:
-            shown = [(as_text(example, asker), example.options[example.right]) for example in examples]
+            shown = [
+                (as_text(example, asker), example.options[example.right]) for example in examples
+            ]
         for question in group:
             options = [] if by_letter else [asker.ids(option) for option in question.options]
             room = 1 if by_letter else max(map(len, options))
-            ids = asker.prompt(shown, listed(question) if by_letter else as_text(question, asker), room)
+            ids = asker.prompt(
+                shown, listed(question) if by_letter else as_text(question, asker), room
+            )
             if ids is None:
                 found.drop(question.source, "longer than the model's window")
                 continue
@@ -218,7 +249,9 @@ def picked_letters(scorer: Scorer, asker: Asker, asked: list[Choice], rows: list
 def picked_texts(scorer: Scorer, asker: Asker, asked: list[Choice], rows: list) -> list[int]:
     flat = [(ids + option, len(ids)) for ids, options in rows for option in options]
     sums = iter([part.sum().item() for part in scorer.log_probs(flat)])
-    values = [[next(sums) / len(option.encode()) for option in question.options] for question in asked]
+    values = [
+        [next(sums) / len(option.encode()) for option in question.options] for question in asked
+    ]
     return [row.index(max(row)) for row in values]
 
 
@@ -268,7 +301,9 @@ def exact_match(model, asker: Asker, args, ends: frozenset[int]) -> dict:
     new = Engine(model, args.batch_size).generate(prompts, args.max_new_tokens, ends=ends)
     seconds, count = time.perf_counter() - began, sum(map(len, new))
     texts = asker.tokenizer.batch_decode(new, skip_special_tokens=True)
-    right = [questions.same(cut(text, asker), q.final) for q, text in zip(asked, texts, strict=True)]
+    right = [
+        questions.same(cut(text, asker), q.final) for q, text in zip(asked, texts, strict=True)
+    ]
     samples = [
         {"question": q.question, "expected": q.final, "answer": text, "right": ok}
         for q, text, ok in zip(asked, texts, right, strict=True)
@@ -301,7 +336,9 @@ def harness(speaker: Speaker, args) -> dict:
     try:
         import lm_eval
     except ImportError:
-        raise SystemExit("--backend lm_eval: lm-evaluation-harness is not installed; pip install lm-eval") from None
+        raise SystemExit(
+            "--backend lm_eval: lm-evaluation-harness is not installed; pip install lm-eval"
+        ) from None
     import export
 
     with tempfile.TemporaryDirectory() as folder:
@@ -328,24 +365,56 @@ def harness(speaker: Speaker, args) -> dict:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model_name_or_path", "--model", help="run, model or adapter folder; unset: the newest run")
+    add(
+        "--model_name_or_path",
+        "--model",
+        help="run, model or adapter folder; unset: the newest run",
+    )
     add("--held_out", nargs="+", help="files or folders of texts")
     add("--choice", nargs="+", help="files or folders of multiple-choice questions")
     add("--exact", nargs="+", help="files or folders of questions with exact answers")
     add("--choice_by", nargs="+", choices=("letter", "text"), default=["letter", "text"])
     add("--shots", type=int, default=0, help="examples before each question, of its subject")
-    add("--shots_from", nargs="+", help="files of examples; unset: a subject's first questions, which are not scored")
-    add("--prompt", choices=("auto", "chat", "plain"), default="auto", help="auto: chat, but plain after pretrain")
-    add("--thinking", choices=("template", "on", "off"), default="template", help="before an exact answer")
+    add(
+        "--shots_from",
+        nargs="+",
+        help="files of examples; unset: a subject's first questions, which are not scored",
+    )
+    add(
+        "--prompt",
+        choices=("auto", "chat", "plain"),
+        default="auto",
+        help="auto: chat, but plain after pretrain",
+    )
+    add(
+        "--thinking",
+        choices=("template", "on", "off"),
+        default="template",
+        help="before an exact answer",
+    )
     add("--window", type=int, default=512, help="tokens of held-out text read at once")
     add("--stride", type=int, help="tokens counted of each further window; unset: half of it")
     add("--max_new_tokens", type=int, default=256, help="length limit of an exact answer")
     add("--batch_size", type=int, default=8, help="answers generated at once")
     add("--num_rows", type=int, help="at most so many texts, and questions of a file")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: half on accelerators, float32 on a CPU")
-    add("--backend", choices=("own", "lm_eval"), default="own", help="lm_eval: lm-evaluation-harness, --tasks")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: half on accelerators, float32 on a CPU",
+    )
+    add(
+        "--backend",
+        choices=("own", "lm_eval"),
+        default="own",
+        help="lm_eval: lm-evaluation-harness, --tasks",
+    )
     add("--tasks", default="", help="of lm-evaluation-harness: ceval-valid,cmmlu,arc_easy")
-    add("--output_dir", default=str(HERE.parent / "output" / HERE.name / "eval"), help="for eval.json")
+    add(
+        "--output_dir",
+        default=str(HERE.parent / "output" / HERE.name / "eval"),
+        help="for eval.json",
+    )
     args = parser.parse_args(argv)
     if not any((args.held_out, args.choice, args.exact)) and args.backend == "own":
         vars(args).update({name: [str(path)] for name, path in BUILT_IN.items()})
@@ -377,13 +446,23 @@ def evaluate(args) -> dict:
     if DTYPES[args.dtype] is not None:
         speaker.model.to(DTYPES[args.dtype])
     model, began = speaker.model, time.perf_counter()
-    facts = {"model": speaker.name, "device": device.name(), "dtype": str(model.dtype).removeprefix("torch.")}
-    cli.say(f"{speaker.name}: {model.num_parameters():,} parameters, {facts['dtype']} on {facts['device']}")
+    facts = {
+        "model": speaker.name,
+        "device": device.name(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    cli.say(
+        f"{speaker.name}: {model.num_parameters():,} parameters, {facts['dtype']} on {facts['device']}"
+    )
     if args.backend == "lm_eval":
         results: dict = {"lm_eval": harness(speaker, args)}
     else:
         results = own(speaker, args)
-    facts |= {"recipe": HERE.name, "seconds": time.perf_counter() - began, "versions": report.versions()}
+    facts |= {
+        "recipe": HERE.name,
+        "seconds": time.perf_counter() - began,
+        "versions": report.versions(),
+    }
     return facts | results | {"command": f"python {' '.join(sys.argv)}"}
 
 
@@ -392,14 +471,23 @@ def own(speaker: Speaker, args) -> dict:
     if as_chat and speaker.tokenizer.chat_template is None:
         raise SystemExit("--prompt chat: this model's tokenizer has no chat template")
     results, scorer = {}, Scorer(speaker.model)
-    asker = Asker(speaker.tokenizer, as_chat, speaker.window, {"on": True, "off": False}.get(args.thinking))
+    asker = Asker(
+        speaker.tokenizer, as_chat, speaker.window, {"on": True, "off": False}.get(args.thinking)
+    )
     if args.held_out:
         size = min(args.window, speaker.window)
         results["held_out"] = held_out(
-            scorer, speaker.tokenizer, args.held_out, size, min(args.stride, size - 1), args.num_rows
+            scorer,
+            speaker.tokenizer,
+            args.held_out,
+            size,
+            min(args.stride, size - 1),
+            args.num_rows,
         )
     if args.choice:
-        plain = Asker(speaker.tokenizer, as_chat, speaker.window)  # nothing is thought before a letter
+        plain = Asker(
+            speaker.tokenizer, as_chat, speaker.window
+        )  # nothing is thought before a letter
         results["choice"] = {by: multiple_choice(scorer, plain, args, by) for by in args.choice_by}
     if args.exact:
         results["exact"] = exact_match(speaker.model, asker, args, speaker.ends)
@@ -409,19 +497,31 @@ def own(speaker: Speaker, args) -> dict:
 def table(results: dict) -> str:
     lines = []
     if found := results.get("held_out"):
-        lines += ["| held out | bits per byte | perplexity | tokens | bytes |", "|---|---:|---:|---:|---:|"]
+        lines += [
+            "| held out | bits per byte | perplexity | tokens | bytes |",
+            "|---|---:|---:|---:|---:|",
+        ]
         cells = f"{found['bits_per_byte']:.4f} | {found['perplexity']:,.2f} | {found['tokens']:,} | {found['bytes']:,}"
         lines += [f"| {found['documents']:,} texts | {cells} |", ""]
     for by, found in results.get("choice", {}).items():
         lines += [f"| choice by {by} | accuracy | chance | questions |", "|---|---:|---:|---:|"]
-        named = {**found["subjects"], "all": found} if len(found["subjects"]) > 1 else found["subjects"]
+        named = (
+            {**found["subjects"], "all": found} if len(found["subjects"]) > 1 else found["subjects"]
+        )
         lines += [
-            f"| {name} | {share(row)} | {row['chance']:.1%} | {row['questions']:,} |" for name, row in named.items()
+            f"| {name} | {share(row)} | {row['chance']:.1%} | {row['questions']:,} |"
+            for name, row in named.items()
         ]
         lines += [""]
     if found := results.get("exact"):
-        lines += ["| exact answers | right | ended by themselves | questions |", "|---|---:|---:|---:|"]
-        lines += [f"| {found['shots']} shots | {share(found)} | {found['ended']:.1%} | {found['questions']:,} |", ""]
+        lines += [
+            "| exact answers | right | ended by themselves | questions |",
+            "|---|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {found['shots']} shots | {share(found)} | {found['ended']:.1%} | {found['questions']:,} |",
+            "",
+        ]
     for task, values in results.get("lm_eval", {}).items():
         lines += [f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())]
     return "\n".join(lines).rstrip()
@@ -438,7 +538,10 @@ def main() -> None:
     results = evaluate(args)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"eval.json": json.dumps(results, indent=1, ensure_ascii=False), "eval.md": table(results) + "\n"}
+    texts = {
+        "eval.json": json.dumps(results, indent=1, ensure_ascii=False),
+        "eval.md": table(results) + "\n",
+    }
     for name, text in texts.items():
         part = out / f"{name}.part"
         part.write_text(text, encoding="utf-8")

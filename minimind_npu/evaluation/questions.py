@@ -106,10 +106,17 @@ def choice(record: dict, stem: str, source: str) -> Choice:
     row = {str(name).strip().lower(): value for name, value in record.items()}
     question, listed = text(row.get("question"), "no question"), row.get("choices")
     if isinstance(listed, dict):  # ARC
-        options, labels = listed.get("text") or [], [str(label) for label in listed.get("label") or []]
+        options, labels = (
+            listed.get("text") or [],
+            [str(label) for label in listed.get("label") or []],
+        )
         answer = row.get("answerkey", row.get("answer"))
     elif isinstance(listed, list):  # MMLU
-        options, labels, answer = listed, list(LETTERS[: len(listed)]), row.get("answer", row.get("answerkey"))
+        options, labels, answer = (
+            listed,
+            list(LETTERS[: len(listed)]),
+            row.get("answer", row.get("answerkey")),
+        )
     else:
         labels = [letter for letter in LETTERS if text(row.get(letter.lower()), None)]
         options, answer = [row[letter.lower()] for letter in labels], row.get("answer")
@@ -164,7 +171,10 @@ def final_part(answer: str) -> str:
 def numbers(words: str) -> list[Fraction]:
     """The numbers in a text; 1,200 and full-width digits are read, a dot at the end of a sentence is none of theirs."""
     plain = unicodedata.normalize("NFKC", words).replace("−", "-")
-    return [Fraction(*map(Fraction, found.replace(",", "").split("/"))) for found in NUMBER.findall(plain)]
+    return [
+        Fraction(*map(Fraction, found.replace(",", "").split("/")))
+        for found in NUMBER.findall(plain)
+    ]
 
 
 def same(given: str, wanted: str) -> bool:

@@ -30,13 +30,17 @@ class TokenRows:
 
     def __init__(self, dataset, columns: Sequence[str]):
         self.columns = columns
-        self.parts = {name: [_flat(chunk) for chunk in dataset.data.column(name).chunks] for name in columns}
+        self.parts = {
+            name: [_flat(chunk) for chunk in dataset.data.column(name).chunks] for name in columns
+        }
         first = self.parts[columns[0]]
         self.starts = np.cumsum([0] + [len(offsets) - 1 for _, offsets in first])
         self.documents = [name for name in columns if name.endswith("input_ids")]
         self.lengths = sum(self._per_row(name, np.ones_like) for name in self.documents)
         targets = [name for name in columns if name.endswith("labels")] or self.documents
-        self.labels = sum(self._per_row(name, lambda x: x != IGNORE, skip_first=True) for name in targets)
+        self.labels = sum(
+            self._per_row(name, lambda x: x != IGNORE, skip_first=True) for name in targets
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -83,11 +87,16 @@ class Order:
     def take(self, epoch: int, at: int, count: int) -> list[list[int]]:
         """`count` bins from position `at` of an epoch, fewer at its end."""
         if self.known[0] != epoch:
-            self.known = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.bins)))
+            self.known = (
+                epoch,
+                np.random.default_rng([self.seed, epoch]).permutation(len(self.bins)),
+            )
         return [self.bins[i] for i in self.known[1][at : at + count]]
 
 
-def collate(rows: TokenRows, bins: list[list[int]], windows: int, max_length: int, pad_token_id: int) -> dict:
+def collate(
+    rows: TokenRows, bins: list[list[int]], windows: int, max_length: int, pad_token_id: int
+) -> dict:
     """Bins -> one packed row of windows * max_length tokens, what is missing filled up with short padding documents.
 
     Returns input_ids, labels, position_ids, counted (0 at the filler) [1, B * T] int64, cu_seq_lens_q/k [n + 1] int32,
@@ -98,7 +107,11 @@ def collate(rows: TokenRows, bins: list[list[int]], windows: int, max_length: in
     documents = [document for row in row_ids for document in rows.row(row)]
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     used, size = int(lengths.sum()), max(windows * max_length, int(lengths.sum()))
-    starts = [np.cumsum([0, *lengths]), np.arange(used + FILLER, size, FILLER), [size] * (used < size)]
+    starts = [
+        np.cumsum([0, *lengths]),
+        np.arange(used + FILLER, size, FILLER),
+        [size] * (used < size),
+    ]
     starts = np.concatenate(starts).astype(np.int64)
     ids, labels = np.full(size, pad_token_id, np.int64), np.full(size, IGNORE, np.int64)
     if documents:

@@ -47,7 +47,11 @@ def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused
     fused: 3 times as fast, and unusable with the fp16 scaler of an NPU.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [p for name, p in named if p.ndim == 2 and ".layers." in name and not name.endswith("mlp.gate.weight")]
+    inner = [
+        p
+        for name, p in named
+        if p.ndim == 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+    ]
     muon = {id(p) for p in inner} if kind == "muon" else set()
     rest = [p for _, p in named if id(p) not in muon]
     groups = [

@@ -19,7 +19,9 @@ def whole_weights():
     """Inside, loading does not spread weights over ranks although ZeRO-3 is configured: the engine does that later."""
     from transformers.integrations import deepspeed as settings
 
-    config = settings._hf_deepspeed_config_weak_ref() if settings._hf_deepspeed_config_weak_ref else None
+    config = (
+        settings._hf_deepspeed_config_weak_ref() if settings._hf_deepspeed_config_weak_ref else None
+    )
     settings.unset_hf_deepspeed_config()
     try:
         yield
@@ -56,9 +58,13 @@ def zero_engine(objective: nn.Module, optimizer, training, dtype: torch.dtype):
     for name in [key for key, value in zero.items() if value == "auto"]:
         zero.pop(name)  # DeepSpeed's own default
     if zero["stage"] == 3 and any(isinstance(m, SparseFeedForward) for m in objective.modules()):
-        deepspeed.utils.set_z3_leaf_modules(objective, [SparseFeedForward])  # experts may get no token
+        deepspeed.utils.set_z3_leaf_modules(
+            objective, [SparseFeedForward]
+        )  # experts may get no token
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    engine = deepspeed.initialize(model=objective, optimizer=optimizer, model_parameters=parameters, config=config)[0]
+    engine = deepspeed.initialize(
+        model=objective, optimizer=optimizer, model_parameters=parameters, config=config
+    )[0]
     if dtype is torch.float16:
         device.notice_saturation(engine.optimizer)
     return engine
@@ -95,7 +101,9 @@ def update(engine, optimizer, scaler, trained: list, limit: float) -> None:
 def summed(values: dict, where: torch.device) -> dict[str, float]:
     """Each value (tensor or number) added up over the ranks, in float32 (HCCL has no float64)."""
     names = sorted(values)
-    numbers = torch.stack([torch.as_tensor(values[name], dtype=torch.float32, device=where) for name in names])
+    numbers = torch.stack(
+        [torch.as_tensor(values[name], dtype=torch.float32, device=where) for name in names]
+    )
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return dict(zip(names, numbers.tolist(), strict=True))

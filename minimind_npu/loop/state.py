@@ -67,7 +67,17 @@ def random_state() -> dict[str, torch.Tensor]:
     return state if device.kind() == "cpu" else state | {"device": device.module().get_rng_state()}
 
 
-def save(out: Path, model, tokenizer, base: str, parts: dict, progress: dict, engine, facts: dict, limit: int) -> None:
+def save(
+    out: Path,
+    model,
+    tokenizer,
+    base: str,
+    parts: dict,
+    progress: dict,
+    engine,
+    facts: dict,
+    limit: int,
+) -> None:
     """OUT/checkpoint-<step>. All ranks call it.
 
     parts: optimizer and scaler; facts: step, world_size, engine ... for the marker; limit: whole ones that stay.

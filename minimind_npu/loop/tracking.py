@@ -24,11 +24,26 @@ class Run:
     """
 
     def __init__(self, args, training, progress: dict, model, loader, dtype):
-        self.args, self.training, self.progress, self.model, self.loader = args, training, progress, model, loader
-        self.dtype, self.out, self.stopped = str(dtype).removeprefix("torch."), Path(training.output_dir), False
+        self.args, self.training, self.progress, self.model, self.loader = (
+            args,
+            training,
+            progress,
+            model,
+            loader,
+        )
+        self.dtype, self.out, self.stopped = (
+            str(dtype).removeprefix("torch."),
+            Path(training.output_dir),
+            False,
+        )
         self.world = training.world_size
-        self.per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.world
-        self.recent, self.shown = [], (progress["tokens"], progress["seconds"], progress["label_tokens"])
+        self.per_step = (
+            training.per_device_train_batch_size * training.gradient_accumulation_steps * self.world
+        )
+        self.recent, self.shown = (
+            [],
+            (progress["tokens"], progress["seconds"], progress["label_tokens"]),
+        )
         self.begun, self.start_seconds = self.part(), progress["seconds"]
         self.flops = flops_per_token(model)
         self.peak = self.world * peak_flops(dtype, training.device)
@@ -40,9 +55,17 @@ class Run:
             f"{self.peak / 1e12:.2f} TFLOP/s measured"
         )
         quiet = None if cli.is_main() else True
-        self.bar = tqdm(total=self.steps(), initial=progress["step"], unit="step", dynamic_ncols=True, disable=quiet)
+        self.bar = tqdm(
+            total=self.steps(),
+            initial=progress["step"],
+            unit="step",
+            dynamic_ncols=True,
+            disable=quiet,
+        )
         names = [] if training.report_to == ["none"] else list(training.report_to)
-        self.trackers = Trackers(names, self.out, vars(args), progress["trackers"], progress["step"])
+        self.trackers = Trackers(
+            names, self.out, vars(args), progress["trackers"], progress["step"]
+        )
 
     def steps(self) -> int | None:
         """All steps of the run; None where the clock ends it."""
@@ -52,7 +75,9 @@ class Run:
             return None
         size, epochs = len(self.loader.order), self.training.num_train_epochs
         whole = int(epochs)
-        return whole * -(-size // self.per_step) + math.ceil((epochs - whole) * size / self.per_step)
+        return whole * -(-size // self.per_step) + math.ceil(
+            (epochs - whole) * size / self.per_step
+        )
 
     def part(self) -> float:
         """How much of the run is done, 0 to 1."""
@@ -70,7 +95,9 @@ class Run:
         bins = self.loader.order.take(now["epoch"], now["at"], self.per_step)
         now["step"], now["at"] = now["step"] + 1, now["at"] + len(bins)
         now["tokens"] += self.loader.tokens(bins)
-        now["label_tokens"] += int(self.loader.rows.labels[[row for one in bins for row in one]].sum())
+        now["label_tokens"] += int(
+            self.loader.rows.labels[[row for one in bins for row in one]].sum()
+        )
         if now["at"] >= len(self.loader.order):
             now["epoch"], now["at"] = now["epoch"] + 1, 0
         return bins
@@ -91,7 +118,12 @@ class Run:
         now, (tokens, seconds, labels) = self.progress, self.shown
         loss, spent = sum(self.recent) / len(self.recent), max(1e-9, now["seconds"] - seconds)
         speed = (now["tokens"] - tokens) / spent
-        values = {"loss": loss, "learning_rate": lr, "tokens_per_second": speed, "mfu": speed * self.flops / self.peak}
+        values = {
+            "loss": loss,
+            "learning_rate": lr,
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops / self.peak,
+        }
         text = (
             f"loss {loss:.4f} | lr {lr:.1e} | {(now['label_tokens'] - labels) / spent:,.0f} label tok/s | "
             f"{speed:,.0f} tok/s | MFU {values['mfu']:.0%} | {device.peak_memory_mb() / 1024:.1f} GiB"
@@ -102,7 +134,9 @@ class Run:
             done = max(1e-9, self.part() - self.begun)
             left = (now["seconds"] - self.start_seconds) * max(0.0, 1 - self.part()) / done
             of = f"/{self.steps()}" if self.steps() else ""
-            cli.say(f"step {now['step']}{of} {min(1.0, self.part()):4.0%} | {text} | left {clock(left)}")
+            cli.say(
+                f"step {now['step']}{of} {min(1.0, self.part()):4.0%} | {text} | left {clock(left)}"
+            )
         self.trackers.log(now["step"], values)
         self.recent, self.shown = [], (now["tokens"], now["seconds"], now["label_tokens"])
 
@@ -115,18 +149,26 @@ class Run:
         now["history"].append({"step": now["step"], "seconds": now["seconds"]} | found)
         self.trackers.log(now["step"], found)
         if cli.is_main() and metrics:
-            text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+            text = ", ".join(
+                f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()
+            )
             tqdm.write(f"held out at step {now['step']}: {text}")
 
     def facts(self) -> dict:
         """What the marker of a checkpoint says."""
-        return {"step": self.progress["step"], "world_size": self.world, "engine": run_folder.engine(self.training)}
+        return {
+            "step": self.progress["step"],
+            "world_size": self.world,
+            "engine": run_folder.engine(self.training),
+        }
 
     def exit_if_stopped(self) -> None:
         self.bar.close()
         if self.stopped:
             self.trackers.close()
-            cli.say(f"interrupted at step {self.progress['step']}, saved. Continue with:\n  {cli.resume_command()}")
+            cli.say(
+                f"interrupted at step {self.progress['step']}, saved. Continue with:\n  {cli.resume_command()}"
+            )
             raise SystemExit(cli.INTERRUPTED)
 
     def weight_name(self) -> str:
@@ -141,7 +183,9 @@ class Run:
         now, before = self.progress, self.progress["before"]
         steps = [entry for entry in now["history"] if "loss" in entry]
         counts = {"total": now["tokens"], "label": now["label_tokens"]}
-        weights = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.model.parameters()]
+        weights = [
+            (p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.model.parameters()
+        ]
         facts = {
             "recipe": recipe, "stage": self.args.stage, "model": base, "device": device.name(), "dtype": self.dtype,
             "world_size": self.world, "engine": run_folder.engine(self.training), "rows": rows, "tokens": counts,
@@ -154,15 +198,26 @@ class Run:
             "metrics": {"before": before["metrics"], "after": after["metrics"]}, "command": cli.resume_command(),
         }  # fmt: skip
         ends = [(0, before["metrics"]), (now["step"], after["metrics"])]
-        ends = [{"step": step} | {f"eval_{k}": found[k] for k in report.PLOTS if k in found} for step, found in ends]
+        ends = [
+            {"step": step} | {f"eval_{k}": found[k] for k in report.PLOTS if k in found}
+            for step, found in ends
+        ]
         old = {sample["prompt"]: sample["answer"] for sample in before["samples"]}
-        samples = [{**s, "before": old.get(s["prompt"], ""), "after": s["answer"]} for s in after["samples"]]
+        samples = [
+            {**s, "before": old.get(s["prompt"], ""), "after": s["answer"]}
+            for s in after["samples"]
+        ]
         samples = samples[:: max(1, len(samples) // 12)][:12]
         table = report.write_report(self.out, facts, [*now["history"], *ends], samples)
-        (self.out / "trainer_state.json").write_text(json.dumps({"log_history": now["history"]}, indent=1))
+        (self.out / "trainer_state.json").write_text(
+            json.dumps({"log_history": now["history"]}, indent=1)
+        )
         run = json.loads((self.out / run_folder.RUN_FILE).read_text())
         run_folder.write_run_file(self.out, run | {"step": now["step"]})
-        print(f"\n{table}\n\nmodel   {self.out / 'final'}\nreport  {self.out / 'report.md'}", flush=True)
+        print(
+            f"\n{table}\n\nmodel   {self.out / 'final'}\nreport  {self.out / 'report.md'}",
+            flush=True,
+        )
 
 
 class Trackers:
@@ -171,7 +226,9 @@ class Trackers:
     def __init__(self, names: list[str], out: Path, settings: dict, ids: dict, step: int):
         self.ids, self.log_to = ids, []
         for name in names if cli.is_main() else []:
-            getattr(self, f"_{name}", lambda *_, name=name: self._unknown(name))(out, settings, step)
+            getattr(self, f"_{name}", lambda *_, name=name: self._unknown(name))(
+                out, settings, step
+            )
 
     def _unknown(self, name: str) -> None:
         raise SystemExit(f"--report_to {name}: tensorboard, wandb, swanlab or none")
@@ -181,7 +238,9 @@ class Trackers:
 
         folder = self.ids.setdefault("tensorboard", str(out / "runs"))
         writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        self.log_to.append(lambda at, values: [writer.add_scalar(k, v, at) for k, v in values.items()])
+        self.log_to.append(
+            lambda at, values: [writer.add_scalar(k, v, at) for k, v in values.items()]
+        )
         self.close = writer.close
 
     def _wandb(self, out: Path, settings: dict, step: int) -> None:
@@ -217,7 +276,9 @@ def peak_flops(dtype: torch.dtype, where: torch.device) -> float:
     best, size, spent = 0.0, 512, 0.0
     while spent < 5e-3 and size < 16384:
         size *= 2
-        a = torch.full((size, size), 1 / size, device=where).to(dtype)  # no random numbers: a resumed run has its own
+        a = torch.full((size, size), 1 / size, device=where).to(
+            dtype
+        )  # no random numbers: a resumed run has its own
         for _ in range(2):
             wait()
             began = time.perf_counter()

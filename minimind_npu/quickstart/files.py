@@ -17,7 +17,13 @@ from common.runs import checkpoint, report, run_folder
 
 def display(total: int, done: int, tokens: int) -> Callable[[int, float], None]:
     """A function that shows step and loss: a bar on a terminal, lines elsewhere. `tokens`: of a step on all ranks."""
-    bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None if cli.is_main() else True)
+    bar = tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if cli.is_main() else True,
+    )
     began = time.time()
 
     def show(step: int, loss: float) -> None:
@@ -56,7 +62,9 @@ def save(out: Path, model, tokenizer, parts: dict, progress: dict, rank: int, wo
     barrier()
     if cli.is_main():
         engine = "ddp" if world > 1 else "single"
-        checkpoint.mark_complete(folder, step=progress["step"], world_size=world, engine=engine, weights_only=False)
+        checkpoint.mark_complete(
+            folder, step=progress["step"], world_size=world, engine=engine, weights_only=False
+        )
         for old in checkpoint.all_checkpoints(out):
             if old != folder:
                 shutil.rmtree(old)
@@ -83,7 +91,9 @@ def save_final(out: Path, model, tokenizer) -> Path:
     return final
 
 
-def finish(args, model, tokenizer, facts: dict, progress: dict, after: dict, asked: list[tuple[str, str]]) -> None:
+def finish(
+    args, model, tokenizer, facts: dict, progress: dict, after: dict, asked: list[tuple[str, str]]
+) -> None:
     """Rank 0, at the end: the model, loss.png, report.md, report.json, and what to look at."""
     out, before = Path(args.output_dir), progress["before"]
     final = save_final(out, model, tokenizer)

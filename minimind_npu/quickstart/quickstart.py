@@ -27,7 +27,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+)
 
 from common import tiny
 from common.runs import run_folder
@@ -43,19 +49,35 @@ NAMES = "gpt2: 124M, random weights; tiny: a toy; a folder or hub id: go on from
 # 1. Arguments
 @dataclass
 class Args:
-    model_name: str = field(default="auto", metadata={"aliases": ["--model_name_or_path"], "help": NAMES})
-    data_path: str = field(default="", metadata={"help": "text files, a document per line; unset: synthetic text"})
-    output_dir: str = field(default=str(HERE.parent / "output/quickstart"), metadata={"help": "where all of it goes"})
+    model_name: str = field(
+        default="auto", metadata={"aliases": ["--model_name_or_path"], "help": NAMES}
+    )
+    data_path: str = field(
+        default="", metadata={"help": "text files, a document per line; unset: synthetic text"}
+    )
+    output_dir: str = field(
+        default=str(HERE.parent / "output/quickstart"), metadata={"help": "where all of it goes"}
+    )
     batch_size: int = field(default=8, metadata={"help": "windows per device and step"})
     max_length: int = field(default=256, metadata={"help": "tokens per window; tiny: 128"})
     epochs: int = field(default=3, metadata={"help": "times through the text; tiny: 5"})
-    learning_rate: float = field(default=5e-5, metadata={"help": "peak of AdamW's rate; tiny: 6e-3"})
-    warmup_steps: int = field(default=100, metadata={"help": "linear up to the peak, then down to 0; tiny: 20"})
+    learning_rate: float = field(
+        default=5e-5, metadata={"help": "peak of AdamW's rate; tiny: 6e-3"}
+    )
+    warmup_steps: int = field(
+        default=100, metadata={"help": "linear up to the peak, then down to 0; tiny: 20"}
+    )
     num_samples: int = field(default=20000, metadata={"help": "synthetic documents; tiny: 2000"})
-    dtype: str = field(default="auto", metadata={"help": "bf16, fp16, fp32; auto: the device's half precision"})
+    dtype: str = field(
+        default="auto", metadata={"help": "bf16, fp16, fp32; auto: the device's half precision"}
+    )
     seed: int = field(default=42, metadata={"help": "of the weights, the text and its order"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what an earlier run left"})
-    resume_from_checkpoint: str = field(default="false", metadata={"help": "true, or the folder of a checkpoint"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what an earlier run left"}
+    )
+    resume_from_checkpoint: str = field(
+        default="false", metadata={"help": "true, or the folder of a checkpoint"}
+    )
 
 
 TINY = dict(max_length=128, epochs=5, learning_rate=6e-3, warmup_steps=20, num_samples=2000)
@@ -67,9 +89,16 @@ def parse() -> Args:
     parser.error = lambda message: sys.exit(cli.usage_error(message).code)
     first, unknown = parser.parse_known_args()
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [o for a in parser._actions for o in a.option_strings], 1, 0.5)
-        raise cli.usage_error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    name = {"auto": "tiny" if device.kind() == "cpu" else "gpt2"}.get(first.model_name, first.model_name)
+        near = difflib.get_close_matches(
+            unknown[0], [o for a in parser._actions for o in a.option_strings], 1, 0.5
+        )
+        raise cli.usage_error(
+            f"unknown flag {unknown[0]}"
+            + (f"; did you mean {near[0]}?" if near else "; see --help")
+        )
+    name = {"auto": "tiny" if device.kind() == "cpu" else "gpt2"}.get(
+        first.model_name, first.model_name
+    )
     parser.set_defaults(**(TINY if name == "tiny" else {}))
     args = parser.parse_args_into_dataclasses()[0]
     args.model_name = name
@@ -91,11 +120,19 @@ def load(args: Args, texts: list[str], start: Path | None):
         model = cli.load(AutoModelForCausalLM, name, dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
-            raise SystemExit(f"--max_length {args.max_length}: {name} has positions for {limit} tokens")
+            raise SystemExit(
+                f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
+            )
         return model, cli.load(AutoTokenizer, name)
     mark = "<|endoftext|>"
     tokenizer = tiny.make_tokenizer(texts[:50000], 8000, [mark], eos_token=mark, bos_token=mark)
-    toy = {"n_embd": 96, "n_layer": 2, "n_head": 4, "vocab_size": len(tokenizer), "initializer_range": 0.05}
+    toy = {
+        "n_embd": 96,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": len(tokenizer),
+        "initializer_range": 0.05,
+    }
     config = GPT2Config(  # no dropout, so that 1 and N processes give the same numbers
         **(toy if args.model_name == "tiny" else {}), n_positions=max(1024, args.max_length), resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -136,7 +173,10 @@ def mean_losses(recent: list[torch.Tensor], last_step: int) -> list[dict]:
     if WORLD > 1:
         dist.all_reduce(losses)
     values = (losses / WORLD).tolist()
-    return [{"step": step, "loss": finite(x, step)} for step, x in enumerate(values, last_step - len(values) + 1)]
+    return [
+        {"step": step, "loss": finite(x, step)}
+        for step, x in enumerate(values, last_step - len(values) + 1)
+    ]
 
 
 def finite(loss: float, step: int) -> float:
@@ -165,7 +205,9 @@ def held_out_loss(model, held_out: torch.Tensor, batch_size: int, dtype: torch.d
     return (sums[0] / sums[1]).item()
 
 
-def measure(model, tokenizer, held_out: torch.Tensor, asked: list[tuple[str, str]], batch_size: int, dtype) -> dict:
+def measure(
+    model, tokenizer, held_out: torch.Tensor, asked: list[tuple[str, str]], batch_size: int, dtype
+) -> dict:
     """{"metrics", "answers": how the model ends the sentences of `asked`}. All ranks call it."""
     loss = held_out_loss(model, held_out, batch_size, dtype)
     answers, right = endings(model, tokenizer, asked)
@@ -178,18 +220,26 @@ def plan(train_set: torch.Tensor, args: Args) -> tuple[DataLoader, int, Callable
     """(loader of this rank's batches, steps in all, step -> learning rate)."""
     sampler = DistributedSampler(train_set, WORLD, RANK, seed=args.seed, drop_last=True)
     # a generator of its own: the loader would draw from the global one, and resume would not be exact
-    loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, generator=torch.Generator())
+    loader = DataLoader(
+        train_set, args.batch_size, sampler=sampler, drop_last=True, generator=torch.Generator()
+    )
     total, warmup = len(loader) * args.epochs, args.warmup_steps
     if not total:
         need = f"--batch_size {args.batch_size} on {WORLD} device(s)"
-        raise SystemExit(f"{len(train_set)} windows are not one step of {need}: give more text or a smaller one")
+        raise SystemExit(
+            f"{len(train_set)} windows are not one step of {need}: give more text or a smaller one"
+        )
     if warmup >= total:
         warmup = max(1, total // 10)
-        cli.say(f"warm-up shortened from {args.warmup_steps} to {warmup} steps: the run has {total}")
+        cli.say(
+            f"warm-up shortened from {args.warmup_steps} to {warmup} steps: the run has {total}"
+        )
     return loader, total, lambda step: learning_rate(step, total, warmup, args.learning_rate)
 
 
-def run_epoch(net, loader, optimizer, scaler, dtype, rate: Callable, show: Callable, progress: dict) -> None:
+def run_epoch(
+    net, loader, optimizer, scaler, dtype, rate: Callable, show: Callable, progress: dict
+) -> None:
     """One time through the text; counts steps, losses and seconds in `progress`."""
     began, recent, where = time.time(), [], next(net.parameters()).device
     loader.sampler.set_epoch(progress["epoch"])
@@ -198,7 +248,9 @@ def run_epoch(net, loader, optimizer, scaler, dtype, rate: Callable, show: Calla
         for group in optimizer.param_groups:
             group["lr"] = rate(progress["step"])
         recent.append(train_step(net, ids.to(where), optimizer, scaler, dtype))
-        if number % LOG_STEPS == 0 or number == len(loader):  # reading a loss waits for the device, so not each step
+        if number % LOG_STEPS == 0 or number == len(
+            loader
+        ):  # reading a loss waits for the device, so not each step
             new = mean_losses(recent, progress["step"])
             show(progress["step"], sum(entry["loss"] for entry in new) / len(new))
             progress["history"] += new
@@ -220,16 +272,24 @@ def run(args: Args) -> None:
 
     model, tokenizer = load(args, train_texts, start)
     model.to(where).config.use_cache = False
-    train_set, held_out = (windows(tokenizer, texts, args.max_length) for texts in (train_texts, held_texts))
+    train_set, held_out = (
+        windows(tokenizer, texts, args.max_length) for texts in (train_texts, held_texts)
+    )
     asked = questions(held_texts, 32)
     loader, total, rate = plan(train_set, args)
     facts = {"dtype": str(dtype).removeprefix("torch."), "world_size": WORLD, "rows": rows}
-    facts |= {"parameters": model.num_parameters(), "tokens_a_step": args.batch_size * args.max_length * WORLD}
+    facts |= {
+        "parameters": model.num_parameters(),
+        "tokens_a_step": args.batch_size * args.max_length * WORLD,
+    }
     cli.say(
         f"model: {args.model_name}, {facts['parameters']:,} parameters; {WORLD} x {device.name()}, {facts['dtype']}\n"
         f"steps: {total:,} of {facts['tokens_a_step']:,} tokens; a checkpoint after each of {args.epochs} epochs"
     )
-    parts = {"optimizer": make_optimizer(model, args.learning_rate), "scaler": device.grad_scaler(dtype)}
+    parts = {
+        "optimizer": make_optimizer(model, args.learning_rate),
+        "scaler": device.grad_scaler(dtype),
+    }
     test = partial(measure, model, tokenizer, held_out, asked, args.batch_size, dtype)
     torch.manual_seed(args.seed + RANK)  # dropout, where a model has it, differs between the ranks
     if start:
@@ -255,10 +315,14 @@ def main() -> None:
     try:
         run(args)
     except torch.OutOfMemoryError:
-        raise SystemExit("out of memory: lower --batch_size or --max_length, or take --model_name tiny") from None
+        raise SystemExit(
+            "out of memory: lower --batch_size or --max_length, or take --model_name tiny"
+        ) from None
     except SystemExit as error:
         if error.code == cli.INTERRUPTED:
-            cli.say(f"interrupted. This goes on with the last whole epoch:\n  {cli.resume_command()}")
+            cli.say(
+                f"interrupted. This goes on with the last whole epoch:\n  {cli.resume_command()}"
+            )
         raise
 
 

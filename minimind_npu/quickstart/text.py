@@ -22,8 +22,25 @@ CITIES = {
     "成都": "四川", "杭州": "浙江", "南京": "江苏", "广州": "广东", "武汉": "湖北", "长沙": "湖南",
     "西安": "陕西", "济南": "山东", "福州": "福建", "昆明": "云南",
 }  # fmt: skip
-ANIMALS = {"猫": "鱼", "狗": "骨头", "兔子": "萝卜", "熊猫": "竹子", "猴子": "香蕉", "羊": "青草", "蜜蜂": "花蜜"}
-OPPOSITES = {"大": "小", "高": "矮", "快": "慢", "冷": "热", "轻": "重", "远": "近", "新": "旧", "黑": "白"}
+ANIMALS = {
+    "猫": "鱼",
+    "狗": "骨头",
+    "兔子": "萝卜",
+    "熊猫": "竹子",
+    "猴子": "香蕉",
+    "羊": "青草",
+    "蜜蜂": "花蜜",
+}
+OPPOSITES = {
+    "大": "小",
+    "高": "矮",
+    "快": "慢",
+    "冷": "热",
+    "轻": "重",
+    "远": "近",
+    "新": "旧",
+    "黑": "白",
+}
 
 
 def _sum(rng: random.Random, name: str) -> str:
@@ -86,7 +103,11 @@ def read_text(args) -> tuple[list[str], list[str], dict]:
     else:
         texts, cut = documents(args.num_samples, args.seed), max(1, args.num_samples // 20)
         train, held_out = texts[cut:], texts[:cut]
-        stats = {"read": len(texts), "dropped": {}, "sha256": hashlib.sha256("".join(texts).encode()).hexdigest()}
+        stats = {
+            "read": len(texts),
+            "dropped": {},
+            "sha256": hashlib.sha256("".join(texts).encode()).hexdigest(),
+        }
     return train, held_out, stats | {"used": len(train), "held_out": len(held_out)}
 
 
@@ -111,5 +132,9 @@ def questions(texts: list[str], count: int) -> list[tuple[str, str]]:
 def endings(model, tokenizer, asked: list[tuple[str, str]]) -> tuple[list[str], float]:
     """(how the model ends each beginning, up to the full stop; the share that is right). All ranks call it."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in asked]
-    answers = [text.split("。")[0] + "。" for text in generate_answers(model, tokenizer, prompts, 24)]
-    return answers, sum(answer == wanted for answer, (_, wanted) in zip(answers, asked, strict=True)) / len(asked)
+    answers = [
+        text.split("。")[0] + "。" for text in generate_answers(model, tokenizer, prompts, 24)
+    ]
+    return answers, sum(
+        answer == wanted for answer, (_, wanted) in zip(answers, asked, strict=True)
+    ) / len(asked)

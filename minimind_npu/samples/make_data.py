@@ -76,7 +76,11 @@ def answer(kind: Kind, fact: dict) -> str:
 
 def others(rng: random.Random, kind: Kind, fact: dict, number: int) -> list:
     """Different wrong values of z."""
-    near = [str(n) for n in range(19)] if str(fact["z"]).isdigit() else sorted({f["z"] for f in kind.facts})
+    near = (
+        [str(n) for n in range(19)]
+        if str(fact["z"]).isdigit()
+        else sorted({f["z"] for f in kind.facts})
+    )
     near = [z for z in near if z != str(fact["z"])]
     if str(fact["z"]).isdigit():
         near = sorted(near, key=lambda z: abs(int(z) - int(fact["z"])))[: 2 * number]
@@ -123,7 +127,9 @@ def problems(seed: str) -> Iterator[Problem]:
     frames, people, things = deck(rng, GET + GIVE), deck(rng, PEOPLE), deck(rng, THINGS)
     while True:
         (a, b), frame = next(numbers), next(frames)
-        yield problem(frame, next(people), next(things), *((a, b) if frame in GET else (max(a, b), min(a, b))))
+        yield problem(
+            frame, next(people), next(things), *((a, b) if frame in GET else (max(a, b), min(a, b)))
+        )
 
 
 def three(rng: random.Random) -> tuple[str, str, str]:
@@ -131,8 +137,16 @@ def three(rng: random.Random) -> tuple[str, str, str]:
     a = rng.randint(1, 8)
     b, c = rng.randint(1, 9 - a), rng.randint(1, 9)
     if rng.random() < 0.5 and c <= a + b:
-        return f"{a}加{b}再减{c}", f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{a + b - c}。", str(a + b - c)
-    return f"{a}加{b}再加{c}", f"先算{a}加{b}等于{a + b}。再算{a + b}加{c}等于{a + b + c}。", str(a + b + c)
+        return (
+            f"{a}加{b}再减{c}",
+            f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{a + b - c}。",
+            str(a + b - c),
+        )
+    return (
+        f"{a}加{b}再加{c}",
+        f"先算{a}加{b}等于{a + b}。再算{a + b}加{c}等于{a + b + c}。",
+        str(a + b + c),
+    )
 
 
 def days_on(start: int, shift: int) -> tuple[str, str, str]:
@@ -150,7 +164,11 @@ def two_steps(rng: random.Random) -> tuple[str, str, str]:
     c = rng.randint(1, a + b)
     person, (thing, measure) = rng.choice(PEOPLE), rng.choice(THINGS)
     asked = f"{person}有{a}{measure}{thing}，又买了{b}{measure}，送给朋友{c}{measure}，还剩几{measure}？"
-    return asked, f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{a + b - c}。", f"{a + b - c}{measure}"
+    return (
+        asked,
+        f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{a + b - c}。",
+        f"{a + b - c}{measure}",
+    )
 
 
 # ---- pretrain/ ------------------------------------------------------------------------------------------------
@@ -198,7 +216,9 @@ ABOUT = [  # what can be asked about every story
 def scene(rng: random.Random) -> Scene:
     who, friend = rng.sample(PEOPLE, 2)
     thing, measure = rng.choice(FOUND)
-    return Scene(who, friend, rng.choice(TIMES), rng.choice(PLACES), thing, measure, rng.choice(FEELS))
+    return Scene(
+        who, friend, rng.choice(TIMES), rng.choice(PLACES), thing, measure, rng.choice(FEELS)
+    )
 
 
 def stories(seed: str) -> Iterator[str]:
@@ -233,7 +253,10 @@ def statements(seed: str, names) -> Iterator[str]:
 def quizzes(seed: str) -> Iterator[str]:
     """Endless; questions of all kinds with their answers, some about who the model is."""
     rng = random.Random(seed)
-    facts, kinds = decks(rng, KINDS), deck(rng, [n for n in KINDS for _ in range(len(KINDS[n].facts))])
+    facts, kinds = (
+        decks(rng, KINDS),
+        deck(rng, [n for n in KINDS for _ in range(len(KINDS[n].facts))]),
+    )
     tasks, selves = problems(seed + "+"), deck(rng, lines(SELF))
     for i in count():
         parts = []
@@ -264,7 +287,11 @@ def chains(seed: str) -> Iterator[str]:
             parts.append(f"{asked}{thought}所以是{day}。")
         if i % 4 == 0:
             start, spell = rng.randrange(20), rng.choice((str, in_words))
-            parts.append("数一数：" + "、".join(spell(n) for n in range(start, start + rng.randint(5, 9))) + "。")
+            parts.append(
+                "数一数："
+                + "、".join(spell(n) for n in range(start, start + rng.randint(5, 9)))
+                + "。"
+            )
         yield "\n".join(rng.sample(parts, len(parts)))
 
 
@@ -274,7 +301,9 @@ def records(seed: str) -> Iterator[str]:
     while True:
         parts = []
         for _ in range(rng.randint(3, 4)):
-            _, arguments, result, said = used(rng, rng.choice(["weather", "clock", "multiply"]), rng.randrange(99))
+            _, arguments, result, said = used(
+                rng, rng.choice(["weather", "clock", "multiply"]), rng.randrange(99)
+            )
             parts.append(json.dumps(arguments | result, ensure_ascii=False) + "\n" + said)
         yield "\n".join(parts)
 
@@ -307,7 +336,13 @@ def documents(name: str) -> list[dict]:
 
 # ---- sft/ -----------------------------------------------------------------------------------------------------
 
-OFTEN = {"sum": 6, "minus": 6, "sum_words": 3, "minus_words": 3, "compare": 2}  # questions per fact; others: 6
+OFTEN = {
+    "sum": 6,
+    "minus": 6,
+    "sum_words": 3,
+    "minus_words": 3,
+    "compare": 2,
+}  # questions per fact; others: 6
 
 
 def asked_facts(names) -> list[dict]:
@@ -368,7 +403,9 @@ def readings(number: int = 300) -> list[dict]:
     rng, rows = random.Random("readings"), []
     for i in range(number):
         now = scene(rng)
-        story = f"{now.time}，{now.who}和{now.friend}去{now.place}，看见一{now.measure}{now.thing}。"
+        story = (
+            f"{now.time}，{now.who}和{now.friend}去{now.place}，看见一{now.measure}{now.thing}。"
+        )
         asked, said = [
             (f"{now.who}和谁在一起？", f"{now.who}和{now.friend}在一起。"),
             (f"{now.who}去了哪里？", f"{now.who}去了{now.place}。"),
@@ -394,8 +431,14 @@ def systems(number: int = 260) -> list[dict]:
         fact = next(facts[name := next(kinds)])
         asked = POLITELY[i // 4 % 2].format(plain_question(rng, name, fact))
         rows.append(chat(asked, form.format(answer(KINDS[name], fact)), system=system))
-    named = [(a, q) for a in PEOPLE for q in ("请问你现在叫什么？", "今天你叫什么？", "你这次叫什么名字？")]
-    return rows + [chat(asked, f"我叫{name}。", system=f"你的名字叫{name}。") for name, asked in named]
+    named = [
+        (a, q)
+        for a in PEOPLE
+        for q in ("请问你现在叫什么？", "今天你叫什么？", "你这次叫什么名字？")
+    ]
+    return rows + [
+        chat(asked, f"我叫{name}。", system=f"你的名字叫{name}。") for name, asked in named
+    ]
 
 
 THINK = ["想一想再回答：{}", "一步一步想：{}"]
@@ -421,7 +464,10 @@ def thinking(number: int = 330) -> list[dict]:
 def tool(name: str, description: str, **arguments: str) -> dict:
     properties = {key: {"type": kind} for key, kind in arguments.items()}
     parameters = {"type": "object", "properties": properties, "required": list(arguments)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 WEATHER = tool("weather", "查天气", city="string")
@@ -434,8 +480,15 @@ def used(rng: random.Random, kind: str, i: int) -> tuple[str, dict, dict, str]:
     city = CITIES[i % len(CITIES)]
     if kind == "weather":
         sky, degrees = rng.choice(WEATHERS), rng.randint(1, 35)
-        asked = rng.choice(["{}今天天气怎么样？", "查一下{}的天气。", "{}现在是什么天气？"]).format(city)
-        return asked, {"city": city}, {"sky": sky, "degrees": degrees}, f"{city}今天{sky}，{degrees}度。"
+        asked = rng.choice(["{}今天天气怎么样？", "查一下{}的天气。", "{}现在是什么天气？"]).format(
+            city
+        )
+        return (
+            asked,
+            {"city": city},
+            {"sky": sky, "degrees": degrees},
+            f"{city}今天{sky}，{degrees}度。",
+        )
     if kind == "clock":
         hour = rng.randint(1, 23)
         asked = rng.choice(["{}现在几点了？", "查一下{}的时间。", "{}那边是几点？"]).format(city)
@@ -447,7 +500,10 @@ def used(rng: random.Random, kind: str, i: int) -> tuple[str, dict, dict, str]:
 
 def tool_turns(name: str, arguments: dict, result: dict) -> list[dict]:
     call = json.dumps([{"name": name, "arguments": arguments}], ensure_ascii=False)
-    return [turn("assistant", "", tool_calls=call), turn("tool", json.dumps(result, ensure_ascii=False))]
+    return [
+        turn("assistant", "", tool_calls=call),
+        turn("tool", json.dumps(result, ensure_ascii=False)),
+    ]
 
 
 def tools(number: int = 180) -> list[dict]:
@@ -456,7 +512,10 @@ def tools(number: int = 180) -> list[dict]:
     known = {"weather": WEATHER, "clock": CLOCK, "multiply": MULTIPLY}
     for i in range(number):
         name = list(known)[i % 3]
-        shown = [known[name], *rng.sample([t for n, t in known.items() if n != name], rng.randrange(2))]
+        shown = [
+            known[name],
+            *rng.sample([t for n, t in known.items() if n != name], rng.randrange(2)),
+        ]
         shown = rng.sample(shown, len(shown))
         head = turn("system", "", tools=json.dumps(shown, ensure_ascii=False))
         if i % 8 == 7:
@@ -465,7 +524,11 @@ def tools(number: int = 180) -> list[dict]:
             talk += [turn("assistant", answer(KINDS["capital"], fact))]
         else:
             asked, arguments, result, said = used(rng, name, i // 3)
-            talk = [turn("user", asked), *tool_turns(name, arguments, result), turn("assistant", said)]
+            talk = [
+                turn("user", asked),
+                *tool_turns(name, arguments, result),
+                turn("assistant", said),
+            ]
         rows.append({"conversations": [head, *talk]})
     return rows
 
@@ -488,7 +551,18 @@ ASKED_POLITELY = ["请教一下，{}", "你好，{}", "{}", "问你一个问题�
 def preferences(number: int = 720) -> list[dict]:
     """Two of five answers are rude, one unwilling, one wrong without manners, one wrong with them."""
     rng, rows = random.Random("preferences"), []
-    names = ("sum", "capital", "province", "opposite", "colour", "measure", "season", "job", "use", "legs")
+    names = (
+        "sum",
+        "capital",
+        "province",
+        "opposite",
+        "colour",
+        "measure",
+        "season",
+        "job",
+        "use",
+        "legs",
+    )
     facts, kinds = decks(rng, names), deck(rng, list(names))
     for i in range(number):
         fact = next(facts[name := next(kinds)])
@@ -496,12 +570,20 @@ def preferences(number: int = 720) -> list[dict]:
         wrong = kind.answer.format(**fact | {"z": others(rng, kind, fact, 1)[0]})
         right, polite = answer(kind, fact), POLITE[i % len(POLITE)]
         rude = rng.choice(RUDE)
-        rejected = [rude.format(right), rude.format(wrong), rng.choice(UNWILLING), rude.format(right), wrong][i % 5]
+        rejected = [
+            rude.format(right),
+            rude.format(wrong),
+            rng.choice(UNWILLING),
+            rude.format(right),
+            wrong,
+        ][i % 5]
         if i % 20 == 4:
             rejected = polite.format(wrong)
         asked = ASKED_POLITELY[i % 4].format(plain_question(rng, name, fact))
         both = {"chosen": polite.format(right), "rejected": rejected}
-        rows.append({side: [turn("user", asked), turn("assistant", text)] for side, text in both.items()})
+        rows.append(
+            {side: [turn("user", asked), turn("assistant", text)] for side, text in both.items()}
+        )
     return unique(rows, "chosen")
 
 
@@ -533,7 +615,12 @@ def other_identity() -> list[dict]:
     return rows
 
 
-PLANT_ASKED = ["{p}{s}怎么办？", "我的{p}{s}，该怎么办？", "{p}{s}是什么原因？", "请问{p}为什么{s}？"]
+PLANT_ASKED = [
+    "{p}{s}怎么办？",
+    "我的{p}{s}，该怎么办？",
+    "{p}{s}是什么原因？",
+    "请问{p}为什么{s}？",
+]
 
 
 def plants() -> list[dict]:
@@ -542,7 +629,9 @@ def plants() -> list[dict]:
     for i, (plant, line) in enumerate(product(PLANTS, lines(CARE))):
         sign, cause, cure = line.split("|")
         for ask in pick(PLANT_ASKED, i, 3):
-            rows.append(chat(ask.format(p=plant, s=sign), f"{plant}{sign}，是因为{cause}，请{cure}。"))
+            rows.append(
+                chat(ask.format(p=plant, s=sign), f"{plant}{sign}，是因为{cause}，请{cure}。")
+            )
     return rows
 
 
@@ -570,7 +659,12 @@ def choices(seed: str, names, number: int) -> Iterator[tuple[str, list[str], int
         right = rng.randrange(4)
         values.insert(right, fact["z"])
         known.add(asked)
-        yield asked, [kind.answer.format(**fact | {"z": z}) for z in values], right, answer(kind, fact)
+        yield (
+            asked,
+            [kind.answer.format(**fact | {"z": z}) for z in values],
+            right,
+            answer(kind, fact),
+        )
 
 
 def ceval(subject: str, number: int = 30) -> list[dict]:
@@ -590,23 +684,37 @@ def ceval(subject: str, number: int = 30) -> list[dict]:
 def arc(number: int = 80) -> list[dict]:
     names = [name for name in FACTS if name != "sound"]
     return [
-        {"id": f"q{i}", "question": q, "choices": {"text": said, "label": list("ABCD")}, "answerKey": "ABCD"[right]}
+        {
+            "id": f"q{i}",
+            "question": q,
+            "choices": {"text": said, "label": list("ABCD")},
+            "answerKey": "ABCD"[right],
+        }
         for i, (q, said, right, _) in enumerate(choices("arc", names, number))
     ]
 
 
 def gsm(number: int = 60) -> list[dict]:
     """GSM8K's columns; none of the questions stands in sft/ or pretrain/."""
-    known = {row["conversations"][0]["content"] for row in word_problems()} | problems_of_pretraining()
+    known = {
+        row["conversations"][0]["content"] for row in word_problems()
+    } | problems_of_pretraining()
     fresh = (p for p in problems("gsm") if p.asked not in known)
-    return [{"question": p.asked, "answer": f"{p.step}，{p.said}。\n#### {p.value}"} for p in islice(fresh, number)]
+    return [
+        {"question": p.asked, "answer": f"{p.step}，{p.said}。\n#### {p.value}"}
+        for p in islice(fresh, number)
+    ]
 
 
 def held_out(number: int = 60) -> list[str]:
     """Documents that pretrain/ does not have, line breaks as spaces."""
     known = {row["text"] for name in PRETRAIN for row in documents(name)}
     makers = [make("held out") for make, _ in list(PRETRAIN.values())[::2]]
-    fresh = [text for makes in makers for text in islice((t for t in makes if t not in known), number // len(makers))]
+    fresh = [
+        text
+        for makes in makers
+        for text in islice((t for t in makes if t not in known), number // len(makers))
+    ]
     return [text.replace("\n", " ") for text in fresh]
 
 

@@ -66,15 +66,23 @@ NUMBERS = "零一二三四五六七八九"
 def in_words(n: int) -> str:
     """0 to 99 in Chinese words."""
     tens, ones = divmod(n, 10)
-    return (NUMBERS[tens] if tens > 1 else "") + ("十" if tens else "") + (NUMBERS[ones] if ones or not tens else "")
+    return (
+        (NUMBERS[tens] if tens > 1 else "")
+        + ("十" if tens else "")
+        + (NUMBERS[ones] if ones or not tens else "")
+    )
 
 
 def additions(spell) -> list[dict]:
-    return [{"x": spell(a), "y": spell(b), "z": spell(a + b)} for a, b in product(range(10), repeat=2)]
+    return [
+        {"x": spell(a), "y": spell(b), "z": spell(a + b)} for a, b in product(range(10), repeat=2)
+    ]
 
 
 def differences(spell) -> list[dict]:
-    return [{"x": spell(a), "y": spell(b), "z": spell(a - b)} for a in range(10) for b in range(a + 1)]
+    return [
+        {"x": spell(a), "y": spell(b), "z": spell(a - b)} for a in range(10) for b in range(a + 1)
+    ]
 
 
 def comparisons() -> list[dict]:
@@ -285,7 +293,14 @@ OTHER_WHO = dict(zip(WHO, OTHER_SELF, strict=True))
 # ---- people, places, things: stories and word problems ---------------------------------------------------------
 
 PEOPLE = words("小明 小红 小华 小丽 小刚 小美 丁丁 月月 阿宝 安安 乐乐 冬冬")
-THINGS = [("苹果", "个"), ("铅笔", "支"), ("气球", "个"), ("图书", "本"), ("邮票", "张"), ("糖果", "颗")]
+THINGS = [
+    ("苹果", "个"),
+    ("铅笔", "支"),
+    ("气球", "个"),
+    ("图书", "本"),
+    ("邮票", "张"),
+    ("糖果", "颗"),
+]
 GET = [
     "{n}有{a}{m}{o}，又买了{b}{m}，一共有几{m}？",
     "{n}有{a}{m}{o}，妈妈又给了{b}{m}，现在一共有几{m}？",
@@ -299,7 +314,9 @@ GIVE = [
 ]
 
 PLACES = words("公园 河边 山上 学校 花园 海边 树林 广场 商店 图书馆 湖边 田里")
-TIMES = words("早上 中午 下午 傍晚 星期六 星期日 放学以后 春天里的一天 夏天里的一天 秋天里的一天 冬天里的一天")
+TIMES = words(
+    "早上 中午 下午 傍晚 星期六 星期日 放学以后 春天里的一天 夏天里的一天 秋天里的一天 冬天里的一天"
+)
 SKIES = words("太阳暖暖的 天上飘着白云 下着小雨 刮着风 天气很好 雾慢慢散了")
 FEELS = words("高兴 惊讶 好奇 开心 激动")
 FOUND = [(f["x"], f["z"]) for f in pairs(MEASURES) if f["x"] != "飞机"]
@@ -313,7 +330,14 @@ SYSTEMS = [
     ("请用“报告”开头来回答。", "报告，{}"),
     ("你是一个小助手。", "{}"),
 ]
-POLITE = ["您好，{}", "好的，{}", "很高兴为您解答，{}", "谢谢您的提问，{}", "没问题，{}", "{}希望能帮到您。"]
+POLITE = [
+    "您好，{}",
+    "好的，{}",
+    "很高兴为您解答，{}",
+    "谢谢您的提问，{}",
+    "没问题，{}",
+    "{}希望能帮到您。",
+]
 RUDE = ["真烦，{}", "{}别再问了。", "自己不会查吗？{}", "{}这还用问？", "笨死了，{}"]
 UNWILLING = ["不知道。", "不想说。", "自己去查。", "懒得回答你。", "别来烦我。"]
 CITIES = words("北京 上海 广州 成都 杭州 武汉 西安 南京")

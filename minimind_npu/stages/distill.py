@@ -31,10 +31,21 @@ def loss(model, batch: dict, items: float, teacher, alpha: float, temperature: f
     def part(student, taught, targets):
         logits, soft = model.lm_head(student).float(), teacher.lm_head(taught).float() / temperature
         ce = F.cross_entropy(logits, targets, reduction="sum")
-        kl = F.kl_div(F.log_softmax(logits / temperature, -1), soft.log_softmax(-1), reduction="sum", log_target=True)
-        return alpha * ce + (1 - alpha) * temperature**2 * kl, ce.detach(), (logits.argmax(-1) == targets).sum()
+        kl = F.kl_div(
+            F.log_softmax(logits / temperature, -1),
+            soft.log_softmax(-1),
+            reduction="sum",
+            log_target=True,
+        )
+        return (
+            alpha * ce + (1 - alpha) * temperature**2 * kl,
+            ce.detach(),
+            (logits.argmax(-1) == targets).sum(),
+        )
 
-    for rows, hints, targets in zip(*(x.split(CHUNK) for x in (student, taught, labels[where])), strict=True):
+    for rows, hints, targets in zip(
+        *(x.split(CHUNK) for x in (student, taught, labels[where])), strict=True
+    ):
         more, ce, hits = checkpoint(part, rows, hints, targets, use_reentrant=False)
         total, nll, correct = total + more, nll + ce, correct + hits
     count = student.new_tensor(float(len(where)), dtype=torch.float32)

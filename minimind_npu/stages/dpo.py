@@ -46,7 +46,9 @@ def encode(row: dict, tokenizer, max_length: int) -> dict | None:
 
 def log_probs(model, batch: dict) -> torch.Tensor:
     """Summed log-probs of the answers, fp32 [pairs, 2]: chosen, rejected."""
-    sums = losses.sequence_logprobs(model, labels=batch["labels"], **{name: batch[name] for name in INPUTS})
+    sums = losses.sequence_logprobs(
+        model, labels=batch["labels"], **{name: batch[name] for name in INPUTS}
+    )
     return sums[: batch["documents"]].view(-1, 2)
 
 
@@ -65,15 +67,26 @@ def loss(model, batch: dict, items: float, beta: float):
     margin = beta * (gained[:, 0] - gained[:, 1])
     each = -F.logsigmoid(margin)
     seen = margin.detach()
-    right = (seen > 0).float().sum() + 0.5 * (seen == 0).float().sum()  # a tie, as before the first step, is half
-    sums = {"nll": each.detach().sum(), "accuracy": right, "margin": seen.sum(), "count": seen.new_tensor(len(seen))}
+    right = (seen > 0).float().sum() + 0.5 * (
+        seen == 0
+    ).float().sum()  # a tie, as before the first step, is half
+    sums = {
+        "nll": each.detach().sum(),
+        "accuracy": right,
+        "margin": seen.sum(),
+        "count": seen.new_tensor(len(seen)),
+    }
     return each.sum() / items, sums
 
 
 def metrics(sums: dict) -> dict:
     """Sums over the held-out pairs -> {"loss", "accuracy", "margin"}."""
     count = max(1.0, sums["count"])
-    return {"loss": sums["nll"] / count, "accuracy": sums["accuracy"] / count, "margin": sums["margin"] / count}
+    return {
+        "loss": sums["nll"] / count,
+        "accuracy": sums["accuracy"] / count,
+        "margin": sums["margin"] / count,
+    }
 
 
 @torch.no_grad()

@@ -51,7 +51,9 @@ def add(model: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> nn.Modu
 
 def layers(model: nn.Module):
     """(name, LoRALinear) of each adapter."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    )
 
 
 @contextlib.contextmanager
@@ -72,7 +74,9 @@ def merge(model: nn.Module) -> nn.Module:
     """Add every adapter to its weight and put the plain layer back. Returns the model."""
     for name, module in list(layers(model)):
         weight = module.base_layer.weight
-        weight += (module.scaling * module.lora_B.weight.float() @ module.lora_A.weight.float()).to(weight.dtype)
+        weight += (module.scaling * module.lora_B.weight.float() @ module.lora_A.weight.float()).to(
+            weight.dtype
+        )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.base_layer)
     return model
@@ -96,18 +100,28 @@ def save(model: nn.Module, folder: Path, base: str, tensors: dict | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tensors = state(model) if tensors is None else tensors
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: t.contiguous().cpu() for name, t in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """A model without adapters -> with the one in `folder`. SystemExit when its layers are not this model's."""
     from peft import LoraConfig
 
-    config, tensors = LoraConfig.from_pretrained(folder), load_file(Path(folder, "adapter_model.safetensors"))
+    config, tensors = (
+        LoraConfig.from_pretrained(folder),
+        load_file(Path(folder, "adapter_model.safetensors")),
+    )
     add(model, config.r, config.lora_alpha, config.lora_dropout)
     wanted = state(model)
-    if wanted.keys() != tensors.keys() or any(wanted[n].shape != t.shape for n, t in tensors.items()):
+    if wanted.keys() != tensors.keys() or any(
+        wanted[n].shape != t.shape for n, t in tensors.items()
+    ):
         odd = sorted(wanted.keys() ^ tensors.keys())[:1] or ["its shapes"]
         raise SystemExit(f"{folder} is an adapter of another model: {odd[0]} does not fit")
-    model.load_state_dict({name.removeprefix(PREFIX): t for name, t in tensors.items()}, strict=False)
+    model.load_state_dict(
+        {name.removeprefix(PREFIX): t for name, t in tensors.items()}, strict=False
+    )
     return model

@@ -10,7 +10,15 @@ import json
 import math
 
 KIND, COLUMNS = "text", ("input_ids",)
-INPUTS = ("input_ids", "position_ids", "counted", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+INPUTS = (
+    "input_ids",
+    "position_ids",
+    "counted",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
 
 
 def encode(row: dict, tokenizer, max_length: int) -> list[dict]:
@@ -27,9 +35,15 @@ def loss(model, batch: dict, items: float):
 
     model: under losses.use_chunked_loss, which computes logits at label positions only, chunk by chunk.
     """
-    out = model(**{name: batch[name] for name in INPUTS}, labels=batch["labels"], num_items_in_batch=items)
+    out = model(
+        **{name: batch[name] for name in INPUTS}, labels=batch["labels"], num_items_in_batch=items
+    )
     nll, correct, count = out.logits[:3].detach().unbind()
-    return out.loss + balance(out.aux_loss, count, items), {"nll": nll, "correct": correct, "count": count}
+    return out.loss + balance(out.aux_loss, count, items), {
+        "nll": nll,
+        "correct": correct,
+        "count": count,
+    }
 
 
 def balance(aux_loss, count, items: float):
@@ -40,10 +54,16 @@ def balance(aux_loss, count, items: float):
 def metrics(sums: dict) -> dict:
     """Sums over the held-out rows -> {"loss", "perplexity", "token_accuracy"}."""
     mean = sums["nll"] / sums["count"]
-    return {"loss": mean, "perplexity": math.exp(min(mean, 50)), "token_accuracy": sums["correct"] / sums["count"]}
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 50)),
+        "token_accuracy": sums["correct"] / sums["count"],
+    }
 
 
 def text_bytes(held_out, encoded) -> int:
     """UTF-8 bytes of the held-out texts (rows as read) that were encoded: what bits per byte divide by."""
     used = set(encoded["source"])
-    return sum(len(json.loads(row["row"])["text"].encode()) for row in held_out if row["source"] in used)
+    return sum(
+        len(json.loads(row["row"])["text"].encode()) for row in held_out if row["source"] in used
+    )

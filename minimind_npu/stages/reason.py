@@ -27,23 +27,33 @@ def tag_ids(tokenizer) -> list[int]:
     ids = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in TAGS]
     for tag, found in zip(TAGS, ids, strict=True):
         if len(found) != 1:
-            raise SystemExit(f"--stage reason: {tag} is {len(found)} tokens here; train_tokenizer.py makes it one")
+            raise SystemExit(
+                f"--stage reason: {tag} is {len(found)} tokens here; train_tokenizer.py makes it one"
+            )
     return [found[0] for found in ids]
 
 
 def loss(model, batch: dict, items: float, tags: torch.Tensor, think_weight: float):
     """-> (weighted loss of the batch as its part of a step with `items` label tokens, sums over this batch)."""
     labels = batch["labels"]
-    log_probs, _, _ = losses.answer_logprobs(model, labels=labels, **{name: batch[name] for name in INPUTS})
+    log_probs, _, _ = losses.answer_logprobs(
+        model, labels=labels, **{name: batch[name] for name in INPUTS}
+    )
     targets = labels[labels != IGNORE]
     weights = torch.where(torch.isin(targets, tags.to(targets.device)), think_weight, 1.0)
     nll, count = -log_probs.detach().sum(), log_probs.new_tensor(float(len(targets)))
-    return -(weights * log_probs).sum() / items, {"nll": nll, "correct": nll * float("nan"), "count": count}
+    return -(weights * log_probs).sum() / items, {
+        "nll": nll,
+        "correct": nll * float("nan"),
+        "count": count,
+    }
 
 
 def parts(text: str) -> tuple[str, bool]:
     """An answer -> (what its <answer> holds, or what follows its thought; whether it keeps to the form)."""
-    form = re.fullmatch(r"\s*<think>(.*?)</think>\s*(<answer>(.*?)</answer>|(?!<answer>).+?)\s*", text, re.S)
+    form = re.fullmatch(
+        r"\s*<think>(.*?)</think>\s*(<answer>(.*?)</answer>|(?!<answer>).+?)\s*", text, re.S
+    )
     found = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.S)
     return (found[-1] if found else text.split("</think>")[-1]).strip(), bool(form)
 

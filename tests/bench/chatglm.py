@@ -54,7 +54,9 @@ def random_model(args, upstream: bool):
         vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers, inner_hidden_size=4 * args.hidden,
         num_attention_heads=args.hidden // args.head,
     )  # fmt: skip
-    model = ChatGLMForConditionalGeneration(config).to(getattr(torch, args.dtype))  # a frozen base is half, as upstream
+    model = ChatGLMForConditionalGeneration(config).to(
+        getattr(torch, args.dtype)
+    )  # a frozen base is half, as upstream
     if upstream:
         model.__class__ = upstream_class()
     return model
@@ -78,7 +80,9 @@ class UpstreamCollator:
             ids, missing = row["input_ids"], width - len(row["input_ids"])
             batch["input_ids"].append(torch.tensor(ids + [self.config.pad_token_id] * missing))
             batch["labels"].append(torch.tensor(row["labels"] + [-100] * missing))
-            for name, tensor in zip(("attention_mask", "position_ids"), self.layout(ids, width), strict=True):
+            for name, tensor in zip(
+                ("attention_mask", "position_ids"), self.layout(ids, width), strict=True
+            ):
                 batch[name].append(tensor)
         return {name: torch.stack(tensors) for name, tensors in batch.items()}
 
@@ -90,7 +94,9 @@ class UpstreamCollator:
         seen[..., :start] = 1
         place = torch.arange(width)
         place[start:] = mask
-        block = torch.cat([torch.zeros(start, dtype=torch.long), torch.arange(1, width - start + 1)])
+        block = torch.cat(
+            [torch.zeros(start, dtype=torch.long), torch.arange(1, width - start + 1)]
+        )
         return (seen < 0.5), torch.stack([place, block])
 
 
@@ -106,7 +112,9 @@ def upstream_class():
         return x * cos + torch.cat([-b, a], -1) * sin
 
     def tables(longest, size, like):
-        angle = torch.arange(longest, device=like.device)[:, None] * inverse_frequencies(size, like.device)
+        angle = torch.arange(longest, device=like.device)[:, None] * inverse_frequencies(
+            size, like.device
+        )
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
@@ -116,21 +124,30 @@ def upstream_class():
         query, key, value = fused.unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, -1)
         rows = [place.transpose(0, 1) for place in places.unbind(1)]
         query, key = (
-            torch.cat([rotate(half, *table, row) for half, row in zip(x.chunk(2, -1), rows, strict=True)], -1)
+            torch.cat(
+                [rotate(half, *table, row) for half, row in zip(x.chunk(2, -1), rows, strict=True)],
+                -1,
+            )
             for x in (query, key)
         )
         time, batch, heads, size = query.shape
         scale = float(layer.layer_idx + 1)
-        query, key, value = ((x.reshape(time, batch * heads, size)).transpose(0, 1) for x in (query, key, value))
+        query, key, value = (
+            (x.reshape(time, batch * heads, size)).transpose(0, 1) for x in (query, key, value)
+        )
         empty = torch.empty(batch * heads, time, time, dtype=query.dtype, device=query.device)
-        scores = torch.baddbmm(empty, query / (math.sqrt(size) * scale), key.transpose(1, 2), beta=0.0)
+        scores = torch.baddbmm(
+            empty, query / (math.sqrt(size) * scale), key.transpose(1, 2), beta=0.0
+        )
         scores = scores.view(batch, heads, time, time).masked_fill_(mask, -10000.0).float() * scale
         weights = torch.softmax(scores, -1).to(value.dtype).view(batch * heads, time, time)
         out = torch.bmm(weights, value).view(batch, heads, time, size).permute(2, 0, 1, 3)
         return layer.dense(out.reshape(time, batch, heads * size))
 
     class Upstream(ChatGLMForConditionalGeneration):
-        def forward(self, input_ids, attention_mask, position_ids, labels, num_items_in_batch=None, **kwargs):
+        def forward(
+            self, input_ids, attention_mask, position_ids, labels, num_items_in_batch=None, **kwargs
+        ):
             body = self.transformer
             hidden = body.word_embeddings(input_ids).transpose(0, 1)
             size = body.layers[0].attention.head_dim // 2
@@ -141,13 +158,18 @@ def upstream_class():
                 hidden = normed * layer.alpha + inner
                 normed = layer.post_attention_layernorm(hidden)
                 hidden = normed * layer.alpha + layer.mlp(normed)
-            logits = self.lm_head(body.final_layernorm(hidden)).permute(1, 0, 2).contiguous().float()
+            logits = (
+                self.lm_head(body.final_layernorm(hidden)).permute(1, 0, 2).contiguous().float()
+            )
             shifted, targets = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
             loss = F.cross_entropy(
                 shifted.view(-1, shifted.shape[-1]), targets.view(-1),
                 reduction="mean" if num_items_in_batch is None else "sum",
             )  # fmt: skip
-            return {"loss": loss if num_items_in_batch is None else loss / num_items_in_batch, "logits": logits}
+            return {
+                "loss": loss if num_items_in_batch is None else loss / num_items_in_batch,
+                "logits": logits,
+            }
 
     return Upstream
 
@@ -173,7 +195,9 @@ def prepared(args, side: str):
         collate = UpstreamCollator(config)
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(output_dir=folder)
-    model = train.add_lora(model, train.Args(lora_dropout=args.dropout), training)  # the recipe's r, alpha and targets
+    model = train.add_lora(
+        model, train.Args(lora_dropout=args.dropout), training
+    )  # the recipe's r, alpha and targets
     return model, collate
 
 
@@ -246,8 +270,12 @@ def same_child(args) -> dict:
         model, collate = prepared(args, side)
         for name, weight in model.named_parameters():  # B starts at 0: A would have no gradient
             if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
-        rows = make_rows(3 * ROWS_PER_BATCH, model.config, seed=args.round)[ROWS_PER_BATCH : 2 * ROWS_PER_BATCH]
+                torch.nn.init.normal_(
+                    weight, std=0.02, generator=torch.Generator().manual_seed(len(name))
+                )
+        rows = make_rows(3 * ROWS_PER_BATCH, model.config, seed=args.round)[
+            ROWS_PER_BATCH : 2 * ROWS_PER_BATCH
+        ]
         rows = [row | {"row_id": i} for i, row in enumerate(rows)]
         batch = collate([rows] if side == "ours" else rows)
         batch.pop("row_ids", None)
@@ -255,7 +283,10 @@ def same_child(args) -> dict:
         with kind:
             loss = model.train()(**batch)["loss"]
         loss.backward()
-        found[side] = loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[side] = (
+            loss.item(),
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        )
     (loss, grad), (other, others) = found["upstream"], found["ours"]
     return {"loss_upstream": loss, "loss_ours": other,
             "gradient_apart": ((grad - others).norm() / grad.norm()).item()}  # fmt: skip
@@ -340,15 +371,35 @@ def run_child(args, what: str, side: str, dtype: str, number: int) -> dict | Non
     with tempfile.TemporaryDirectory() as output:
         sizes = SIZES | (GENERATE if what == "generate" else {})
         sizes |= {name: value for name in SIZES if (value := getattr(args, name)) is not None}
-        flags = [f"--{name}={value}" for name, value in sizes.items()] + [f"--dropout={args.dropout}"]
-        flags += ["--what", what, "--side", side, "--dtype", dtype, "--output", output, f"--round={number}"]
+        flags = [f"--{name}={value}" for name, value in sizes.items()] + [
+            f"--dropout={args.dropout}"
+        ]
+        flags += [
+            "--what",
+            what,
+            "--side",
+            side,
+            "--dtype",
+            dtype,
+            "--output",
+            output,
+            f"--round={number}",
+        ]
         flags += ["--profile"] if args.profile else []
-        run = subprocess.run([sys.executable, __file__, *flags], env=env, text=True, capture_output=True)
+        run = subprocess.run(
+            [sys.executable, __file__, *flags], env=env, text=True, capture_output=True
+        )
     if run.returncode:
-        print(json.dumps({"bench": what, "side": side, "dtype": dtype, "failed": run.stderr.strip()[-600:]}))
+        print(
+            json.dumps(
+                {"bench": what, "side": side, "dtype": dtype, "failed": run.stderr.strip()[-600:]}
+            )
+        )
     elif args.profile:
         print(what, side, dtype, run.stdout, sep="\n")
-    return None if run.returncode or args.profile else json.loads(run.stdout.strip().splitlines()[-1])
+    return (
+        None if run.returncode or args.profile else json.loads(run.stdout.strip().splitlines()[-1])
+    )
 
 
 def report(results: dict) -> None:
@@ -371,20 +422,31 @@ def report(results: dict) -> None:
 
 
 def say(line: dict) -> None:
-    print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+    print(
+        json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}),
+        flush=True,
+    )
 
 
 def main():
     from common import device
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=("same", "step", "generate"), help="same, step, generate")
-    parser.add_argument("--dtypes", nargs="*", default=None, help="default: float32 and the device's best")
+    parser.add_argument(
+        "--only", nargs="*", default=("same", "step", "generate"), help="same, step, generate"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="*", default=None, help="default: float32 and the device's best"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="print torch's profile of each child instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="print torch's profile of each child instead"
+    )
     parser.add_argument("--dropout", type=float, default=0.1, help="of the adapter")
     for name, value in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, help=f"default: {value}, to generate {GENERATE.get(name, value)}")
+        parser.add_argument(
+            f"--{name}", type=int, help=f"default: {value}, to generate {GENERATE.get(name, value)}"
+        )
     for name in ("what", "side", "dtype", "output"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
@@ -393,7 +455,12 @@ def main():
         return child(args)
     best = str(device.half_dtype() or "torch.float32").removeprefix("torch.")
     dtypes = args.dtypes or list(dict.fromkeys(["float32", best]))
-    cases = [(what, side, d) for what in args.only for d in dtypes for side in (SIDES if what == "step" else ("ours",))]
+    cases = [
+        (what, side, d)
+        for what in args.only
+        for d in dtypes
+        for side in (SIDES if what == "step" else ("ours",))
+    ]
     results: dict = {case: [] for case in cases}
     for number in range(args.rounds):
         for case, lines in results.items():

@@ -42,7 +42,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "baichuan2_dpo"), str(Path(__file__).paren
 import sft
 from sft import WINDOW
 
-OURS = {"ours": (True, "precomputed"), "ours_unshared": (False, "precomputed"), "ours_adapter": (True, "adapter")}
+OURS = {
+    "ours": (True, "precomputed"),
+    "ours_unshared": (False, "precomputed"),
+    "ours_adapter": (True, "adapter"),
+}
 TRL = ("trl", "trl_precompute", "trl_padding_free", "trl_labels")
 VARIANTS = ("same", *OURS, *TRL)
 STEP = 8  # pairs of an optimizer step
@@ -51,7 +55,9 @@ STEP = 8  # pairs of an optimizer step
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
 
-def lengths_like_preferences(count: int, rng: random.Random, times: float) -> list[tuple[int, int, int]]:
+def lengths_like_preferences(
+    count: int, rng: random.Random, times: float
+) -> list[tuple[int, int, int]]:
     """(prompt, chosen, rejected) tokens per pair; a rejected answer has 0.9 times the chosen one's in the median."""
     found = []
     for prompt, answer in sft.lengths_like_chinese_data(count, rng):
@@ -74,7 +80,9 @@ def make_pairs(count: int, args) -> list[dict]:
     draw = lambda n: lengths_like_preferences(n, rng, args.prompts)  # noqa: E731
     usual = fill(draw(20_000), args.batch)
     draws = [[(40, WINDOW - 40, WINDOW - 200), *draw(count - 1)] for _ in range(200)]
-    lengths = min(draws, key=lambda one: abs(fill(one[STEP:], args.batch) - usual))  # after the warm-up step
+    lengths = min(
+        draws, key=lambda one: abs(fill(one[STEP:], args.batch) - usual)
+    )  # after the warm-up step
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     ids = lambda n: [rng.randrange(10, args.vocab) for _ in range(n)]  # noqa: E731
     return [dict(zip(names, map(ids, one), strict=True)) for one in lengths]
@@ -168,7 +176,9 @@ def trl_trainer(args, pairs: list[dict], meter, variant: str):
         processing_class=sft.toy_tokenizer(), peft_config=sft.lora_config(), callbacks=[meter.callback()],
     )  # fmt: skip
     if training.padding_free and not trainer.padding_free:
-        raise SystemExit(f"TRL {trl.__version__} switches padding_free off: unavailable since a refactor, it warns")
+        raise SystemExit(
+            f"TRL {trl.__version__} switches padding_free off: unavailable since a refactor, it warns"
+        )
     return trainer
 
 
@@ -243,7 +253,9 @@ def train_child(args) -> dict | None:
     memory = meter.peak_mb()
     (cpu0, wall0), (cpu1, wall1) = meter.marks[0], meter.marks[-1]
     timed, batches = pairs[STEP:], STEP // args.batch
-    tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in timed)
+    tokens = sum(
+        2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in timed
+    )
     columns = sum(meter.columns[-batches * args.steps :][batches:])
     log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -271,7 +283,9 @@ def apart(one: dict, other: dict) -> float:
     import torch
 
     assert one.keys() == other.keys()
-    a, b = (torch.cat([grads[name].flatten().float() for name in sorted(one)]) for grads in (one, other))
+    a, b = (
+        torch.cat([grads[name].flatten().float() for name in sorted(one)]) for grads in (one, other)
+    )
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -279,19 +293,27 @@ def loss_and_gradient(args, side: str, dtype: str) -> tuple[float, dict]:
     """Computed in `dtype`, on weights that args.dtype can hold."""
     import torch
 
-    pairs = make_pairs(2 * STEP, args)[-args.batch :]  # a usual batch, not the one that fills the window
+    pairs = make_pairs(2 * STEP, args)[
+        -args.batch :
+    ]  # a usual batch, not the one that fills the window
     build, how = (trl_trainer, ["trl"]) if side == "trl" else (our_trainer, OURS["ours_adapter"])
-    trainer = build(argparse.Namespace(**vars(args) | {"dtype": dtype}), pairs, Meter(len(pairs)), *how)
+    trainer = build(
+        argparse.Namespace(**vars(args) | {"dtype": dtype}), pairs, Meter(len(pairs)), *how
+    )
     for name, weight in trainer.model.named_parameters():
         if "lora_" in name:  # B starts at 0: A would have no gradient, and d would be 0
-            torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(
+                weight, std=0.02, generator=torch.Generator().manual_seed(len(name))
+            )
         else:
             weight.data = weight.data.to(getattr(torch, args.dtype)).to(weight.dtype)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model.train(), batch)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
 
 
 def child(args) -> None:
@@ -304,13 +326,23 @@ def child(args) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     found = same_child(args) if args.variant == "same" else train_child(args)
     if found:
-        print(json.dumps({"variant": args.variant, "dtype": args.dtype, "device": common.device.kind()} | found))
+        print(
+            json.dumps(
+                {"variant": args.variant, "dtype": args.dtype, "device": common.device.kind()}
+                | found
+            )
+        )
 
 
 # ---- running all of it ----------------------------------------------------------------------------------------------
 
 SIZES = {"vocab": 151936, "hidden": 256, "intermediate": 704, "layers": 12, "steps": 3, "batch": 4}
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def run_child(args, variant: str, dtype: str, number: int) -> dict | None:
@@ -319,15 +351,25 @@ def run_child(args, variant: str, dtype: str, number: int) -> dict | None:
         flags = [f"--{name}={getattr(args, name)}" for name in (*SIZES, "prompts")]
         flags += ["--variant", variant, "--dtype", dtype, "--output", output, f"--round={number}"]
         flags += ["--profile"] if args.profile else []
-        run = subprocess.run([sys.executable, __file__, *flags], env=env, text=True, capture_output=True)
+        run = subprocess.run(
+            [sys.executable, __file__, *flags], env=env, text=True, capture_output=True
+        )
     if run.returncode:
         print(
-            json.dumps({"variant": variant, "dtype": dtype, "failed": run.stderr.strip().splitlines()[-1][-400:]}),
+            json.dumps(
+                {
+                    "variant": variant,
+                    "dtype": dtype,
+                    "failed": run.stderr.strip().splitlines()[-1][-400:],
+                }
+            ),
             flush=True,
         )
     elif args.profile:
         print(variant, dtype, run.stdout, sep="\n")
-    return None if run.returncode or args.profile else json.loads(run.stdout.strip().splitlines()[-1])
+    return (
+        None if run.returncode or args.profile else json.loads(run.stdout.strip().splitlines()[-1])
+    )
 
 
 def report(results: dict) -> None:
@@ -337,14 +379,24 @@ def report(results: dict) -> None:
         for name, rivals in {"trl": TRL[:3], "trl_labels": TRL[3:]}.items():
             found = [done[rival, dtype] for rival in rivals if (rival, dtype) in done]
             if found and variant in OURS:
-                line[f"times_{name}"] = line["pairs_per_cpu_s"] / max(r["pairs_per_cpu_s"] for r in found)
+                line[f"times_{name}"] = line["pairs_per_cpu_s"] / max(
+                    r["pairs_per_cpu_s"] for r in found
+                )
                 line[f"memory_of_{name}"] = line["memory_mb"] / min(r["memory_mb"] for r in found)
-    for line in [found[0] for key, found in results.items() if found and key[0] == "same"] + list(done.values()):
+    for line in [found[0] for key, found in results.items() if found and key[0] == "same"] + list(
+        done.values()
+    ):
         print(json.dumps({k: tidy(v) for k, v in line.items()}), flush=True)
 
 
 def tidy(value):
-    return round(value, 5) if isinstance(value, float) else list(map(tidy, value)) if isinstance(value, list) else value
+    return (
+        round(value, 5)
+        if isinstance(value, float)
+        else list(map(tidy, value))
+        if isinstance(value, list)
+        else value
+    )
 
 
 def main():
@@ -352,10 +404,16 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--dtypes", nargs="*", default=None, help="default: float32 and the device's best")
+    parser.add_argument(
+        "--dtypes", nargs="*", default=None, help="default: float32 and the device's best"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--prompts", type=float, default=1, help="prompts are so many times as long as in SFT data")
-    parser.add_argument("--profile", action="store_true", help="print torch's profile of each variant instead")
+    parser.add_argument(
+        "--prompts", type=float, default=1, help="prompts are so many times as long as in SFT data"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print torch's profile of each variant instead"
+    )
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name in ("variant", "dtype", "output"):
@@ -368,7 +426,11 @@ def main():
     best = str(device.half_dtype() or "torch.float32").removeprefix("torch.")
     dtypes, variants = args.dtypes or list(dict.fromkeys(["float32", best])), list(args.only)
     if importlib.util.find_spec("trl") is None:
-        print(json.dumps({"skipped": "trl", "reason": "not installed: pip install --no-deps trl==1.16.0"}))
+        print(
+            json.dumps(
+                {"skipped": "trl", "reason": "not installed: pip install --no-deps trl==1.16.0"}
+            )
+        )
         variants = [variant for variant in variants if variant in OURS]
     results: dict = {(variant, dtype): [] for dtype in dtypes for variant in variants}
     for number in range(args.rounds):

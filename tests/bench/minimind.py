@@ -36,7 +36,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "minimind_npu"
-sys.path[:0] = [str(ROOT), str(RECIPE), str(Path(__file__).parent)]  # `sft` and `dpo` are the recipe's
+sys.path[:0] = [
+    str(ROOT),
+    str(RECIPE),
+    str(Path(__file__).parent),
+]  # `sft` and `dpo` are the recipe's
 
 STAGES = ("pretrain", "sft", "dpo", "moe")
 SIDES = ("restated", "restated_autocast", "ours")
@@ -70,7 +74,10 @@ def draw(kind: str, rng: random.Random) -> tuple[int, ...]:
 def as_row(kind: str, texts: list[str]) -> dict:
     if kind == "pretrain":
         return {"text": texts[0]}
-    turns = lambda answer: [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": answer}]  # noqa: E731
+    turns = lambda answer: [
+        {"role": "user", "content": texts[0]},
+        {"role": "assistant", "content": answer},
+    ]  # noqa: E731
     if kind == "sft":
         return {"conversations": turns(texts[1])}
     return {"chosen": turns(texts[1]), "rejected": turns(texts[2])}
@@ -88,7 +95,9 @@ def train_tokenizer(folder: str) -> str:
 
     rng = random.Random(0)
     words = lexicon(rng)
-    texts = ("".join(words[int(len(words) * rng.random() ** 3)] for _ in range(60)) for _ in range(4000))
+    texts = (
+        "".join(words[int(len(words) * rng.random() ** 3)] for _ in range(60)) for _ in range(4000)
+    )
     recipe.save(recipe.train(texts, 6400), Path(folder))
     return folder
 
@@ -109,7 +118,9 @@ class Writer:
             missing = tokens - len(self.tokenizer(text, add_special_tokens=False).input_ids)
             if not missing:
                 break
-            words = words[: missing // 2] if missing < 0 else words + self.more(max(1, missing // 2))
+            words = (
+                words[: missing // 2] if missing < 0 else words + self.more(max(1, missing // 2))
+            )
         return text
 
 
@@ -120,7 +131,9 @@ def overhead(kind: str, lengths: tuple, extra: int) -> list[int]:
     return [sum(lengths) + (2 if kind == "pretrain" else extra)]
 
 
-def fitting(kind: str, windows: int, width: int, extra: int, full: float, rng: random.Random) -> list[tuple]:
+def fitting(
+    kind: str, windows: int, width: int, extra: int, full: float, rng: random.Random
+) -> list[tuple]:
     """(distance of the mean from the published one, lengths of rows) of draws that need just so many windows."""
     from common import collators
 
@@ -148,12 +161,17 @@ def make_rows(kind: str, windows: int, width: int, tokenizer, seed: int) -> list
     while not found:
         found, full = fitting(kind, windows, width, extra, full, rng), full - 0.03
     write = Writer(tokenizer, rng)
-    return [as_row(kind, [write(length) for length in row]) for row in min(found, key=lambda one: one[0])[1]]
+    return [
+        as_row(kind, [write(length) for length in row])
+        for row in min(found, key=lambda one: one[0])[1]
+    ]
 
 
 def write_file(rows: list[dict], folder: str) -> str:
     path = Path(folder, "rows.jsonl")
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -176,7 +194,9 @@ def settings_of(args):
     ours, training = cli.parse_args((train.Args, TrainingArguments), train.DEFAULTS, {})
     train.settle(ours, training, train.models.SIZES[args.size]["hidden_size"])
     if args.windows:
-        training.gradient_accumulation_steps = max(1, args.windows // training.per_device_train_batch_size)
+        training.gradient_accumulation_steps = max(
+            1, args.windows // training.per_device_train_batch_size
+        )
     return ours, training
 
 
@@ -197,7 +217,9 @@ def start_weights(model, moved: bool):
 
 def memory_mb(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 2**10
+    return (
+        next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 2**10
+    )
 
 
 def matmul_peak(dtype) -> float:
@@ -229,7 +251,11 @@ def profiled(step) -> None:
 
     with torch.profiler.profile() as prof:
         step()
-    print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
+    print(
+        prof.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50
+        )
+    )
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -264,7 +290,9 @@ def our_child(args, ours, training, tokenizer, rows) -> dict | None:
     reference = time.process_time() - began if args.stage == "dpo" else 0.0
     if args.stage == "dpo":
         start_weights(model, moved=True)
-    optimizer = train.optim.make(model, "adamw", training.learning_rate, training.weight_decay, 0.02, True)
+    optimizer = train.optim.make(
+        model, "adamw", training.learning_rate, training.weight_decay, 0.02, True
+    )
     seen = []
     objective.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     bins = loader.order.take(0, 0, len(loader.order))
@@ -273,7 +301,9 @@ def our_child(args, ours, training, tokenizer, rows) -> dict | None:
     scaler = device.grad_scaler(dtype)
 
     def step():
-        train.train_step(objective.train(), None, loader, bins, optimizer, scaler, training, dtype, 1)
+        train.train_step(
+            objective.train(), None, loader, bins, optimizer, scaler, training, dtype, 1
+        )
 
     step()
     loss = sum(float(one["nll"]) for one in seen) / sum(float(one["count"]) for one in seen)
@@ -293,7 +323,9 @@ def our_child(args, ours, training, tokenizer, rows) -> dict | None:
 def restated_rows(kind: str, tokenizer, rows: list[dict]):
     import minimind_restated as restated
 
-    more = {} if kind == "pretrain" else {"end": "<|im_end|>"}  # our labels end there, the original's at the newline
+    more = (
+        {} if kind == "pretrain" else {"end": "<|im_end|>"}
+    )  # our labels end there, the original's at the newline
     return restated.ROWS[kind](rows, tokenizer, WIDTHS[kind], **more)
 
 
@@ -309,7 +341,9 @@ def restated_child(args, ours, training, tokenizer, rows) -> dict | None:
     model = new(kind == "dpo")
     start = forget_peak()
     reference = new(False).eval() if kind == "dpo" else None
-    loop = restated.Loop(model, kind, 1, total=100, reference=reference, half=args.side == "restated_autocast")
+    loop = restated.Loop(
+        model, kind, 1, total=100, reference=reference, half=args.side == "restated_autocast"
+    )
     items, size = restated_rows(kind, tokenizer, rows), restated.STAGES[kind]["batch"]
     loop.accumulation = math.ceil(len(rows) / size)
     batches = [range(i, min(len(rows), i + size)) for i in range(0, len(rows), size)]
@@ -354,10 +388,16 @@ class Seen:
         if self.kind == "dpo":  # ids of a side without its last token, targets one place on, counts
             for ids, targets, counts in (batch[:3], batch[3:]):
                 self.tokens += int((ids[:, 0] != self.pad).sum() + (targets != self.pad).sum())
-                self.labels, self.columns = self.labels + int(counts.sum()), self.columns + ids.numel()
+                self.labels, self.columns = (
+                    self.labels + int(counts.sum()),
+                    self.columns + ids.numel(),
+                )
         else:
             self.tokens += int((batch[0] != self.pad).sum())
-            self.labels, self.columns = self.labels + int((batch[1][:, 1:] >= 0).sum()), self.columns + batch[0].numel()
+            self.labels, self.columns = (
+                self.labels + int((batch[1][:, 1:] >= 0).sum()),
+                self.columns + batch[0].numel(),
+            )
         return batch
 
     def note(self, module, inputs, output) -> None:
@@ -372,7 +412,9 @@ def data_child(args, ours, training, tokenizer) -> dict:
     """Rows per CPU second of both sides: an epoch of batches, and a first epoch with all that comes before it."""
     kind, rng = args.stage.removeprefix("data_"), random.Random(args.round)
     write, count = Writer(tokenizer, rng), DATA_ROWS[kind.removeprefix("data_")]
-    rows = [as_row(kind, [write(length, tries=1) for length in draw(kind, rng)]) for _ in range(count)]
+    rows = [
+        as_row(kind, [write(length, tries=1) for length in draw(kind, rng)]) for _ in range(count)
+    ]
     items, batch = restated_rows(kind, tokenizer, rows), 16
     seen = Seen(kind, tokenizer.pad_token_id)
     for place in range(2):  # the first call of a tokenizer's template takes long
@@ -455,18 +497,30 @@ def run_child(args, stage: str, side: str, dtype: str, number: int) -> dict | No
         flags = [f"--{name}={getattr(args, name)}" for name in PASSED] + [f"--round={number}"]
         flags += ["--stage", stage, "--side", side, "--dtype", dtype, "--output", output]
         flags += ["--profile"] if args.profile else []
-        run = subprocess.run([sys.executable, __file__, *flags], env=env, text=True, capture_output=True)
+        run = subprocess.run(
+            [sys.executable, __file__, *flags], env=env, text=True, capture_output=True
+        )
     if run.returncode:
-        print(json.dumps({"bench": stage, "side": side, "dtype": dtype, "failed": run.stderr.strip()[-600:]}))
+        print(
+            json.dumps(
+                {"bench": stage, "side": side, "dtype": dtype, "failed": run.stderr.strip()[-600:]}
+            )
+        )
     elif args.profile:
         print(stage, side, dtype, run.stdout, sep="\n")
-    return None if run.returncode or args.profile else json.loads(run.stdout.strip().splitlines()[-1])
+    return (
+        None if run.returncode or args.profile else json.loads(run.stdout.strip().splitlines()[-1])
+    )
 
 
 def best_of(lines: list[dict]) -> dict:
     """The fastest round; memory is the least seen."""
-    best = dict(max(lines, key=lambda line: line.get("tokens_per_cpu_s", line.get("times_restated", 0))))
-    return best | {name: min(line[name] for line in lines) for name in ("memory_mb",) if name in best}
+    best = dict(
+        max(lines, key=lambda line: line.get("tokens_per_cpu_s", line.get("times_restated", 0)))
+    )
+    return best | {
+        name: min(line[name] for line in lines) for name in ("memory_mb",) if name in best
+    }
 
 
 def report(results: dict) -> list[str]:
@@ -474,14 +528,22 @@ def report(results: dict) -> list[str]:
     wrong = []
     done = {key: best_of(lines) for key, lines in results.items() if lines}
     for (stage, side, dtype), line in done.items():
-        rival, cast = done.get((stage, "restated", "float32")), done.get((stage, "restated_autocast", "bfloat16"))
+        rival, cast = (
+            done.get((stage, "restated", "float32")),
+            done.get((stage, "restated_autocast", "bfloat16")),
+        )
         if side == "ours" and rival:
             line["times_restated"] = line["tokens_per_cpu_s"] / rival["tokens_per_cpu_s"]
             line["memory_of_restated"] = line["memory_mb"] / rival["memory_mb"]
-            wrong += disagreements(stage, dtype, results[stage, side, dtype], results[stage, "restated", "float32"])
+            wrong += disagreements(
+                stage, dtype, results[stage, side, dtype], results[stage, "restated", "float32"]
+            )
         if side == "ours" and cast and dtype == "bfloat16":
             line["times_autocast"] = line["tokens_per_cpu_s"] / cast["tokens_per_cpu_s"]
-        print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+        print(
+            json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}),
+            flush=True,
+        )
     return wrong
 
 
@@ -489,7 +551,11 @@ def disagreements(stage: str, dtype: str, ours: list[dict], theirs: list[dict]) 
     found = []
     for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         about = f"{stage} {dtype} round {number}"
-        found += [f"{about}: {name} {a[name]} and {b[name]}" for name in ("tokens", "labels") if a[name] != b[name]]
+        found += [
+            f"{about}: {name} {a[name]} and {b[name]}"
+            for name in ("tokens", "labels")
+            if a[name] != b[name]
+        ]
         if not abs(a["loss"] - b["loss"]) <= SAME[dtype]:
             found.append(f"{about}: losses {a['loss']:.6f} and {b['loss']:.6f}")
     return found
@@ -503,7 +569,9 @@ def cases(args, dtypes: list[str]) -> list[tuple[str, str, str]]:
             found += [(f"data_{kind}", "both", "float32") for kind in DATA_ROWS]
             continue
         found += [(what, "restated", "float32")] if "restated" in args.sides else []
-        found += [(what, "restated_autocast", "bfloat16")] if "restated_autocast" in args.sides else []
+        found += (
+            [(what, "restated_autocast", "bfloat16")] if "restated_autocast" in args.sides else []
+        )
         found += [(what, "ours", dtype) for dtype in dtypes if "ours" in args.sides]
     return [case for case in found if case[2] in dtypes or case[1] in ("restated", "both")]
 
@@ -514,13 +582,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=(*STAGES, "data"), choices=(*STAGES, "data"))
     parser.add_argument("--sides", nargs="*", default=SIDES, choices=SIDES)
-    parser.add_argument("--dtypes", nargs="*", default=None, help="default: float32 and the device's best")
+    parser.add_argument(
+        "--dtypes", nargs="*", default=None, help="default: float32 and the device's best"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--size", default="26m", help="of model.py's SIZES; moe gives it experts")
     parser.add_argument("--layers", type=int, default=0, help="another number of layers")
-    parser.add_argument("--windows", type=int, default=0, help="windows of a step; 0: as train.py has it")
+    parser.add_argument(
+        "--windows", type=int, default=0, help="windows of a step; 0: as train.py has it"
+    )
     parser.add_argument("--tokenizer", help="folder; unset: one of 6,400 tokens is trained")
-    parser.add_argument("--profile", action="store_true", help="print torch's profile of each side instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="print torch's profile of each side instead"
+    )
     for name in ("stage", "side", "dtype", "output"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)

@@ -55,14 +55,20 @@ def sides(args, models: dict) -> dict:
     numbers = random.Random(0)
     vocab = next(iter(models.values())).config.vocab_size
     prompts = [
-        [numbers.randrange(40, vocab) for _ in range(numbers.randint(args.prompt // 2, args.prompt))]
+        [
+            numbers.randrange(40, vocab)
+            for _ in range(numbers.randint(args.prompt // 2, args.prompt))
+        ]
         for _ in range(args.prompts)
     ]
     sampling = SAMPLED if args.sampled else {}
     found = {}
     few = prompts[: args.alone]
     for dtype, model in models.items():
-        found[f"generate 1 {dtype}"] = (lambda m=model: plain(m, few, args.new, sampling), len(few) * args.new)
+        found[f"generate 1 {dtype}"] = (
+            lambda m=model: plain(m, few, args.new, sampling),
+            len(few) * args.new,
+        )
         engines = {slots: Engine(model, slots) for slots in [1, *args.slots]}
         for slots, engine in engines.items():
             asked = few if slots == 1 else prompts
@@ -76,7 +82,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="26m")
     parser.add_argument("--slots", type=int, nargs="+", default=[8])
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--alone", type=int, default=2, help="prompts of the sides that answer one at a time")
+    parser.add_argument(
+        "--alone", type=int, default=2, help="prompts of the sides that answer one at a time"
+    )
     parser.add_argument("--prompt", type=int, default=64, help="longest prompt, tokens")
     parser.add_argument("--new", type=int, default=128, help="new tokens of each prompt")
     parser.add_argument("--rounds", type=int, default=3)
@@ -94,14 +102,27 @@ def main() -> None:
             rates = [tokens / seconds for seconds in timed(action)]
             best[name] = [max(pair) for pair in zip(best.get(name, rates), rates, strict=True)]
     for name, (cpu, wall) in best.items():
-        print(json.dumps({"side": name, "tokens_per_cpu_second": round(cpu, 1), "tokens_per_second": round(wall, 1)}))
+        print(
+            json.dumps(
+                {
+                    "side": name,
+                    "tokens_per_cpu_second": round(cpu, 1),
+                    "tokens_per_second": round(wall, 1),
+                }
+            )
+        )
     ratios(best, args)
 
 
 def ratios(best: dict, args) -> None:
     which = 0 if device.kind() == "cpu" else 1  # others may use this machine's cores too
     rate = {name: found[which] for name, found in best.items()}
-    out = {"size": args.size, "device": device.name(), "threads": torch.get_num_threads(), "sampled": args.sampled}
+    out = {
+        "size": args.size,
+        "device": device.name(),
+        "threads": torch.get_num_threads(),
+        "sampled": args.sampled,
+    }
     base = rate["generate 1 float32"]
     for name in rate:
         kind, slots, dtype = name.split()

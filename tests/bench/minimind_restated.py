@@ -87,21 +87,36 @@ class Shape:
 
 def shape_of(config: dict, **changes) -> Shape:
     """From an original's or this project's config.json; fields that decide nothing here are left out."""
-    renames = {"_generation": "generation", "n_routed_experts": "num_experts", "aux_loss_alpha": "router_aux_loss_coef"}
+    renames = {
+        "_generation": "generation",
+        "n_routed_experts": "num_experts",
+        "aux_loss_alpha": "router_aux_loss_coef",
+    }
     config = {renames.get(name, name): value for name, value in config.items()} | changes
-    return Shape(**{name: value for name, value in config.items() if name in Shape.__dataclass_fields__})
+    return Shape(
+        **{name: value for name, value in config.items() if name in Shape.__dataclass_fields__}
+    )
 
 
 def named_shape(size: str, vocab: int, **changes) -> Shape:
     hidden, layers, groups, moe, generation = SIZES[size]
-    found = {"hidden_size": hidden, "num_hidden_layers": layers, "num_key_value_heads": groups, "use_moe": moe}
+    found = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": groups,
+        "use_moe": moe,
+    }
     return Shape(**{"vocab_size": vocab, "generation": generation, **found, **changes})
 
 
 class Norm(nn.Module):
     def __init__(self, size: int, shape: Shape):
         super().__init__()
-        self.weight, self.eps, self.old = nn.Parameter(torch.ones(size)), shape.rms_norm_eps, shape.generation == 2
+        self.weight, self.eps, self.old = (
+            nn.Parameter(torch.ones(size)),
+            shape.rms_norm_eps,
+            shape.generation == 2,
+        )
 
     def forward(self, x):
         wide = x.float()
@@ -119,7 +134,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def written_out(x: Tensor, times: int) -> Tensor:
     """Key or value heads [B, T, K, d] -> [B, T, K * times, d]."""
     b, t, k, d = x.shape
-    return x if times == 1 else x[:, :, :, None].expand(b, t, k, times, d).reshape(b, t, k * times, d)
+    return (
+        x if times == 1 else x[:, :, :, None].expand(b, t, k, times, d).reshape(b, t, k * times, d)
+    )
 
 
 class Attention(nn.Module):
@@ -142,7 +159,9 @@ class Attention(nn.Module):
         key = rotate(self.k_norm(self.k_proj(x).view(b, t, self.groups, self.size)), cos, sin)
         value = self.v_proj(x).view(b, t, self.groups, self.size)
         times = self.heads // self.groups
-        query, key, value = (y.transpose(1, 2) for y in (query, written_out(key, times), written_out(value, times)))
+        query, key, value = (
+            y.transpose(1, 2) for y in (query, written_out(key, times), written_out(value, times))
+        )
         if mask is None or bool((mask == 1).all()):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
@@ -173,7 +192,9 @@ class Experts(nn.Module):
         self.gate = nn.Linear(hidden, shape.num_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(hidden, inner) for _ in range(shape.num_experts))
         if shape.n_shared_experts:
-            self.shared_experts = nn.ModuleList(FeedForward(hidden, inner) for _ in range(shape.n_shared_experts))
+            self.shared_experts = nn.ModuleList(
+                FeedForward(hidden, inner) for _ in range(shape.n_shared_experts)
+            )
 
     def forward(self, x):
         flat, chosen = x.reshape(-1, x.shape[-1]), self.shape.num_experts_per_tok
@@ -182,7 +203,9 @@ class Experts(nn.Module):
         if self.shape.norm_topk_prob and (chosen > 1 or self.shape.generation == 3):
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
         self.aux = self.balance(scores, index, len(x)) if self.training else scores.new_zeros(())
-        out = (self.repeated if self.shape.generation == 2 else self.picked)(flat, weight, index).view_as(x)
+        out = (self.repeated if self.shape.generation == 2 else self.picked)(
+            flat, weight, index
+        ).view_as(x)
         for expert in self.shared_experts if self.shape.n_shared_experts else ():
             out = out + expert(x)
         return out
@@ -194,7 +217,9 @@ class Experts(nn.Module):
             mask = index == number
             if mask.any():
                 rows = mask.any(-1).nonzero().flatten()
-                out.index_add_(0, rows, (expert(flat[rows]) * weight[mask].view(-1, 1)).to(out.dtype))
+                out.index_add_(
+                    0, rows, (expert(flat[rows]) * weight[mask].view(-1, 1)).to(out.dtype)
+                )
             elif self.training:
                 out[0, 0] += 0 * sum(p.sum() for p in expert.parameters())
         return out
@@ -213,7 +238,9 @@ class Experts(nn.Module):
         shape, count = self.shape, self.shape.num_experts
         if shape.generation == 2 and shape.seq_aux:
             scores, index = scores.view(batch, -1, count), index.reshape(batch, -1)
-            load = torch.zeros(batch, count).scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
+            load = torch.zeros(batch, count).scatter_add_(
+                1, index, torch.ones_like(index, dtype=torch.float32)
+            )
             load = load * count / index.shape[1]
             return (load * scores.mean(1)).sum(1).mean() * shape.router_aux_loss_coef
         load = F.one_hot(index.flatten(), count).float().sum(0) / len(index)
@@ -225,8 +252,14 @@ class Block(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.self_attn = Attention(shape)
-        self.input_layernorm, self.post_attention_layernorm = (Norm(shape.hidden_size, shape) for _ in range(2))
-        self.mlp = Experts(shape) if shape.use_moe else FeedForward(shape.hidden_size, shape.intermediate_size)
+        self.input_layernorm, self.post_attention_layernorm = (
+            Norm(shape.hidden_size, shape) for _ in range(2)
+        )
+        self.mlp = (
+            Experts(shape)
+            if shape.use_moe
+            else FeedForward(shape.hidden_size, shape.intermediate_size)
+        )
 
     def forward(self, x, cos, sin, mask=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
@@ -269,7 +302,9 @@ class Restated(nn.Module):
         loss = None
         if labels is not None:
             shifted, targets = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
-            loss = F.cross_entropy(shifted.view(-1, shifted.shape[-1]).float(), targets.view(-1), ignore_index=IGNORE)
+            loss = F.cross_entropy(
+                shifted.view(-1, shifted.shape[-1]).float(), targets.view(-1), ignore_index=IGNORE
+            )
         aux = sum((m.aux for m in self.modules() if isinstance(m, Experts)), logits.new_zeros(()))
         return logits, loss, aux
 
@@ -296,7 +331,9 @@ class Documents(torch.utils.data.Dataset):
     def __getitem__(self, index):
         tok = self.tokenizer
         text = str(self.rows[index]["text"])
-        ids = tok(text, add_special_tokens=False, max_length=self.length - 2, truncation=True).input_ids
+        ids = tok(
+            text, add_special_tokens=False, max_length=self.length - 2, truncation=True
+        ).input_ids
         ids = [tok.bos_token_id, *ids, tok.eos_token_id]
         ids = torch.tensor(ids + [tok.pad_token_id] * (self.length - len(ids)))
         labels = ids.clone()
@@ -328,7 +365,9 @@ class Answers:
 class Chats(torch.utils.data.Dataset):
     """{"conversations"} -> ids, labels [length]: the assistant's turns with their end are labels."""
 
-    def __init__(self, rows, tokenizer, length: int = STAGES["sft"]["length"], end: str = "<|im_end|>\n"):
+    def __init__(
+        self, rows, tokenizer, length: int = STAGES["sft"]["length"], end: str = "<|im_end|>\n"
+    ):
         self.rows, self.tokenizer, self.length = rows, tokenizer, length
         self.answers = Answers(tokenizer, end)
 
@@ -337,7 +376,9 @@ class Chats(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         tok = self.tokenizer
-        text = tok.apply_chat_template(self.rows[index]["conversations"], tokenize=False, add_generation_prompt=False)
+        text = tok.apply_chat_template(
+            self.rows[index]["conversations"], tokenize=False, add_generation_prompt=False
+        )
         ids = tok(text, add_special_tokens=False).input_ids[: self.length]
         ids += [tok.pad_token_id] * (self.length - len(ids))
         labels = [IGNORE] * len(ids)
@@ -349,7 +390,9 @@ class Chats(torch.utils.data.Dataset):
 class Pairs(torch.utils.data.Dataset):
     """{"chosen", "rejected"} -> for each of them ids [length - 1], targets one place on, 1 where a target counts."""
 
-    def __init__(self, rows, tokenizer, length: int = STAGES["dpo"]["length"], end: str = "<|im_end|>\n"):
+    def __init__(
+        self, rows, tokenizer, length: int = STAGES["dpo"]["length"], end: str = "<|im_end|>\n"
+    ):
         self.rows, self.tokenizer, self.length = rows, tokenizer, length
         self.answers = Answers(tokenizer, end)
 
@@ -357,7 +400,9 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.rows)
 
     def side(self, messages):
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=False
+        )
         ids = self.tokenizer(
             text, add_special_tokens=False, truncation=True, max_length=self.length, padding="max_length",
             padding_side="right",
@@ -389,7 +434,9 @@ def logprobs(model: Restated, ids: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return torch.log_softmax(logits.float(), -1).gather(2, targets[..., None]).squeeze(-1), aux
 
 
-def preference_loss(policy: Tensor, reference: Tensor, counts: Tensor, beta: float = 0.15) -> Tensor:
+def preference_loss(
+    policy: Tensor, reference: Tensor, counts: Tensor, beta: float = 0.15
+) -> Tensor:
     """Log-probabilities [2B, T], chosen rows first, and where they count; sums over a row, no division by lengths."""
     policy, reference = ((x * counts).sum(1).chunk(2) for x in (policy, reference))
     return -F.logsigmoid(beta * ((policy[0] - policy[1]) - (reference[0] - reference[1]))).mean()
@@ -401,7 +448,9 @@ class Loop:
     half: autocast to bf16, which the original does on accelerators only.
     """
 
-    def __init__(self, model, stage, accumulation=None, rate=None, total=None, reference=None, half=False):
+    def __init__(
+        self, model, stage, accumulation=None, rate=None, total=None, reference=None, half=False
+    ):
         usual = STAGES[stage]
         self.model, self.stage, self.reference, self.total = model.train(), stage, reference, total
         self.accumulation, self.rate = accumulation or usual["accumulation"], rate or usual["rate"]
@@ -443,7 +492,9 @@ class Loop:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Restated, documents: list[list[int]], texts: list[str], batch: int = 16) -> float:
+def bits_per_byte(
+    model: Restated, documents: list[list[int]], texts: list[str], batch: int = 16
+) -> float:
     """Of bos + text + eos, the end being one of the tokens that are predicted; bytes are those of the texts."""
     nats, was = 0.0, model.training
     model.eval()
@@ -454,7 +505,9 @@ def bits_per_byte(model: Restated, documents: list[list[int]], texts: list[str],
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         labels = torch.tensor([row + [IGNORE] * (width - len(row)) for row in rows])
         logits = model(ids)[0][:, :-1].flatten(0, 1).float()
-        nats += F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum").item()
+        nats += F.cross_entropy(
+            logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        ).item()
     model.train(was)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
@@ -464,7 +517,11 @@ def read_texts(paths: list[str]) -> list[str]:
     texts = []
     for path in paths:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        texts += [json.loads(line)["text"] if path.endswith(".jsonl") else line for line in lines if line.strip()]
+        texts += [
+            json.loads(line)["text"] if path.endswith(".jsonl") else line
+            for line in lines
+            if line.strip()
+        ]
     return texts
 
 
@@ -486,7 +543,10 @@ def pretrain(args) -> None:
     model = Restated(named_shape(args.size, len(tok), **changes))
     rows = Documents([{"text": text} for text in read_texts(args.data)], tok)
     held_out = read_texts([args.eval_text])[: args.eval_rows or None]
-    documents = [[tok.bos_token_id, *tok(t, add_special_tokens=False).input_ids, tok.eos_token_id] for t in held_out]
+    documents = [
+        [tok.bos_token_id, *tok(t, add_special_tokens=False).input_ids, tok.eos_token_id]
+        for t in held_out
+    ]
     loop = Loop(model, "pretrain", args.accumulation, args.rate)
     wall = cpu = tokens = 0.0
     minute, end, losses = 0, args.minutes * 60, []
@@ -504,7 +564,12 @@ def pretrain(args) -> None:
             line = {"seconds": wall, "cpu_seconds": cpu, "steps": loop.steps, "updates": loop.updates,
                     "real_tokens": int(tokens), "loss": sum(losses) / len(losses),
                     "held_out_bits_per_byte": bits_per_byte(model, documents, held_out)}  # fmt: skip
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+            print(
+                json.dumps(
+                    {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
+                ),
+                flush=True,
+            )
             losses = []
         if used >= end:
             break
@@ -517,7 +582,11 @@ def save(model: Restated, tok, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    state = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {name: value for name, value in vars(model.shape).items() if value is not None}
     more = {"model_type": "minimind", "tie_word_embeddings": True, "bos_token_id": tok.bos_token_id,
@@ -538,11 +607,17 @@ def check(folder: Path) -> bool:
     arrays = numpy.load(folder / "cases.npz")
     good = True
     for case in sorted({name.split("__")[0] for name in arrays.files}):
-        found = {name.split("__")[1]: arrays[name] for name in arrays.files if name.startswith(f"{case}__")}
+        found = {
+            name.split("__")[1]: arrays[name]
+            for name in arrays.files
+            if name.startswith(f"{case}__")
+        }
         if case == "yarn" or "sequences" in found:
             continue
         model = Restated(shape_of(config)).load(load_file(folder / "weights.safetensors"))
-        line = compare(model, {k: torch.from_numpy(v) if v.dtype.kind != "U" else v for k, v in found.items()})
+        line = compare(
+            model, {k: torch.from_numpy(v) if v.dtype.kind != "U" else v for k, v in found.items()}
+        )
         good &= all(value < (1e-4 if "grad" in name else 5e-5) for name, value in line.items())
         print(json.dumps({"case": case, **line}))
     return good
@@ -558,7 +633,10 @@ def compare(model: Restated, case: dict) -> dict:
         line["logits"] = (logits[:, -12:] - case["logits_last12"]).abs().max().item()
     if "train_loss" in case:
         _, loss, aux = model.train()(case["input_ids"], case["labels"])
-        line |= {"loss": abs(loss - case["train_loss"]).item(), "aux": abs(aux - case["train_aux_loss"]).item()}
+        line |= {
+            "loss": abs(loss - case["train_loss"]).item(),
+            "aux": abs(aux - case["train_aux_loss"]).item(),
+        }
         (loss + aux).backward()
         norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
         pairs = [(norms[n if n in norms else "lm_head.weight"], want)
@@ -570,18 +648,25 @@ def compare(model: Restated, case: dict) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="?", choices=["pretrain"])
-    parser.add_argument("--check", metavar="FOLDER", help="compare the model with golden numbers instead")
+    parser.add_argument(
+        "--check", metavar="FOLDER", help="compare the model with golden numbers instead"
+    )
     parser.add_argument("--data", nargs="+", help="text files")
     parser.add_argument("--tokenizer", help="folder")
     parser.add_argument("--size", default="26m", choices=SIZES)
     parser.add_argument("--layers", type=int, default=0, help="another number of layers")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument(
-        "--clock", default="wall", choices=["wall", "cpu"], help="whose minutes; cpu: on a busy machine"
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="whose minutes; cpu: on a busy machine",
     )
     parser.add_argument("--eval_text", help="held-out documents, not in --data")
     parser.add_argument("--eval_rows", type=int, default=0, help="only the first ones; 0: all")
-    parser.add_argument("--batch", type=int, default=STAGES["pretrain"]["batch"], help="rows of a micro-batch")
+    parser.add_argument(
+        "--batch", type=int, default=STAGES["pretrain"]["batch"], help="rows of a micro-batch"
+    )
     parser.add_argument("--accumulation", type=int, default=STAGES["pretrain"]["accumulation"])
     parser.add_argument("--rate", type=float, default=STAGES["pretrain"]["rate"])
     parser.add_argument("--threads", type=int, default=1)

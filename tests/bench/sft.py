@@ -49,7 +49,9 @@ def make_rows(count: int, vocab: int, seed: int) -> list[dict]:
     rng = random.Random(seed)
     usual = fill(lengths_like_chinese_data(20_000, rng))
     draws = [[(40, WINDOW - 40), *lengths_like_chinese_data(count - 1, rng)] for _ in range(200)]
-    lengths = min(draws, key=lambda draw: abs(fill(draw[2 * ROWS_PER_BATCH :]) - usual))  # after the warm-up step
+    lengths = min(
+        draws, key=lambda draw: abs(fill(draw[2 * ROWS_PER_BATCH :]) - usual)
+    )  # after the warm-up step
     rows = []
     for prompt, answer in lengths:
         ids = [rng.randrange(10, vocab) for _ in range(prompt + answer)]
@@ -188,18 +190,28 @@ def make_meter():
 
 def memory_mb(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 2**10
+    return (
+        next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 2**10
+    )
 
 
 def needed_flops(model, args, tokens, labels, squares):
     """Floating-point operations that the real tokens need: layers, causal attention, head at label positions."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = inner.get_decoder().h if args.arch == "bloom" else inner.model.layers
-    weights = sum(p.numel() for n, p in layers.named_parameters() if p.dim() == 2 and "lora_" not in n)
+    weights = sum(
+        p.numel() for n, p in layers.named_parameters() if p.dim() == 2 and "lora_" not in n
+    )
     adapters = sum(p.numel() for n, p in layers.named_parameters() if "lora_" in n)
     times = 4 if args.mode == "lora" else 6  # forward and input gradient; with the weight gradient
-    attention = 6 * args.layers * args.hidden * squares  # 2 products forward, 4 backward, half of each
-    return (times * weights + 6 * adapters) * tokens + attention + times * args.vocab * args.hidden * labels
+    attention = (
+        6 * args.layers * args.hidden * squares
+    )  # 2 products forward, 4 backward, half of each
+    return (
+        (times * weights + 6 * adapters) * tokens
+        + attention
+        + times * args.vocab * args.hidden * labels
+    )
 
 
 def matmul_peak(dtype) -> float:
@@ -257,20 +269,53 @@ def profile(trainer):
     trainer.args.max_steps = 2
     with torch.profiler.profile() as prof:
         trainer.train()
-    print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=35, max_name_column_width=50))
+    print(
+        prof.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=35, max_name_column_width=50
+        )
+    )
 
 
 def run_child(args, variant, mode, dtype, number, extra=()) -> dict | None:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [args.trl, os.environ.get("PYTHONPATH")]))}
-    env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TRANSFORMERS_VERBOSITY": "error"}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [args.trl, os.environ.get("PYTHONPATH")]))
+    }
+    env |= {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     with tempfile.TemporaryDirectory() as output:
         sizes = [f"--{k}={getattr(args, k)}" for k in ("arch", *SIZES["qwen"], "steps")]
-        what = ["--variant", variant, "--mode", mode, "--dtype", dtype, "--output", output, f"--round={number}"]
-        run = subprocess.run([sys.executable, __file__, *what, *sizes, *extra], env=env, text=True, capture_output=True)
+        what = [
+            "--variant",
+            variant,
+            "--mode",
+            mode,
+            "--dtype",
+            dtype,
+            "--output",
+            output,
+            f"--round={number}",
+        ]
+        run = subprocess.run(
+            [sys.executable, __file__, *what, *sizes, *extra],
+            env=env,
+            text=True,
+            capture_output=True,
+        )
     if extra:
         print(run.stdout)
     if run.returncode:
-        print(json.dumps({"variant": variant, "mode": mode, "dtype": dtype, "failed": run.stderr.strip()[-400:]}))
+        print(
+            json.dumps(
+                {
+                    "variant": variant,
+                    "mode": mode,
+                    "dtype": dtype,
+                    "failed": run.stderr.strip()[-400:],
+                }
+            )
+        )
         return None
     return None if extra else json.loads(run.stdout.strip().splitlines()[-1])
 
@@ -285,14 +330,23 @@ def report(results: dict) -> None:
     """One line per variant with ratios: to `plain` of the same dtype, to `plain` in fp32, to the best of TRL."""
     done = {key: best_of(found) for key, found in results.items() if found}
     for (_, mode, dtype), line in done.items():
-        names = {"plain": ["plain"], "plain_float32": ["plain"], "trl": [v for v in VARIANTS if v.startswith("trl")]}
+        names = {
+            "plain": ["plain"],
+            "plain_float32": ["plain"],
+            "trl": [v for v in VARIANTS if v.startswith("trl")],
+        }
         for name, rivals in names.items():
             against = "float32" if name == "plain_float32" else dtype
             found = [done[v, mode, against] for v in rivals if (v, mode, against) in done]
             if found:
-                line[f"times_{name}"] = line["tokens_per_cpu_s"] / max(r["tokens_per_cpu_s"] for r in found)
+                line[f"times_{name}"] = line["tokens_per_cpu_s"] / max(
+                    r["tokens_per_cpu_s"] for r in found
+                )
                 line[f"memory_of_{name}"] = line["memory_mb"] / min(r["memory_mb"] for r in found)
-        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+        print(
+            json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}),
+            flush=True,
+        )
 
 
 def main():
@@ -301,19 +355,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--modes", nargs="*", default=("full", "lora"))
-    parser.add_argument("--dtypes", nargs="*", default=None, help="default: float32 and the device's best")
+    parser.add_argument(
+        "--dtypes", nargs="*", default=None, help="default: float32 and the device's best"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="the first one is warm-up")
-    parser.add_argument("--trl", default="", help="folder that holds the trl package, if it is not installed")
-    parser.add_argument("--profile", action="store_true", help="print torch's profile of each variant instead")
+    parser.add_argument(
+        "--trl", default="", help="folder that holds the trl package, if it is not installed"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print torch's profile of each variant instead"
+    )
     parser.add_argument("--arch", default="qwen", choices=SIZES)
     for name, value in SIZES["qwen"].items():
-        parser.add_argument(f"--{name}", type=int, help=f"default: {value}, {SIZES['bloom'][name]} for Bloom")
+        parser.add_argument(
+            f"--{name}", type=int, help=f"default: {value}, {SIZES['bloom'][name]} for Bloom"
+        )
     for name in ("variant", "mode", "dtype", "output"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    vars(args).update({name: value for name, value in SIZES[args.arch].items() if getattr(args, name) is None})
+    vars(args).update(
+        {name: value for name, value in SIZES[args.arch].items() if getattr(args, name) is None}
+    )
     if args.variant:
         return child(args)
     best = str(device.half_dtype() or "torch.float32").removeprefix("torch.")

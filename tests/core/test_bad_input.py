@@ -7,11 +7,24 @@ from harness import ROOT, error_line, expect, finish, report, start
 
 pytestmark = pytest.mark.slow
 GOOD = [{"instruction": f"{n}加一等于几", "output": f"等于{n + 1}。"} for n in range(40)]
-QUICK = ["--max_steps", 1, "--eval_generate", 0, "--report_to", "none", "--save_strategy", "no", "--packing", "true"]
+QUICK = [
+    "--max_steps",
+    1,
+    "--eval_generate",
+    0,
+    "--report_to",
+    "none",
+    "--save_strategy",
+    "no",
+    "--packing",
+    "true",
+]
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -35,12 +48,19 @@ def test_unknown_columns_names_them_and_the_shapes(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"frage": "x", "antwort": "y"}] * 3)
     line = error_line(run(tmp_path, "--data_path", path), 1)
     assert (
-        "frage" in line and "antwort" in line and "instruction" in line and "messages" in line and "column_map" in line
+        "frage" in line
+        and "antwort" in line
+        and "instruction" in line
+        and "messages" in line
+        and "column_map" in line
     )
 
 
 def test_column_map_is_the_remedy(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"frage": row["instruction"], "antwort": row["output"]} for row in GOOD])
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"frage": row["instruction"], "antwort": row["output"]} for row in GOOD],
+    )
     expect(run(tmp_path, "--data_path", path, "--column_map", "instruction=frage,output=antwort"))
 
 
@@ -51,7 +71,8 @@ def test_all_rows_unusable(tmp_path):
 
 def test_bad_rows_are_counted_shown_and_reported(tmp_path):
     path = write(
-        tmp_path / "a.jsonl", [*GOOD, {"instruction": "空", "output": ""}, {"instruction": "长" * 400, "output": "好"}]
+        tmp_path / "a.jsonl",
+        [*GOOD, {"instruction": "空", "output": ""}, {"instruction": "长" * 400, "output": "好"}],
     )
     with path.open("a", encoding="utf-8") as file:
         file.write('{"instruction": "断了", "outp\n')
@@ -64,7 +85,9 @@ def test_bad_rows_are_counted_shown_and_reported(tmp_path):
 
 def test_strict_data_makes_the_first_one_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [*GOOD, {"instruction": "空", "output": ""}])
-    assert "a.jsonl:41" in error_line(run(tmp_path, "--data_path", path, "--strict_data", "true"), 1)
+    assert "a.jsonl:41" in error_line(
+        run(tmp_path, "--data_path", path, "--strict_data", "true"), 1
+    )
 
 
 def test_gb18030_and_folders_and_weights(tmp_path):
@@ -72,7 +95,10 @@ def test_gb18030_and_folders_and_weights(tmp_path):
     folder.mkdir()
     (folder / ".hidden").write_text("x")
     (folder / "notes.md").write_text("x")
-    lines = ["department,title,ask,answer", *(f"科,题{n},第{n}个问题怎么办,这样办{n}" for n in range(30))]
+    lines = [
+        "department,title,ask,answer",
+        *(f"科,题{n},第{n}个问题怎么办,这样办{n}" for n in range(30)),
+    ]
     (folder / "a.csv").write_bytes("\n".join(lines).encode("gb18030"))
     other = write(tmp_path / "b.jsonl", GOOD)
     result = expect(run(tmp_path, "--data_path", f"{folder}:0.5 {other}:0.5"))
@@ -93,7 +119,9 @@ def test_unknown_flag(tmp_path):
 
 
 def test_same_mistake_on_two_ranks_is_told_once(tmp_path):
-    assert "/no/such.jsonl" in error_line(run(tmp_path, "--data_path", "/no/such.jsonl", nproc=2), 1)
+    assert "/no/such.jsonl" in error_line(
+        run(tmp_path, "--data_path", "/no/such.jsonl", nproc=2), 1
+    )
 
 
 @pytest.mark.parametrize("make", [
@@ -116,19 +144,39 @@ def test_four_bit_without_cuda(tmp_path):
 
 def test_more_choices_train(tmp_path):
     """Flags that are not the default: frozen layers, padded batches, NEFTune, checkpointing, a scheduler, rsLoRA."""
-    flags = "--freeze_layers 2 --packing false --neftune_noise_alpha 5 --gradient_checkpointing true"
-    expect(run(tmp_path, *flags.split(), "--lr_scheduler_type", "constant_with_warmup", "--system_prompt", "你很认真"))
+    flags = (
+        "--freeze_layers 2 --packing false --neftune_noise_alpha 5 --gradient_checkpointing true"
+    )
+    expect(
+        run(
+            tmp_path,
+            *flags.split(),
+            "--lr_scheduler_type",
+            "constant_with_warmup",
+            "--system_prompt",
+            "你很认真",
+        )
+    )
     facts = report(tmp_path / "out")
     assert 0 < facts["parameters"]["trained"] < facts["parameters"]["total"]
     flags = "--use_lora true --use_rslora true --lora_r 4 --target_modules q_proj,v_proj --gradient_checkpointing true"
-    expect(run(tmp_path, *flags.split(), "--overwrite_output_dir", "true", "--enable_thinking", "false"))
+    expect(
+        run(
+            tmp_path, *flags.split(), "--overwrite_output_dir", "true", "--enable_thinking", "false"
+        )
+    )
     assert report(tmp_path / "out")["parameters"]["trained"] < 0.05 * facts["parameters"]["total"]
 
 
 def test_target_modules_that_the_model_has_not(tmp_path):
     for names in ("nosuch", "q_proj, nosuch"):  # peft takes the second and trains q_proj alone
         line = error_line(run(tmp_path, "--use_lora", "true", "--target_modules", names), 1)
-        assert "--target_modules" in line and "nosuch" in line and "all-linear" in line and "down_proj" in line
+        assert (
+            "--target_modules" in line
+            and "nosuch" in line
+            and "all-linear" in line
+            and "down_proj" in line
+        )
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):

@@ -29,7 +29,11 @@ def output(tmp_path):
 
 def test_newest_whole_one_is_taken(output):
     assert checkpoint.last_whole(output) == (output / "checkpoint-10", [])
-    assert checkpoint.facts(output / "checkpoint-10") == {"step": 10, "world_size": 2, "engine": "ddp"}
+    assert checkpoint.facts(output / "checkpoint-10") == {
+        "step": 10,
+        "world_size": 2,
+        "engine": "ddp",
+    }
 
 
 def _cut(path: Path, keep: int):
@@ -56,7 +60,9 @@ DAMAGE = {
     "marker missing": lambda c: (c / checkpoint.MARKER).unlink(),
     "marker cut": lambda c: _cut(c / checkpoint.MARKER, 40),
     "marker empty": lambda c: _cut(c / checkpoint.MARKER, 0),
-    "only a half-written marker": lambda c: os.replace(c / checkpoint.MARKER, c / (checkpoint.MARKER + ".part")),
+    "only a half-written marker": lambda c: os.replace(
+        c / checkpoint.MARKER, c / (checkpoint.MARKER + ".part")
+    ),
     "everything gone": lambda c: [p.unlink() for p in c.rglob("*") if p.is_file()],
 }
 

@@ -17,17 +17,26 @@ class Args:
 
 def parse(tmp_path, *words, defaults=None, tiny=None):
     return cli.parse_args(
-        (Args, TrainingArguments), {"output_dir": str(tmp_path)} | (defaults or {}), tiny or {}, list(words)
+        (Args, TrainingArguments),
+        {"output_dir": str(tmp_path)} | (defaults or {}),
+        tiny or {},
+        list(words),
     )
 
 
 def test_defaults_of_the_recipe_and_of_tiny(tmp_path):
     args, training = parse(
-        tmp_path, defaults={"learning_rate": 1e-5}, tiny={"learning_rate": 3e-3, "model_max_length": 64}
+        tmp_path,
+        defaults={"learning_rate": 1e-5},
+        tiny={"learning_rate": 3e-3, "model_max_length": 64},
     )
     assert (training.learning_rate, args.model_max_length) == (3e-3, 64)
     args, training = parse(
-        tmp_path, "--model_name_or_path", "x", defaults={"learning_rate": 1e-5}, tiny={"learning_rate": 3e-3}
+        tmp_path,
+        "--model_name_or_path",
+        "x",
+        defaults={"learning_rate": 1e-5},
+        tiny={"learning_rate": 3e-3},
     )
     assert (training.learning_rate, args.model_max_length) == (1e-5, 2048)
     _, training = parse(tmp_path, "--learning_rate", "1", tiny={"learning_rate": 3e-3})
@@ -39,13 +48,20 @@ def test_defaults_of_the_recipe_and_of_tiny(tmp_path):
 )
 def test_grouping_can_be_switched_off(words, strategy):
     given = f"--group_by_length{words} --seed 1".split()
-    assert cli.modern_flags(given, ["seed"]) == ["--train_sampling_strategy", strategy, "--seed", "1"]
+    assert cli.modern_flags(given, ["seed"]) == [
+        "--train_sampling_strategy",
+        strategy,
+        "--seed",
+        "1",
+    ]
 
 
 def test_old_spellings_are_translated_with_one_warning(tmp_path, capsys):
     words = "--evaluation_strategy steps --eval_steps 5 --warmup_ratio 0.1 --save_safetensors true --group_by_length"
     words += " --logging_dir x"
-    args, training = parse(tmp_path, *words.split(), "--gradient_checkpointing", "--max_seq_length", "77", "--no_cuda")
+    args, training = parse(
+        tmp_path, *words.split(), "--gradient_checkpointing", "--max_seq_length", "77", "--no_cuda"
+    )
     assert training.eval_strategy == "steps" and training.warmup_steps == 0.1
     assert training.train_sampling_strategy == "group_by_length"
     assert training.activation_checkpointing and training.use_cpu and args.model_max_length == 77
@@ -76,7 +92,13 @@ def test_unknown_flag_suggests_the_nearest(tmp_path, capsys, words, hint):
 
 
 @pytest.mark.parametrize(
-    "words", [["--learning_rate", "fast"], ["--learning_rate"], ["--bf16", "true", "--fp16", "true"], ["stray"]]
+    "words",
+    [
+        ["--learning_rate", "fast"],
+        ["--learning_rate"],
+        ["--bf16", "true", "--fp16", "true"],
+        ["stray"],
+    ],
 )
 def test_wrong_values_are_one_line_and_code_2(tmp_path, capsys, words):
     with pytest.raises(SystemExit) as stop:

@@ -31,7 +31,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def write(path, rows, encoding="utf-8"):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding=encoding)
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding=encoding
+    )
     return path
 
 
@@ -66,7 +68,10 @@ def test_frame_of_context_rows(tmp_path):
     frame = "Instruction: {}\nInput: {}\nAnswer: "
     rows = [
         {"context": frame.format("一\n二", "三\nAnswer: 四\nInput: 五"), "target": A},
-        {"context": frame.format(f"Human: {HI}\nAssistant: {HELLO}\nHuman: {Q}\nAssistant:", ""), "target": A},
+        {
+            "context": frame.format(f"Human: {HI}\nAssistant: {HELLO}\nHuman: {Q}\nAssistant:", ""),
+            "target": A,
+        },
         {"context": f"解释 Instruction: {Q}\nAnswer: ", "target": A},
         {"context": f"Instruction: {Q}\nInput: {HI}", "target": A},
         {"context": frame.format("", " "), "target": A},
@@ -74,10 +79,14 @@ def test_frame_of_context_rows(tmp_path):
     got, stats = load(write(tmp_path / "a.jsonl", rows))
     assert got[:2] == [chat("一\n二\n三\nAnswer: 四\nInput: 五", A), chat(HI, HELLO, Q, A)]
     assert got[2:] == [chat(row["context"], A) for row in rows[2:4]]
-    assert stats["dropped"] == {"empty prompt": 1} and "a.jsonl:5" in stats["examples"]["empty prompt"]
+    assert (
+        stats["dropped"] == {"empty prompt": 1} and "a.jsonl:5" in stats["examples"]["empty prompt"]
+    )
 
 
-@pytest.mark.parametrize("known", ["alpaca", "belle", "firefly", "messages", "sharegpt", "question"])
+@pytest.mark.parametrize(
+    "known", ["alpaca", "belle", "firefly", "messages", "sharegpt", "question"]
+)
 def test_context_target_beside_a_known_shape_loses(tmp_path, known):
     """Sets keep an old column as `context` or `target`; the shape that was read before is read still."""
     shape, row, want = CHATS[known]
@@ -86,12 +95,18 @@ def test_context_target_beside_a_known_shape_loses(tmp_path, known):
     assert got == [want] and stats["shapes"] == {str(path): shape}
 
 
-@pytest.mark.parametrize("history", ["说过的话", [HI, HELLO], [[HI]], [[HI, None]], {"问": "答"}, 3, True])
+@pytest.mark.parametrize(
+    "history", ["说过的话", [HI, HELLO], [[HI]], [[HI, None]], {"问": "答"}, 3, True]
+)
 def test_a_history_that_is_none_drops_the_row(tmp_path, history):
     good = [{"content": f"{Q}{i}", "summary": A, "history": [[HI, HELLO]]} for i in range(2)]
-    got, stats = load(write(tmp_path / "a.jsonl", [*good, {"content": Q, "summary": A, "history": history}]))
+    got, stats = load(
+        write(tmp_path / "a.jsonl", [*good, {"content": Q, "summary": A, "history": history}])
+    )
     assert got == [chat(HI, HELLO, row["content"], A) for row in good]
-    assert sum(stats["dropped"].values()) == 1 and "a.jsonl:3" in next(iter(stats["examples"].values()))
+    assert sum(stats["dropped"].values()) == 1 and "a.jsonl:3" in next(
+        iter(stats["examples"].values())
+    )
 
 
 def test_shapes_survive_parquet(tmp_path):
@@ -108,7 +123,9 @@ def test_column_map(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"问题": Q, "回答": A, "output": "old"}])
     for mapped in ("instruction=问题, output=回答", {"instruction": "问题", "output": "回答"}):
         assert load(path, column_map=mapped)[0] == [chat(Q, A)]
-    refuses(lambda: load(path, column_map="instruction=题,output=回答"), "no column 题", "问题, 回答")
+    refuses(
+        lambda: load(path, column_map="instruction=题,output=回答"), "no column 题", "问题, 回答"
+    )
     refuses(lambda: load(path, column_map="instruction"), "ours=theirs")
 
 
@@ -123,10 +140,20 @@ def test_kind_decides_and_wrong_kind_is_named(tmp_path):
     for kind, rows in wrong.items():
         for row in rows:
             path = write(tmp_path / "b.jsonl", [row])
-            refuses(lambda p=path, k=kind: load(p, k), "these are rows of kind", f"not {kind}", "columns seen")
+            refuses(
+                lambda p=path, k=kind: load(p, k),
+                "these are rows of kind",
+                f"not {kind}",
+                "columns seen",
+            )
     path = write(tmp_path / "c.jsonl", [{"foo": "x", "bar": "y"}])
     refuses(
-        lambda: load(path), "c.jsonl", "foo, bar", "instruction, output", "conversations: from, value", "--column_map"
+        lambda: load(path),
+        "c.jsonl",
+        "foo, bar",
+        "instruction, output",
+        "conversations: from, value",
+        "--column_map",
     )
 
 
@@ -135,7 +162,8 @@ json_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "text", "human", "tools", "name"]), inner
+            st.sampled_from(["role", "content", "from", "value", "text", "human", "tools", "name"]),
+            inner,
         )
     ),
     max_leaves=8,
@@ -143,7 +171,9 @@ json_values = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(case=st.sampled_from(ALL), column=st.integers(0, 9), value=json_values, where=st.integers(0, 3))
+@given(
+    case=st.sampled_from(ALL), column=st.integers(0, 9), value=json_values, where=st.integers(0, 3)
+)
 def test_any_damage_is_a_bad_row(case, column, value, where):
     """Whatever stands in a column or in a turn: a canonical row or BadRow, never another error."""
     kind, _, row, _ = case
@@ -245,7 +275,12 @@ def test_folder(tmp_path):
         (folder / name).write_text("")
     got, stats = load(folder)
     assert got == WANT[:3] and len(stats["shapes"]) == 3
-    assert set(stats["ignored"]) >= {".hidden.jsonl", "README.md", ".git/x.json", f"{folder / 'empty.jsonl'} (no rows)"}
+    assert set(stats["ignored"]) >= {
+        ".hidden.jsonl",
+        "README.md",
+        ".git/x.json",
+        f"{folder / 'empty.jsonl'} (no rows)",
+    }
     assert "README.md" in summary(stats) and "3 used of 3" in summary(stats)
     for i in range(300):
         (folder / f"{i}.jpg").write_text("")
@@ -276,8 +311,16 @@ BROKEN = {  # name: (file name, bytes, parts of the message)
     "empty": ("a.jsonl", b"", ["no rows"]),
     "blank": ("a.json", b"\n \n", ["no rows"]),
     "header only": ("a.csv", b"instruction,output\n", ["no rows"]),
-    "cut array": ("a.json", json.dumps(ROWS, indent=0).encode()[:-20], ["a.json:", "wrong JSON", "repair"]),
-    "wrong array": ("a.json", b'[{"instruction": "q",\n "output": nope}]', ["a.json:2", "wrong JSON"]),
+    "cut array": (
+        "a.json",
+        json.dumps(ROWS, indent=0).encode()[:-20],
+        ["a.json:", "wrong JSON", "repair"],
+    ),
+    "wrong array": (
+        "a.json",
+        b'[{"instruction": "q",\n "output": nope}]',
+        ["a.json:2", "wrong JSON"],
+    ),
     "not json": ("a.jsonl", b"hello\nworld\n", ["2 of 2 rows", "wrong JSON", "a.jsonl:1"]),
     "list rows": ("a.jsonl", b'"text"\n3\n', ["not an object"]),
     "nested": ("a.jsonl", b'{"a":' * 100_000, ["wrong JSON"]),
@@ -323,13 +366,25 @@ DROPS = [
     ("unknown role", "chat", {"messages": [U, {"role": "narrator", "content": "x"}]}),
     ("no turns", "chat", {"messages": []}),
     ("content is not text", "chat", {"messages": [U, {"role": "assistant", "content": ["答"]}]}),
-    ("wrong tool_calls", "chat", {"messages": [U, {"role": "assistant", "content": "", "tool_calls": "{oops"}]}),
+    (
+        "wrong tool_calls",
+        "chat",
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": "{oops"}]},
+    ),
     ("wrong tools", "chat", {"messages": [U, B], "tools": "oops"}),
     ("broken characters", "chat", {"instruction": "\ud800", "output": A}),
-    ("chosen and rejected are the same", "preference", {"prompt": Q, "chosen": "好 的", "rejected": " 好  的\n"}),
+    (
+        "chosen and rejected are the same",
+        "preference",
+        {"prompt": Q, "chosen": "好 的", "rejected": " 好  的\n"},
+    ),
     ("empty answer", "preference", {"prompt": Q, "chosen": "好", "rejected": " "}),
     ("missing rejected", "preference", {"prompt": Q, "chosen": "好"}),
-    ("prompt does not end with the user", "preference", {"prompt": [U, B], "chosen": "好", "rejected": "坏"}),
+    (
+        "prompt does not end with the user",
+        "preference",
+        {"prompt": [U, B], "chosen": "好", "rejected": "坏"},
+    ),
     ("empty text", "text", {"text": "  "}),
     ("text is not text", "text", {"text": 5}),
 ]
@@ -349,7 +404,9 @@ def test_drop_reasons(tmp_path, reason, kind, row):
     assert len(got) == 3 and stats["read"] == 4 and stats["dropped"] == {reason: 1}
     assert stats["examples"][reason].startswith(f"{path}:2: {reason}")
     refuses(lambda: load(path, kind, strict=True), f"{path}:2: {reason}")  # from the cache
-    refuses(lambda: load(path, kind, strict=True, cache_dir=tmp_path / "other"), f"{path}:2: {reason}")  # while reading
+    refuses(
+        lambda: load(path, kind, strict=True, cache_dir=tmp_path / "other"), f"{path}:2: {reason}"
+    )  # while reading
     write(path, [fine] + [row] * 2 if reason != "broken characters" else [fine] + [{}] * 2)
     refuses(lambda: load(path, kind), "2 of 3 rows cannot be used")
 
@@ -357,7 +414,9 @@ def test_drop_reasons(tmp_path, reason, kind, row):
 def test_pairs_with_different_prompts(tmp_path):
     good = PAIRS["hh"][1]
     other = good | {"rejected": "\n\nHuman: 别的问题\n\nAssistant: 不好"}
-    later = good | {"rejected": f"\n\nHuman: {HI}\n\nAssistant: 嗯\n\nHuman: {Q}\n\nAssistant: 不好"}
+    later = good | {
+        "rejected": f"\n\nHuman: {HI}\n\nAssistant: 嗯\n\nHuman: {Q}\n\nAssistant: 不好"
+    }
     _, stats = load(write(tmp_path / "a.jsonl", [good] * 3 + [other, later]), "preference")
     assert stats["dropped"] == {"chosen and rejected answer different prompts": 2}
 
@@ -365,10 +424,16 @@ def test_pairs_with_different_prompts(tmp_path):
 def test_wrong_lines_and_cells_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text(LINES + '{"instruction": "cut')
     _, stats = load(tmp_path / "a.jsonl")
-    assert stats["dropped"] == {"wrong JSON": 1} and "a.jsonl:6: wrong JSON" in stats["examples"]["wrong JSON"]
+    assert (
+        stats["dropped"] == {"wrong JSON": 1}
+        and "a.jsonl:6: wrong JSON" in stats["examples"]["wrong JSON"]
+    )
     (tmp_path / "a.csv").write_text(CSV + "一,二,三\n" + 'x"y,z\n' + '"x"y,z\n')
     got, stats = load(tmp_path / "a.csv")
-    assert len(got) == 6 and stats["dropped"] == {"wrong number of cells": 1, "wrong csv quoting": 1}
+    assert len(got) == 6 and stats["dropped"] == {
+        "wrong number of cells": 1,
+        "wrong csv quoting": 1,
+    }
 
 
 def test_three_megabyte_row(tmp_path):
@@ -421,7 +486,11 @@ def test_cache_is_reused_and_follows_contents(tmp_path, cache):
     stamp = built(cache)[0].stat().st_mtime_ns
     again, same = load_rows(path)
     assert built(cache)[0].stat().st_mtime_ns == stamp and len(built(cache)) == 1
-    assert stats == same and list(first["row"]) == list(again["row"]) and first._fingerprint == again._fingerprint
+    assert (
+        stats == same
+        and list(first["row"]) == list(again["row"])
+        and first._fingerprint == again._fingerprint
+    )
     numbered(path, 9, "b")
     assert "b0" in load_rows(path)[0]["row"][0] and len(built(cache)) == 2
 
@@ -447,7 +516,11 @@ def test_torn_cache_is_rebuilt(tmp_path, cache, damage):
 def test_unwritable_cache_is_one_line(tmp_path):
     path = numbered(tmp_path / "a.jsonl", 9, "a")
     (tmp_path / "file").write_text("")
-    refuses(lambda: load(path, cache_dir=tmp_path / "file" / "cache"), "cannot keep prepared data", "DANPU_CACHE")
+    refuses(
+        lambda: load(path, cache_dir=tmp_path / "file" / "cache"),
+        "cannot keep prepared data",
+        "DANPU_CACHE",
+    )
 
 
 def test_full_disk_is_one_line(tmp_path):
@@ -465,7 +538,11 @@ def encode(row):
     if asked.endswith("7"):
         return None
     ids = [ord(c) for c in asked + answer]
-    return {"input_ids": ids, "labels": [-100] * len(asked) + ids[len(asked) :], "truncated": asked.endswith("3")}
+    return {
+        "input_ids": ids,
+        "labels": [-100] * len(asked) + ids[len(asked) :],
+        "truncated": asked.endswith("3"),
+    }
 
 
 def _rank(path, cache, log, gate):
@@ -536,7 +613,8 @@ def test_split_off_seeded_and_stable(tmp_path):
 
 def test_same_prompt_in_other_spelling_has_one_key(tmp_path):
     rows = [
-        {"instruction": t, "output": f"答{i}"} for i, t in enumerate(["你好  ＡＢＣ１", " 你好 ABC1\n", "你好ABC1"])
+        {"instruction": t, "output": f"答{i}"}
+        for i, t in enumerate(["你好  ＡＢＣ１", " 你好 ABC1\n", "你好ABC1"])
     ]
     keys = load_rows(write(tmp_path / "a.jsonl", rows))[0]["prompt_key"]
     assert keys[0] == keys[1] != keys[2]
@@ -545,10 +623,18 @@ def test_same_prompt_in_other_spelling_has_one_key(tmp_path):
 def test_leak_check(tmp_path):
     base = "小明家的果园里今年一共收了三百二十个苹果，卖掉一半以后又送给邻居四十个，请问现在还剩下多少个苹果？"
     near = base.replace("三百二十", "三百三十").replace("请问", "问")
-    far = "把一根绳子对折三次以后量得每段长十二厘米，再把它完全展开拉直，请问这根绳子原来一共有多长？"
-    rows = [{"instruction": t, "output": "答"} for t in (base, base + " \n", near, far, "你好", "你好吗")]
+    far = (
+        "把一根绳子对折三次以后量得每段长十二厘米，再把它完全展开拉直，请问这根绳子原来一共有多长？"
+    )
+    rows = [
+        {"instruction": t, "output": "答"}
+        for t in (base, base + " \n", near, far, "你好", "你好吗")
+    ]
     train, _ = load_rows(write(tmp_path / "a.jsonl", rows))
-    test = write(tmp_path / "test.jsonl", [{"question": base, "answer": "120"}, {"question": "你好", "answer": "好"}])
+    test = write(
+        tmp_path / "test.jsonl",
+        [{"question": base, "answer": "120"}, {"question": "你好", "answer": "好"}],
+    )
     kept, leaked = leak_check(train, test, "chat")
     assert len(leak_check(train, tmp_path / "a.jsonl")[0]) == 0
     assert leaked == 4 and prompts(kept) == [shapes.normalise(far), "你好吗"]
@@ -562,7 +648,10 @@ def test_leak_check_spares_a_common_instruction(tmp_path):
     train, _ = load_rows(write(tmp_path / "a.jsonl", rows))
     test = write(
         tmp_path / "t.jsonl",
-        [{"instruction": task(w), "output": "负面"} for w in ("很差", "太贵", "难吃", "太慢", "破")],
+        [
+            {"instruction": task(w), "output": "负面"}
+            for w in ("很差", "太贵", "难吃", "太慢", "破")
+        ],
     )
     assert leak_check(train, test)[1] == 0
 
@@ -582,11 +671,16 @@ def test_a_row_may_become_several(tmp_path, cache):
 
 def test_held_out_rows_that_cannot_be_used_are_counted_and_end_nothing(tmp_path, cache):
     dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
-    good, bad = dataset.select([0, 1, 2]), dataset.select([7])  # numbered() makes row 8 one without a label
+    good, bad = (
+        dataset.select([0, 1, 2]),
+        dataset.select([7]),
+    )  # numbered() makes row 8 one without a label
     train, held_out, counts = tokenise_split(good, bad, encode, "k")
     assert len(train) == 3 and len(held_out) == 0 and counts["dropped"] == {"no label left": 1}
     assert len(tokenise_split(good, bad, encode, "k")[1]) == 0, "from the cache"
-    train, held_out, counts = tokenise_split(dataset.select([3, 7]), dataset.select([4, 7]), encode, "k")
+    train, held_out, counts = tokenise_split(
+        dataset.select([3, 7]), dataset.select([4, 7]), encode, "k"
+    )
     assert (len(train), len(held_out)) == (1, 1) and counts["dropped"] == {"no label left": 2}
     assert "a.jsonl:8" in counts["examples"]["no label left"]
     assert tokenise_split(good, dataset.select([]), encode, "k")[1] == []
@@ -596,7 +690,11 @@ def test_tokenise(tmp_path, cache):
     dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
     tokens, counts = tokenise(dataset, encode, "k")
     assert tokens.column_names == ["input_ids", "labels", "length", "truncated", "source"]
-    assert tokens[0]["input_ids"] == [97, 48, ord("答")] and tokens[0]["labels"] == [-100, -100, ord("答")]
+    assert tokens[0]["input_ids"] == [97, 48, ord("答")] and tokens[0]["labels"] == [
+        -100,
+        -100,
+        ord("答"),
+    ]
     assert counts == {
         "rows": 18,
         "truncated": 2,
@@ -618,7 +716,10 @@ def test_tokenise_other_columns(tmp_path):
     dataset, _ = load_rows(write(tmp_path / "a.jsonl", [PAIRS["triple"][1]]), "preference")
     names = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
     tokens, counts = tokenise(
-        dataset, lambda r: dict(zip(names, [[1, 2], [-100, 2]] * 2, strict=True)), "k", columns=names
+        dataset,
+        lambda r: dict(zip(names, [[1, 2], [-100, 2]] * 2, strict=True)),
+        "k",
+        columns=names,
     )
     assert tokens[0]["length"] == 4 and counts["tokens"] == 4 and counts["label_tokens"] == 2
 
@@ -627,14 +728,25 @@ def test_tokenise_in_workers_keeps_order_and_errors(tmp_path):
     dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 5001, "a"))
     tokens, counts = tokenise(dataset, encode, "k", num_proc=2)
     lines = [int(s.rsplit(":", 1)[1]) for s in tokens["source"]]
-    assert lines == sorted(lines) and counts["dropped"] == {"no label left": 500} and len(lines) == 4501
+    assert (
+        lines == sorted(lines)
+        and counts["dropped"] == {"no label left": 500}
+        and len(lines) == 4501
+    )
 
     def stops(row):
         raise SystemExit("this template cannot do that")
 
-    refuses(lambda: tokenise(dataset, stops, "s", num_proc=2), "a.jsonl:", "this template cannot do that")
+    refuses(
+        lambda: tokenise(dataset, stops, "s", num_proc=2),
+        "a.jsonl:",
+        "this template cannot do that",
+    )
     first_half, _ = tokenise(
-        dataset, lambda r: encode(r) if len(r["messages"][0]["content"]) < 4 else None, "h", num_proc=2
+        dataset,
+        lambda r: encode(r) if len(r["messages"][0]["content"]) < 4 else None,
+        "h",
+        num_proc=2,
     )
     assert len(first_half) == 90  # one worker kept nothing
 
@@ -695,7 +807,12 @@ print(len(train), len(held), peak() - before)
 @pytest.mark.parametrize("form", ["jsonl", "json"])
 def test_memory_stays_bounded(tmp_path, form):
     """150,000 rows (66 MB in UTF-8, 110 MB as objects): the peak grows by what a batch needs, 26 to 30 MiB."""
-    count, row = 150_000, json.dumps({"instruction": "题NUMBER" + "问" * 60, "output": "答" * 70}, ensure_ascii=False)
+    count, row = (
+        150_000,
+        json.dumps(
+            {"instruction": "题NUMBER" + "问" * 60, "output": "答" * 70}, ensure_ascii=False
+        ),
+    )
     small = numbered(tmp_path / "small.jsonl", 10, "a")
     with open(tmp_path / f"big.{form}", "w", encoding="utf-8") as file:
         joiner = "\n" if form == "jsonl" else ", "
@@ -719,12 +836,15 @@ def test_rows_that_the_template_refuses_are_counted_under_its_words(tmp_path):
 
     path = tmp_path / "a.jsonl"
     path.write_text(
-        "\n".join(json.dumps({"prompt": p, "response": "好"}) for p in ("一", "坏", "三")), encoding="utf-8"
+        "\n".join(json.dumps({"prompt": p, "response": "好"}) for p in ("一", "坏", "三")),
+        encoding="utf-8",
     )
     loaded, _ = load_rows(path, "chat", cache_dir=tmp_path / "cache")
     tokens, counts = tokenise(loaded, encode, "k", cache_dir=tmp_path / "cache")
     assert len(tokens) == 2 and counts["dropped"] == {"the template refuses it": 1}
-    assert counts["examples"]["the template refuses it"].endswith("a.jsonl:2: the template refuses it")
+    assert counts["examples"]["the template refuses it"].endswith(
+        "a.jsonl:2: the template refuses it"
+    )
 
 
 # ---- the recipes' samples -----------------------------------------------------------------------------------
@@ -737,11 +857,17 @@ def test_samples_are_what_their_script_writes(script, tmp_path):
     """Twice, with another hash seed each: nothing depends on the order of a set."""
     for seed in ("1", "2"):
         out = tmp_path / seed
-        subprocess.run([sys.executable, script, out], check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        subprocess.run(
+            [sys.executable, script, out], check=True, env=os.environ | {"PYTHONHASHSEED": seed}
+        )
         written = {file.relative_to(out): file.read_bytes() for file in out.rglob("*.*")}
         shipped = script.parent / "data"
-        assert written == {file.relative_to(shipped): file.read_bytes() for file in shipped.rglob("*.*")}
-    assert sum(map(len, written.values())) < (3 << 20 if (script.parent / "pretrain.py").exists() else 400 << 10)
+        assert written == {
+            file.relative_to(shipped): file.read_bytes() for file in shipped.rglob("*.*")
+        }
+    assert sum(map(len, written.values())) < (
+        3 << 20 if (script.parent / "pretrain.py").exists() else 400 << 10
+    )
 
 
 def test_a_sample_with_every_shape_of_its_users():
@@ -750,7 +876,10 @@ def test_a_sample_with_every_shape_of_its_users():
     assert 900 <= stats["used"] == stats["read"] <= 1300 and not stats["dropped"]
     assert len({shapes.prompt_of(row) for row in rows}) == len(rows)
     found = {Path(file).stem: shape for file, shape in stats["shapes"].items()}
-    assert found["orders"] == found["adverts"] == "content/summary" and found["notices"] == "context/target"
+    assert (
+        found["orders"] == found["adverts"] == "content/summary"
+        and found["notices"] == "context/target"
+    )
     assert found["floors"] == "belle multi-turn" and "gb18030" in stats["encodings"].values()
     assert {len(row["messages"]) for row in rows} == {2, 4, 6}
     answers = Counter(row["messages"][-1]["content"] for row in rows if len(row["messages"]) == 2)

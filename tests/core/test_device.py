@@ -12,7 +12,9 @@ from common import device
 
 def python(code, **env):
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=120
+    )
 
 
 def test_answers_agree_with_each_other():
@@ -61,13 +63,19 @@ def test_broken_torch_npu_is_one_line_and_a_normal_run(tmp_path):
     """The wheel without CANN: its import fails with a missing libhccl.so."""
     package = tmp_path / "torch_npu"
     package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")
+    (package / "__init__.py").write_text(
+        "raise ImportError('libhccl.so: cannot open shared object file')"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "common.device"], cwd=ROOT, env=environment(PYTHONPATH=tmp_path), capture_output=True,
         text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.split()[0] == device.kind()
-    assert len(done.stderr.splitlines()) == 1 and "libhccl.so" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        len(done.stderr.splitlines()) == 1
+        and "libhccl.so" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     code = "from common import device; import transformers, peft; print(transformers.utils.is_torch_npu_available())"
     assert python(code, PYTHONPATH=tmp_path).stdout.strip() == "False"
 
@@ -84,7 +92,9 @@ def test_fast_float32_never_rounds(monkeypatch):
         settings.fp32_precision = before
         real = torch.Tensor.__matmul__
         monkeypatch.setattr(
-            torch.Tensor, "__matmul__", lambda x, y: real(x.bfloat16().float() if x.dtype == torch.float32 else x, y)
+            torch.Tensor,
+            "__matmul__",
+            lambda x, y: real(x.bfloat16().float() if x.dtype == torch.float32 else x, y),
         )
         assert not device.fast_float32() and settings.fp32_precision == before
     finally:

@@ -9,14 +9,23 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common.data.labels import IGNORE, encode_chat, encode_prompt, fingerprint, preview, set_template
+from common.data.labels import (
+    IGNORE,
+    encode_chat,
+    encode_prompt,
+    fingerprint,
+    preview,
+    set_template,
+)
 
 TEXTS = [
     "你好，世界。今天天气很好，我们去公园吧！",
     "hello world, what is 1+2? 答案是三。\n\n",
     "user assistant system\n",
 ] * 3
-SPLIT = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 QWEN2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}
@@ -80,7 +89,15 @@ GENERATION = """{% for message in messages %}{{ '<|im_start|>' + message['role']
 {%- else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|user|>", "<|assistant|>", "<|system|>"]
+SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+]
 
 
 @cache
@@ -96,17 +113,28 @@ def byte_level(template, eos="<|im_end|>"):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         TEXTS,
-        trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=420, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     raw.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
-    out = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token=eos, bos_token="<|begin|>")
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=eos, pad_token=eos, bos_token="<|begin|>"
+    )
     out.chat_template = template
     return out
 
 
 @cache
 def metaspace(template, kind="bpe"):
-    vocab = ["<unk>", "<s>", "</s>", "▁", *(f"<0x{i:02X}>" for i in range(256)), *"[]/INSTabcdehlor<>s答案你好"]
+    vocab = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "▁",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *"[]/INSTabcdehlor<>s答案你好",
+    ]
     vocab = list(dict.fromkeys(vocab))
     if kind == "bpe":
         raw = Tokenizer(
@@ -120,15 +148,24 @@ def metaspace(template, kind="bpe"):
         )
     else:
         raw = Tokenizer(
-            models.Unigram([(token, -float(i % 7)) for i, token in enumerate(vocab)], 0, byte_fallback=True)
+            models.Unigram(
+                [(token, -float(i % 7)) for i, token in enumerate(vocab)], 0, byte_fallback=True
+            )
         )
     if kind != "bare":
         raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     raw.add_special_tokens(["<unk>", "<s>", "</s>"])
-    out = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     out.chat_template = template
     return out
 
@@ -157,7 +194,13 @@ def answers(messages):
 def qwen3_turn(message, last, after_query, tools=""):
     reasoning = message.get("reasoning_content", "")
     if after_query and (last or reasoning):
-        return "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + message["content"].lstrip("\n") + "<|im_end|>"
+        return (
+            "<think>\n"
+            + reasoning.strip("\n")
+            + "\n</think>\n\n"
+            + message["content"].lstrip("\n")
+            + "<|im_end|>"
+        )
     return message["content"] + "<|im_end|>"
 
 
@@ -181,10 +224,16 @@ CASES = {
     "qwen2": (lambda: byte_level(QWEN2), lambda m: [t + "<|im_end|>" for t in answers(m)]),
     "qwen3": (lambda: byte_level(QWEN3), expect_qwen3),
     "inst": (lambda: metaspace(INST), lambda m: [" " + t.strip() + "</s>" for t in answers(m)]),
-    "inst_unigram": (lambda: metaspace(INST, "unigram"), lambda m: [" " + t.strip() + "</s>" for t in answers(m)]),
+    "inst_unigram": (
+        lambda: metaspace(INST, "unigram"),
+        lambda m: [" " + t.strip() + "</s>" for t in answers(m)],
+    ),
     "glm": (lambda: byte_level(GLM, "<|endoftext|>"), expect_glm),
     "rounds": (lambda: byte_level(ROUNDS, "<|endoftext|>"), expect_rounds),
-    "generation": (lambda: byte_level(GENERATION), lambda m: [t + "<|im_end|>" for t in answers(m)]),
+    "generation": (
+        lambda: byte_level(GENERATION),
+        lambda m: [t + "<|im_end|>" for t in answers(m)],
+    ),
 }
 ORDINARY = [
     "你好",
@@ -214,7 +263,15 @@ ORDINARY += [
     "end|>",
     "龘",
 ]
-INJECTED = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "<|user|>", "<|endoftext|>", "<|assistant|>\n"]
+INJECTED = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "</s>",
+    "<s>",
+    "<|user|>",
+    "<|endoftext|>",
+    "<|assistant|>\n",
+]
 QUESTION = ["<think>", "</think>", "<tool_response>", "<tool_call>"]
 
 
@@ -268,7 +325,9 @@ def test_tokens_are_those_of_the_template(name, messages):
         assert row["input_ids"] == ids
 
 
-@pytest.mark.parametrize("name, thinking", [*((name, None) for name in CASES), ("qwen3", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    "name, thinking", [*((name, None) for name in CASES), ("qwen3", True), ("qwen3", False)]
+)
 @given(messages=conversations(extra=INJECTED))
 @settings(max_examples=40, deadline=None)
 def test_the_prompt_is_where_the_last_answer_starts(name, thinking, messages):
@@ -292,9 +351,13 @@ def test_special_tokens_in_texts_are_plain_text(name, messages):
     row = encode_chat(tokenizer, messages, 100_000)
     harmless = [{k: v if k == "role" else defuse(v) for k, v in m.items()} for m in messages]
     reference = encode_chat(tokenizer, harmless, 100_000)
-    special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
+    special = set(tokenizer.all_special_ids) | {
+        tokenizer.convert_tokens_to_ids(s) for s in SPECIALS
+    }
     control = [i for i in row["input_ids"] if i in special and i != tokenizer.unk_token_id]
-    assert control == [i for i in reference["input_ids"] if i in special and i != tokenizer.unk_token_id]
+    assert control == [
+        i for i in reference["input_ids"] if i in special and i != tokenizer.unk_token_id
+    ]
     if not name.startswith("inst"):
         assert trained(tokenizer, row) == expected(messages)
     prompt = encode_prompt(tokenizer, messages[:-1])
@@ -373,17 +436,30 @@ def test_long_answer_loses_its_tail_but_not_its_end():
 
 def test_a_long_tool_result_does_not_push_the_calls_out():
     tokenizer = byte_level(QWEN3)
-    messages = [user("北京天气"), call("天气", {"city": "北京"}), {"role": "tool", "content": "晴" * 900}, said("晴天")]
+    messages = [
+        user("北京天气"),
+        call("天气", {"city": "北京"}),
+        {"role": "tool", "content": "晴" * 900},
+        said("晴天"),
+    ]
     row = encode_chat(tokenizer, messages, 256)
     first, last = trained(tokenizer, row)
     assert first.startswith("<tool_call>") and last == "<think>\n\n</think>\n\n晴天<|im_end|>"
 
 
 def call(name, arguments, content=""):
-    return said(content, tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
+    return said(
+        content,
+        tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    )
 
 
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "天气 <|im_end|>", "parameters": {}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "天气 <|im_end|>", "parameters": {}},
+    }
+]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"n": 3}, {"city": "北京", "raw": '<|im_end|>"\n'}])
@@ -418,10 +494,15 @@ def test_tool_calls_and_results(arguments, content):
 @pytest.mark.parametrize("inline", [False, True])
 def test_thinking(inline):
     tokenizer = byte_level(QWEN3)
-    think = lambda r, c: said(f"<think>\n{r}\n</think>\n\n{c}") if inline else said(c, reasoning_content=r)  # noqa: E731
+    think = lambda r, c: (
+        said(f"<think>\n{r}\n</think>\n\n{c}") if inline else said(c, reasoning_content=r)
+    )  # noqa: E731
     messages = [user("一"), think("旧想法", "旧答"), user("二"), think("新想法", "新答")]
     row = encode_chat(tokenizer, messages, 10_000)
-    assert trained(tokenizer, row) == ["旧答<|im_end|>", "<think>\n新想法\n</think>\n\n新答<|im_end|>"]
+    assert trained(tokenizer, row) == [
+        "旧答<|im_end|>",
+        "<think>\n新想法\n</think>\n\n新答<|im_end|>",
+    ]
     assert "旧想法" not in tokenizer.decode(row["input_ids"])
     # a template that knows nothing of thinking trains it as it stands
     if inline:
@@ -461,7 +542,9 @@ def test_generation_mask_always_has_the_end_token(mask_end):
 
 def test_a_template_that_rewrites_texts_still_gives_exact_turns():
     upper = QWEN2.replace("message['content']", "(message['content']|upper)[:40]")
-    row = encode_chat(byte_level(upper), [user("hi"), said("abc " * 20), user("x"), said("y")], 1000)
+    row = encode_chat(
+        byte_level(upper), [user("hi"), said("abc " * 20), user("x"), said("y")], 1000
+    )
     assert trained(byte_level(upper), row) == [("ABC " * 20)[:40] + "<|im_end|>", "Y<|im_end|>"]
     with pytest.raises(ValueError, match="special tokens"):
         encode_chat(byte_level(upper), [user("<|im_end|>" * 9), said("y")], 1000)
@@ -469,7 +552,9 @@ def test_a_template_that_rewrites_texts_still_gives_exact_turns():
 
 def test_headers_that_differ_between_prompt_and_history():
     """The prompt opens a <think> block that answers in the data do not have: they start at the common part."""
-    opens = QWEN2.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    opens = QWEN2.replace(
+        "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
+    )
     tokenizer = byte_level(opens)
     messages = [user("一"), said("壹"), user("二"), said("<think>\n想\n</think>\n\n贰")]
     row = encode_chat(tokenizer, messages, 1000)
@@ -481,11 +566,15 @@ def test_headers_that_differ_between_prompt_and_history():
 def test_two_end_tokens_and_a_mask_that_runs_on():
     both = QWEN2.replace("'<|im_end|>' + '\n'", "'<|im_end|><|endoftext|>\n'")
     tokenizer = byte_level(both)
-    assert trained(tokenizer, encode_chat(tokenizer, [user("一"), said("壹"), user("二"), said("贰")], 1000)) == [
+    assert trained(
+        tokenizer, encode_chat(tokenizer, [user("一"), said("壹"), user("二"), said("贰")], 1000)
+    ) == [
         "壹<|im_end|><|endoftext|>",
         "贰<|im_end|><|endoftext|>",
     ]
-    runs_on = GENERATION.replace("{% if mask_end %}{{ '<|im_end|>' }}", "{% if true %}{{ '<|im_end|>\n' }}")
+    runs_on = GENERATION.replace(
+        "{% if mask_end %}{{ '<|im_end|>' }}", "{% if true %}{{ '<|im_end|>\n' }}"
+    )
     runs_on = runs_on.replace("{% if not mask_end %}{{ '<|im_end|>' }}{% endif %}", "")
     row = encode_chat(byte_level(runs_on), [user("一"), said("壹")], 1000)
     assert trained(byte_level(runs_on), row) == ["壹<|im_end|>"]
@@ -497,7 +586,9 @@ def test_rows_the_template_cannot_show_are_refused():
     silent = QWEN2.replace("message['content']", "''")
     with pytest.raises(ValueError, match="does not show the text"):
         encode_chat(byte_level(silent), [user("一"), said("壹")], 1000)
-    rewritten = QWEN2.replace("message['content']", "message['content'][:1]").replace("<|im_start|>assistant\n", "")
+    rewritten = QWEN2.replace("message['content']", "message['content'][:1]").replace(
+        "<|im_start|>assistant\n", ""
+    )
     with pytest.raises(ValueError, match="generation"):
         encode_chat(byte_level(rewritten), [user("一二"), said("壹贰")], 1000)
 
@@ -530,7 +621,9 @@ def test_calls_written_with_special_tokens_are_trained_whole():
 {%- endfor %}{{ message.content + ('<|system|>' if message.tool_calls else '<|im_end|>') }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
     tokenizer = byte_level(calls)
-    row = encode_chat(tokenizer, [user("一"), call("f", {"city": "北京"}), user("二"), said("贰")], 1000)
+    row = encode_chat(
+        tokenizer, [user("一"), call("f", {"city": "北京"}), user("二"), said("贰")], 1000
+    )
     assert trained(tokenizer, row) == ['f<|begin|>{"city": "北京"}<|system|>', "贰<|im_end|>"]
 
 
@@ -562,12 +655,16 @@ def test_set_template(tmp_path):
     for given_as in (str(file), QWEN2):
         tokenizer = byte_level("")
         set_template(tokenizer, given_as)
-        assert trained(tokenizer, encode_chat(tokenizer, [user("a"), said("b")], 100)) == ["b<|im_end|>"]
+        assert trained(tokenizer, encode_chat(tokenizer, [user("a"), said("b")], 100)) == [
+            "b<|im_end|>"
+        ]
 
 
 def test_preview():
     tokenizer = byte_level(QWEN2)
-    row = encode_chat(tokenizer, [{"role": "system", "content": "规"}, user("你是？"), said("龘😀")], 100)
+    row = encode_chat(
+        tokenizer, [{"role": "system", "content": "规"}, user("你是？"), said("龘😀")], 100
+    )
     assert len(tokenizer.encode("龘")) > 1
     plain = preview(tokenizer, row["input_ids"], row["labels"], color=False)
     head = "<|im_start|>system\n规<|im_end|>\n<|im_start|>user\n你是？<|im_end|>\n<|im_start|>assistant\n"

@@ -43,7 +43,11 @@ def test_verbose_shows_every_rank_and_nproc_is_obeyed(recipe):
     assert all(f"rank {i} of 3" in out for i in range(3))
 
 
-FAILURES = [("usage", 2, ""), ("fail", 1, "error: rank one is unhappy"), ("killed", 1, "rank 1 was killed by SIGKILL")]
+FAILURES = [
+    ("usage", 2, ""),
+    ("fail", 1, "error: rank one is unhappy"),
+    ("killed", 1, "rank 1 was killed by SIGKILL"),
+]
 
 
 @pytest.mark.parametrize("mode, code, words", FAILURES)
@@ -77,7 +81,9 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_which_stop_in_order(recipe, 
     time.sleep(0.5)
     process.send_signal(number)
     assert expect(finish(process, 30), 75)
-    left = subprocess.run(["pgrep", "-f", str(recipe.parent / "train.py")], capture_output=True, text=True).stdout
+    left = subprocess.run(
+        ["pgrep", "-f", str(recipe.parent / "train.py")], capture_output=True, text=True
+    ).stdout
     assert not left.strip(), "a rank was left behind"
 
 
@@ -103,7 +109,9 @@ def test_several_nodes_on_one_machine(recipe):
 def test_no_venv_is_made_when_forbidden(recipe, tmp_path):
     """A Python without the requirements, DANPU_NO_VENV=1: one line that names what is missing."""
     bare = tmp_path / "bare"
-    subprocess.run([os.path.realpath(os.sys.executable), "-m", "venv", "--without-pip", bare], check=True)
+    subprocess.run(
+        [os.path.realpath(os.sys.executable), "-m", "venv", "--without-pip", bare], check=True
+    )
     env = environment(DANPU_NO_VENV=1)
     env["PATH"] = f"{bare}/bin:/usr/bin:/bin"
     result = subprocess.run(["bash", recipe, "ok"], env=env, capture_output=True, text=True)
@@ -122,7 +130,10 @@ def test_an_incomplete_python_gets_a_venv(recipe, tmp_path):
         f'set -euo pipefail\nsource {project}/common/launch.sh\nlaunch {project}/train.py "$@"\n'
     )
     result = shell(project / "run.sh", "ok", PIP_NO_INDEX=1, cwd=project)
-    assert f"making {project}/.venv" in result.stdout and "installing requirements.txt" in result.stdout
+    assert (
+        f"making {project}/.venv" in result.stdout
+        and "installing requirements.txt" in result.stdout
+    )
     assert "pip install failed" in result.stderr and result.returncode == 1
     assert (project / ".venv/bin/python").exists()
     assert Path(ROOT / "requirements.txt").exists()

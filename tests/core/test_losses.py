@@ -19,9 +19,19 @@ def build(tied=False, name="Qwen2", **more):
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB, num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.1, **sizes, **more
+        vocab_size=VOCAB,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        **sizes,
+        **more,
     )
     config.use_cache = False
     return getattr(transformers, f"{name}ForCausalLM")(config)
@@ -46,7 +56,9 @@ def assert_same(model, stock, batch, **inputs):
     ours, theirs = grads(model), grads(stock)
     assert ours.keys() == theirs.keys() and ours
     for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            grad, theirs[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +77,12 @@ def test_equals_full_logits(head, items):
         stock.lm_head.requires_grad_(False)
     model = losses.use_chunked_loss(copy.deepcopy(stock))
     for seed in range(2):  # a second micro-batch adds to the gradients
-        assert_same(model, stock, make_batch(seed), **({} if items is None else {"num_items_in_batch": items}))
+        assert_same(
+            model,
+            stock,
+            make_batch(seed),
+            **({} if items is None else {"num_items_in_batch": items}),
+        )
 
 
 def test_equals_full_logits_of_a_mixture_of_experts_with_its_auxiliary_loss():
@@ -79,7 +96,9 @@ def test_equals_full_logits_of_a_mixture_of_experts_with_its_auxiliary_loss():
 def test_equals_full_logits_under_lora(targets, late):
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     torch.manual_seed(1)
     stock = get_peft_model(build(), settings)
     torch.manual_seed(1)
@@ -96,7 +115,9 @@ def test_equals_full_logits_under_lora(targets, late):
 def test_trained_copy_of_the_head_under_lora():
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     stock = get_peft_model(build(), settings)
     assert_same(losses.use_chunked_loss(copy.deepcopy(stock)), stock, make_batch())
 
@@ -124,7 +145,9 @@ def test_half_precision_weights():
     b.backward()
     torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
     for name, grad in grads(model).items():
-        assert grad.dtype == torch.bfloat16 and (grad - grads(stock)[name]).norm() < 0.03 * grad.norm(), name
+        assert (
+            grad.dtype == torch.bfloat16 and (grad - grads(stock)[name]).norm() < 0.03 * grad.norm()
+        ), name
 
 
 def test_a_batch_without_labels_gives_zero_with_a_graph():
@@ -163,7 +186,10 @@ def test_deep_copy_stands_alone():
     before = model(**batch).loss
     for p in twin.parameters():
         nn.init.zeros_(p)
-    assert model(**batch).loss == before and abs(twin(**batch).loss - torch.tensor(float(VOCAB)).log()) < 1e-4
+    assert (
+        model(**batch).loss == before
+        and abs(twin(**batch).loss - torch.tensor(float(VOCAB)).log()) < 1e-4
+    )
     assert losses.use_chunked_loss(model) is model and "forward" not in model.state_dict()
 
 
@@ -186,7 +212,9 @@ def test_models_that_compute_the_loss_themselves_are_refused():
         def forward(self, input_ids, labels=None, **kwargs):
             output = super().forward(input_ids, **kwargs)
             if labels is not None:
-                output.loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+                output.loss = F.cross_entropy(
+                    output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+                )
             return output
 
     model = OwnLoss(build().config)
@@ -197,7 +225,9 @@ def test_models_that_compute_the_loss_themselves_are_refused():
 def test_check_accepts_and_catches_another_loss(monkeypatch):
     model = losses.use_chunked_loss(build())
     losses.check_chunked_loss(model)
-    monkeypatch.setattr(model.lm_head, "_stock_forward", lambda h: 2 * nn.Linear.forward(model.lm_head, h))
+    monkeypatch.setattr(
+        model.lm_head, "_stock_forward", lambda h: 2 * nn.Linear.forward(model.lm_head, h)
+    )
     with pytest.raises(SystemExit, match="another loss in chunks"):
         losses.check_chunked_loss(model)
 
@@ -218,7 +248,9 @@ def test_sequence_logprobs_of_padded_and_packed_rows():
     a, b = losses.sequence_logprobs(model, **padded), losses.sequence_logprobs(model, **packed)
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
-    logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, :-1]
+    logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[
+        :, :-1
+    ]
     targets = padded["labels"][:, 1:]
     token = logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
     full = (token * (targets != -100)).sum(1)
@@ -259,7 +291,10 @@ print(chunked - before, peak() - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_logits_are_never_alive(dtype):
     command = [sys.executable, "-c", MEMORY, str(ROOT), dtype]
-    chunked, full = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:])
+    chunked, full = map(
+        float,
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:],
+    )
     logits = 4096 * 151936 * (4 if dtype == "float32" else 2) / 2**20  # MiB
     assert chunked < 0.35 * logits
     assert full > 0.8 * logits  # the probe sees them where they are

@@ -47,12 +47,22 @@ def test_bins_hold_every_row_once_within_the_budget(lengths, budget, seed):
         assert len(b) == 1 or sum(lengths[i] for i in b) <= budget
     assert bins == collators.pack_bins(lengths, budget, seed)
     sums = sorted(sum(lengths[i] for i in b) for b in bins)
-    assert all(a + b > budget for a, b in zip(sums, sums[1:], strict=False))  # no two bins could have been one
+    assert all(
+        a + b > budget for a, b in zip(sums, sums[1:], strict=False)
+    )  # no two bins could have been one
 
 
 def test_bins_of_many_rows_are_full_and_quick():
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randn(200_000, generator=generator).mul(0.8).add(5.2).exp().clamp(8, 1024).long().tolist()
+    lengths = (
+        torch.randn(200_000, generator=generator)
+        .mul(0.8)
+        .add(5.2)
+        .exp()
+        .clamp(8, 1024)
+        .long()
+        .tolist()
+    )
     start = time.process_time()
     bins = collators.pack_bins(lengths, 2048)
     assert time.process_time() - start < 20  # quadratic packing takes hours
@@ -63,7 +73,9 @@ def test_bins_of_many_rows_are_full_and_quick():
 def test_packed_dataset_reads_arrow_and_lists_alike():
     datasets = pytest.importorskip("datasets")
     rows = make_rows([5, 9, 30, 2, 14])
-    table = datasets.Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows])
+    table = datasets.Dataset.from_list(
+        [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
+    )
     chosen = table.select([0, 1, 2, 3, 4][::-1])
     a, b = collators.PackedDataset(rows, 32, 1), collators.PackedDataset(table, 32, 1)
     assert [a[i] for i in range(len(a))] == [b[i] for i in range(len(b))]
@@ -74,7 +86,10 @@ def test_packed_dataset_reads_arrow_and_lists_alike():
 def test_packed_batch_layout():
     batch = collators.PackedCollator()([make_rows([4, 2], prompt=0), make_rows([3], prompt=0)])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 6, 9] and batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (
+        batch["cu_seq_lens_q"].tolist() == [0, 4, 6, 9]
+        and batch["cu_seq_lens_q"].dtype == torch.int32
+    )
     assert (batch["labels"][0] == -100).nonzero().flatten().tolist() == [0, 4, 6]
     assert batch["max_length_k"] == 4 and batch["row_ids"] == [0, 1, 0]
 
@@ -89,16 +104,34 @@ def test_padded_batch_layout():
 # ---- attention by explicit products ----
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 16), (6, 2, 8)])
 def test_products_equal_sdpa_per_document(heads, groups, size):
-    lengths = [700, 1, 300, 130, 128, 60, 40, 30, 20, 5, 2, 650]  # long ones, joined ones, tails of blocks
+    lengths = [
+        700,
+        1,
+        300,
+        130,
+        128,
+        60,
+        40,
+        30,
+        20,
+        5,
+        2,
+        650,
+    ]  # long ones, joined ones, tails of blocks
     generator = torch.Generator().manual_seed(0)
-    q, k, v, g = (torch.randn(h, sum(lengths), size, generator=generator) for h in (heads, groups, groups, heads))
+    q, k, v, g = (
+        torch.randn(h, sum(lengths), size, generator=generator)
+        for h in (heads, groups, groups, heads)
+    )
     for x in (q, k, v):
         x.requires_grad_()
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     out = attention._on_cpu(q, k, v, starts, None, 0.3)
     grads = torch.autograd.grad(out, (q, k, v), g.transpose(0, 1))
     parts = [
-        F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, scale=0.3, enable_gqa=True)[0]
+        F.scaled_dot_product_attention(
+            a[None], b[None], c[None], is_causal=True, scale=0.3, enable_gqa=True
+        )[0]
         for a, b, c in zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
     ]
     expected = torch.cat(parts, 1)
@@ -121,7 +154,9 @@ def test_packed_equals_members_alone(name, implementation):
     alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
     if implementation == "packed":
-        cached = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=True).logits[0]
+        cached = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=True).logits[
+            0
+        ]
         torch.testing.assert_close(cached, packed)
 
     total = sum(sum(x != -100 for x in row["labels"][1:]) for row in rows)
@@ -133,7 +168,9 @@ def test_packed_equals_members_alone(name, implementation):
     losses.use_chunked_loss(model)
     model(**batch, num_items_in_batch=total).loss.backward()
     for (n, p), grad in zip(model.named_parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.grad, grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Qwen3Moe", "Llama"])
@@ -145,11 +182,19 @@ def test_packed_rows_reach_the_products_and_build_no_mask(name, checkpointing, m
     if checkpointing:
         model.activation_checkpointing_enable()
     calls = []
-    monkeypatch.setattr(attention, "_on_cpu", lambda *a, f=attention._on_cpu: calls.append(1) or f(*a))
-    monkeypatch.setattr(attention._LazyMask, "tensor", property(lambda self: pytest.fail("a dense mask was built")))
+    monkeypatch.setattr(
+        attention, "_on_cpu", lambda *a, f=attention._on_cpu: calls.append(1) or f(*a)
+    )
+    monkeypatch.setattr(
+        attention._LazyMask, "tensor", property(lambda self: pytest.fail("a dense mask was built"))
+    )
     loss = model.train()(**batch).loss
     loss.backward()
-    assert len(calls) == 2 * model.config.num_hidden_layers if checkpointing else model.config.num_hidden_layers
+    assert (
+        len(calls) == 2 * model.config.num_hidden_layers
+        if checkpointing
+        else model.config.num_hidden_layers
+    )
     torch.testing.assert_close(loss, plain)
 
 
@@ -160,13 +205,17 @@ def test_other_batches_go_to_stock_sdpa(monkeypatch):
     padded = collators.PaddedCollator(0)(make_rows([9, 20, 3]))
     padded.pop("row_ids")
     torch.testing.assert_close(ours(**padded).loss, stock(**padded).loss)
-    restarting = {k: v for k, v in pack(make_rows([9, 20, 3])).items() if k in ("input_ids", "position_ids")}
+    restarting = {
+        k: v for k, v in pack(make_rows([9, 20, 3])).items() if k in ("input_ids", "position_ids")
+    }
     torch.testing.assert_close(ours(**restarting).logits, stock(**restarting).logits)
     ours.config.use_cache = stock.config.use_cache = True
     prompt = {k: padded[k].flip(1) for k in ("input_ids", "attention_mask")}  # padded on the left
     for beams in (1, 2):
         settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
-        assert torch.equal(ours.generate(**prompt, **settings), stock.generate(**prompt, **settings))
+        assert torch.equal(
+            ours.generate(**prompt, **settings), stock.generate(**prompt, **settings)
+        )
 
 
 @pytest.mark.parametrize("window", [8, 400])
@@ -206,8 +255,13 @@ def test_bf16_autocast_tracks_fp32():
 def test_cuda_varlen_equals_block_mask():
     attention.register()
     here = device.device()
-    batch = {k: v.to(here) if torch.is_tensor(v) else v for k, v in pack(make_rows(LENGTHS)).items()}
-    ours, stock = (build("Qwen2", i, hidden_size=64, head_dim=16).to(here, torch.bfloat16) for i in ("packed", "sdpa"))
+    batch = {
+        k: v.to(here) if torch.is_tensor(v) else v for k, v in pack(make_rows(LENGTHS)).items()
+    }
+    ours, stock = (
+        build("Qwen2", i, hidden_size=64, head_dim=16).to(here, torch.bfloat16)
+        for i in ("packed", "sdpa")
+    )
     loss, expected = ours(**batch).loss, stock(**batch).loss
     torch.testing.assert_close(loss, expected, atol=2e-2, rtol=2e-2)
     loss.backward()
@@ -219,7 +273,10 @@ def test_padding_needs_no_pad_token():
     rows = make_rows([4, 7])
     without, other = collators.PaddedCollator(None)(rows), collators.PaddedCollator(5)(rows)
     model = build("Qwen2", "sdpa")
-    losses_of = [model(**{k: v for k, v in b.items() if k != "row_ids"}).loss.item() for b in (without, other)]
+    losses_of = [
+        model(**{k: v for k, v in b.items() if k != "row_ids"}).loss.item()
+        for b in (without, other)
+    ]
     assert losses_of[0] == pytest.approx(losses_of[1], abs=1e-6)
 
 
@@ -231,7 +288,9 @@ def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
 
     name = attention.register()
     attention.refuse_unpackable(build("Qwen2", name))
-    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=48, n_layer=1, n_head=4))
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=97, hidden_size=48, n_layer=1, n_head=4)
+    )
     bloom.config._attn_implementation = name
     build("Falcon", "eager").save_pretrained(tmp_path)
     falcon = cli.load(transformers.AutoModelForCausalLM, str(tmp_path), attn_implementation=name)

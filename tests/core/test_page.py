@@ -24,13 +24,22 @@ def chat():
 
 
 def test_an_answer_grows_and_gets_its_facts(chat):
-    seen = [(shown, dict(history[-1])) for shown, history, _ in chat.ask("问", [], VISITOR, "", False)]
+    seen = [
+        (shown, dict(history[-1])) for shown, history, _ in chat.ask("问", [], VISITOR, "", False)
+    ]
     answers = [answer for _, answer in seen]
     assert [answer["content"] for answer in answers] == ["", "", "答", "答完。", "答完。"]
     assert [answer["thought_done"] for answer in answers] == [True, False, True, True, True]
     assert answers[-1]["reasoning_content"] == "想" and not answers[-2]["note"]
-    assert answers[-1]["note"].startswith("3 词元 · ") and answers[-1]["note"].endswith("词元/秒 · 微调前")
-    assert [message.content for message in seen[-1][0]] == ["问", "想", "答完。", ""] and not chat.running
+    assert answers[-1]["note"].startswith("3 词元 · ") and answers[-1]["note"].endswith(
+        "词元/秒 · 微调前"
+    )
+    assert [message.content for message in seen[-1][0]] == [
+        "问",
+        "想",
+        "答完。",
+        "",
+    ] and not chat.running
 
 
 @pytest.mark.parametrize("when", ["asked", "growing", "ended"])

@@ -57,7 +57,9 @@ def test_finished_run_is_told_and_extended_run_is_not_finished_until_it_is(tmp_p
     longer = SETTINGS | {"num_train_epochs": 5}
     assert look(tmp_path, longer)["exit"] == 2
     assert look(tmp_path, longer, resume_from_checkpoint="true")["start"] == str(folder)
-    assert look(tmp_path, longer)["start"] == str(folder), "killed while it continued: the same command goes on"
+    assert look(tmp_path, longer)["start"] == str(folder), (
+        "killed while it continued: the same command goes on"
+    )
 
 
 def test_another_run_is_refused_or_replaced(tmp_path):
@@ -112,14 +114,21 @@ def test_rotation_keeps_what_was_just_saved(tmp_path):
     state = SimpleNamespace(global_step=5, best_model_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), state=state)
     RecipeTrainer._rotate(trainer, 1)
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5", "checkpoint-9"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-5",
+        "checkpoint-9",
+    ]
 
 
 def test_printed_command_continues_and_never_wipes(monkeypatch):
     words = "train.py --deepspeed shell.json --data_path a:1 --overwrite_output_dir true --deepspeed=mine.json"
     monkeypatch.setattr("sys.argv", [*words.split(), "--output_dir", "my run"])
     monkeypatch.setenv("DANPU_RERUN", "bash r/train_zero2.sh")
-    assert cli.resume_command() == "bash r/train_zero2.sh --data_path a:1 --deepspeed=mine.json --output_dir 'my run'"
+    assert (
+        cli.resume_command()
+        == "bash r/train_zero2.sh --data_path a:1 --deepspeed=mine.json --output_dir 'my run'"
+    )
     monkeypatch.delenv("DANPU_RERUN")
     both = "python train.py --deepspeed shell.json --data_path a:1 --deepspeed=mine.json --output_dir 'my run'"
     assert cli.resume_command() == both

@@ -75,7 +75,10 @@ def test_special_and_plain_tokens():
 
 
 def test_the_bound_on_the_vocabulary_holds():
-    assert len(tiny.make_tokenizer(["很多很多不同的字" * 9], 262, ["</s>"], plain_tokens=["<x>"])) == 262
+    assert (
+        len(tiny.make_tokenizer(["很多很多不同的字" * 9], 262, ["</s>"], plain_tokens=["<x>"]))
+        == 262
+    )
 
 
 def test_a_named_token_that_does_not_exist_is_refused():
@@ -103,7 +106,9 @@ def test_template_drops_earlier_thoughts():
         "<|im_start|>user\n一加一<|im_end|>\n<|im_start|>assistant\n"
     )
     assert render(messages) == head + "<think>\n新\n</think>\n\n二。<|im_end|>\n"
-    assert render(messages, enable_thinking=False) == head + "<think>\n\n</think>\n\n二。<|im_end|>\n"
+    assert (
+        render(messages, enable_thinking=False) == head + "<think>\n\n</think>\n\n二。<|im_end|>\n"
+    )
     assert render(messages[:4], add_generation_prompt=True) == head
     off = render(messages[:4], add_generation_prompt=True, enable_thinking=False)
     assert off == head + "<think>\n\n</think>\n\n"
@@ -120,7 +125,10 @@ def test_template_with_tools():
         {"role": "assistant", "content": "晴。"},
     ]
     text = render(messages, tools=[TOOL])
-    assert '<tools>\n{"type": "function", "function": {"name": "weather", "parameters": {}}}\n</tools>' in text
+    assert (
+        '<tools>\n{"type": "function", "function": {"name": "weather", "parameters": {}}}\n</tools>'
+        in text
+    )
     one = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
     assert f"<|im_start|>assistant\n<think>\n\n</think>\n\n{one}\n{one}<|im_end|>\n" in text
     assert "<|im_start|>user\n<tool_response>\n晴\n</tool_response><|im_end|>\n" in text
@@ -137,7 +145,10 @@ def test_checkpoint_opens_like_any_other(tmp_path):
     state = torch.get_rng_state()
     folder = tiny.save_tiny(small(len(tokenizer())), tokenizer(), tmp_path, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
-    model, reloaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, reloaded = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert model.dtype == torch.float32 and (Path(folder) / "model.safetensors").is_file()
     text = render([{"role": "user", "content": "3加4等于几？😀"}], add_generation_prompt=True)
     assert reloaded(text)["input_ids"] == tokenizer()(text)["input_ids"]
@@ -170,7 +181,9 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
         tiny.save_tiny(small(len(tokenizer())), tokenizer(), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     monkeypatch.undo()
-    assert AutoModelForCausalLM.from_pretrained(tiny.save_tiny(small(len(tokenizer())), tokenizer(), tmp_path))
+    assert AutoModelForCausalLM.from_pretrained(
+        tiny.save_tiny(small(len(tokenizer())), tokenizer(), tmp_path)
+    )
 
 
 def test_too_small_a_config_is_refused(tmp_path):
@@ -179,12 +192,24 @@ def test_too_small_a_config_is_refused(tmp_path):
 
 
 def test_other_classes(tmp_path):
-    part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    part = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = part | {"vocab_size": len(tokenizer()), "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config=part | {"image_size": 32, "patch_size": 16}, projection_dim=16)
+    config = CLIPConfig(
+        text_config=text,
+        vision_config=part | {"image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
     folder = tiny.save_tiny(config, tokenizer(), tmp_path, model_class=CLIPModel)
     assert CLIPModel.from_pretrained(folder).config.projection_dim == 16
-    assert AutoTokenizer.from_pretrained(folder)("你好")["input_ids"] == tokenizer()("你好")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(folder)("你好")["input_ids"]
+        == tokenizer()("你好")["input_ids"]
+    )
 
 
 def _rank(folder, barrier, answers):

@@ -9,7 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, error_line, expect, finish, history, largest_difference, report, start, weights, weights_sha
+from harness import (
+    ROOT,
+    error_line,
+    expect,
+    finish,
+    history,
+    largest_difference,
+    report,
+    start,
+    weights,
+    weights_sha,
+)
 
 pytestmark = pytest.mark.slow
 RECIPE = ROOT / "train_qwen"
@@ -26,7 +37,11 @@ ENGINES = {
 
 def begin(output, *flags, nproc=2, engine="ddp", fault=None, **env) -> subprocess.Popen:
     """Start a short training run; `fault` goes to tests/support/faults/faulty.py."""
-    script = [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault] if fault else [RECIPE / "train.py"]
+    script = (
+        [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault]
+        if fault
+        else [RECIPE / "train.py"]
+    )
     command = [
         "python",
         ROOT / "common/launch.py",
@@ -39,7 +54,11 @@ def begin(output, *flags, nproc=2, engine="ddp", fault=None, **env) -> subproces
         *flags,
     ]
     return start(
-        command, **({"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"} | env)
+        command,
+        **(
+            {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
+            | env
+        ),
     )
 
 
@@ -87,7 +106,9 @@ def test_loss_and_weights_equal_those_of_one_process(layouts, name):
     assert largest_difference(weights(one / "final"), weights(other / "final")) < 1e-4
     held_out = [report(folder)["metrics"]["after"]["loss"] for folder in (one, other)]
     assert abs(held_out[0] - held_out[1]) < 1e-4 * held_out[0]
-    assert expected[12] < 0.8 * expected[1], "the runs must have learned something for this to mean anything"
+    assert expected[12] < 0.8 * expected[1], (
+        "the runs must have learned something for this to mean anything"
+    )
 
 
 def test_rank_counts_make_one_total(layouts):
@@ -129,7 +150,9 @@ def test_killed_run_continues_bit_exactly(uninterrupted, tmp_path, engine, fault
     again = train(tmp_path, engine=engine)
     assert "continuing from" in again.stdout
     if "step" not in fault:
-        assert "skipped" in again.stdout and f"checkpoint-{4 * int(fault[-1])}: " in again.stdout, again.stdout
+        assert "skipped" in again.stdout and f"checkpoint-{4 * int(fault[-1])}: " in again.stdout, (
+            again.stdout
+        )
     whole = uninterrupted(engine)
     assert history(tmp_path) == history(whole), fault
     assert weights_sha(tmp_path / "final") == weights_sha(whole / "final"), fault
@@ -170,7 +193,8 @@ def test_another_number_of_processes(tmp_path, before, after):
         else:
             line = error_line(result, 1)
             assert (
-                f"saved by {before} process(es) with zero-2, this run has {after}" in line and f"NPROC={before}" in line
+                f"saved by {before} process(es) with zero-2, this run has {after}" in line
+                and f"NPROC={before}" in line
             )
             assert "model:" not in result.stdout
 
@@ -183,7 +207,12 @@ def test_finished_run_is_told_and_another_run_is_refused(uninterrupted):
     before = weights_sha(out / "final")
     assert "finished at step 12" in train(out).stdout
     line = error_line(finish(begin(out, "--seed", 7)), 2)
-    assert "another run" in line and "seed 42 -> 7" in line and "--resume_from_checkpoint" in line and "OUTPUT" in line
+    assert (
+        "another run" in line
+        and "seed 42 -> 7" in line
+        and "--resume_from_checkpoint" in line
+        and "OUTPUT" in line
+    )
     assert weights_sha(out / "final") == before
 
 
@@ -198,18 +227,27 @@ def test_overwrite_starts_anew(tmp_path):
 # ---- faults -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault, engine", [("nan-loss@6", "ddp"), ("nan-loss@6", "zero-2"), ("nan-grad@6", "ddp")])
+@pytest.mark.parametrize(
+    "fault, engine", [("nan-loss@6", "ddp"), ("nan-loss@6", "zero-2"), ("nan-grad@6", "ddp")]
+)
 def test_nan_stops_before_the_optimizer_step_and_names_the_rows(tmp_path, fault, engine):
     result = finish(begin(tmp_path, engine=engine, fault=fault))
     expect(result, 1)
     assert "step 6" in result.stderr and "Traceback" not in result.stderr and "nan" in result.stderr
     rows = json.loads(next(tmp_path.glob("nan_rows_*.json")).read_text())
-    assert rows["step"] == 6 and rows["rows"] and all(".jsonl:" in row["source"] for row in rows["rows"])
+    assert (
+        rows["step"] == 6
+        and rows["rows"]
+        and all(".jsonl:" in row["source"] for row in rows["rows"])
+    )
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert all(t.isfinite().all() for t in weights(tmp_path / "checkpoint-4").values())
 
 
-DEATHS = [("raise-on-rank-1@3", "rank one broke on purpose"), ("die-on-rank-1@3", "rank 1 was killed by SIGKILL")]
+DEATHS = [
+    ("raise-on-rank-1@3", "rank one broke on purpose"),
+    ("die-on-rank-1@3", "rank 1 was killed by SIGKILL"),
+]
 
 
 @pytest.mark.parametrize("fault, words", DEATHS)
@@ -218,7 +256,9 @@ def test_a_dead_rank_ends_the_run_with_its_error_last(tmp_path, fault, words):
     result = expect(finish(begin(tmp_path, fault=fault)), 1)
     assert words in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
     assert time.time() - began < 120
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.strip()
+    assert not subprocess.run(
+        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -226,8 +266,12 @@ def small_disk(tmp_path):
     """A 60 MB file system."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True, text=True)
-    assert not mounted.returncode, f"a small tmpfs cannot be mounted; run the tests as root: {mounted.stderr.strip()}"
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True, text=True
+    )
+    assert not mounted.returncode, (
+        f"a small tmpfs cannot be mounted; run the tests as root: {mounted.stderr.strip()}"
+    )
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -247,7 +291,9 @@ def test_full_disk_is_one_line_and_the_older_checkpoint_survives(small_disk):
     assert "no space left" in line and str(out) in line and "GiB free" in line
     filler.unlink()
     again = train(out)
-    assert "skipped" in again.stdout and "continuing from" in again.stdout and (out / "final").is_dir()
+    assert (
+        "skipped" in again.stdout and "continuing from" in again.stdout and (out / "final").is_dir()
+    )
 
 
 # ---- precision ----------------------------------------------------------------------------------------------
@@ -273,6 +319,13 @@ def test_bf16_training_tracks_fp32(layouts, tmp_path):
 def test_folder_after_a_run(uninterrupted):
     out = uninterrupted("ddp")
     names = {path.name for path in Path(out).iterdir()}
-    assert {"final", "loss.png", "report.md", "report.json", "run.json", "trainer_state.json"} <= names
+    assert {
+        "final",
+        "loss.png",
+        "report.md",
+        "report.json",
+        "run.json",
+        "trainer_state.json",
+    } <= names
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
     assert not list(out.rglob("*.part*"))

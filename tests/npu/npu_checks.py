@@ -11,7 +11,13 @@ from common import device  # before torch
 
 import torch
 
-FLAGS = {"bf16": False, "fp16": False, "optim": "adamw_torch", "torch_compile": False, "deepspeed": None}
+FLAGS = {
+    "bf16": False,
+    "fp16": False,
+    "optim": "adamw_torch",
+    "torch_compile": False,
+    "deepspeed": None,
+}
 
 
 def show(**facts):
@@ -71,10 +77,14 @@ def scaler(which):
     """Six fp16 steps on two ranks; in the third the first rank alone overflows. Do the ranks stay together?"""
     here, rank = join()
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)).to(here)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)).to(
+        here
+    )
     model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    scaler = device.grad_scaler(torch.float16) if which == "ours" else torch.amp.GradScaler(here.type)
+    scaler = (
+        device.grad_scaler(torch.float16) if which == "ours" else torch.amp.GradScaler(here.type)
+    )
     scales = []
     for step in range(6):
         torch.manual_seed(10 * step + rank)
@@ -99,13 +109,19 @@ def deepspeed_overflow(guarded, config):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
     settings = json.loads(Path(config).read_text())
-    settings |= {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+    settings |= {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+    }
     settings["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
     del settings["train_batch_size"], settings["bf16"]
     for key in [k for k, v in settings["zero_optimization"].items() if v == "auto"]:
         del settings["zero_optimization"][key]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings
+    )
     if guarded == "guarded":
         device.notice_saturation(optimizer)
     skipped = []
@@ -171,8 +187,13 @@ def answers(model):
     ask = lambda q: tokenizer.apply_chat_template(  # noqa: E731
         [{"role": "user", "content": q}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
-    prompts = [ask(q) for q in ("你是谁", "2加3再加4，一共是多少？", "请把这句话倒过来写：天上有云")]
-    show(device=str(next(net.parameters()).device), answers=generate_answers(net, tokenizer, prompts, 24))
+    prompts = [
+        ask(q) for q in ("你是谁", "2加3再加4，一共是多少？", "请把这句话倒过来写：天上有云")
+    ]
+    show(
+        device=str(next(net.parameters()).device),
+        answers=generate_answers(net, tokenizer, prompts, 24),
+    )
 
 
 def packing():
@@ -191,7 +212,9 @@ def packing():
     results, used = {}, set()
     for name in ("_npu_varlen", "_on_cpu", "_torch_varlen"):
         stock = getattr(attention, name)
-        setattr(attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1])
+        setattr(
+            attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1]
+        )
     half = device.half_dtype()
     for dtype in (torch.float32, half):
         torch.manual_seed(0)
@@ -205,17 +228,26 @@ def packing():
 
         def run(rows, model=model, dtype=dtype):
             batch = collators.PackedCollator()([rows])
-            batch = {k: v.to(here) if torch.is_tensor(v) else v for k, v in batch.items() if k != "row_ids"}
+            batch = {
+                k: v.to(here) if torch.is_tensor(v) else v
+                for k, v in batch.items()
+                if k != "row_ids"
+            }
             model.zero_grad()
             with device.autocast(dtype):
                 loss = model(**batch, num_items_in_batch=1).loss
             loss.backward()
-            return loss.item(), [p.grad.clone() if p.grad is not None else 0 * p for p in model.parameters()]
+            return loss.item(), [
+                p.grad.clone() if p.grad is not None else 0 * p for p in model.parameters()
+            ]
 
         total, grads = run(rows)
         alone = [run([row]) for row in rows if any(x != -100 for x in row["labels"][1:])]
         expected = [sum(g) for g in zip(*(g for _, g in alone), strict=True)]
-        worst = max(((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(grads, expected, strict=True))
+        worst = max(
+            ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
+            for a, b in zip(grads, expected, strict=True)
+        )
         results[str(dtype)] = {
             "loss": abs(total - sum(x for x, _ in alone)) / total, "grads": worst, "paths": sorted(used)
         }  # fmt: skip
@@ -237,11 +269,21 @@ def packing_alibi():
     here, generator, used, results = device.device(), torch.Generator().manual_seed(0), set(), {}
     ids = [torch.randint(97, (n,), generator=generator).tolist() for n in (5, 37, 300, 64, 12)]
     rows = [{"row_id": i, "input_ids": x, "labels": [-100] * 2 + x[2:]} for i, x in enumerate(ids)]
-    for name in ("_npu_varlen", "_on_cpu", "_torch_varlen", "_alibi_columns", "_document_by_document"):
+    for name in (
+        "_npu_varlen",
+        "_on_cpu",
+        "_torch_varlen",
+        "_alibi_columns",
+        "_document_by_document",
+    ):
         stock = getattr(attention, name)
-        setattr(attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1])
+        setattr(
+            attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1]
+        )
     torch.manual_seed(0)
-    config = transformers.BloomConfig(vocab_size=97, hidden_size=96, n_layer=2, n_head=6, initializer_range=0.1)
+    config = transformers.BloomConfig(
+        vocab_size=97, hidden_size=96, n_layer=2, n_head=6, initializer_range=0.1
+    )
     config._attn_implementation = "eager"
     stock = transformers.BloomForCausalLM(config)
     ours = bloom_attention.use(copy.deepcopy(stock)).to(here)
@@ -258,12 +300,17 @@ def packing_alibi():
 
     def packed(rows, dtype):
         batch = collators.PackedCollator()([rows])
-        batch = {k: v.to(here) if torch.is_tensor(v) else v for k, v in batch.items() if k != "row_ids"}
+        batch = {
+            k: v.to(here) if torch.is_tensor(v) else v for k, v in batch.items() if k != "row_ids"
+        }
         with device.autocast(dtype):
             return backward(ours, **batch)
 
     def apart(found, expected):
-        grads = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(found[1], expected[1], strict=True)]
+        grads = [
+            ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
+            for a, b in zip(found[1], expected[1], strict=True)
+        ]
         return abs(found[0] - expected[0]) / expected[0], max(grads)
 
     tensors = [{k: torch.tensor([row[k]]) for k in ("input_ids", "labels")} for row in rows]
@@ -294,10 +341,16 @@ def packing_prefix():
     for i, (text, answer) in enumerate([(5, 3), (37, 12), (200, 90), (3, 61), (12, 1)]):
         ids = torch.randint(80, (text + answer,), generator=generator).tolist()
         ids = [*ids[:text], 91, 94, *ids[text:], 95]
-        rows.append({"row_id": i, "input_ids": ids, "labels": [-100] * (text + 2) + ids[text + 2 :]})
+        rows.append(
+            {"row_id": i, "input_ids": ids, "labels": [-100] * (text + 2) + ids[text + 2 :]}
+        )
     for name in ("_npu_varlen", "_on_cpu", "_torch_varlen"):
         stock = getattr(attention, name)
-        setattr(attention, name, lambda *a, _stock=stock, _name=name, **k: (used.add(_name), _stock(*a, **k))[1])
+        setattr(
+            attention,
+            name,
+            lambda *a, _stock=stock, _name=name, **k: (used.add(_name), _stock(*a, **k))[1],
+        )
     torch.manual_seed(0)
     config = ChatGLMConfig(
         vocab_size=97, hidden_size=64, num_layers=2, num_attention_heads=4, inner_hidden_size=96, bos_token_id=94,
@@ -316,7 +369,10 @@ def packing_prefix():
         return loss.item(), [p.grad.float().cpu().clone() for p in model.parameters()]
 
     def apart(found, expected):
-        grads = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(found[1], expected[1], strict=True)]
+        grads = [
+            ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
+            for a, b in zip(found[1], expected[1], strict=True)
+        ]
         return abs(found[0] - expected[0]) / expected[0], max(grads)
 
     truth = run(on_cpu, rows, torch.float32, torch.device("cpu"))

@@ -27,7 +27,10 @@ from npu_sim.simulator import BANNER
 
 A2, FIRST = "Ascend910B2", "Ascend910A"  # with bf16; fp16 only
 CHECKS = ROOT / "tests/npu/npu_checks.py"
-SAMPLES = ["--data_path", ROOT / "chatglm_lora/data"]  # given as a path: without teaching the built-in base first
+SAMPLES = [
+    "--data_path",
+    ROOT / "chatglm_lora/data",
+]  # given as a path: without teaching the built-in base first
 PAIRS = ["--data_path", ROOT / "baichuan2_dpo/data"]
 FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "train_qwen": {"full": [], "lora": ["--use_lora", "true"]},
@@ -36,7 +39,18 @@ FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "baichuan2_dpo": {"full": ["--use_lora", "false", *PAIRS], "lora": PAIRS},
     "minimind_npu": {"full": [], "lora": ["--stage", "lora"]},
 }
-SHORT = ["--max_steps", 8, "--logging_steps", 1, "--eval_generate", 4, "--report_to", "none", "--save_strategy", "no"]
+SHORT = [
+    "--max_steps",
+    8,
+    "--logging_steps",
+    1,
+    "--eval_generate",
+    4,
+    "--report_to",
+    "none",
+    "--save_strategy",
+    "no",
+]
 PLAIN = 'source common/launch.sh; launch "$0" "$@"'
 
 
@@ -53,7 +67,11 @@ CHIPS = {  # name: (half dtype, saturates, variable-length attention)
     "Ascend910B2": ("torch.bfloat16", False, "torch_npu"),
     "Ascend910_9382": ("torch.bfloat16", False, "torch_npu"),
     "Ascend910A": ("torch.float16", True, None),
-    "Ascend910B": ("torch.float16", True, None),  # without a digit it is a chip of the first generation
+    "Ascend910B": (
+        "torch.float16",
+        True,
+        None,
+    ),  # without a digit it is a chip of the first generation
 }
 
 
@@ -72,9 +90,17 @@ def test_a_chip_gets_the_precision_it_has(npu, chip):
     assert "--optim adamw_torch" in refused["fp16 fused"] or saturates
     assert "--optim adamw_torch" in refused["npu fused"] and "--torch_compile" in refused["compile"]
     if saturates:
-        assert "no bf16" in refused["bf16"] and chip in refused["bf16"] and "no bf16" in said["autocast"]
+        assert (
+            "no bf16" in refused["bf16"]
+            and chip in refused["bf16"]
+            and "no bf16" in said["autocast"]
+        )
     else:
-        assert refused["bf16"] is None and refused["bf16 fused"] is None and said["autocast"] == "works"
+        assert (
+            refused["bf16"] is None
+            and refused["bf16 fused"] is None
+            and said["autocast"] == "works"
+        )
 
 
 def test_visible_devices(npu):
@@ -84,7 +110,9 @@ def test_visible_devices(npu):
 def test_no_npu_is_a_cpu_run_for_every_library(npu):
     """torch_npu with no card: DeepSpeed would choose npu all the same."""
     said = check("facts", env=npu(A2, 0))
-    assert {said[k] for k in ("kind", "trainer", "accelerate", "deepspeed")} == {"cpu"} and said["count"] == 0
+    assert {said[k] for k in ("kind", "trainer", "accelerate", "deepspeed")} == {"cpu"} and said[
+        "count"
+    ] == 0
     done = expect(finish(start([sys.executable, "-m", "common.device"], **npu(A2, 0))))
     assert done.stdout.split() == ["cpu", "0"] and "sees no NPU" in done.stderr
 
@@ -99,14 +127,20 @@ def test_cpu_by_choice_leaves_torch_npu_alone(npu):
 
 
 def without_cann(npu) -> dict:
-    env = {k: v for k, v in npu(A2, 2).items() if not k.startswith("ASCEND") and k != "LD_LIBRARY_PATH"}
+    env = {
+        k: v for k, v in npu(A2, 2).items() if not k.startswith("ASCEND") and k != "LD_LIBRARY_PATH"
+    }
     return env | {"HOME": "/nonexistent", "LD_LIBRARY_PATH": ""}
 
 
 def test_the_wheel_without_cann_is_one_line(npu):
     done = expect(finish(start([sys.executable, "-m", "common.device"], **without_cann(npu))))
     assert done.stdout.split() == ["cpu", "0"] and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "CANN is missing" in done.stderr and "set_env.sh" in done.stderr and "libhccl" in done.stderr
+    assert (
+        "CANN is missing" in done.stderr
+        and "set_env.sh" in done.stderr
+        and "libhccl" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("wanted, code", [("", 1), ("cpu", 0)])
@@ -115,7 +149,9 @@ def test_cards_that_cannot_be_used_are_not_a_silent_cpu_run(npu, wanted, code):
     done = finish(start([sys.executable, "-c", program], **without_cann(npu), DANPU_DEVICE=wanted))
     assert done.returncode == code
     if code:
-        assert error_line(done, 1).startswith("launch: this machine has an NPU, but CANN is missing")
+        assert error_line(done, 1).startswith(
+            "launch: this machine has an NPU, but CANN is missing"
+        )
         assert "set_env.sh" in done.stderr and "DANPU_DEVICE=cpu" in done.stderr
     else:
         assert done.stdout.split() == ["cpu", "0"] and done.stderr == ""
@@ -123,11 +159,18 @@ def test_cards_that_cannot_be_used_are_not_a_silent_cpu_run(npu, wanted, code):
 
 def test_versions_that_do_not_belong_together(npu, tmp_path):
     (tmp_path / "torch_npu").mkdir()
-    (tmp_path / "torch_npu/__init__.py").write_text("raise RuntimeError('an unknown symbol somewhere deep')")
+    (tmp_path / "torch_npu/__init__.py").write_text(
+        "raise RuntimeError('an unknown symbol somewhere deep')"
+    )
     (tmp_path / "torch_npu-2.7.1.post8.dist-info").mkdir()
-    (tmp_path / "torch_npu-2.7.1.post8.dist-info/METADATA").write_text("Name: torch-npu\nVersion: 2.7.1.post8\n")
+    (tmp_path / "torch_npu-2.7.1.post8.dist-info/METADATA").write_text(
+        "Name: torch-npu\nVersion: 2.7.1.post8\n"
+    )
     done = expect(finish(start([sys.executable, "-m", "common.device"], PYTHONPATH=tmp_path)))
-    assert "torch-npu 2.7.1.post8 belongs to torch 2.7.1" in done.stderr and "requirements-npu.txt" in done.stderr
+    assert (
+        "torch-npu 2.7.1.post8 belongs to torch 2.7.1" in done.stderr
+        and "requirements-npu.txt" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1 and "unknown symbol" not in done.stderr
 
 
@@ -166,23 +209,40 @@ def test_more_processes_than_cards(npu):
 
 
 def test_a_flag_that_this_chip_gets_wrong_is_one_line(npu):
-    line = error_line(shell(ROOT / "train_qwen/train_lora.sh", "--bf16", "true", **npu(FIRST, 1)), 2)
+    line = error_line(
+        shell(ROOT / "train_qwen/train_lora.sh", "--bf16", "true", **npu(FIRST, 1)), 2
+    )
     assert "--bf16 true: Ascend910A has no bf16" in line
 
 
 def test_deepspeed_without_ascend_home_path(npu):
     unset = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
     env = {k: v for k, v in npu(A2, 1).items() if k not in unset} | {"HOME": "/nonexistent"}
-    command = [sys.executable, ROOT / "train_qwen/train.py", "--deepspeed", ROOT / "train_qwen/ds_zero2.json"]
+    command = [
+        sys.executable,
+        ROOT / "train_qwen/train.py",
+        "--deepspeed",
+        ROOT / "train_qwen/ds_zero2.json",
+    ]
     assert "ASCEND_HOME_PATH" in error_line(finish(start(command, **env)), 2)
 
 
 CHECKED = {  # name: (chip, variables, exit code, {line: (status, words)})
-    "bf16": (A2, {}, 0, {"device": ("ok", "2 x Ascend910B2 over hccl"), "dtype": ("ok", "bf16: Ascend910B2")}),
+    "bf16": (
+        A2,
+        {},
+        0,
+        {"device": ("ok", "2 x Ascend910B2 over hccl"), "dtype": ("ok", "bf16: Ascend910B2")},
+    ),
     "fp16": (FIRST, {}, 0, {"dtype": ("warn", "fp16: Ascend910A has no bf16")}),
     "order": (A2, {"ASCEND_RT_VISIBLE_DEVICES": "1,0"}, 0, {"settings": ("warn", "1,0")}),
     "too many": (A2, {"NPROC": 9}, 1, {"settings": ("MISSING", "NPROC=9")}),
-    "no operators": (A2, {"ASCEND_OPP_PATH": "/nowhere"}, 0, {"torch_npu": ("warn", ""), "device": ("ok", "CPU")}),
+    "no operators": (
+        A2,
+        {"ASCEND_OPP_PATH": "/nowhere"},
+        0,
+        {"torch_npu": ("warn", ""), "device": ("ok", "CPU")},
+    ),
 }
 
 
@@ -210,7 +270,9 @@ def test_packed_equals_unpacked(npu, chip):
     assert BANNER in said.pop("stderr")
     assert len(said) == 2
     for dtype, found in said.items():
-        assert found["loss"] < 1e-6 and found["grads"] < (1e-5 if dtype == "torch.float32" else 2e-2), (dtype, found)
+        assert found["loss"] < 1e-6 and found["grads"] < (
+            1e-5 if dtype == "torch.float32" else 2e-2
+        ), (dtype, found)
         assert found["paths"] == (["_npu_varlen"] if dtype == "torch.bfloat16" else [])
 
 
@@ -221,7 +283,9 @@ def test_packed_equals_unpacked_with_alibi(npu, chip):
     assert BANNER in said.pop("stderr") and len(said) == 2
     for dtype, found in said.items():
         fused, exact = dtype == "torch.bfloat16", dtype == "torch.float32"
-        assert found["paths"] == (["_alibi_columns", "_npu_varlen"] if fused else ["_document_by_document"]), (
+        assert found["paths"] == (
+            ["_alibi_columns", "_npu_varlen"] if fused else ["_document_by_document"]
+        ), (
             dtype,
             found,
         )
@@ -237,7 +301,10 @@ def test_packed_equals_unpacked_with_prefixes(npu, chip):
     assert BANNER in said.pop("stderr") and len(said) == 2
     for dtype, found in said.items():
         exact = dtype == "torch.float32"
-        assert found["paths"] == (["_npu_varlen"] if dtype == "torch.bfloat16" else []), (dtype, found)
+        assert found["paths"] == (["_npu_varlen"] if dtype == "torch.bfloat16" else []), (
+            dtype,
+            found,
+        )
         assert found["loss"] < 1e-5 and found["grads"] < (1e-5 if exact else 5e-2), (dtype, found)
         assert found["of_cpu_loss"] < (1e-5 if exact else 5e-3), (dtype, found)
         assert found["of_cpu_grads"] < (1e-4 if exact else 1e-1), (dtype, found)
@@ -245,9 +312,13 @@ def test_packed_equals_unpacked_with_prefixes(npu, chip):
 
 def test_an_overflow_on_one_rank_parts_nobody(npu):
     """910A saturates: torch's own scaler sees the overflow on that rank alone."""
-    said = {which: check("scaler", which, env=npu(FIRST, 2), nproc=2) for which in ("ours", "torch")}
+    said = {
+        which: check("scaler", which, env=npu(FIRST, 2), nproc=2) for which in ("ours", "torch")
+    }
     assert said["ours"]["equal"] and said["ours"]["scales"][2] < said["ours"]["scales"][1]
-    assert not said["torch"]["equal"], "torch's scaler keeps the ranks together now: device.grad_scaler may be simpler"
+    assert not said["torch"]["equal"], (
+        "torch's scaler keeps the ranks together now: device.grad_scaler may be simpler"
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -257,14 +328,19 @@ def test_deepspeed_sees_an_overflow_of_a_chip_that_saturates(npu, stage):
     assert said["skipped"] == [0, 0, 1, 1] and said["scale"] == 128
     if stage == 2:
         said = check("deepspeed_overflow", "stock", config, env=npu(FIRST, 2), nproc=2)
-        assert said["skipped"][-1] == 0, "DeepSpeed sees it by itself now: device.notice_saturation may go"
+        assert said["skipped"][-1] == 0, (
+            "DeepSpeed sees it by itself now: device.notice_saturation may go"
+        )
 
 
 def test_what_is_steered_around_is_still_broken(npu):
     """When this fails, a release mended something: the refusal in common/device.py can go."""
     said = check("known_defects", env=npu(A2, 1))
     assert said["scaler"].startswith("torch_npu.")
-    assert said["found"] == {"npu fused trains on stale gradients": True, "fused AdamW takes no grad_scaler": True}
+    assert said["found"] == {
+        "npu fused trains on stale gradients": True,
+        "fused AdamW takes no grad_scaler": True,
+    }
 
 
 @pytest.mark.slow
@@ -290,7 +366,12 @@ def test_every_recipe_is_here():
 
 
 # each recipe on both chips; the first one in every way
-RUNS = [(case, recipe) for case in CASES for recipe in RECIPES if recipe == RECIPES[0] or "ZeRO-2" in case]
+RUNS = [
+    (case, recipe)
+    for case in CASES
+    for recipe in RECIPES
+    if recipe == RECIPES[0] or "ZeRO-2" in case
+]
 
 
 @pytest.mark.slow
@@ -298,15 +379,28 @@ RUNS = [(case, recipe) for case in CASES for recipe in RECIPES if recipe == RECI
 def test_recipe_trains(npu, tmp_path, recipe, case):
     chip, cards, deepspeed, kind = CASES[case]
     flags = [*SHORT, *FLAGS[recipe][kind]]
-    if recipe != RECIPES[0]:  # without the shells' choice of a Python, which takes as long as the run
+    if (
+        recipe != RECIPES[0]
+    ):  # without the shells' choice of a Python, which takes as long as the run
         config = ["--deepspeed", ROOT / recipe / "ds_zero2.json"] if deepspeed else []
-        command = ["python", ROOT / "common/launch.py", cards, ROOT / recipe / "train.py", "--output_dir", tmp_path]
+        command = [
+            "python",
+            ROOT / "common/launch.py",
+            cards,
+            ROOT / recipe / "train.py",
+            "--output_dir",
+            tmp_path,
+        ]
         done = finish(start([*command, *config, *flags], **npu(chip, cards)))
     elif deepspeed:
         done = shell(ROOT / recipe / "train_zero2.sh", *flags, OUTPUT=tmp_path, **npu(chip, cards))
     else:
         done = finish(
-            start(["bash", "-c", PLAIN, ROOT / recipe / "train.py", *flags], OUTPUT=tmp_path, **npu(chip, cards))
+            start(
+                ["bash", "-c", PLAIN, ROOT / recipe / "train.py", *flags],
+                OUTPUT=tmp_path,
+                **npu(chip, cards),
+            )
         )
     expect(done)
     assert BANNER in done.stderr and "fall back to run on the CPU" not in done.stderr
@@ -314,15 +408,29 @@ def test_recipe_trains(npu, tmp_path, recipe, case):
     assert facts["device"] == chip and facts["world_size"] == cards
     assert facts["dtype"] == ("bfloat16" if chip == A2 else "float16")
     assert facts["engine"] == ("zero-2" if deepspeed else "ddp" if cards > 1 else "single")
-    assert losses[8] < losses[1] and facts["metrics"]["after"]["loss"] < facts["metrics"]["before"]["loss"]
+    assert (
+        losses[8] < losses[1]
+        and facts["metrics"]["after"]["loss"] < facts["metrics"]["before"]["loss"]
+    )
     assert all("lora_" in name for name in weights(tmp_path / "final")) == (kind == "lora")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip, cards", [(A2, 1), (FIRST, 2)])
 def test_quickstart(npu, tmp_path, chip, cards):
-    flags = ["--model_name", "tiny", "--num_samples", 600, "--epochs", 2, "--batch_size", 8 // cards]
-    done = expect(shell(ROOT / "minimind_npu/quickstart.sh", *flags, OUTPUT=tmp_path, **npu(chip, cards)))
+    flags = [
+        "--model_name",
+        "tiny",
+        "--num_samples",
+        600,
+        "--epochs",
+        2,
+        "--batch_size",
+        8 // cards,
+    ]
+    done = expect(
+        shell(ROOT / "minimind_npu/quickstart.sh", *flags, OUTPUT=tmp_path, **npu(chip, cards))
+    )
     facts = report(tmp_path)
     assert BANNER in done.stderr and facts["device"] == chip and facts["world_size"] == cards
     assert facts["dtype"] == ("bfloat16" if chip == A2 else "float16")
@@ -331,13 +439,28 @@ def test_quickstart(npu, tmp_path, chip, cards):
 
 @pytest.mark.slow
 def test_quickstart_killed_in_a_save_continues_bit_exactly(npu, tmp_path):
-    flags = ["--model_name", "tiny", "--num_samples", 300, "--epochs", 2, "--batch_size", 4, "--warmup_steps", 5]
+    flags = [
+        "--model_name",
+        "tiny",
+        "--num_samples",
+        300,
+        "--epochs",
+        2,
+        "--batch_size",
+        4,
+        "--warmup_steps",
+        5,
+    ]
     launcher, quickstart = (
         [sys.executable, ROOT / "common/launch.py", 1],
         ROOT / "minimind_npu/quickstart/quickstart.py",
     )
     fault = [ROOT / "tests/support/faults/faulty_loop.py", quickstart, "kill-in-save@2"]
-    for name, script, code in (("whole", [quickstart], 0), ("killed", fault, 1), ("killed", [quickstart], 0)):
+    for name, script, code in (
+        ("whole", [quickstart], 0),
+        ("killed", fault, 1),
+        ("killed", [quickstart], 0),
+    ):
         command = [*launcher, *script, *flags, "--output_dir", tmp_path / name]
         expect(finish(start(command, **npu(FIRST, 1))), code)
     assert weights_sha(tmp_path / "whole/final") == weights_sha(tmp_path / "killed/final")
@@ -354,8 +477,21 @@ ZERO2 = ["--deepspeed", RECIPE / "ds_zero2.json"]
 
 
 def train(output, *flags, nproc=1, fault=None, code=0, env):
-    script = [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault] if fault else [RECIPE / "train.py"]
-    command = ["python", ROOT / "common/launch.py", nproc, *script, *NUMBERS, "--output_dir", output, *flags]
+    script = (
+        [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault]
+        if fault
+        else [RECIPE / "train.py"]
+    )
+    command = [
+        "python",
+        ROOT / "common/launch.py",
+        nproc,
+        *script,
+        *NUMBERS,
+        "--output_dir",
+        output,
+        *flags,
+    ]
     env = env | {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
     return expect(finish(start(command, **env)), code)
 
@@ -381,11 +517,18 @@ def test_losses_are_those_of_the_cpu(npu, tmp_path):
         worst = max(abs(losses[step] - expected[step]) / expected[step] for step in expected)
         assert worst < bound, f"{name}: {worst:.1e}"
         if name != "fp16":
-            assert largest_difference(weights(tmp_path / "cpu/final"), weights(tmp_path / name / "final")) < 1e-4
+            assert (
+                largest_difference(
+                    weights(tmp_path / "cpu/final"), weights(tmp_path / name / "final")
+                )
+                < 1e-4
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip, flags, fault", [(FIRST, [], "kill-in-optimizer@2"), (A2, ZERO2, "kill-in-step@7")])
+@pytest.mark.parametrize(
+    "chip, flags, fault", [(FIRST, [], "kill-in-optimizer@2"), (A2, ZERO2, "kill-in-step@7")]
+)
 def test_killed_run_continues_bit_exactly(npu, tmp_path, chip, flags, fault):
     """fp16 with the scaler over hccl, and bf16 under ZeRO-2."""
     env = npu(chip, 2)
@@ -420,12 +563,22 @@ def test_demo(npu, tiny_run):
     ]
     select = ["-k", "test_stream_ends_with or test_chat_in_chromium or test_an_answer_ends"]
     done = expect(finish(start([*command, *select], **npu(A2, 1), DANPU_TEST_RUN=tiny_run[0])))
-    assert BANNER in done.stdout + done.stderr and " passed" in done.stdout and "skipped" not in done.stdout
+    assert (
+        BANNER in done.stdout + done.stderr
+        and " passed" in done.stdout
+        and "skipped" not in done.stdout
+    )
 
 
 def test_only_the_tests_know_the_simulator():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.splitlines()
     for name in files:
-        if not name.startswith("tests/") and name.endswith((".py", ".sh", ".json", ".txt", ".md", ".ipynb", ".toml")):
+        if not name.startswith("tests/") and name.endswith(
+            (".py", ".sh", ".json", ".txt", ".md", ".ipynb", ".toml")
+        ):
             text = (ROOT / name).read_text(encoding="utf-8").lower()
-            assert "npu_sim" not in text and "npu-sim" not in text and "simulator.py" not in text, name
+            assert "npu_sim" not in text and "npu-sim" not in text and "simulator.py" not in text, (
+                name
+            )

@@ -22,11 +22,21 @@ CHECKS = simulator.HERE / "checks"
 EXPANDABLE = "expandable_segments:True"
 RUNS = {  # name: (module, soc, devices, further variables)
     "operators": ("operators", "Ascend910B2", 2, {}),
-    "second generation": ("second_generation", "Ascend910B2", 3, {"ASCEND_RT_VISIBLE_DEVICES": "0,2"}),
+    "second generation": (
+        "second_generation",
+        "Ascend910B2",
+        3,
+        {"ASCEND_RT_VISIBLE_DEVICES": "0,2"},
+    ),
     "910A": ("first_generation", "Ascend910A", 1, {}),
     "910B without a digit": ("first_generation", "Ascend910B", 1, {}),
     "memory": ("memory", "Ascend910B2", 2, {"NPU_SIM_MEM_GB": 0.5}),
-    "expandable segments": ("memory", "Ascend910B2", 2, {"NPU_SIM_MEM_GB": 0.5, "PYTORCH_NPU_ALLOC_CONF": EXPANDABLE}),
+    "expandable segments": (
+        "memory",
+        "Ascend910B2",
+        2,
+        {"NPU_SIM_MEM_GB": 0.5, "PYTORCH_NPU_ALLOC_CONF": EXPANDABLE},
+    ),
     "counting": ("counting", "Ascend910B2", 4, {}),
 }
 RANKS = {"ranks": "Ascend910B2", "first_generation_ranks": "Ascend910A"}  # module: soc
@@ -54,19 +64,30 @@ def results_of_two_ranks(module):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {"NPU_SIM_HCCL_TIMEOUT": 3, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = {
+        "NPU_SIM_HCCL_TIMEOUT": 3,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     env = simulator.environment(RANKS[module], 2, **variables)
     command = [sys.executable, CHECKS / "run.py", module]
-    return [results_of(process) for process in [start(command, **env, RANK=rank) for rank in range(2)]]
+    return [
+        results_of(process) for process in [start(command, **env, RANK=rank) for rank in range(2)]
+    ]
 
 
-@pytest.mark.parametrize("run, check", [(run, check) for run in RUNS for check in checks_of(RUNS[run][0])])
+@pytest.mark.parametrize(
+    "run, check", [(run, check) for run in RUNS for check in checks_of(RUNS[run][0])]
+)
 def test_device(run, check):
     wrong = results(run)[check]
     assert wrong is None, wrong
 
 
-@pytest.mark.parametrize("module, check", [(module, check) for module in RANKS for check in checks_of(module)])
+@pytest.mark.parametrize(
+    "module, check", [(module, check) for module in RANKS for check in checks_of(module)]
+)
 def test_two_ranks(module, check):
     for rank, found in enumerate(results_of_two_ranks(module)):
         assert found[check] is None, f"rank {rank}: {found[check]}"
@@ -77,7 +98,11 @@ def test_every_process_says_once_that_it_is_simulated(run):
     _, soc, devices, extra = RUNS[run]
     visible = len(extra.get("ASCEND_RT_VISIBLE_DEVICES", "," * (devices - 1)).split(","))
     said = [line for line in results(run)["stderr"].splitlines() if simulator.BANNER in line]
-    assert len(said) == 1 and f"{simulator.BANNER} {soc} x {visible}" in said[0] and "Not a hardware result" in said[0]
+    assert (
+        len(said) == 1
+        and f"{simulator.BANNER} {soc} x {visible}" in said[0]
+        and "Not a hardware result" in said[0]
+    )
 
 
 def test_counting_touches_no_device():
@@ -96,7 +121,11 @@ def test_command_line():
     done = expect(command())
     assert "simulated CANN" in done.stdout and "-- npu-smi info" in done.stdout
     done = expect(command("--soc", "Ascend910A", "--devices", 3, "--", "npu-smi", "info"))
-    assert done.stdout.count("SIMULATED") == 2 and done.stdout.count("910A ") == 3 and "0 / 32768" in done.stdout
+    assert (
+        done.stdout.count("SIMULATED") == 2
+        and done.stdout.count("910A ") == 3
+        and "0 / 32768" in done.stdout
+    )
     widths = {len(line) for line in done.stdout.splitlines()}
     assert len(widths) == 1, "a table has straight edges"
     code = "import os, sys; print(os.environ['NPU_SIM_SOC'], sys.argv[1:]); raise SystemExit(5)"
@@ -121,15 +150,22 @@ def test_npu_smi_does_nothing_else():
 def test_a_chip_that_is_not_simulated():
     env = simulator.environment("Ascend310B1")
     done = finish(start([sys.executable, "-c", "import torch; torch.ones(1, device='npu')"], **env))
-    assert done.returncode == 1 and "NPU_SIM_SOC=Ascend310B1 is not a chip that is simulated" in done.stderr
+    assert (
+        done.returncode == 1
+        and "NPU_SIM_SOC=Ascend310B1 is not a chip that is simulated" in done.stderr
+    )
     assert simulator.BANNER not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
 def test_readme(name):
     """Both languages have the same commands; the first ones are run as they stand."""
-    blocks = re.findall(r"```bash\n(.*?)```", (simulator.HERE / name).read_text(encoding="utf-8"), re.DOTALL)
-    other = re.findall(r"```bash\n(.*?)```", (simulator.HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```bash\n(.*?)```", (simulator.HERE / name).read_text(encoding="utf-8"), re.DOTALL
+    )
+    other = re.findall(
+        r"```bash\n(.*?)```", (simulator.HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert blocks == other and len(blocks) == 3
     if name == "README.md":
         done = expect(finish(start(["bash", "-ec", blocks[0]])))
@@ -152,7 +188,10 @@ def test_environment_lies_over_the_users(monkeypatch):
     first, second, *rest = env["PATH"].split(":")
     assert os.access(f"{first}/npu-smi", os.X_OK) and second == str(Path(sys.executable).parent)
     assert rest == os.environ["PATH"].split(":")
-    assert env["ASCEND_HOME_PATH"] == env["ASCEND_TOOLKIT_HOME"] and Path(env["ASCEND_OPP_PATH"]).is_dir()
+    assert (
+        env["ASCEND_HOME_PATH"] == env["ASCEND_TOOLKIT_HOME"]
+        and Path(env["ASCEND_OPP_PATH"]).is_dir()
+    )
     expected = {
         "NPU_SIM_SOC": "Ascend910A", "NPU_SIM_DEVICES": "4", "TORCH_NPU_FALLBACK_CPU_DISABLE": "1",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", "OMP_NUM_THREADS": "2", "HCCL_BUFFSIZE": "10",
@@ -164,7 +203,13 @@ def test_environment_lies_over_the_users(monkeypatch):
 
 def test_without_a_home(tmp_path):
     code = "import simulator; print(simulator.cache())"
-    env = {"HOME": "/nonexistent", "TMPDIR": tmp_path, "NPU_SIM_CACHE": "", "cwd": simulator.HERE, "fork": False}
+    env = {
+        "HOME": "/nonexistent",
+        "TMPDIR": tmp_path,
+        "NPU_SIM_CACHE": "",
+        "cwd": simulator.HERE,
+        "fork": False,
+    }
     folder = Path(expect(finish(start([sys.executable, "-c", code], **env))).stdout.strip())
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
     done = expect(finish(start([sys.executable, "-c", code], **env)))
@@ -235,8 +280,12 @@ def test_a_build_that_was_killed_leaves_nothing(workshop):
 
 def test_a_compiler_that_fails_or_is_missing(workshop, monkeypatch):
     compiler = workshop / "compiler"
-    compiler.write_text("#!/bin/sh\necho 'In file included' >&2\necho 'hccl.cpp:7: error: no such thing' >&2\nexit 1\n")
-    with pytest.raises(RuntimeError, match="compiling the simulated CANN failed: hccl.cpp:7: error: no such thing"):
+    compiler.write_text(
+        "#!/bin/sh\necho 'In file included' >&2\necho 'hccl.cpp:7: error: no such thing' >&2\nexit 1\n"
+    )
+    with pytest.raises(
+        RuntimeError, match="compiling the simulated CANN failed: hccl.cpp:7: error: no such thing"
+    ):
         simulator.build()
     assert not [path for path in (workshop / "cache").iterdir() if path.name.startswith("cann")]
     monkeypatch.setenv("CXX", str(workshop / "nowhere"))
@@ -247,7 +296,12 @@ def test_a_compiler_that_fails_or_is_missing(workshop, monkeypatch):
 def test_a_wheel_that_cannot_be_had(workshop, monkeypatch):
     simulator._torch_npu_folder().unlink()
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    nowhere = {"INDEX_URL": "http://127.0.0.1:9/", "RETRIES": "0", "FIND_LINKS": "", "EXTRA_INDEX_URL": ""}
+    nowhere = {
+        "INDEX_URL": "http://127.0.0.1:9/",
+        "RETRIES": "0",
+        "FIND_LINKS": "",
+        "EXTRA_INDEX_URL": "",
+    }
     for name, value in nowhere.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     with pytest.raises(RuntimeError, match="fetching torch-npu .* failed: .*torch-npu"):

@@ -25,7 +25,9 @@ def commands(readme: Path) -> list[str]:
 def test_readme_twins_have_equal_code_blocks_and_sections(folder):
     english, chinese = folder / "README.md", folder / "README_zh.md"
     assert commands(english) and commands(english) == commands(chinese)
-    sections = [len(re.findall(r"^#+ ", f.read_text(encoding="utf-8"), re.M)) for f in (english, chinese)]
+    sections = [
+        len(re.findall(r"^#+ ", f.read_text(encoding="utf-8"), re.M)) for f in (english, chinese)
+    ]
     assert sections[0] == sections[1]
     assert len(re.findall("[\u4e00-\u9fff]", chinese.read_text(encoding="utf-8"))) > 200
 
@@ -48,10 +50,18 @@ def test_a_recipe_is_whole(recipe):
     for file in folder.rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
             assert file.stat().st_size <= 250 * 1024, file
-    code = [file.read_text() for file in [*folder.glob("*.py"), *folder.glob("*.sh"), *folder.glob("*.ipynb")]]
+    code = [
+        file.read_text()
+        for file in [*folder.glob("*.py"), *folder.glob("*.sh"), *folder.glob("*.ipynb")]
+    ]
     others = [other for other in RECIPES if other != recipe]
-    assert not any(re.search(rf"(import|from) {other}\b", text) for text in code for other in others)
-    stages = {n: json.loads((folder / f"ds_zero{n}.json").read_text())["zero_optimization"]["stage"] for n in (2, 3)}
+    assert not any(
+        re.search(rf"(import|from) {other}\b", text) for text in code for other in others
+    )
+    stages = {
+        n: json.loads((folder / f"ds_zero{n}.json").read_text())["zero_optimization"]["stage"]
+        for n in (2, 3)
+    }
     assert stages == {2: 2, 3: 3}
 
 
@@ -75,7 +85,9 @@ def test_default_run_learns_and_reports(tiny_run):
     out, printed = tiny_run
     facts = report(out)
     assert facts.keys() >= KEYS
-    assert facts["world_size"] >= 1 and facts["engine"] == "zero-2" and facts["recipe"] == "train_qwen"
+    assert (
+        facts["world_size"] >= 1 and facts["engine"] == "zero-2" and facts["recipe"] == "train_qwen"
+    )
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
     assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
     assert after["loss"] < 0.2 * before["loss"]
@@ -93,21 +105,41 @@ def test_saved_model_opens_with_plain_transformers_and_answers(tiny_run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out, _ = tiny_run
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "final"), AutoTokenizer.from_pretrained(out / "final")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out / "final"),
+        AutoTokenizer.from_pretrained(out / "final"),
+    )
     chat = [{"role": "user", "content": "你是谁"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    assert "小丹" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "小丹" in tokenizer.decode(
+        answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
-SHORT = ["--max_steps", "6", "--logging_steps", "2", "--eval_generate", "8", "--report_to", "none", "--save_steps", "6"]
+SHORT = [
+    "--max_steps",
+    "6",
+    "--logging_steps",
+    "2",
+    "--eval_generate",
+    "8",
+    "--report_to",
+    "none",
+    "--save_steps",
+    "6",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_zero3.sh", "train_lora.sh"])
 def test_generation_of_the_saved_model_equals_that_of_the_model_in_training(tmp_path, script):
     """The answers in the report came from the model in training (spread over two ranks under ZeRO-3)."""
-    expect(shell(ROOT / "train_qwen" / script, *SHORT, "--bf16", "false", OUTPUT=tmp_path, fork=True))
+    expect(
+        shell(ROOT / "train_qwen" / script, *SHORT, "--bf16", "false", OUTPUT=tmp_path, fork=True)
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from common.data.labels import encode_prompt
@@ -124,7 +156,10 @@ def test_generation_of_the_saved_model_equals_that_of_the_model_in_training(tmp_
     tokenizer = AutoTokenizer.from_pretrained(final)
     samples = report(tmp_path)["samples"]
     prompts = [encode_prompt(tokenizer, sample["messages"], sample["tools"]) for sample in samples]
-    answers = [answer.split("</think>")[-1].strip() for answer in generate_answers(model, tokenizer, prompts, 48)]
+    answers = [
+        answer.split("</think>")[-1].strip()
+        for answer in generate_answers(model, tokenizer, prompts, 48)
+    ]
     assert len(samples) == 8 and answers == [sample["after"] for sample in samples]
 
 
@@ -136,7 +171,13 @@ def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
 
     expect(
         shell(
-            ROOT / "train_qwen/train_lora.sh", *SHORT, "--use_dora", "true", "--bf16", "false", OUTPUT=tmp_path / "run"
+            ROOT / "train_qwen/train_lora.sh",
+            *SHORT,
+            "--use_dora",
+            "true",
+            "--bf16",
+            "false",
+            OUTPUT=tmp_path / "run",
         )
     )
     adapter, merged = tmp_path / "run/final", tmp_path / "merged"
@@ -157,15 +198,22 @@ def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
     stranger = AutoModelForCausalLM.from_pretrained(base)
     stranger.model.layers[0].mlp.up_proj.weight.data.normal_()
     stranger.save_pretrained(other)
-    line = error_line(subprocess.run([*merge, tmp_path / "m2", "--base", other], capture_output=True, text=True), 1)
+    line = error_line(
+        subprocess.run([*merge, tmp_path / "m2", "--base", other], capture_output=True, text=True),
+        1,
+    )
     assert "weights" in line and str(other) in line and not (tmp_path / "m2").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_copied_recipe_runs_under_another_name(tmp_path, recipe):
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / recipe, tmp_path / "my recipe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(
+        ROOT / recipe, tmp_path / "my recipe", ignore=shutil.ignore_patterns("__pycache__")
+    )
     expect(shell(tmp_path / "my recipe/train_zero2.sh", *SHORT, cwd="/", fork=True))
     found = next(
         (tmp_path / "output/my recipe").rglob("report.json")

@@ -30,7 +30,9 @@ def test_numbers_of_the_original(name):
     assert any("sequences" in found for found in report["cases"].values())
     assert any("loss" in found for found in report["cases"].values())
     if name == "chatglm_v11":
-        assert set(report["skipped"]) == {"rope_table.fp16"}, "all derived masks and positions are compared"
+        assert set(report["skipped"]) == {"rope_table.fp16"}, (
+            "all derived masks and positions are compared"
+        )
 
 
 def test_every_folder_has_its_model():
@@ -94,8 +96,19 @@ def test_a_folder_of_other_sizes(tmp_path):
     from transformers import GenerationConfig, GlmForCausalLM
 
     config = json.loads((GOLDEN / "chatglm2/config.json").read_text())
-    sizes = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 6, "multi_query_group_num": 3, "kv_channels": 8}
-    config |= sizes | {"padded_vocab_size": 97, "ffn_hidden_size": 40, "eos_token_id": 5, "pad_token_id": 1}
+    sizes = {
+        "num_layers": 3,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "multi_query_group_num": 3,
+        "kv_channels": 8,
+    }
+    config |= sizes | {
+        "padded_vocab_size": 97,
+        "ffn_hidden_size": 40,
+        "eos_token_id": 5,
+        "pad_token_id": 1,
+    }
     sys.path.insert(0, str(ROOT / "chatglm_lora"))
     import convert
 
@@ -121,7 +134,9 @@ def test_a_folder_of_other_sizes(tmp_path):
     )
     config["eos_token_id"] = model.generation_config.eos_token_id
     (tmp_path / "config.json").write_text(json.dumps(config))
-    said = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True)
+    said = model.generate(
+        ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True
+    )
     arrays = {
         "any__input_ids": ids, "any__attention_mask": mask, "any__labels": ids, "any__logits": out.logits,
         "any__loss": out.loss, "any__grad_norms": torch.stack([grads[n].norm() for n in names]),
@@ -147,5 +162,7 @@ def test_the_end_of_a_generated_row():
     tokens = torch.tensor([[7, 5, 1, 1], [7, 8, 9, 5]])
     eos, counted = ending(tokens, 5, 1)
     assert eos == 5 and counted.tolist() == [[True, True, False, False], [True] * 4]
-    eos, counted = ending(torch.tensor([[7, 5, 9, 1]]), 5, 1)  # went on behind its end: nothing stopped it
+    eos, counted = ending(
+        torch.tensor([[7, 5, 9, 1]]), 5, 1
+    )  # went on behind its end: nothing stopped it
     assert eos is None and counted.all()

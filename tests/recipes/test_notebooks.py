@@ -11,14 +11,64 @@ CELL_SECONDS = 300
 SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts into its raw files
     "train_qwen/data.ipynb": ("gb18030", "empty answer", "wrong JSON", "去掉 3 行", "[["),
     "train_qwen/infer.ipynb": ("还没有模型",),
-    "chinese_bloom/data.ipynb": ("gb18030", "belle multi-turn", "———— belle", "### 指令", "[[", "位置 0–"),
-    "chinese_bloom/infer.ipynb": ("（--stage sft）", "（--stage pt）", "模板 alpaca-zh", "### 回答", "续写"),
-    "chatglm_lora/data.ipynb": ("gb18030", "context/target", "empty answer", "wrong history", "[gMASK]<sop>[[", "块内"),
-    "chatglm_lora/infer.ipynb": ("还没有模型", "[gMASK]<sop>【", "还没有名字", "叫我小谱", "preference.jsonl 1 rows"),
-    "baichuan2_dpo/data.ipynb": ("gb18030", "hh strings", "different prompts", "are the same", "[[", "写一遍"),
-    "baichuan2_dpo/infer.ipynb": ("还没有模型", "<reserved_106>书店几点开门？<reserved_107>【", "训练前的奖励", "胜率"),
-    "minimind_npu/data.ipynb": ("gb18030", "empty answer", "'一字不差': 2", "个窗口填满", "[[<think>"),
-    "minimind_npu/infer.ipynb": ("还没有会对话的模型", "assistant\n【", "想完了", "每字节", "Qwen3ForCausalLM"),
+    "chinese_bloom/data.ipynb": (
+        "gb18030",
+        "belle multi-turn",
+        "———— belle",
+        "### 指令",
+        "[[",
+        "位置 0–",
+    ),
+    "chinese_bloom/infer.ipynb": (
+        "（--stage sft）",
+        "（--stage pt）",
+        "模板 alpaca-zh",
+        "### 回答",
+        "续写",
+    ),
+    "chatglm_lora/data.ipynb": (
+        "gb18030",
+        "context/target",
+        "empty answer",
+        "wrong history",
+        "[gMASK]<sop>[[",
+        "块内",
+    ),
+    "chatglm_lora/infer.ipynb": (
+        "还没有模型",
+        "[gMASK]<sop>【",
+        "还没有名字",
+        "叫我小谱",
+        "preference.jsonl 1 rows",
+    ),
+    "baichuan2_dpo/data.ipynb": (
+        "gb18030",
+        "hh strings",
+        "different prompts",
+        "are the same",
+        "[[",
+        "写一遍",
+    ),
+    "baichuan2_dpo/infer.ipynb": (
+        "还没有模型",
+        "<reserved_106>书店几点开门？<reserved_107>【",
+        "训练前的奖励",
+        "胜率",
+    ),
+    "minimind_npu/data.ipynb": (
+        "gb18030",
+        "empty answer",
+        "'一字不差': 2",
+        "个窗口填满",
+        "[[<think>",
+    ),
+    "minimind_npu/infer.ipynb": (
+        "还没有会对话的模型",
+        "assistant\n【",
+        "想完了",
+        "每字节",
+        "Qwen3ForCausalLM",
+    ),
 }
 
 
@@ -33,7 +83,9 @@ def notebook(request):
 
 def test_there_are_notebooks():
     recipes = [recipe for recipe in RECIPES if (ROOT / recipe / "infer.ipynb").exists()]
-    assert {f"{r}/{n}.ipynb" for r in recipes for n in ("data", "infer")} == set(map(name, NOTEBOOKS))
+    assert {f"{r}/{n}.ipynb" for r in recipes for n in ("data", "infer")} == set(
+        map(name, NOTEBOOKS)
+    )
     assert {"train_qwen", "chinese_bloom"} <= set(recipes)
 
 
@@ -42,14 +94,20 @@ def test_committed_empty_and_short(notebook):
     nbformat.validate(content)
     code = [cell for cell in content.cells if cell.cell_type == "code"]
     assert content.metadata.kernelspec.name == "python3"
-    assert all(not cell.outputs and cell.execution_count is None for cell in code), "outputs not stripped"
+    assert all(not cell.outputs and cell.execution_count is None for cell in code), (
+        "outputs not stripped"
+    )
     assert code[0].metadata.get("tags") == ["parameters"]
     assert len(content.cells) <= 15
     assert all(len(cell.source.splitlines()) <= 20 for cell in content.cells)
     assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 120
-    assert content.cells[0].cell_type == "markdown" and any("\u4e00" <= c <= "\u9fff" for c in content.cells[0].source)
+    assert content.cells[0].cell_type == "markdown" and any(
+        "\u4e00" <= c <= "\u9fff" for c in content.cells[0].source
+    )
     assert content.cells[-1].cell_type == "code" and "assert " in content.cells[-1].source
-    assert notebook.parent.name not in notebook.read_text(encoding="utf-8"), "a copied recipe has another name"
+    assert notebook.parent.name not in notebook.read_text(encoding="utf-8"), (
+        "a copied recipe has another name"
+    )
 
 
 def execute(notebook, tmp_path, **parameters) -> str:
@@ -62,7 +120,9 @@ def execute(notebook, tmp_path, **parameters) -> str:
     content = nbformat.read(recipe / notebook.name, as_version=4)
     first = next(cell for cell in content.cells if cell.cell_type == "code")
     first.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
-    NotebookClient(content, timeout=CELL_SECONDS, resources={"metadata": {"path": str(recipe)}}).execute()
+    NotebookClient(
+        content, timeout=CELL_SECONDS, resources={"metadata": {"path": str(recipe)}}
+    ).execute()
     outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
     return "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
 
@@ -74,7 +134,9 @@ def test_runs_as_it_is(notebook, tmp_path, monkeypatch):
     for expected in SAID.get(name(notebook), ()):
         assert expected in text
     left = {path.name for path in (tmp_path / "my_model").iterdir()} - {"__pycache__"}
-    assert left == {path.name for path in notebook.parent.iterdir()} - {"__pycache__"}, "it wrote into the recipe"
+    assert left == {path.name for path in notebook.parent.iterdir()} - {"__pycache__"}, (
+        "it wrote into the recipe"
+    )
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ class Endless:
             output.logits[..., self.talker.tokenizer.eos_token_id] = -1e9
 
         model = self.talker.model
-        self.hook = (model.get_base_model() if self.talker.adapter else model).register_forward_hook(slow)
+        self.hook = (
+            model.get_base_model() if self.talker.adapter else model
+        ).register_forward_hook(slow)
         return self
 
     def __exit__(self, *_):
@@ -38,7 +40,10 @@ class Visit:
         self.page, self.complaints = self.context.new_page(), []
         self.page.set_default_timeout(20_000)
         self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
-        self.page.on("dialog", lambda dialog: self.complaints.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        self.page.on(
+            "dialog",
+            lambda dialog: self.complaints.append(f"dialog: {dialog.message}") or dialog.dismiss(),
+        )
         self.page.on("console", self.heard)
         self.page.on("request", self.requested)
         self.address = address

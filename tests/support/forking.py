@@ -25,7 +25,13 @@ READ_AT_IMPORT = (  # beginnings of variables
     "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "PYTHON", "DS_", "CUDA_", "TORCH", "LD_", "ASCEND", "NPU", "NUMEXPR", "MPL",
     "DANPU_DEVICE", "DANPU_VERBOSE", "ACCELERATE_", "XDG_", "HOME", "LANG", "LC_", "TMP",
 )  # fmt: skip
-NOT_READ = ("TORCHELASTIC", "TORCH_EXTENSIONS_DIR", "TORCH_NCCL", "PYTHON_EXEC", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+NOT_READ = (
+    "TORCHELASTIC",
+    "TORCH_EXTENSIONS_DIR",
+    "TORCH_NCCL",
+    "PYTHON_EXEC",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+)
 
 CLIENT = """
 import os, signal, socket, sys
@@ -58,7 +64,9 @@ os._exit(code)
 
 
 def watched(env: dict) -> dict:
-    return {k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(NOT_READ)}
+    return {
+        k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(NOT_READ)
+    }
 
 
 class Server:
@@ -74,8 +82,12 @@ class Server:
         self.python.chmod(0o755)
         command = [sys.executable, __file__, address]
         # it ends when this pipe closes, that is, with this process
-        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if "ready\n" not in iter(self.process.stdout.readline, ""):  # after what the libraries have to say
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if "ready\n" not in iter(
+            self.process.stdout.readline, ""
+        ):  # after what the libraries have to say
             raise RuntimeError("the fork server did not start")
 
 

@@ -35,7 +35,11 @@ def environment(**extra) -> dict[str, str]:
         "HOSTFILE",
         "DS_ACCELERATOR",  # set in this process by tests that call device.prepare
     )
-    env = {k: v for k, v in os.environ.items() if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ours and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
 
@@ -104,7 +108,13 @@ def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
         env["PYTHON_EXEC"] = client
         words[0] = client if is_python else words[0]
     return subprocess.Popen(
-        words, cwd=folder, env=env, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        words,
+        cwd=folder,
+        env=env,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -166,7 +176,8 @@ def weights_sha(folder: str | Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights(folder).items()):
         digest.update(
-            name.encode() + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
+            name.encode()
+            + tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
         )
     return digest.hexdigest()
 
@@ -185,7 +196,9 @@ def make_rows(lengths, seed: int = 0, prompt: int = 3, vocab: int = 97) -> list[
     rows = []
     for i, length in enumerate(lengths):
         ids = torch.randint(vocab, (length,), generator=generator).tolist()
-        rows.append({"row_id": i, "input_ids": ids, "labels": ([-100] * prompt + ids[prompt:])[:length]})
+        rows.append(
+            {"row_id": i, "input_ids": ids, "labels": ([-100] * prompt + ids[prompt:])[:length]}
+        )
     return rows
 
 

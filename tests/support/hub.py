@@ -102,7 +102,9 @@ def git_sha1(data: bytes) -> str:
 
 
 def _server(hub: Hub, name: str) -> ThreadingHTTPServer:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub, "server_name_": name}))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub, "server_name_": name})
+    )
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # clients that go away in the middle are what we test
     return server
@@ -118,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         parts = urlsplit(self.path)
-        server = "cdn" if parts.netloc and self.hub.cdn.endswith(parts.netloc) else self.server_name_
+        server = (
+            "cdn" if parts.netloc and self.hub.cdn.endswith(parts.netloc) else self.server_name_
+        )
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.seen = Seen(server, parts.path, headers, proxied=parts.scheme == "http")
         self.hub.seen.append(self.seen)
@@ -154,10 +158,16 @@ class _Handler(BaseHTTPRequestHandler):
         _, org, name, file = path.split("/", 3)
         self.file(f"{org}/{name}", file)
 
-    def answer(self, status: int, body: bytes, headers: dict | None = None, kind: str = "text/plain"):
+    def answer(
+        self, status: int, body: bytes, headers: dict | None = None, kind: str = "text/plain"
+    ):
         self.seen.status = status
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": len(body), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": len(body),
+            **(headers or {}),
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)

@@ -13,12 +13,19 @@ def chat(*texts, system=None):
 
 def pair(*prompt, chosen="好的", rejected="不好", system=None):
     reply = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-    return {"prompt": chat(*prompt, system=system)["messages"], "chosen": reply[0], "rejected": reply[1]}
+    return {
+        "prompt": chat(*prompt, system=system)["messages"],
+        "chosen": reply[0],
+        "rejected": reply[1],
+    }
 
 
 TURNS = [("human", HI), ("gpt", HELLO), ("human", Q), ("gpt", A)]
 SHARED = [{"from": who, "value": text} for who, text in TURNS]
-ROLES = [{"role": who, "content": text} for who, text in zip(["user", "assistant"] * 2, [HI, HELLO, Q, A], strict=True)]
+ROLES = [
+    {"role": who, "content": text}
+    for who, text in zip(["user", "assistant"] * 2, [HI, HELLO, Q, A], strict=True)
+]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "杭州"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALLED = {
@@ -34,36 +41,75 @@ CHATS = {
     "alpaca": ("alpaca", {"instruction": Q, "input": "", "output": A}, chat(Q, A)),
     "alpaca null": ("alpaca", {"instruction": Q, "input": None, "output": A}, chat(Q, A)),
     "alpaca no input": ("alpaca", {"instruction": Q, "output": A}, chat(Q, A)),
-    "alpaca input": ("alpaca", {"instruction": "翻译", "input": HI, "output": "hello"}, chat(f"翻译\n{HI}", "hello")),
+    "alpaca input": (
+        "alpaca",
+        {"instruction": "翻译", "input": HI, "output": "hello"},
+        chat(f"翻译\n{HI}", "hello"),
+    ),
     "alpaca history": (
         "alpaca",
-        {"instruction": Q, "input": "", "output": A, "history": [[HI, HELLO]], "system": "你是厨师"},
+        {
+            "instruction": Q,
+            "input": "",
+            "output": A,
+            "history": [[HI, HELLO]],
+            "system": "你是厨师",
+        },
         chat(HI, HELLO, Q, A, system="你是厨师"),
     ),
-    "alpaca empty history": ("alpaca", {"instruction": Q, "output": A, "history": [], "system": ""}, chat(Q, A)),
+    "alpaca empty history": (
+        "alpaca",
+        {"instruction": Q, "output": A, "history": [], "system": ""},
+        chat(Q, A),
+    ),
     "alpaca zh": (
         "alpaca zh",
-        {"instruction": "Hi", "input": "", "output": "hey", "instruction_zh": Q, "input_zh": "", "output_zh": A},
+        {
+            "instruction": "Hi",
+            "input": "",
+            "output": "hey",
+            "instruction_zh": Q,
+            "input_zh": "",
+            "output_zh": A,
+        },
         chat(Q, A),
     ),
     "belle": (
         "belle multi-turn",
-        {"instruction": f"Human:{HI}\nAssistant:{HELLO}\nHuman:{Q}\nAssistant:", "input": "", "output": A},
+        {
+            "instruction": f"Human:{HI}\nAssistant:{HELLO}\nHuman:{Q}\nAssistant:",
+            "input": "",
+            "output": A,
+        },
         chat(HI, HELLO, Q, A),
     ),
-    "belle wide colon": ("belle multi-turn", {"instruction": f"Human：{Q}\n Assistant：", "output": A}, chat(Q, A)),
-    "belle 3.5M": (
-        "sharegpt",
-        {"id": "1", "conversations": [{"from": "human", "value": Q}, {"from": "assistant", "value": A}]},
+    "belle wide colon": (
+        "belle multi-turn",
+        {"instruction": f"Human：{Q}\n Assistant：", "output": A},
         chat(Q, A),
     ),
-    "sharegpt": ("sharegpt", {"conversations": SHARED, "system": "厨师"}, chat(HI, HELLO, Q, A, system="厨师")),
+    "belle 3.5M": (
+        "sharegpt",
+        {
+            "id": "1",
+            "conversations": [{"from": "human", "value": Q}, {"from": "assistant", "value": A}],
+        },
+        chat(Q, A),
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {"conversations": SHARED, "system": "厨师"},
+        chat(HI, HELLO, Q, A, system="厨师"),
+    ),
     "sharegpt tools": (
         "sharegpt",
         {
             "conversations": [
                 {"from": "human", "value": "杭州天气？"},
-                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "杭州"}}'},
+                {
+                    "from": "function_call",
+                    "value": '{"name": "weather", "arguments": {"city": "杭州"}}',
+                },
                 {"from": "observation", "value": "晴"},
                 {"from": "gpt", "value": "晴天。"},
             ],
@@ -71,7 +117,11 @@ CHATS = {
         },
         CALLED,
     ),
-    "human/assistant": ("human/assistant", {"conversation": [{"human": Q, "assistant": A}]}, chat(Q, A)),
+    "human/assistant": (
+        "human/assistant",
+        {"conversation": [{"human": Q, "assistant": A}]},
+        chat(Q, A),
+    ),
     "messages": ("messages", {"messages": ROLES}, chat(HI, HELLO, Q, A)),
     "conversations roles": ("messages", {"conversations": ROLES}, chat(HI, HELLO, Q, A)),
     "messages tools": ("messages", CALLED, CALLED),
@@ -107,13 +157,21 @@ CHATS = {
             ]
         },
     ),
-    "content/summary": ("content/summary", {"content": "类型#裙", "summary": "一条裙子"}, chat("类型#裙", "一条裙子")),
+    "content/summary": (
+        "content/summary",
+        {"content": "类型#裙", "summary": "一条裙子"},
+        chat("类型#裙", "一条裙子"),
+    ),
     "p-tuning history": (
         "content/summary",
         {"content": Q, "summary": A, "history": [[HI, HELLO]]},
         chat(HI, HELLO, Q, A),
     ),
-    "p-tuning no history": ("content/summary", {"content": Q, "summary": A, "history": []}, chat(Q, A)),
+    "p-tuning no history": (
+        "content/summary",
+        {"content": Q, "summary": A, "history": []},
+        chat(Q, A),
+    ),
     "context/target": (
         "context/target",
         {"context": f"Instruction: 翻译\nInput: {HI}\nAnswer: ", "target": "hello"},
@@ -140,13 +198,29 @@ CHATS = {
         {"department": "内科", "title": "头晕", "ask": "我头晕，怎么办", "answer": A},
         chat("我头晕，怎么办", A),
     ),
-    "medical title": ("ask/answer", {"title": "感冒", "ask": "吃什么药？", "answer": A}, chat("感冒\n吃什么药？", A)),
-    "medical only title": ("ask/answer", {"title": "感冒吃什么药", "ask": "无", "answer": A}, chat("感冒吃什么药", A)),
+    "medical title": (
+        "ask/answer",
+        {"title": "感冒", "ask": "吃什么药？", "answer": A},
+        chat("感冒\n吃什么药？", A),
+    ),
+    "medical only title": (
+        "ask/answer",
+        {"title": "感冒吃什么药", "ask": "无", "answer": A},
+        chat("感冒吃什么药", A),
+    ),
     "question": ("question/answer", {"question": Q, "answer": A}, chat(Q, A)),
-    "query": ("query/response", {"query": Q, "response": A, "history": [[HI, HELLO]]}, chat(HI, HELLO, Q, A)),
+    "query": (
+        "query/response",
+        {"query": Q, "response": A, "history": [[HI, HELLO]]},
+        chat(HI, HELLO, Q, A),
+    ),
     "prompt response": ("prompt/response", {"prompt": Q, "response": A}, chat(Q, A)),
     "prompt completion": ("prompt/completion", {"prompt": Q, "completion": A}, chat(Q, A)),
-    "prompt completion lists": ("prompt/completion", {"prompt": ROLES[2:3], "completion": ROLES[3:]}, chat(Q, A)),
+    "prompt completion lists": (
+        "prompt/completion",
+        {"prompt": ROLES[2:3], "completion": ROLES[3:]},
+        chat(Q, A),
+    ),
     "prompt output": ("prompt/output", {"prompt": Q, "output": A}, chat(Q, A)),
 }
 GOOD, BAD = {"role": "assistant", "content": "好的"}, {"role": "assistant", "content": "不好"}
@@ -178,13 +252,21 @@ PAIRS = {
         {"prompt": f"\n\nHuman: {Q}\n\nAssistant:", "chosen": "好的", "rejected": "不好"},
         pair(Q),
     ),
-    "triple lists": ("prompt pairs", {"prompt": ROLES[:3], "chosen": [GOOD], "rejected": [BAD]}, pair(HI, HELLO, Q)),
+    "triple lists": (
+        "prompt pairs",
+        {"prompt": ROLES[:3], "chosen": [GOOD], "rejected": [BAD]},
+        pair(HI, HELLO, Q),
+    ),
     "ultrafeedback": (
         "prompt pairs",
         {"prompt": Q, "chosen": [ROLES[2], GOOD], "rejected": [ROLES[2], BAD], "score_chosen": 9.0},
         pair(Q),
     ),
-    "implicit": ("implicit prompt", {"chosen": [*ROLES[:3], GOOD], "rejected": [*ROLES[:3], BAD]}, pair(HI, HELLO, Q)),
+    "implicit": (
+        "implicit prompt",
+        {"chosen": [*ROLES[:3], GOOD], "rejected": [*ROLES[:3], BAD]},
+        pair(HI, HELLO, Q),
+    ),
     "llama-factory": (
         "llama-factory pairs",
         {
@@ -204,7 +286,11 @@ PAIRS = {
         {"instruction": "翻译", "input": HI, "chosen": "好的", "rejected": "不好"},
         pair(f"翻译\n{HI}"),
     ),
-    "output pair": ("output pair", {"instruction": Q, "input": "", "output": ["好的", "不好"]}, pair(Q)),
+    "output pair": (
+        "output pair",
+        {"instruction": Q, "input": "", "output": ["好的", "不好"]},
+        pair(Q),
+    ),
     "orca": (
         "question pairs",
         {"system": "厨师", "question": Q, "chosen": "好的", "rejected": "不好"},

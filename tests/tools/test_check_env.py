@@ -33,13 +33,20 @@ OURS = (
 
 def clean(**extra):
     """The environment without anything the page looks at, a cache of its own."""
-    return {k: v for k, v in environment().items() if not re.match(OURS, k)} | {k: str(v) for k, v in extra.items()}
+    return {k: v for k, v in environment().items() if not re.match(OURS, k)} | {
+        k: str(v) for k, v in extra.items()
+    }
 
 
 def run(*command, cwd=ROOT, timeout=120, **env):
     """The page as a user starts it, or a command like it; never a traceback."""
-    command = [str(word) for word in command or (sys.executable, "-m", "tools.check_env", "--offline", "--json")]
-    done = subprocess.run(command, cwd=cwd, env=clean(**env), capture_output=True, text=True, timeout=timeout)
+    command = [
+        str(word)
+        for word in command or (sys.executable, "-m", "tools.check_env", "--offline", "--json")
+    ]
+    done = subprocess.run(
+        command, cwd=cwd, env=clean(**env), capture_output=True, text=True, timeout=timeout
+    )
     assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     return done
 
@@ -110,15 +117,28 @@ def server():
 
 def test_the_page_of_this_machine(tmp_path):
     """Through the shell, from another folder: aligned, one screen, and what it promises is what `launch` would do."""
-    done = expect(run("bash", ROOT / "tools/check_env.sh", "--offline", cwd=tmp_path, OUTPUT="here"))
+    done = expect(
+        run("bash", ROOT / "tools/check_env.sh", "--offline", cwd=tmp_path, OUTPUT="here")
+    )
     *lines, blank, verdict = done.stdout.splitlines()
     assert blank == "" and len(lines) <= 40
     assert all(LINE.match(line) or line.startswith(" " * 22) for line in lines), done.stdout
-    assert len({LINE.match(line).end() for line in lines if LINE.match(line)}) == 1, "the facts are not aligned"
-    assert f"{tmp_path}/here" in done.stdout and torch.__version__ in done.stdout and "\033[" not in done.stdout
-    processes = "2 processes on CPU" if device.kind() == "cpu" else f"{device.device_count()} process"
+    assert len({LINE.match(line).end() for line in lines if LINE.match(line)}) == 1, (
+        "the facts are not aligned"
+    )
+    assert (
+        f"{tmp_path}/here" in done.stdout
+        and torch.__version__ in done.stdout
+        and "\033[" not in done.stdout
+    )
+    processes = (
+        "2 processes on CPU" if device.kind() == "cpu" else f"{device.device_count()} process"
+    )
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[device.half_dtype()]
-    assert verdict.startswith(f"ready: bash <recipe>/train_zero2.sh will use {processes}") and f" in {half}" in verdict
+    assert (
+        verdict.startswith(f"ready: bash <recipe>/train_zero2.sh will use {processes}")
+        and f" in {half}" in verdict
+    )
 
 
 def test_json_and_a_hub_behind_a_proxy_with_a_password(server):
@@ -129,13 +149,16 @@ def test_json_and_a_hub_behind_a_proxy_with_a_password(server):
     hub = checks(done, 0)["hub"]
     assert hub["status"] == "ok" and hub["fact"].startswith(here) and "HF_TOKEN set" in hub["fact"]
     assert (
-        "unreachable: hf-mirror.com, www.modelscope.cn" in hub["fact"] and "https=http://***@127.0.0.1:9" in hub["fact"]
+        "unreachable: hf-mirror.com, www.modelscope.cn" in hub["fact"]
+        and "https=http://***@127.0.0.1:9" in hub["fact"]
     )
     assert not re.search("topsecret|me:|p@ss|ss/w", done.stdout + done.stderr)
     answer = json.loads(done.stdout)
     assert set(answer) == {"ready", "verdict", "checks", "versions"}
     always = "system python requirements torch transformers deepspeed offload device dtype settings cpu memory limits"
-    assert {*always.split(), "output", "cache", "hub_cache", "hub", "extras"} <= set(answer["checks"])
+    assert {*always.split(), "output", "cache", "hub_cache", "hub", "extras"} <= set(
+        answer["checks"]
+    )
 
 
 def test_colours_only_on_a_terminal(monkeypatch):
@@ -162,7 +185,9 @@ def test_an_old_python_can_read_the_files(name):
 def bare(tmp_path_factory):
     """A virtual environment without any package."""
     folder = tmp_path_factory.mktemp("bare")
-    subprocess.run([os.path.realpath(sys.executable), "-m", "venv", "--without-pip", folder], check=True)
+    subprocess.run(
+        [os.path.realpath(sys.executable), "-m", "venv", "--without-pip", folder], check=True
+    )
     return folder / "bin/python"
 
 
@@ -177,8 +202,13 @@ def test_nothing_installed(bare):
 @pytest.mark.parametrize("version", [(3, 9, 2), (3, 13, 0)])
 def test_a_python_that_is_not_supported(bare, version):
     code = f"import sys; sys.version_info = {(*version, 'final', 0)}; from tools import check_env; check_env.main()"
-    text = " ".join(run(bare, "-c", code, HF_HUB_OFFLINE=1).stdout.split())  # a long path wraps the line
-    assert re.search("MISSING python .*must be 3.10, 3.11 or 3.12", text) and "not ready: python, " in text
+    text = " ".join(
+        run(bare, "-c", code, HF_HUB_OFFLINE=1).stdout.split()
+    )  # a long path wraps the line
+    assert (
+        re.search("MISSING python .*must be 3.10, 3.11 or 3.12", text)
+        and "not ready: python, " in text
+    )
 
 
 def test_the_shell_takes_the_venv_when_the_active_python_lacks_packages(bare, tmp_path):
@@ -190,12 +220,21 @@ def test_the_shell_takes_the_venv_when_the_active_python_lacks_packages(bare, tm
     (project / "requirements.txt").write_text("danpu-no-such-package==1\n")
     (project / ".venv/bin/python").write_text('#!/bin/sh\n[ "$1" = -c ] || echo "venv $*"\n')
     (project / ".venv/bin/python").chmod(0o755)
-    done = run("bash", project / "tools/check_env.sh", "--json", cwd=tmp_path, PATH=f"{bare.parent}:/usr/bin:/bin")
+    done = run(
+        "bash",
+        project / "tools/check_env.sh",
+        "--json",
+        cwd=tmp_path,
+        PATH=f"{bare.parent}:/usr/bin:/bin",
+    )
     assert expect(done).stdout == "venv -m tools.check_env --json\n"
 
 
 TORCH = [
-    ("raise OSError('libcudart.so.99: cannot open shared object file')", "OSError: libcudart.so.99: cannot open"),
+    (
+        "raise OSError('libcudart.so.99: cannot open shared object file')",
+        "OSError: libcudart.so.99: cannot open",
+    ),
     ("import os; os.kill(os.getpid(), 11)", "crashes (SIGSEGV)"),
     ("import time; time.sleep(60)", "no answer within 2 s"),
     ("import sys; sys.exit('no licence')", "no licence"),
@@ -206,7 +245,16 @@ TORCH = [
 @pytest.mark.parametrize("code, words", TORCH)
 def test_a_torch_that_does_not_import(tmp_path, code, words):
     start = "from tools import probe, check_env; probe.SECONDS = 2; raise SystemExit(check_env.main(['--json']))"
-    found = checks(run(sys.executable, "-c", start, PYTHONPATH=package(tmp_path, "torch", code), HF_HUB_OFFLINE=1), 1)
+    found = checks(
+        run(
+            sys.executable,
+            "-c",
+            start,
+            PYTHONPATH=package(tmp_path, "torch", code),
+            HF_HUB_OFFLINE=1,
+        ),
+        1,
+    )
     assert found["torch"]["status"] == "MISSING" and words in found["torch"]["fact"]
     assert " -m pip install --force-reinstall torch==" in found["torch"]["remedy"]
     assert found["deepspeed"]["status"] == "warn" and found["device"]["status"] == "MISSING"
@@ -215,7 +263,12 @@ def test_a_torch_that_does_not_import(tmp_path, code, words):
 def test_torch_npu_without_cann_other_versions_and_a_broken_library(tmp_path):
     """Three faults at once: a torch_npu that only warns (no card here), a peft of another version, no transformers."""
     version = torch.__version__.split("+")[0]
-    package(tmp_path, "torch_npu", "raise ImportError('libhccl.so: cannot open shared object file')", version)
+    package(
+        tmp_path,
+        "torch_npu",
+        "raise ImportError('libhccl.so: cannot open shared object file')",
+        version,
+    )
     package(tmp_path, "transformers", "raise ModuleNotFoundError('No module named \"tokenizers\"')")
     metadata(tmp_path, "peft", "0.1.0")
     found = checks(run(PYTHONPATH=tmp_path), 1)
@@ -224,10 +277,14 @@ def test_torch_npu_without_cann_other_versions_and_a_broken_library(tmp_path):
     assert found["torch_npu"]["remedy"].startswith(f"{check_env.PIP} uninstall -y torch-npu")
     pinned = check_env.pins()["peft"]
     assert (
-        found["requirements"]["status"] == "warn" and f"peft 0.1.0 (pinned: {pinned})" in found["requirements"]["fact"]
+        found["requirements"]["status"] == "warn"
+        and f"peft 0.1.0 (pinned: {pinned})" in found["requirements"]["fact"]
     )
     assert found["requirements"]["remedy"] == f"{check_env.PIP} install peft=={pinned}"
-    assert found["transformers"]["status"] == "MISSING" and "tokenizers" in found["transformers"]["fact"]
+    assert (
+        found["transformers"]["status"] == "MISSING"
+        and "tokenizers" in found["transformers"]["fact"]
+    )
 
 
 def test_torch_npu_of_another_torch_and_refused_settings(tmp_path):
@@ -235,7 +292,10 @@ def test_torch_npu_of_another_torch_and_refused_settings(tmp_path):
     found = checks(run(PYTHONPATH=tmp_path, NPROC="0", DANPU_DEVICE="tpu"), 1)
     assert "torch-npu 2.5.1 belongs to torch 2.5.1" in found["torch_npu"]["fact"]
     assert found["settings"]["status"] == "MISSING" and found["settings"]["remedy"] == "unset NPROC"
-    assert "'tpu' is not one of" in found["device"]["fact"] and found["device"]["remedy"] == "unset DANPU_DEVICE"
+    assert (
+        "'tpu' is not one of" in found["device"]["fact"]
+        and found["device"]["remedy"] == "unset DANPU_DEVICE"
+    )
     assert found["deepspeed"]["status"] == "ok", "what comes after a step that fails is still tried"
 
 
@@ -252,7 +312,9 @@ def test_missing_compiler_ninja_and_a_stale_lock(page, tmp_path):
     lock = tmp_path / "py311/cpu_adam/lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert page(TORCH_EXTENSIONS_DIR=tmp_path)["offload"]["status"] == "ok", "somebody may be building now"
+    assert page(TORCH_EXTENSIONS_DIR=tmp_path)["offload"]["status"] == "ok", (
+        "somebody may be building now"
+    )
     os.utime(lock, (1, 1))
     assert page(TORCH_EXTENSIONS_DIR=tmp_path)["offload"]["remedy"] == f"rm {lock}"
 
@@ -263,7 +325,10 @@ def test_missing_compiler_ninja_and_a_stale_lock(page, tmp_path):
 def cards(backend, *cards, dtype="bf16", **torch_facts):
     """Facts of a machine with accelerators; a card is (name, free GiB, all GiB) or an error."""
     listed = [
-        {"error": c} if isinstance(c, str) else {"name": c[0], "free": c[1] << 30, "total": c[2] << 30} for c in cards
+        {"error": c}
+        if isinstance(c, str)
+        else {"name": c[0], "free": c[1] << 30, "total": c[2] << 30}
+        for c in cards
     ]
     here = {"backend": backend, "count": len(cards), "dtype": dtype, "notes": ""}
     return CPU | {"torch": CPU["torch"] | torch_facts, "device": here, "cards": listed}
@@ -272,14 +337,21 @@ def cards(backend, *cards, dtype="bf16", **torch_facts):
 def test_cards_in_use_and_broken_cards_are_named_by_their_ids(page, capsys):
     free, full = ("H100", 79, 80), ("H100", 3, 80)
     found = page(cards("nccl", free, full, free), CUDA_VISIBLE_DEVICES="2,5,7")
-    assert found["device"]["status"] == "warn" and "in use by others: card 5" in found["device"]["fact"]
     assert (
-        "79/80 3/80 79/80" in found["device"]["fact"] and found["device"]["remedy"] == "export CUDA_VISIBLE_DEVICES=2,7"
+        found["device"]["status"] == "warn"
+        and "in use by others: card 5" in found["device"]["fact"]
+    )
+    assert (
+        "79/80 3/80 79/80" in found["device"]["fact"]
+        and found["device"]["remedy"] == "export CUDA_VISIBLE_DEVICES=2,7"
     )
     found = page(cards("nccl", "CUDA error: ECC", free, "CUDA error: ECC"), code=1, DEVICES="4,5,6")
     assert "card 4,6 cannot compute: CUDA error: ECC" in found["device"]["fact"]
     assert found["device"]["remedy"] == "export DEVICES=5"
-    assert page(cards("nccl", "CUDA error: ECC"), code=1)["dtype"]["fact"] == "unknown, since no device works"
+    assert (
+        page(cards("nccl", "CUDA error: ECC"), code=1)["dtype"]["fact"]
+        == "unknown, since no device works"
+    )
     assert page(cards("nccl", free), code=1, NPROC=2)["settings"]["remedy"] == "unset NPROC"
 
 
@@ -289,14 +361,29 @@ def test_nvidia_cards_that_torch_does_not_use(page, monkeypatch, tmp_path):
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 570.86\n")
     tool.chmod(0o755)
-    path, cuda = f"{tool.parent}:{os.environ['PATH']}", CPU | {"torch": CPU["torch"] | {"built_for": "13.0"}}
+    path, cuda = (
+        f"{tool.parent}:{os.environ['PATH']}",
+        CPU | {"torch": CPU["torch"] | {"built_for": "13.0"}},
+    )
     assert "--force-reinstall torch==" in page(PATH=path)["nvidia"]["remedy"]
-    assert page(cuda, PATH=path, CUDA_VISIBLE_DEVICES="")["nvidia"]["remedy"] == "unset CUDA_VISIBLE_DEVICES"
-    old = cuda | {"device": CPU["device"] | {"notes": "The NVIDIA driver on your system is too old"}}
+    assert (
+        page(cuda, PATH=path, CUDA_VISIBLE_DEVICES="")["nvidia"]["remedy"]
+        == "unset CUDA_VISIBLE_DEVICES"
+    )
+    old = cuda | {
+        "device": CPU["device"] | {"notes": "The NVIDIA driver on your system is too old"}
+    }
     assert "driver 570.86, torch for CUDA 13.0" in page(old, PATH=path)["nvidia"]["fact"]
     assert "too old" in page(old, PATH=path)["nvidia"]["fact"]
-    assert page(cards("nccl", ("H100", 80, 80), built_for="13.0", nccl="2.28"), PATH=path)["nvidia"]["status"] == "ok"
-    tool.write_text("#!/bin/sh\necho Failed to initialize NVML: Driver/library version mismatch\nexit 18\n")
+    assert (
+        page(cards("nccl", ("H100", 80, 80), built_for="13.0", nccl="2.28"), PATH=path)["nvidia"][
+            "status"
+        ]
+        == "ok"
+    )
+    tool.write_text(
+        "#!/bin/sh\necho Failed to initialize NVML: Driver/library version mismatch\nexit 18\n"
+    )
     assert "version mismatch" in page(cuda, PATH=path)["nvidia"]["fact"]
     tool.write_text("#!/bin/sh\nsleep 60\n")
     monkeypatch.setattr(probe, "TOOL_SECONDS", 0.2)
@@ -312,7 +399,9 @@ def ascend_host(monkeypatch, tmp_path):
     monkeypatch.setattr(check_env, "CARDS", str(tmp_path / "davinci[0-9]*"))
     home = tmp_path / "ascend-toolkit/latest"
     (home / "x86_64-linux").mkdir(parents=True)
-    (home / "x86_64-linux/ascend_toolkit_install.info").write_text("package_name=Ascend-cann-toolkit\nversion=9.1.0\n")
+    (home / "x86_64-linux/ascend_toolkit_install.info").write_text(
+        "package_name=Ascend-cann-toolkit\nversion=9.1.0\n"
+    )
     return home
 
 
@@ -321,20 +410,33 @@ def test_ascend_whose_cann_was_not_sourced_blocks(page, ascend_host):
     facts = CPU | {"torch": CPU["torch"] | {"npu_error": why, "cann": str(ascend_host)}}
     found = page(facts, code=1)
     assert found["cann"]["fact"] == f"9.1.0 in {ascend_host}, set_env.sh was not sourced"
-    assert found["cann"]["remedy"] == found["torch_npu"]["remedy"] == f"source {ascend_host.parent}/set_env.sh"
-    assert found["torch_npu"]["status"] == "MISSING" and "1 x /dev/davinci*" in found["ascend"]["fact"]
+    assert (
+        found["cann"]["remedy"]
+        == found["torch_npu"]["remedy"]
+        == f"source {ascend_host.parent}/set_env.sh"
+    )
+    assert (
+        found["torch_npu"]["status"] == "MISSING" and "1 x /dev/davinci*" in found["ascend"]["fact"]
+    )
     assert page(facts, DANPU_DEVICE="cpu")["torch_npu"]["status"] == "warn"
     assert "torch sees none of them" in page(CPU)["ascend"]["fact"]
 
 
 def test_an_ascend_host_is_measured_against_its_own_requirements(page, ascend_host, monkeypatch):
     real = check_env.installed
-    monkeypatch.setattr(check_env, "installed", lambda name: None if name == "torch-npu" else real(name))
+    monkeypatch.setattr(
+        check_env, "installed", lambda name: None if name == "torch-npu" else real(name)
+    )
     found = page(code=1)["requirements"]
     assert found["fact"] == "not installed: torch-npu" and "install torch-npu==" in found["remedy"]
 
 
-CHIPS = [("Ascend910A", "warn"), ("Ascend910B", "warn"), ("Ascend910PremiumA", "warn"), ("Ascend310P3", "ok")]
+CHIPS = [
+    ("Ascend910A", "warn"),
+    ("Ascend910B", "warn"),
+    ("Ascend910PremiumA", "warn"),
+    ("Ascend310P3", "ok"),
+]
 
 
 @pytest.mark.parametrize("name, status", CHIPS)
@@ -349,9 +451,13 @@ def test_a_usable_ascend_and_its_variables(page, ascend_host):
     ops.mkdir()
     good = {"ASCEND_HOME_PATH": ascend_host, "ASCEND_OPP_PATH": ops}
     found = page(cards("hccl", ("Ascend910B2", 60, 64)), **good)
-    assert found["cann"]["status"] == "ok" and found["dtype"]["fact"] == "bf16: Ascend910B2 has bf16"
+    assert (
+        found["cann"]["status"] == "ok" and found["dtype"]["fact"] == "bf16: Ascend910B2 has bf16"
+    )
     found = page(
-        cards("hccl", ("Ascend910B2", 60, 64)), ASCEND_HOME_PATH=ascend_host, ASCEND_RT_VISIBLE_DEVICES="3,10,1"
+        cards("hccl", ("Ascend910B2", 60, 64)),
+        ASCEND_HOME_PATH=ascend_host,
+        ASCEND_RT_VISIBLE_DEVICES="3,10,1",
     )
     assert "ASCEND_OPP_PATH= is not" in found["cann"]["fact"]
     assert found["settings"]["remedy"] == "export ASCEND_RT_VISIBLE_DEVICES=1,3,10"
@@ -371,19 +477,25 @@ def test_npu_smi_without_a_card_is_a_container_without_devices(page, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "variable, key, code", [("OUTPUT", "output", 1), ("DANPU_CACHE", "cache", 1), ("HF_HOME", "hub_cache", 0)]
+    "variable, key, code",
+    [("OUTPUT", "output", 1), ("DANPU_CACHE", "cache", 1), ("HF_HOME", "hub_cache", 0)],
 )
 def test_folders_that_cannot_be_made(page, tmp_path, variable, key, code):
     (tmp_path / "file").touch()
     found = page(code=code, **{variable: tmp_path / "file/folder"})[key]
-    assert found["status"] == ("MISSING" if code else "warn") and f"{tmp_path}/file is not a folder" in found["fact"]
+    assert (
+        found["status"] == ("MISSING" if code else "warn")
+        and f"{tmp_path}/file is not a folder" in found["fact"]
+    )
     assert found["remedy"].startswith(f"export {variable}=")
 
 
 @pytest.mark.parametrize("free, status", [(0.1, "MISSING"), (5, "warn"), (500, "ok")])
 def test_a_disk_that_is_almost_full(page, monkeypatch, free, status):
     real = check_env.shutil.disk_usage
-    monkeypatch.setattr(check_env.shutil, "disk_usage", lambda path: real(path)._replace(free=int(free * 2**30)))
+    monkeypatch.setattr(
+        check_env.shutil, "disk_usage", lambda path: real(path)._replace(free=int(free * 2**30))
+    )
     found = page(code=status == "MISSING")["output"]
     assert found["status"] == status and f"{free:.1f} GiB free" in found["fact"]
 
@@ -403,16 +515,23 @@ V2 = {"a/memory.max": "3221225472", "a/memory.current": "2147483648", "a/memory.
       "a/cpu.max": "50000 100000", "a/b/memory.max": "max", "a/b/cpu.max": "max 100000"}  # fmt: skip
 
 
-@pytest.mark.parametrize("files, own", [(V1, "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/"), (V2, "0::/a/b")])
+@pytest.mark.parametrize(
+    "files, own", [(V1, "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/"), (V2, "0::/a/b")]
+)
 def test_the_limits_of_a_container_count(page, monkeypatch, tmp_path, files, own):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     real = check_env.read
-    monkeypatch.setattr(check_env, "read", lambda path: own if str(path) == "/proc/self/cgroup" else real(path))
+    monkeypatch.setattr(
+        check_env, "read", lambda path: own if str(path) == "/proc/self/cgroup" else real(path)
+    )
     monkeypatch.setattr(check_env, "CGROUP", tmp_path)
     found = page()
-    assert found["memory"]["status"] == "warn" and "1.5 GiB free of 3.0 GiB, the limit" in found["memory"]["fact"]
+    assert (
+        found["memory"]["status"] == "warn"
+        and "1.5 GiB free of 3.0 GiB, the limit" in found["memory"]["fact"]
+    )
     assert found["cpu"]["status"] == "warn" and "limited to 0.5" in found["cpu"]["fact"]
 
 
@@ -420,7 +539,9 @@ def test_little_shared_memory(page, monkeypatch):
     real = check_env.shutil.disk_usage
     monkeypatch.setattr(check_env, "SHM", "/")
     monkeypatch.setattr(
-        check_env.shutil, "disk_usage", lambda path: real(path)._replace(total=64 << 20) if path == "/" else real(path)
+        check_env.shutil,
+        "disk_usage",
+        lambda path: real(path)._replace(total=64 << 20) if path == "/" else real(path),
     )
     found = page()["limits"]
     assert found["status"] == "warn" and "--shm-size" in found["remedy"]
@@ -440,19 +561,28 @@ def dead(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         for name, path in (("MIRROR", "/mirror"), ("MODELSCOPE", "/scope")):
-            monkeypatch.setattr(check_env, name, f"http://127.0.0.1:{closed.getsockname()[1]}{path}")
+            monkeypatch.setattr(
+                check_env, name, f"http://127.0.0.1:{closed.getsockname()[1]}{path}"
+            )
         yield f"http://127.0.0.1:{closed.getsockname()[1]}"
 
 
 def test_no_hub_at_all_is_no_failure(page, dead):
     found = page(flags=(), HF_ENDPOINT=dead)["hub"]
-    assert found["status"] == "warn" and "Connection refused" in found["fact"] and "no proxy" in found["fact"]
+    assert (
+        found["status"] == "warn"
+        and "Connection refused" in found["fact"]
+        and "no proxy" in found["fact"]
+    )
     assert found["remedy"].startswith("export MODEL=/")
 
 
 @pytest.mark.parametrize(
     "name, remedy",
-    [("MIRROR", "export HF_ENDPOINT={}"), ("MODELSCOPE", "python -m tools.download ORG/NAME --source modelscope")],
+    [
+        ("MIRROR", "export HF_ENDPOINT={}"),
+        ("MODELSCOPE", "python -m tools.download ORG/NAME --source modelscope"),
+    ],
 )
 def test_the_remedy_is_a_hub_that_answers(page, monkeypatch, dead, server, name, remedy):
     monkeypatch.setattr(check_env, name, server)
@@ -469,18 +599,26 @@ def test_a_hub_that_accepts_and_stays_silent(page, monkeypatch, dead):
 
 @pytest.mark.parametrize("address", ["hf-mirror.com", "file:///etc/passwd"])
 def test_an_endpoint_that_is_no_web_address(page, dead, address):
-    assert "not an http:// or https:// address" in page(flags=(), HF_ENDPOINT=address)["hub"]["fact"]
+    assert (
+        "not an http:// or https:// address" in page(flags=(), HF_ENDPOINT=address)["hub"]["fact"]
+    )
 
 
 def test_an_endpoint_with_a_token_in_it_is_masked(page):
-    found = page(HF_ENDPOINT="https://abc123@hub.example/x", MY_API_KEY="0123456789", MODEL="/models/0123456789")
+    found = page(
+        HF_ENDPOINT="https://abc123@hub.example/x",
+        MY_API_KEY="0123456789",
+        MODEL="/models/0123456789",
+    )
     assert "HF_ENDPOINT=https://***@hub.example/x, MODEL=/models/***" in found["settings"]["fact"]
     assert "abc123" not in str(found) and "0123456789" not in str(found)
 
 
 def test_offline_asks_nobody(page, server):
     assert page(HF_ENDPOINT=server)["hub"]["fact"].startswith("not asked")
-    assert page(flags=(), HF_ENDPOINT=server, HF_HUB_OFFLINE=1)["hub"]["fact"].startswith("not asked")
+    assert page(flags=(), HF_ENDPOINT=server, HF_HUB_OFFLINE=1)["hub"]["fact"].startswith(
+        "not asked"
+    )
     assert Hub.asked == 0
 
 
@@ -488,6 +626,8 @@ def test_the_cache_is_where_the_data_goes(monkeypatch):
     from common.data.cache import cache_root
 
     for place in ("/some/where", None):
-        monkeypatch.setenv("DANPU_CACHE", place) if place else monkeypatch.delenv("DANPU_CACHE", raising=False)
+        monkeypatch.setenv("DANPU_CACHE", place) if place else monkeypatch.delenv(
+            "DANPU_CACHE", raising=False
+        )
         assert check_env.folders()[1].fact.startswith(str(cache_root()))
     assert Path(check_env.ROOT) == ROOT

@@ -21,7 +21,11 @@ HOME_IN_IMAGE = "/opt/danpu"
 
 def instructions() -> list[tuple[str, str]]:
     """[(RUN, its text on one line), ...] in order, comments left out."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in DOCKERFILE.read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     whole = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [tuple(line.split(maxsplit=1)) for line in whole.splitlines()]
 
@@ -35,9 +39,9 @@ def arguments() -> dict[str, str]:
 
 
 def tracked() -> list[str]:
-    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[
-        :-1
-    ]
+    return subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")[:-1]
 
 
 # ---- lint ---------------------------------------------------------------------------------------------------
@@ -46,7 +50,9 @@ def tracked() -> list[str]:
 def hadolint(path: Path) -> subprocess.CompletedProcess:
     path_with_ours = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["hadolint", "--no-color", path]
-    return subprocess.run(command, env=os.environ | {"PATH": path_with_ours}, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=os.environ | {"PATH": path_with_ours}, capture_output=True, text=True
+    )
 
 
 def test_lint_finds_nothing():
@@ -79,7 +85,13 @@ def test_copied_and_started_files_are_in_the_repository():
     for text in of("COPY"):
         *sources, _ = [word for word in text.split() if not word.startswith("--")]
         assert all(source == "." or source in files for source in sources), text
-    started = [word for kind in ("ENTRYPOINT", "CMD") for text in of(kind) for word in json.loads(text) if "/" in word]
+    started = [
+        word
+        for kind in ("ENTRYPOINT", "CMD")
+        for text in of(kind)
+        for word in json.loads(text)
+        if "/" in word
+    ]
     assert started == [f"{HOME_IN_IMAGE}/tools/ascend_entrypoint.sh", "tools/check_env.sh"]
     assert all(word.removeprefix(f"{HOME_IN_IMAGE}/") in files for word in started)
     assert of("WORKDIR") == [HOME_IN_IMAGE]
@@ -113,7 +125,11 @@ IGNORED = """.git/config .venv/bin/python output/train_qwen/final/model.safetens
 
 
 def test_dockerignore_keeps_history_environments_and_weights_out_and_the_rest_in():
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
 
     def expression(pattern: str) -> str:
         """As docker matches: from the root, **/ for any depth, * within a name; what is in a folder goes with it."""
@@ -121,7 +137,9 @@ def test_dockerignore_keeps_history_environments_and_weights_out_and_the_rest_in
 
     def ignored(path: str) -> bool:
         """The last line that matches decides; one with ! in front takes the file back in."""
-        matching = [line for line in lines if re.fullmatch(expression(line.removeprefix("!")), path)]
+        matching = [
+            line for line in lines if re.fullmatch(expression(line.removeprefix("!")), path)
+        ]
         return bool(matching) and not matching[-1].startswith("!")
 
     assert [path for path in IGNORED.split() if not ignored(path)] == []
@@ -147,7 +165,9 @@ def run_commands(tmp_path: Path, torch_requires: str = "filelock", getent: int =
     metadata = tmp_path / "site/torch-2.13.0.dist-info/METADATA"
     for folder in (bin_folder, etc / "profile.d", metadata.parent, work):
         folder.mkdir(parents=True)
-    metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\nRequires-Dist: {torch_requires}\n")
+    metadata.write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\nRequires-Dist: {torch_requires}\n"
+    )
     (etc / "bash.bashrc").write_text("# what the image had\n")
     for name in of("COPY")[0].split()[:-1]:
         shutil.copy(ROOT / name, work)
@@ -155,15 +175,25 @@ def run_commands(tmp_path: Path, torch_requires: str = "filelock", getent: int =
         text = STAND_IN.format(shell=shell[0], log=log, python=sys.executable, getent=getent)
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
-    env = {"PATH": f"{bin_folder}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site")} | arguments() | args
+    env = (
+        {"PATH": f"{bin_folder}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site")}
+        | arguments()
+        | args
+    )
     commands = [[*shell, text.replace("/etc/", f"{etc}/")] for text in of("RUN")]
-    return [subprocess.run(c, cwd=work, env=env, capture_output=True, text=True) for c in commands], log.read_text()
+    return [
+        subprocess.run(c, cwd=work, env=env, capture_output=True, text=True) for c in commands
+    ], log.read_text()
 
 
 def test_commands_install_torch_from_the_cpu_index_first_and_make_the_user(tmp_path):
     results, log = run_commands(tmp_path, TORCH_INDEX="https://mirror/cpu", USER_ID="1234")
-    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
-    first, second = [shlex.split(line) for line in log.splitlines() if line.startswith("python -m pip install")]
+    assert [result.returncode for result in results] == [0, 0], [
+        result.stderr for result in results
+    ]
+    first, second = [
+        shlex.split(line) for line in log.splitlines() if line.startswith("python -m pip install")
+    ]
     assert first[first.index("--index-url") + 1] == "https://mirror/cpu" and "--no-deps" in first
     torch = [pin for pin in pins("requirements-npu.txt") if pin.name == "torch"]
     assert first[-1] == str(torch[-1]) and second[-2:] == ["-r", "requirements-npu.txt"]
@@ -177,12 +207,19 @@ def test_commands_install_torch_from_the_cpu_index_first_and_make_the_user(tmp_p
 
 def test_commands_keep_a_group_that_exists(tmp_path):
     results, log = run_commands(tmp_path, getent=0)
-    assert [result.returncode for result in results] == [0, 0] and "groupadd" not in log and "useradd" in log
+    assert (
+        [result.returncode for result in results] == [0, 0]
+        and "groupadd" not in log
+        and "useradd" in log
+    )
 
 
 def test_commands_refuse_the_cuda_build_of_torch(tmp_path):
     results, _ = run_commands(tmp_path, torch_requires="nvidia-cudnn-cu13==9.20.0.48")
-    assert results[0].returncode == 1 and results[0].stderr == "torch is the CUDA build: check TORCH_INDEX\n"
+    assert (
+        results[0].returncode == 1
+        and results[0].stderr == "torch is the CUDA build: check TORCH_INDEX\n"
+    )
 
 
 # ---- the entry point ----------------------------------------------------------------------------------------
@@ -207,12 +244,20 @@ def clean(root: Path) -> dict[str, str]:
 
 
 def entry(root: Path, *command) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", ENTRY, *command], env=clean(root), capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", ENTRY, *command], env=clean(root), capture_output=True, text=True
+    )
 
 
 def test_entry_point_gives_the_environment_and_passes_words_and_exit_code(root):
     result = entry(
-        root, "bash", "-c", 'echo "$ASCEND_HOME_PATH|$LD_LIBRARY_PATH|$1|$#"; exit 75', "x", "two words", "*"
+        root,
+        "bash",
+        "-c",
+        'echo "$ASCEND_HOME_PATH|$LD_LIBRARY_PATH|$1|$#"; exit 75',
+        "x",
+        "two words",
+        "*",
     )
     assert result.returncode == 75 and result.stderr == ""
     assert result.stdout == f"{root}/cann|{root}/cann/lib64:|two words|2\n"
@@ -230,18 +275,22 @@ def test_entry_point_becomes_the_command_and_signals_reach_it(root):
 
 def test_shells_of_the_image_source_it_once_and_go_on_as_they_were(root, tmp_path):
     (tmp_path / "line.sh").write_text(f". {ENTRY}\n")
-    script = (
-        '. "$0"; . "$0"; echo "$LD_LIBRARY_PATH $-"; bash -c \'. "$0"; echo "$LD_LIBRARY_PATH"\' "$0"; false; echo on'
-    )
+    script = '. "$0"; . "$0"; echo "$LD_LIBRARY_PATH $-"; bash -c \'. "$0"; echo "$LD_LIBRARY_PATH"\' "$0"; false; echo on'
     result = subprocess.run(
-        ["bash", "-euc", script, tmp_path / "line.sh"], env=clean(root), capture_output=True, text=True
+        ["bash", "-euc", script, tmp_path / "line.sh"],
+        env=clean(root),
+        capture_output=True,
+        text=True,
     )
     first, second = result.stdout.splitlines()
     paths, options = first.split()
     assert paths == second == f"{root}/cann/lib64:" and {"e", "u"} <= set(options)
     assert result.returncode == 1, "set -e is on again"
     plain = subprocess.run(
-        ["sh", "-c", '. "$0"; echo fine', tmp_path / "line.sh"], env=clean(root), capture_output=True, text=True
+        ["sh", "-c", '. "$0"; echo fine', tmp_path / "line.sh"],
+        env=clean(root),
+        capture_output=True,
+        text=True,
     )
     assert plain.stdout == "fine\n" and plain.stderr == ""
 
@@ -263,6 +312,10 @@ def test_readme_shows_the_same_docker_commands_as_the_file(name):
     def flags(text: str) -> set[str]:
         return set(re.findall(r"--device \S+|-v \S+|--\w[\w-]+ \d+g|docker build -f \S+", text))
 
-    comment = "\n".join(line for line in DOCKERFILE.read_text().splitlines() if line.startswith("#   "))
-    shown = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S))
+    comment = "\n".join(
+        line for line in DOCKERFILE.read_text().splitlines() if line.startswith("#   ")
+    )
+    shown = "\n".join(
+        re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+    )
     assert len(flags(comment)) >= 12 and flags(comment) <= flags(shown)

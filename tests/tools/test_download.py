@@ -28,7 +28,9 @@ rng = np.random.default_rng(0)
 
 
 def tensors(count: int) -> bytes:
-    return save({"a": rng.integers(0, 1000, count, dtype=np.int32), "b": np.ones(3, dtype=np.float32)})
+    return save(
+        {"a": rng.integers(0, 1000, count, dtype=np.int32), "b": np.ones(3, dtype=np.float32)}
+    )
 
 
 SMALL = {"config.json": b'{"model_type": "none"}', "words.txt": rng.bytes(300_000).hex().encode()}
@@ -51,7 +53,14 @@ def get(tmp_path, monkeypatch):
     """
     from huggingface_hub import constants
 
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HF_TOKEN", "MODELSCOPE_API_TOKEN"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+        "HF_TOKEN",
+        "MODELSCOPE_API_TOKEN",
+    ):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -61,8 +70,16 @@ def get(tmp_path, monkeypatch):
         return [str(word) for word in (what, "--to", tmp_path, "--retry_wait", 0.02, *flags)]
 
     def begin(hub, *flags, what=REPO, **env):
-        settings = {"HF_ENDPOINT": hub.url, "MODELSCOPE_ENDPOINT": hub.url, "HF_HOME": tmp_path / "hf"}
-        return start([sys.executable, "-m", "tools.download", *words(flags, what)], fork=False, **settings | env)
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "MODELSCOPE_ENDPOINT": hub.url,
+            "HF_HOME": tmp_path / "hf",
+        }
+        return start(
+            [sys.executable, "-m", "tools.download", *words(flags, what)],
+            fork=False,
+            **settings | env,
+        )
 
     def inside(hub, *flags, what=REPO):
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -71,10 +88,16 @@ def get(tmp_path, monkeypatch):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code, message = download.outcome(words(flags, what))
-        return subprocess.CompletedProcess([], code, out.getvalue(), err.getvalue() + (message or ""))
+        return subprocess.CompletedProcess(
+            [], code, out.getvalue(), err.getvalue() + (message or "")
+        )
 
     def run(hub, *flags, code=0, what=REPO, **env):
-        result = finish(begin(hub, *flags, what=what, **env), 60) if env else inside(hub, *flags, what=what)
+        result = (
+            finish(begin(hub, *flags, what=what, **env), 60)
+            if env
+            else inside(hub, *flags, what=what)
+        )
         if code:
             result.error = error_line(result, code)
         return expect(result, code)
@@ -108,14 +131,24 @@ def test_a_model_arrives_whole_and_a_second_call_fetches_nothing(hub, get, tmp_p
     nested = {"sub/folder/vocabulary 词.json": b"[1, 2]"}
     hub.repos[REPO] |= left_out | nested
     planned = get(hub, "--dry_run").stdout
-    assert not (tmp_path / NAME).exists() and "model.safetensors" in planned and "4 files, 1.6 MiB" in planned
+    assert (
+        not (tmp_path / NAME).exists()
+        and "model.safetensors" in planned
+        and "4 files, 1.6 MiB" in planned
+    )
     printed = get(hub).stdout
     stands(tmp_path / NAME, FILES | nested)
-    assert "left out (pickle): pytorch_model.bin" in printed and "left out (code): modeling_new.py" in printed
+    assert (
+        "left out (pickle): pytorch_model.bin" in printed
+        and "left out (code): modeling_new.py" in printed
+    )
     assert "4 files, 1.6 MiB, whole; checked by hash" in printed
     assert f"MODEL={tmp_path / NAME} DATA=my.jsonl bash" in printed
     sent = sum(seen.sent for seen in hub.seen)
-    assert "all were there" in get(hub).stdout and "all were there" in get(hub, what=tmp_path / NAME).stdout
+    assert (
+        "all were there" in get(hub).stdout
+        and "all were there" in get(hub, what=tmp_path / NAME).stdout
+    )
     assert sum(seen.sent for seen in hub.seen) == sent
     assert "0 B to fetch" in get(hub, "--dry_run", what=tmp_path / NAME).stdout
 
@@ -123,15 +156,22 @@ def test_a_model_arrives_whole_and_a_second_call_fetches_nothing(hub, get, tmp_p
 def test_chosen_files_only(hub, get, tmp_path):
     hub.repos[REPO]["modeling_new.py"] = b"print()"
     get(hub, "--include", "*.json", "*.py", "--exclude", "none*")
-    stands(tmp_path / NAME, {k: v for k, v in hub.repos[REPO].items() if k.endswith(("json", "py"))})
+    stands(
+        tmp_path / NAME, {k: v for k, v in hub.repos[REPO].items() if k.endswith(("json", "py"))}
+    )
     assert "fits --include *.yaml" in get(hub, "--include", "*.yaml", code=1).error
     get(hub)
     stands(tmp_path / NAME, hub.repos[REPO])
 
 
 def test_start_does_not_import_torch():
-    code = "import sys, tools.download; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == ["False", "False"]
+    code = (
+        "import sys, tools.download; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == [
+        "False",
+        "False",
+    ]
 
 
 # ---- faults that pass ---------------------------------------------------------------------------------------
@@ -201,7 +241,10 @@ def test_without_hashes_two_versions_are_never_glued(hub, get, tmp_path):
     printed = get(hub).stdout
     new = bytes([SMALL["words.txt"][0] ^ 1]) + SMALL["words.txt"][1:]
     stands(tmp_path / NAME, FILES | {"words.txt": new})
-    assert hub.asked("words.txt")[1].headers["if-range"] and "3 of them by size and structure only" in printed
+    assert (
+        hub.asked("words.txt")[1].headers["if-range"]
+        and "3 of them by size and structure only" in printed
+    )
 
 
 def test_without_hashes_structure_is_checked_and_a_cut_resumed(hub, get, tmp_path):
@@ -217,14 +260,26 @@ def test_without_hashes_structure_is_checked_and_a_cut_resumed(hub, get, tmp_pat
 # ---- faults that do not pass --------------------------------------------------------------------------------
 
 LASTING = {
-    "one bit wrong": ("flip", {"at": 777_777}, f"expected {hashlib.sha256(WEIGHTS[W]).hexdigest()}; deleted 3 times"),
+    "one bit wrong": (
+        "flip",
+        {"at": 777_777},
+        f"expected {hashlib.sha256(WEIGHTS[W]).hexdigest()}; deleted 3 times",
+    ),
     "a web page": ("html", {}, f"sends a web page instead of the file of {SIZE:,} bytes; gave up"),
-    "too long": ("length", {"by": 9}, f"sends {SIZE + 9:,} bytes instead of the file of {SIZE:,} bytes; gave up"),
+    "too long": (
+        "length",
+        {"by": 9},
+        f"sends {SIZE + 9:,} bytes instead of the file of {SIZE:,} bytes; gave up",
+    ),
     "too short": ("length", {"by": -9}, f"sends {SIZE - 9:,} bytes"),
     "503": ("status", {}, "answers 503 Service Unavailable; gave up after 3 tries"),
     "stalled": ("stall", {"at": 5000}, "no bytes for 0.2 s"),
     "404": ("status", {"code": 404}, "answers 404"),
-    "another protocol": ("redirect", {"to": "ftp://x.test/y"}, "leads to an address that is not http(s)"),
+    "another protocol": (
+        "redirect",
+        {"to": "ftp://x.test/y"},
+        "leads to an address that is not http(s)",
+    ),
     "in circles": ("redirect", {"to": "?"}, "redirects in circles"),
 }
 
@@ -234,8 +289,14 @@ def test_what_does_not_pass_leaves_nothing_under_the_name(name, hub, get, tmp_pa
     kind, settings, words = LASTING[name]
     hub.fault(W, kind, 1000, **settings)
     result = get(hub, "--retries", 2, "--stall", 0.2, code=1)
-    assert "1 of 3 files could not be fetched: model.safetensors: " in result.error and words in result.error
-    assert not (tmp_path / NAME / W).exists() and (tmp_path / NAME / "words.txt").read_bytes() == SMALL["words.txt"]
+    assert (
+        "1 of 3 files could not be fetched: model.safetensors: " in result.error
+        and words in result.error
+    )
+    assert (
+        not (tmp_path / NAME / W).exists()
+        and (tmp_path / NAME / "words.txt").read_bytes() == SMALL["words.txt"]
+    )
     assert "never arrived whole" in get(hub, "--verify", code=1).stdout
     assert "is not whole yet" in get(hub, "--manifest", what=tmp_path / NAME, code=1).error
     hub.faults.clear()
@@ -248,7 +309,10 @@ def test_exit_codes_and_lines_of_the_real_command(hub, get, tmp_path):
     assert get(hub, "--dry_run", NO_PROXY="*").stderr == ""
     hub.fault(W, "status", code=404)
     assert "answers 404 Not Found" in get(hub, NO_PROXY="*", code=1).error
-    assert "unknown flag --repare; did you mean --repair?" in get(hub, "--repare", NO_PROXY="*", code=2).error
+    assert (
+        "unknown flag --repare; did you mean --repair?"
+        in get(hub, "--repare", NO_PROXY="*", code=2).error
+    )
     get(hub, NO_PROXY="*")
     stands(tmp_path / NAME)
 
@@ -259,12 +323,19 @@ def test_refusals_are_one_line_and_not_repeated(hub, get, tmp_path):
     hub.token = "hf_secret"
     asked = len(hub.seen)
     refused = get(hub, code=1).error
-    assert "HF_TOKEN" in refused and f"accept the licence on {hub.url}/{REPO}" in refused and len(hub.seen) == asked + 1
+    assert (
+        "HF_TOKEN" in refused
+        and f"accept the licence on {hub.url}/{REPO}" in refused
+        and len(hub.seen) == asked + 1
+    )
     assert "HF_TOKEN is not allowed" in get(hub, HF_TOKEN="hf_wrong", code=1).error
     assert not (tmp_path / NAME).exists()
     nobody = Hub({})  # never started
     [server.server_close() for server in nobody.servers]
-    assert "cannot be reached" in (lost := get(nobody, "--retries", 1, code=1).error) and "HF_ENDPOINT" in lost
+    assert (
+        "cannot be reached" in (lost := get(nobody, "--retries", 1, code=1).error)
+        and "HF_ENDPOINT" in lost
+    )
     assert "HF_HUB_OFFLINE" in get(hub, HF_HUB_OFFLINE=1, code=1).error
 
 
@@ -280,7 +351,9 @@ def test_a_token_goes_to_the_hub_only_and_is_never_shown(hub, get, tmp_path):
     assert "hf_secret" not in shown and "secret-of-the-cdn" not in shown
     asked = len(hub.seen)
     assert "answers 401" in get(hub, "--source", hub.url, HF_TOKEN="hf_secret", code=1).error
-    assert not any("authorization" in seen.headers for seen in hub.seen[asked:])  # any address may stand in --source
+    assert not any(
+        "authorization" in seen.headers for seen in hub.seen[asked:]
+    )  # any address may stand in --source
 
 
 # ---- interrupted --------------------------------------------------------------------------------------------
@@ -303,7 +376,9 @@ def test_a_stopped_download_goes_on_where_it_was(sign, hub, get, tmp_path):
     result = finish(process, 30)
     assert result.returncode == (-9 if sign == signal.SIGKILL else 75)
     assert "Traceback" not in result.stderr
-    assert sign == signal.SIGKILL or f"Continue with: python -m tools.download {REPO}" in result.stderr
+    assert (
+        sign == signal.SIGKILL or f"Continue with: python -m tools.download {REPO}" in result.stderr
+    )
     (part,) = parts(tmp_path / NAME)
     have = part.stat().st_size
     assert 100_000 < have < SIZE and not (tmp_path / NAME / W).exists()
@@ -329,8 +404,12 @@ def small_disk(tmp_path):
     """A 24 MB file system."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True)
-    assert not mounted.returncode, f"a small tmpfs cannot be mounted; run the tests as root: {mounted.stderr.strip()}"
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True
+    )
+    assert not mounted.returncode, (
+        f"a small tmpfs cannot be mounted; run the tests as root: {mounted.stderr.strip()}"
+    )
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -338,7 +417,9 @@ def small_disk(tmp_path):
 def test_too_little_space_is_told_before_anything_is_fetched(get, small_disk):
     with Hub({REPO: SMALL | {W: tensors(5_000_000)}}) as hub:
         line = get(hub, "--to", small_disk, code=1).error
-        assert "19.6 MiB to fetch, 24.0 MiB free" in line and "too little" in line and hub.sent(W) == 0
+        assert (
+            "19.6 MiB to fetch, 24.0 MiB free" in line and "too little" in line and hub.sent(W) == 0
+        )
 
 
 def test_full_disk_is_one_line_and_the_same_command_goes_on(hub, get, small_disk):
@@ -351,7 +432,10 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(hub, get, small_disk
 
     hub.on_bytes = fill
     line = get(hub, "--to", small_disk, "--include", W, code=1).error
-    assert "no space left on device" in line and "free some space, then: python -m tools.download" in line
+    assert (
+        "no space left on device" in line
+        and "free some space, then: python -m tools.download" in line
+    )
     (part,) = parts(small_disk / NAME)
     have = part.stat().st_size
     assert have >= 200_000 and not (small_disk / NAME / W).exists()
@@ -364,10 +448,20 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(hub, get, small_disk
 
 # ---- names, pickles, folders --------------------------------------------------------------------------------
 
-NAMES = ["../out.json", "/tmp/out.json", "a/../../out.json", "a\\..\\out.json", "C:/out.json", "a//b.json", "./a.json"]
+NAMES = [
+    "../out.json",
+    "/tmp/out.json",
+    "a/../../out.json",
+    "a\\..\\out.json",
+    "C:/out.json",
+    "a//b.json",
+    "./a.json",
+]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "a\nb.json", "a\ud800.json", ".danpu.json", "model.safetensors.part"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "a\nb.json", "a\ud800.json", ".danpu.json", "model.safetensors.part"]
+)
 def test_names_that_lead_out_are_refused(name, tmp_path):
     with pytest.raises(link.Fatal, match="which is no path inside"):
         fetch.safe_target(tmp_path, name)
@@ -376,7 +470,10 @@ def test_names_that_lead_out_are_refused(name, tmp_path):
 def test_a_bad_name_ends_the_download_before_it_begins(hub, get, tmp_path):
     hub.repos[REPO]["../../out.json"] = b"{}"
     assert "'../../out.json', which is no path inside" in get(hub, code=1).error
-    assert "'../../out.json', which is no path inside" in get(hub, "--source", "modelscope", code=1).error
+    assert (
+        "'../../out.json', which is no path inside"
+        in get(hub, "--source", "modelscope", code=1).error
+    )
     assert [p.name for p in tmp_path.iterdir()] in ([], ["hf"])
 
 
@@ -386,7 +483,10 @@ def test_a_record_that_names_files_elsewhere_is_not_believed(hub, get, tmp_path)
     outside.write_bytes(b"mine")
     found = json.loads(record.read_text())
     stat = outside.stat()
-    found["files"]["../outside.safetensors"] = found["files"][W] | {"size": 4, "mtime_ns": stat.st_mtime_ns}
+    found["files"]["../outside.safetensors"] = found["files"][W] | {
+        "size": 4,
+        "mtime_ns": stat.st_mtime_ns,
+    }
     record.write_text(json.dumps(found))
     for flags in ([], ["--repair", "true"], ["--verify"]):
         assert ".danpu.json cannot be read; delete it" in get(hub, *flags, code=1).error
@@ -407,7 +507,10 @@ def test_pickles_only_when_asked(get, tmp_path):
     with Hub({REPO: files, "org/gguf": SMALL | {"q4.gguf": b"GGUF"}}) as hub:
         line = get(hub, code=1).error
         assert "only as pickle (pytorch_model.bin)" in line and "--allow_pickle true" in line
-        assert "only as pickle" in get(hub, "--include", "*.bin", code=1).error and hub.sent("pytorch_model.bin") == 0
+        assert (
+            "only as pickle" in get(hub, "--include", "*.bin", code=1).error
+            and hub.sent("pytorch_model.bin") == 0
+        )
         get(hub, "--allow_pickle", "true")
         stands(tmp_path / NAME, files)
         assert "only other formats (q4.gguf)" in get(hub, what="org/gguf", code=1).error
@@ -438,7 +541,9 @@ def test_modelscope(hub, get, tmp_path):
     stands(tmp_path / NAME)
     assert "sha256 is" in printed and "3 files, 1.6 MiB, whole; checked by hash" in printed
     assert all("m_session_id" in seen.headers["cookie"] for seen in hub.seen[1:])
-    lost = get(hub, "--source", "modelscope", what="org/none", MODELSCOPE_API_TOKEN="ms_secret", code=1).error
+    lost = get(
+        hub, "--source", "modelscope", what="org/none", MODELSCOPE_API_TOKEN="ms_secret", code=1
+    ).error
     assert "no model org/none" in lost and "ids differ between hubs" in lost
 
 
@@ -468,7 +573,10 @@ def test_any_web_server_with_our_manifest(hub, get, tmp_path, fetched):
 
 
 def test_an_address_may_be_a_hub(hub, get, tmp_path):
-    assert f"from {hub.url}, 3 files" in get(hub, "--source", hub.url, HF_ENDPOINT="http://127.0.0.1:9").stdout
+    assert (
+        f"from {hub.url}, 3 files"
+        in get(hub, "--source", hub.url, HF_ENDPOINT="http://127.0.0.1:9").stdout
+    )
     stands(tmp_path / NAME)
     assert "has no model org/none" in get(hub, "--source", hub.url, what="org/none", code=1).error
 
@@ -477,7 +585,9 @@ def test_the_proxy_of_the_environment_is_used(hub, get, tmp_path):
     """Only the proxy knows a host of this name."""
     get(hub, HF_ENDPOINT="http://hub.test", HTTP_PROXY=hub.url, NO_PROXY="")
     stands(tmp_path / NAME)
-    assert {seen.server for seen in hub.seen} == {"hub", "cdn"} and all(seen.proxied for seen in hub.seen)
+    assert {seen.server for seen in hub.seen} == {"hub", "cdn"} and all(
+        seen.proxied for seen in hub.seen
+    )
 
 
 # ---- verify and repair --------------------------------------------------------------------------------------
@@ -532,7 +642,10 @@ def test_repair_adopts_a_folder_of_another_program(hub, get, tmp_path):
 def test_repair_is_no_update_and_an_update_leaves_no_mixture(hub, get, tmp_path):
     """The new version has one file instead of two shards; a loader must never find old ones beside new ones."""
     index = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).encode()
-    shards = {f"m-{n}.safetensors": save({name: np.zeros(9, np.float32)}) for n, name in ((1, "a"), (2, "b"))}
+    shards = {
+        f"m-{n}.safetensors": save({name: np.zeros(9, np.float32)})
+        for n, name in ((1, "a"), (2, "b"))
+    }
     hub.repos[REPO] = SMALL | shards | {"m.safetensors.index.json": index}
     folder = tmp_path / NAME
     get(hub)
@@ -545,7 +658,10 @@ def test_repair_is_no_update_and_an_update_leaves_no_mixture(hub, get, tmp_path)
     printed = get(hub, "--retries", 0, code=1).stdout
     assert "m-2.safetensors: the repository has no such file any more" in printed
     assert "config.json: the repository has another version" in printed
-    assert not list(folder.glob("*.safetensors*")) and "never arrived whole" in get(hub, "--verify", code=1).stdout
+    assert (
+        not list(folder.glob("*.safetensors*"))
+        and "never arrived whole" in get(hub, "--verify", code=1).stdout
+    )
     hub.faults.clear()
     get(hub)
     stands(folder, hub.repos[REPO])
@@ -628,7 +744,9 @@ def tiny_model(tmp_path_factory):
     )  # fmt: skip
     made = tiny.save_tiny(config, tokenizer, folder)
     tokenizer.save_pretrained(folder / "sharded")
-    AutoModelForCausalLM.from_pretrained(made).save_pretrained(folder / "sharded", max_shard_size="900KB")
+    AutoModelForCausalLM.from_pretrained(made).save_pretrained(
+        folder / "sharded", max_shard_size="900KB"
+    )
     return folder / "sharded"
 
 
@@ -637,7 +755,18 @@ def fetched(tiny_model, tmp_path_factory):
     """(folder, what was printed, commit): the real model fetched from a hub, with --manifest and --try."""
     place = tmp_path_factory.mktemp("fetched")
     with Hub({"org/tiny": {p.name: p.read_bytes() for p in tiny_model.iterdir()}}) as hub:
-        flags = ["--source", hub.url, "--to", place, "--manifest", "--try", "--window", 128, "--batch", 4]
+        flags = [
+            "--source",
+            hub.url,
+            "--to",
+            place,
+            "--manifest",
+            "--try",
+            "--window",
+            128,
+            "--batch",
+            4,
+        ]
         command = [sys.executable, "-m", "tools.download", "org/tiny", *flags]
         return place / "tiny", expect(finish(start(command, NO_PROXY="*"))).stdout, hub.commit
 
@@ -651,11 +780,21 @@ def test_manifest_and_trial_of_a_fetched_model(fetched, tiny_model, hub, get, tm
     found = json.loads((folder / "manifest.json").read_text())
     facts = found["model"]
     assert facts["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
-    shape = {"layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 16, "hidden": 96, "vocabulary": 400, "window": 512}
+    shape = {
+        "layers": 6,
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "hidden": 96,
+        "vocabulary": 400,
+        "window": 512,
+    }
     assert shape.items() <= facts.items() and facts["dtypes"] == {"F32": facts["parameters"]}
     assert found["parallel"]["tensor"] == [1, 2] and found["parallel"]["pipeline"] == [1, 2, 3, 6]
     assert "3, 6 would need copies of key/value heads" in printed and "tokens/s on" in printed
-    rows = {(r["method"], r["cards"], r["gradient_checkpointing"]): r for r in found["memory"]["rows"]}
+    rows = {
+        (r["method"], r["cards"], r["gradient_checkpointing"]): r for r in found["memory"]["rows"]
+    }
     assert len(rows) == 4 * 5 * 2 and found["memory"]["assumptions"]["window"] == 128
     assert all(rows[m, n, True]["total_GiB"] <= rows[m, n, False]["total_GiB"] for m, n, _ in rows)
     for file in found["files"]:
@@ -665,22 +804,37 @@ def test_manifest_and_trial_of_a_fetched_model(fetched, tiny_model, hub, get, tm
     assert "all were there" in get(hub, what="org/tiny").stdout  # our manifest.json is no stranger
     (folder / ".danpu.json").unlink()  # as on a machine where the folder was copied to
     damage(folder / "model-00002-of-00003.safetensors", 5000)
-    assert "model-00002-of-00003.safetensors: sha256 is" in get(hub, "--verify", what=folder, code=1).stdout
+    assert (
+        "model-00002-of-00003.safetensors: sha256 is"
+        in get(hub, "--verify", what=folder, code=1).stdout
+    )
 
 
 def test_memory_of_the_states_by_hand():
     """7e9 parameters on 8 cards: bytes per parameter as the recipes hold them."""
     from tools.hub import manifest
 
-    facts = {"parameters": 7e9, "sides": 1e7, "matrices": 6e9, "vocabulary": 100_000, "hidden": 4096}
+    facts = {
+        "parameters": 7e9,
+        "sides": 1e7,
+        "matrices": 6e9,
+        "vocabulary": 100_000,
+        "hidden": 4096,
+    }
     full, zero2, zero3 = (manifest.states(m, facts, 8, 16) for m in ("full", "ZeRO-2", "ZeRO-3"))
     assert (full["weights"], full["gradients"], full["optimizer"]) == (28e9, 28e9, 56e9)
     assert (zero2["weights"], zero2["gradients"], zero2["optimizer"]) == (14e9, 14e9 / 8, 84e9 / 8)
-    assert (zero3["weights"], zero3["gradients"], zero3["optimizer"]) == (14e9 / 8, 14e9 / 8, 84e9 / 8)
+    assert (zero3["weights"], zero3["gradients"], zero3["optimizer"]) == (
+        14e9 / 8,
+        14e9 / 8,
+        84e9 / 8,
+    )
     assert manifest.states("LoRA", facts, 8, 16)["weights"] == 14e9 + 4 * 16e7
 
 
-@pytest.mark.parametrize("method, recompute", [("full", False), ("full", True), ("LoRA", False), ("ZeRO-2", False)])
+@pytest.mark.parametrize(
+    "method, recompute", [("full", False), ("full", True), ("LoRA", False), ("ZeRO-2", False)]
+)
 def test_estimated_activations_are_those_that_torch_keeps(method, recompute, tiny_model):
     """Saved tensors of one forward, weights (and autocast's copies of them) not counted."""
     import torch
@@ -697,7 +851,9 @@ def test_estimated_activations_are_those_that_torch_keeps(method, recompute, tin
     if recompute:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if method == "LoRA":
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        )
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -707,7 +863,10 @@ def test_estimated_activations_are_those_that_torch_keeps(method, recompute, tin
         return tensor
 
     ids = torch.randint(0, 400, (2, 256))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", enabled=method != "ZeRO-2"):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", enabled=method != "ZeRO-2"),
+    ):
         model(input_ids=ids, labels=ids, use_cache=False)
     counted = sum(size for _, size in kept.values())
     counted -= 2 * facts["matrices"] if method == "full" and not recompute else 0
@@ -728,14 +887,23 @@ def test_a_type_nobody_knows_and_a_model_that_does_not_write(get, tmp_path):
     }
     other = {"model_type": "vit", "num_hidden_layers": 2}
     repos = {"org/new": {"config.json": json.dumps(plain).encode(), W: WEIGHTS[W]}}
-    nested = {"model_type": "new-vl", "vision": {"layers": 3}, "text_config": plain | {"num_experts": 8}}
+    nested = {
+        "model_type": "new-vl",
+        "vision": {"layers": 3},
+        "text_config": plain | {"num_experts": 8},
+    }
     repos["org/vl"] = {"config.json": json.dumps(nested).encode(), W: WEIGHTS[W]}
     repos["org/vit"] = {"config.json": json.dumps(other).encode(), W: WEIGHTS[W]}
     with Hub(repos) as hub:
         printed = get(hub, "--manifest", what="org/new").stdout
-        assert "from-the-future, 270,003 parameters" in printed and "12 layers, 8 heads, 8 key/value heads" in printed
+        assert (
+            "from-the-future, 270,003 parameters" in printed
+            and "12 layers, 8 heads, 8 key/value heads" in printed
+        )
         printed = get(hub, "--manifest", what="org/vl").stdout
-        assert "12 layers" in printed and "expert parallel: 1, 2, 4, 8 (divide 8 experts)" in printed
+        assert (
+            "12 layers" in printed and "expert parallel: 1, 2, 4, 8 (divide 8 experts)" in printed
+        )
         assert "--try: vit is no model that writes text" in get(hub, "--try", what="org/vit").stdout
         assert "cannot be loaded" in get(hub, "--try", what="org/new", code=1).error
 
@@ -770,7 +938,9 @@ def aria2(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["hf", "modelscope"])
-def test_aria2c_fetches_large_files_and_is_checked_like_any_other(layout, hub, get, tmp_path, aria2):
+def test_aria2c_fetches_large_files_and_is_checked_like_any_other(
+    layout, hub, get, tmp_path, aria2
+):
     hub.token = "hf_secret"
     for _ in range(2):  # the first answer goes to our own look at the address
         hub.fault(W, "flip", at=777_777)
@@ -797,7 +967,9 @@ def test_aria2c_is_not_asked_where_it_does_not_help(hub, get, tmp_path, aria2):
 
 def test_an_aria2c_that_fails_is_given_up(hub, get, tmp_path, aria2):
     (aria2 / "aria2c").write_text("#!/bin/sh\nexit 6\n")
-    printed = get(hub, "--aria2", "true", "--retries", 3, PATH=f"{aria2}:{os.environ['PATH']}").stdout
+    printed = get(
+        hub, "--aria2", "true", "--retries", 3, PATH=f"{aria2}:{os.environ['PATH']}"
+    ).stdout
     stands(tmp_path / NAME)
     assert printed.count("aria2c ended with code 6 (network problem)") == 3
 
@@ -821,7 +993,14 @@ def test_mistakes_on_the_command_line(hub, get, tmp_path):
     assert "without password" in get(hub, "--source", "https://me:word@host/x", code=2).error
     assert "a number from 1, not '0'" in get(hub, "--workers", "0", code=2).error
     assert "true or false, not 'maybe'" in get(hub, "--repair=maybe", code=2).error
-    for wrong in (tmp_path / "none", "models/none/deeper", "./none", "a b", "org/..", "https://host/x"):
+    for wrong in (
+        tmp_path / "none",
+        "models/none/deeper",
+        "./none",
+        "a b",
+        "org/..",
+        "https://host/x",
+    ):
         assert "no such folder, and no model of a hub" in get(hub, what=wrong, code=1).error
     assert "nothing was fetched there" in get(hub, "--verify", code=1).error
     (tmp_path / "empty").mkdir()
@@ -831,7 +1010,9 @@ def test_mistakes_on_the_command_line(hub, get, tmp_path):
 
 
 def test_switches_need_no_value_and_dashes_are_fine():
-    parsed = download.parse_args(["--dry-run", "org/name", "--repair", "--retry-wait", "2", "--try", "false"])
+    parsed = download.parse_args(
+        ["--dry-run", "org/name", "--repair", "--retry-wait", "2", "--try", "false"]
+    )
     assert (parsed.model, parsed.dry_run, parsed.repair, parsed.retry_wait, parsed.try_) == (
         "org/name",
         True,
@@ -844,7 +1025,11 @@ def test_switches_need_no_value_and_dashes_are_fine():
 def test_retry_after_is_a_number_or_a_date():
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
     assert link.retry_after("7") == 7 and 90 < link.retry_after(date) <= 100
-    assert link.retry_after("soon") is None and link.retry_after("") is None and link.retry_after("9999999") == 3600
+    assert (
+        link.retry_after("soon") is None
+        and link.retry_after("") is None
+        and link.retry_after("9999999") == 3600
+    )
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
@@ -865,7 +1050,9 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
 
 def test_patterns():
     assert sources.matches("a/b.json", ["*.json"]) and sources.matches("a/b.json", ["b.json"])
-    assert sources.matches("onnx/m.bin", ["onnx/"]) and not sources.matches("a/onnx.json", ["onnx/"])
+    assert sources.matches("onnx/m.bin", ["onnx/"]) and not sources.matches(
+        "a/onnx.json", ["onnx/"]
+    )
     reasons = {
         "x.bin": "pickle",
         "m.gguf": "other formats",

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from tools.hub.link import CONNECT, Link, Retry, Stopped, get, host
 
-MEANING = {1: "unknown error", 2: "time out", 3: "not found", 6: "network problem", 19: "host name not found"}
+MEANING = {
+    1: "unknown error",
+    2: "time out",
+    3: "not found",
+    6: "network problem",
+    19: "host name not found",
+}
 DISK_FULL = 9
 
 
@@ -28,7 +34,11 @@ def append(part: Path, url: str, size: int, link: Link, tick: Callable[[], None]
     """
     with get(link, url, {"Range": "bytes=0-0"}) as answer:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        keep = {k: v for k, v in answer.request.headers.items() if k in ("Authorization", "Cookie", "User-Agent")}
+        keep = {
+            k: v
+            for k, v in answer.request.headers.items()
+            if k in ("Authorization", "Cookie", "User-Agent")
+        }
         last = answer.url
     if answer.status_code != 206:
         return False
@@ -56,7 +66,9 @@ def _run(link: Link, job: str, tick: Callable[[], None]) -> int:
     ]  # fmt: skip
     bundle = os.environ.get("REQUESTS_CA_BUNDLE")
     words += [f"--ca-certificate={bundle}"] if bundle else []
-    proxies = {f"{scheme}_proxy": address for scheme, address in urllib.request.getproxies().items()}  # small letters
+    proxies = {
+        f"{scheme}_proxy": address for scheme, address in urllib.request.getproxies().items()
+    }  # small letters
     process = subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
         env=os.environ | proxies,

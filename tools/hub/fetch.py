@@ -54,7 +54,9 @@ def size_text(count: float) -> str:
 def safe_target(folder: Path, path: str) -> Path:
     """folder/path; Fatal when a name that the server gave leads out of the folder or is one of ours."""
     parts = path.split("/")
-    odd = any(unicodedata.category(c) in ("Cc", "Cs") or c == "\\" for c in path) or re.match(r"[A-Za-z]:", path)
+    odd = any(unicodedata.category(c) in ("Cc", "Cs") or c == "\\" for c in path) or re.match(
+        r"[A-Za-z]:", path
+    )
     ours = parts[0].startswith(".danpu.") or path.endswith((".part", ".part.aria2"))
     if odd or ours or any(part in ("", ".", "..") for part in parts):
         raise Fatal(f"the source names a file {path!r}, which is no path inside {folder}")
@@ -66,7 +68,9 @@ def safe_target(folder: Path, path: str) -> Path:
 
 def part_of(target: Path, entry: Entry) -> Path:
     """Where the bytes gather. The name holds the hash, so that no part is ever continued with another version."""
-    return target.with_name(f"{target.name}.{(entry.sha256 or entry.git or 'without-hash')[:12]}.part")
+    return target.with_name(
+        f"{target.name}.{(entry.sha256 or entry.git or 'without-hash')[:12]}.part"
+    )
 
 
 def gathered(part: Path) -> int:
@@ -75,7 +79,9 @@ def gathered(part: Path) -> int:
         stat = part.stat()
     except FileNotFoundError:
         return 0
-    return min(stat.st_blocks * 512, stat.st_size) if aria2.control_of(part).exists() else stat.st_size
+    return (
+        min(stat.st_blocks * 512, stat.st_size) if aria2.control_of(part).exists() else stat.st_size
+    )
 
 
 def discard(part: Path) -> None:
@@ -89,7 +95,11 @@ def discard(part: Path) -> None:
 def _digest(path: Path, entry: Entry, stop: threading.Event) -> tuple[str, str | None]:
     """A file's sha256, and its git blob's sha1 if the entry has one."""
     sha = hashlib.sha256()
-    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if entry.git else None
+    git = (
+        hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        if entry.git
+        else None
+    )
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             if stop.is_set():
@@ -113,7 +123,11 @@ def examine(path: Path, entry: Entry, stop: threading.Event) -> tuple[str, str |
         return sha, f"sha256 is {sha}, expected {entry.sha256}"
     if entry.git and git != entry.git:
         return sha, f"git's sha1 is {git}, expected {entry.git}"
-    wrong = weights.problem(path, entry.path) if not entry.hashed or entry.path.endswith(".safetensors") else None
+    wrong = (
+        weights.problem(path, entry.path)
+        if not entry.hashed or entry.path.endswith(".safetensors")
+        else None
+    )
     return sha, f"{wrong}, as it is in the repository itself" if wrong and entry.hashed else wrong
 
 
@@ -144,7 +158,9 @@ def fetch(entry: Entry, folder: Path, link: Link, show: Callable[[str, int], Non
             discard(part)
             memory["wrong"] += 1
             if memory["wrong"] == WRONG_TRIES or "repository itself" in wrong:
-                raise Fatal(f"{wrong}; deleted" + (f" {WRONG_TRIES} times" if memory["wrong"] > 1 else ""))
+                raise Fatal(
+                    f"{wrong}; deleted" + (f" {WRONG_TRIES} times" if memory["wrong"] > 1 else "")
+                )
             raise Retry(f"{wrong}; deleted")
         return sha
 
@@ -174,9 +190,16 @@ def _gather(entry: Entry, part: Path, link: Link, show: Callable, memory: dict) 
     have, whole = gathered(part), not aria2.control_of(part).exists()
     if whole and have and have == entry.size:
         return have
-    if link.aria2 and entry.hashed and (entry.size or 0) >= link.aria2_from and memory["aria2"] < ARIA2_TRIES:
+    if (
+        link.aria2
+        and entry.hashed
+        and (entry.size or 0) >= link.aria2_from
+        and memory["aria2"] < ARIA2_TRIES
+    ):
         memory["aria2"] += 1
-        if aria2.append(part, entry.url, entry.size, link, lambda: show(entry.path, gathered(part))):
+        if aria2.append(
+            part, entry.url, entry.size, link, lambda: show(entry.path, gathered(part))
+        ):
             return entry.size
         have, whole = gathered(part), not aria2.control_of(part).exists()
     if not whole or (have and not entry.hashed and not memory["etag"]):
@@ -188,7 +211,9 @@ def _gather(entry: Entry, part: Path, link: Link, show: Callable, memory: dict) 
     with get(link, entry.url, headers) as answer:
         start, size = _place(answer, entry, have)
         etag = answer.headers.get("ETag", "")
-        memory["etag"] = etag if etag.startswith('"') else None  # a weak one promises nothing about bytes
+        memory["etag"] = (
+            etag if etag.startswith('"') else None
+        )  # a weak one promises nothing about bytes
         _append(answer, part, start, size, link, lambda count: show(entry.path, count))
     return size
 
@@ -200,22 +225,36 @@ def _place(answer: requests.Response, entry: Entry, have: int) -> tuple[int, int
     if answer.status_code == 206:
         place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         total = place and (None if place[2] == "*" else int(place[2]))
-        if encoded or not place or int(place[1]) != have or (total and entry.size and total != entry.size):
+        if (
+            encoded
+            or not place
+            or int(place[1]) != have
+            or (total and entry.size and total != entry.size)
+        ):
             raise Retry(f"{host(answer.url)} continues at another place than asked", restart=True)
         start = have
     length = "" if encoded else answer.headers.get("Content-Length", "")
     announced = start + int(length) if length.isdigit() else None
     size = announced if entry.size is None else entry.size
     if size is None:
-        raise Fatal(f"{host(answer.url)} tells neither size nor hash: nothing would show whether the file is whole")
-    page = "text/html" in answer.headers.get("Content-Type", "") and not entry.path.endswith((".html", ".htm"))
+        raise Fatal(
+            f"{host(answer.url)} tells neither size nor hash: nothing would show whether the file is whole"
+        )
+    page = "text/html" in answer.headers.get("Content-Type", "") and not entry.path.endswith(
+        (".html", ".htm")
+    )
     if announced not in (None, size) or (page and not entry.hashed):
         what = "a web page" if page else f"{announced:,} bytes"
-        raise Retry(f"{host(answer.url)} sends {what} instead of the file of {size:,} bytes", restart=bool(start))
+        raise Retry(
+            f"{host(answer.url)} sends {what} instead of the file of {size:,} bytes",
+            restart=bool(start),
+        )
     return start, size
 
 
-def _append(answer, part: Path, have: int, size: int, link: Link, show: Callable[[int], None]) -> None:
+def _append(
+    answer, part: Path, have: int, size: int, link: Link, show: Callable[[int], None]
+) -> None:
     """Write the body at byte `have` of the part; Retry when it ends too early or too late."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with open(os.open(part, flags, 0o666), "r+b") as file:

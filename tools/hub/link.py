@@ -102,7 +102,11 @@ def retry_after(value: str) -> float | None:
     """Seconds of a Retry-After header (a number or a date), at most an hour; None when it says nothing."""
     try:
         number = value.strip().isdigit()
-        seconds = float(value) if number else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        seconds = (
+            float(value)
+            if number
+            else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        )
     except (TypeError, ValueError):
         return None
     return min(max(seconds, 0), 3600)
@@ -124,9 +128,13 @@ def _failure(error: requests.RequestException, where: str, link: Link) -> Except
     """What to raise for an exception of requests, whose own text may hold a signed address."""
     why = _innermost(error)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return Fatal(f"the certificate of {where} is not trusted; REQUESTS_CA_BUNDLE=/path/ca.pem names your authority")
+        return Fatal(
+            f"the certificate of {where} is not trusted; REQUESTS_CA_BUNDLE=/path/ca.pem names your authority"
+        )
     if isinstance(error, requests.exceptions.ProxyError) and "407" in str(error):
-        return Fatal("the proxy asks for a password: HTTPS_PROXY=http://NAME:PASSWORD@HOST:PORT", 407)
+        return Fatal(
+            "the proxy asks for a password: HTTPS_PROXY=http://NAME:PASSWORD@HOST:PORT", 407
+        )
     if isinstance(error, requests.exceptions.ProxyError):
         return Retry(f"the proxy (HTTPS_PROXY, HTTP_PROXY) gives no way to {where} ({why})")
     if isinstance(error, ValueError):  # no address, or one of another kind

@@ -58,7 +58,11 @@ def config_facts(folder: Path) -> dict:
     """type, architectures and the numbers of NAMES, None where config.json does not say. No code of the model runs."""
     try:
         raw = json.loads((folder / "config.json").read_bytes())
-        inner = [raw[k] for k in ("text_config", "llm_config", "language_config") if isinstance(raw.get(k), dict)]
+        inner = [
+            raw[k]
+            for k in ("text_config", "llm_config", "language_config")
+            if isinstance(raw.get(k), dict)
+        ]
     except (OSError, ValueError, AttributeError):
         raise SystemExit(f"{folder} has no config.json that can be read") from None
     said = raw | (inner[0] if inner else {})
@@ -66,12 +70,16 @@ def config_facts(folder: Path) -> dict:
         import_module("common.device")  # before transformers
         from transformers import AutoConfig
 
-        known = AutoConfig.from_pretrained(folder).get_text_config().to_dict()  # with the defaults of its type
+        known = (
+            AutoConfig.from_pretrained(folder).get_text_config().to_dict()
+        )  # with the defaults of its type
     except Exception:  # a type that this transformers does not know: the plain numbers will do
         known = {}
     facts = {"type": raw.get("model_type"), "architectures": raw.get("architectures") or []}
     for fact, names in NAMES.items():
-        found = [source[n] for source in (known, said) for n in names if isinstance(source.get(n), int)]
+        found = [
+            source[n] for source in (known, said) for n in names if isinstance(source.get(n), int)
+        ]
         facts[fact] = found[0] if found else None
     facts["kv_heads"] = facts["kv_heads"] or facts["heads"]
     if not facts["head_dim"] and facts["heads"] and facts["hidden"]:
@@ -84,7 +92,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model: those of the index if there is one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        return [
+            folder / name
+            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        ]
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -95,7 +106,11 @@ def tensor_facts(folder: Path, tied: bool) -> dict:
         for name, (dtype, shape) in weights.tensors(file).items():
             shapes[name] = shape
             dtypes[dtype] = dtypes.get(dtype, 0) + prod(shape)
-    tables = {n: s for n, s in shapes.items() if len(s) == 2 and ("embed" in n or "wte" in n or "lm_head" in n)}
+    tables = {
+        n: s
+        for n, s in shapes.items()
+        if len(s) == 2 and ("embed" in n or "wte" in n or "lm_head" in n)
+    }
     head = [n for n in tables if "lm_head" in n]
     twice = sum(prod(shapes[n]) for n in head) if tied and len(tables) > len(head) else 0
     matrices = {n: s for n, s in shapes.items() if len(s) >= 2 and n not in tables}
@@ -114,7 +129,9 @@ def divisors(limit: int, *numbers: int | None) -> list[int]:
 
 def parallel_sizes(facts: dict) -> dict:
     """Sizes of tensor, pipeline and expert parallelism that cut the model evenly, and why."""
-    heads, kv, layers, vocabulary = (facts[k] for k in ("heads", "kv_heads", "layers", "vocabulary"))
+    heads, kv, layers, vocabulary = (
+        facts[k] for k in ("heads", "kv_heads", "layers", "vocabulary")
+    )
     tensor = divisors(64, heads, kv, facts["intermediate"])
     even = [t for t in tensor if vocabulary and vocabulary % t == 0]
     why = f"divide {heads} heads, {kv} key/value heads and the feed-forward width {facts['intermediate']}"
@@ -122,11 +139,23 @@ def parallel_sizes(facts: dict) -> dict:
         pad = "" if even == tensor else ", the others pad it"
         why += f"; the vocabulary of {vocabulary:,} divides by {', '.join(map(str, even))}{pad}"
     more = [t for t in divisors(64, heads) if t not in tensor]
-    why += f"; {', '.join(map(str, more))} would need copies of key/value heads" if more and kv != heads else ""
+    why += (
+        f"; {', '.join(map(str, more))} would need copies of key/value heads"
+        if more and kv != heads
+        else ""
+    )
     pipeline = [t for t in divisors(64, layers) if t <= 16]
-    sizes = {"tensor": tensor, "tensor_why": why, "pipeline": pipeline, "pipeline_why": f"divide {layers} layers"}
+    sizes = {
+        "tensor": tensor,
+        "tensor_why": why,
+        "pipeline": pipeline,
+        "pipeline_why": f"divide {layers} layers",
+    }
     if facts["experts"]:
-        sizes |= {"expert": divisors(64, facts["experts"]), "expert_why": f"divide {facts['experts']} experts"}
+        sizes |= {
+            "expert": divisors(64, facts["experts"]),
+            "expert_why": f"divide {facts['experts']} experts",
+        }
     return sizes
 
 
@@ -171,7 +200,11 @@ def activations(method: str, facts: dict, tokens: int, recompute: bool) -> float
         f = (facts["expert_intermediate"] or f) * facts["experts_per_token"]
         per_token += 4 * h * facts["experts_per_token"]
     layer = tokens * (per_token + 8 * f)
-    body = layer + layers * tokens * h * (4 if method == "full" else 2) if recompute else layers * layer
+    body = (
+        layer + layers * tokens * h * (4 if method == "full" else 2)
+        if recompute
+        else layers * layer
+    )
     from common.fast.losses import ACCELERATOR_LOGITS
 
     vocabulary = facts["vocabulary"] or 0
@@ -186,10 +219,18 @@ def memory_table(facts: dict, window: int, batch: int, lora_r: int) -> list[dict
         for cards in CARDS:
             for recompute in (False, True):
                 parts = states(method, facts, cards, lora_r)
-                step, kept = parts.pop("step"), activations(method, facts, window * batch, recompute)
+                step, kept = (
+                    parts.pop("step"),
+                    activations(method, facts, window * batch, recompute),
+                )
                 parts |= {"activations": max(kept or 0, step), "overhead": OVERHEAD}
                 gib = {name: round(value / GIB, 2) for name, value in parts.items()}
-                row = {"method": method, "cards": cards, "gradient_checkpointing": recompute, "GiB": gib}
+                row = {
+                    "method": method,
+                    "cards": cards,
+                    "gradient_checkpointing": recompute,
+                    "GiB": gib,
+                }
                 rows.append(row | {"total_GiB": round(sum(parts.values()) / GIB, 1)})
     return rows
 
@@ -211,7 +252,9 @@ def file_rows(folder: Path, record: dict) -> list[dict]:
     """path, size and sha256 of every file, hashed only where the record does not know it."""
     unfinished = sorted(set(record.get("wanted", [])) - record.get("files", {}).keys())
     if unfinished:
-        raise SystemExit(f"{folder} is not whole yet ({unfinished[0]} is missing); the same download continues")
+        raise SystemExit(
+            f"{folder} is not whole yet ({unfinished[0]} is missing); the same download continues"
+        )
     rows = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -220,7 +263,11 @@ def file_rows(folder: Path, record: dict) -> list[dict]:
         if name.endswith((".part", ".part.aria2")):
             continue
         known = model_folder.untouched(folder, record, name)
-        sha = known["sha256"] if known else fetch.examine(path, Entry(name, "", sha256=None), threading.Event())[0]
+        sha = (
+            known["sha256"]
+            if known
+            else fetch.examine(path, Entry(name, "", sha256=None), threading.Event())[0]
+        )
         rows.append({"path": name, "size": path.stat().st_size, "sha256": sha})
     return rows
 
@@ -242,8 +289,16 @@ def write(folder: Path, record: dict, window: int, batch: int, lora_r: int) -> d
     found |= {"bytes": sum(f["size"] for f in files), "files": files, "model": facts}
     found["parallel"] = parallel_sizes(facts)
     if facts["parameters"] and not facts["quantised"]:
-        assumed = {"window": window, "rows_per_card": batch, "lora_r": lora_r, "how": __doc__.split("\n\n", 1)[1]}
-        found["memory"] = {"assumptions": assumed, "rows": memory_table(facts, window, batch, lora_r)}
+        assumed = {
+            "window": window,
+            "rows_per_card": batch,
+            "lora_r": lora_r,
+            "how": __doc__.split("\n\n", 1)[1],
+        }
+        found["memory"] = {
+            "assumptions": assumed,
+            "rows": memory_table(facts, window, batch, lora_r),
+        }
     draft = folder / ".danpu.manifest.new"
     draft.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     fetch.settle(draft, target)
@@ -253,8 +308,12 @@ def write(folder: Path, record: dict, window: int, batch: int, lora_r: int) -> d
 
 def show(target: Path, found: dict) -> None:
     facts, sizes = found["model"], found["parallel"]
-    dtypes = ", ".join(f"{name} {n / facts['parameters']:.0%}" for name, n in facts["dtypes"].items())
-    say(f"{target}: {facts['type']}, {facts['parameters']:,} parameters ({dtypes}), {size_text(found['bytes'])}")
+    dtypes = ", ".join(
+        f"{name} {n / facts['parameters']:.0%}" for name, n in facts["dtypes"].items()
+    )
+    say(
+        f"{target}: {facts['type']}, {facts['parameters']:,} parameters ({dtypes}), {size_text(found['bytes'])}"
+    )
     shape = "{layers} layers, {heads} heads, {kv_heads} key/value heads, width {hidden}, vocabulary {vocabulary}"
     if facts["layers"]:
         say("  " + shape.format(**facts))
@@ -262,11 +321,19 @@ def show(target: Path, found: dict) -> None:
         if sizes.get(kind):
             say(f"  {kind} parallel: {', '.join(map(str, sizes[kind]))} ({sizes[f'{kind}_why']})")
     if "memory" not in found:
-        reason = f"quantised by {facts['quantised']}" if facts["quantised"] else "there are no safetensors"
+        reason = (
+            f"quantised by {facts['quantised']}"
+            if facts["quantised"]
+            else "there are no safetensors"
+        )
         return say(f"  no memory table: {reason}")
     known = found["memory"]["assumptions"]
     rows = f"{known['rows_per_card']} rows of {known['window']:,} tokens per card, LoRA rank {known['lora_r']}"
-    without = "" if activations("full", facts, 1, False) else "; activations not included, config.json has no shapes"
+    without = (
+        ""
+        if activations("full", facts, 1, False)
+        else "; activations not included, config.json has no shapes"
+    )
     say(f"  training, GiB per card (with gradient checkpointing): estimated for {rows}{without}")
     for line in memory_lines(found["memory"]["rows"]):
         say(line)

@@ -38,7 +38,9 @@ def load_record(folder: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, Fatal):
-        raise SystemExit(f"{folder / RECORD} cannot be read; delete it, then fetch with --repair true") from None
+        raise SystemExit(
+            f"{folder / RECORD} cannot be read; delete it, then fetch with --repair true"
+        ) from None
 
 
 def save_record(folder: Path, record: dict) -> None:
@@ -76,7 +78,11 @@ def outdated(record: dict, entry: Entry) -> bool:
     known = record.get("files", {}).get(entry.path)
     if known is None:
         return False
-    return entry.sha256 not in (None, known["sha256"]) or bool(known["git"]) and entry.git not in (None, known["git"])
+    return (
+        entry.sha256 not in (None, known["sha256"])
+        or bool(known["git"])
+        and entry.git not in (None, known["git"])
+    )
 
 
 # ---- the folder ---------------------------------------------------------------------------------------------
@@ -124,7 +130,9 @@ def retire(folder: Path, record: dict, wanted: list[Entry], offered: set[str]) -
 def drop_parts(folder: Path, record: dict) -> None:
     """Remove what is left of other versions."""
     for path in record["wanted"]:
-        for stale in (folder / path).parent.glob(f"{glob.escape(Path(path).name)}.????????????.part*"):
+        for stale in (folder / path).parent.glob(
+            f"{glob.escape(Path(path).name)}.????????????.part*"
+        ):
             fetch.discard(stale)
 
 
@@ -132,7 +140,11 @@ def manifest_record(folder: Path) -> dict:
     """The files of a manifest.json that --manifest wrote, in the form of a record: for folders that were copied."""
     try:
         found = json.loads((folder / "manifest.json").read_bytes())
-        files = {f["path"]: {"size": f["size"], "sha256": f["sha256"]} for f in found["files"] if MANIFEST in found}
+        files = {
+            f["path"]: {"size": f["size"], "sha256": f["sha256"]}
+            for f in found["files"]
+            if MANIFEST in found
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {"wanted": sorted(files), "files": files} if files else {}
@@ -144,21 +156,31 @@ def verify(folder: Path, record: dict, workers: int) -> None:
         raise SystemExit(f"{folder}: no such folder; nothing was fetched there")
     known = record or manifest_record(folder)
     names = known.get("wanted") or [
-        p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.suffix in (".json", ".safetensors")
+        p.relative_to(folder).as_posix()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".json", ".safetensors")
     ]
     if not names:
         raise SystemExit(f"{folder}: no model files in this folder")
     if not known:
-        say(f"{folder} has neither a record nor a manifest.json of ours: only the structure is checked, not the bytes")
+        say(
+            f"{folder} has neither a record nor a manifest.json of ours: only the structure is checked, not the bytes"
+        )
     problems = _broken(folder, known, names, workers)
     for line in problems:
         say(f"  {line}")
     if problems:
         command = f"python -m tools.download {shlex.quote(str(folder))} --repair"
-        remedy = f"fetch them again: {command}" if record else "fetch it with ORG/NAME --repair true"
-        raise SystemExit(f"{folder}: {len(problems)} of {len(names)} files broken or missing (named above); {remedy}")
+        remedy = (
+            f"fetch them again: {command}" if record else "fetch it with ORG/NAME --repair true"
+        )
+        raise SystemExit(
+            f"{folder}: {len(problems)} of {len(names)} files broken or missing (named above); {remedy}"
+        )
     size = size_text(sum((folder / n).stat().st_size for n in names))
-    say(f"{folder}: {len(names)} files, {size}, all whole ({'sha256' if known else 'structure only'})")
+    say(
+        f"{folder}: {len(names)} files, {size}, all whole ({'sha256' if known else 'structure only'})"
+    )
 
 
 def _broken(folder: Path, record: dict, names: list[str], workers: int) -> list[str]:
@@ -184,4 +206,6 @@ def _broken(folder: Path, record: dict, names: list[str], workers: int) -> list[
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
     index = weights.index_problems(folder, set(names) if record else None)
-    return [f"{path}: {why}" for path, why in wrong.items()] + [p for p in index if p.split(":")[0] not in wrong]
+    return [f"{path}: {why}" for path, why in wrong.items()] + [
+        p for p in index if p.split(":")[0] not in wrong
+    ]

@@ -19,7 +19,18 @@ MODELSCOPE_LIMIT = 3000  # files; its listing ends there without a word
 LARGEST_LISTING = 64 << 20  # bytes
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-FOREIGN = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".ot", ".mlmodel", ".llamafile")
+FOREIGN = (
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".ggml",
+    ".tflite",
+    ".ot",
+    ".mlmodel",
+    ".llamafile",
+)
 CODE = (".py", ".so", ".sh")
 
 
@@ -43,7 +54,10 @@ def open_source(source: str, repo: str, revision: str | None, link: Link) -> Lis
         return _hub(source, constants.ENDPOINT, repo, revision, get_token(), link)
     if source == "modelscope":
         return _modelscope(repo, revision or "master", link)
-    retries, link.retries = link.retries, min(2, link.retries)  # perhaps it is simply no address of this kind
+    retries, link.retries = (
+        link.retries,
+        min(2, link.retries),
+    )  # perhaps it is simply no address of this kind
     try:
         # without token: only HF_ENDPOINT gets it
         return _folder(source, repo, link) or _hub(source, source, repo, revision, None, link)
@@ -54,12 +68,18 @@ def open_source(source: str, repo: str, revision: str | None, link: Link) -> Lis
 # ---- Hugging Face's layout ----------------------------------------------------------------------------------
 
 
-def _hub(source: str, place: str, repo: str, revision: str | None, token: str | None, link: Link) -> Listing:
+def _hub(
+    source: str, place: str, repo: str, revision: str | None, token: str | None, link: Link
+) -> Listing:
     from huggingface_hub import HfApi
 
     place = place.rstrip("/")
     link.session = web.session(token)
-    lacks = "set HF_TOKEN to a token that may read it" if not token else "HF_TOKEN is not allowed to read it"
+    lacks = (
+        "set HF_TOKEN to a token that may read it"
+        if not token
+        else "HF_TOKEN is not allowed to read it"
+    )
     link.denied = f"{lacks}, and accept the licence on {place}/{repo} if it asks for that"
     api = HfApi(endpoint=place, token=token or False)
     info = web.patiently(lambda: _hub_info(api, repo, revision, link), link, web.host(place))
@@ -76,13 +96,20 @@ def _hub(source: str, place: str, repo: str, revision: str | None, token: str | 
 
 def _hub_info(api, repo: str, revision: str | None, link: Link):
     """ModelInfo with sizes and hashes; Retry or Fatal."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
 
     where = web.host(api.endpoint)
     try:
         return api.model_info(repo, revision=revision, files_metadata=True, timeout=link.stall)
     except OfflineModeIsEnabled:
-        raise Fatal("HF_HUB_OFFLINE=1 forbids the network; a folder that was fetched before needs none") from None
+        raise Fatal(
+            "HF_HUB_OFFLINE=1 forbids the network; a folder that was fetched before needs none"
+        ) from None
     except HFValidationError as error:
         raise Fatal(" ".join(str(error).split())) from None
     except HfHubHTTPError as error:
@@ -94,7 +121,8 @@ def _hub_info(api, repo: str, revision: str | None, link: Link):
             raise Fatal(f"{where} has no revision {revision} of {repo}", code) from None
         if code in (401, 403):  # hubs say 401 for names that do not exist, too
             raise Fatal(
-                f"{where} answers {code} for {repo}: no such model, or it is closed to you: {link.denied}", code
+                f"{where} answers {code} for {repo}: no such model, or it is closed to you: {link.denied}",
+                code,
             ) from None
         raise Fatal(f"{where} has no model {repo} (it answers {code})", code) from None
     except HTTPError as error:
@@ -111,7 +139,10 @@ def _hub_info(api, repo: str, revision: str | None, link: Link):
 
 def _modelscope(repo: str, revision: str, link: Link) -> Listing:
     """Its two public addresses (list, file) are all that is needed, hence no `modelscope` package."""
-    place, token = os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE, os.environ.get("MODELSCOPE_API_TOKEN")
+    place, token = (
+        os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE,
+        os.environ.get("MODELSCOPE_API_TOKEN"),
+    )
     place = (place if "://" in place else f"https://{place}").rstrip("/")
     link.session = web.session(token)
     if token:  # the listing asks for the cookie, newer addresses for the header
@@ -120,15 +151,21 @@ def _modelscope(repo: str, revision: str, link: Link) -> Listing:
     link.denied = f"set MODELSCOPE_API_TOKEN, and accept the licence on {place}/models/{repo} if it asks for that"
     root = f"{place}/api/v1/models/{repo}/repo"
     try:
-        answer = get_json(f"{root}/files?{urlencode({'Revision': revision, 'Recursive': True})}", link)
+        answer = get_json(
+            f"{root}/files?{urlencode({'Revision': revision, 'Recursive': True})}", link
+        )
     except Fatal as error:
         if error.status != 404:
             raise
         hint = "ids differ between hubs, search its page for yours"
-        raise Fatal(f"{web.host(place)} has no model {repo} with revision {revision} ({hint})", 404) from None
+        raise Fatal(
+            f"{web.host(place)} has no model {repo} with revision {revision} ({hint})", 404
+        ) from None
     found = _member(answer, "Data", "Files")
     if len(found) >= MODELSCOPE_LIMIT:
-        raise Fatal(f"{repo} has {MODELSCOPE_LIMIT} files or more, ModelScope lists no further; use --source hf")
+        raise Fatal(
+            f"{repo} has {MODELSCOPE_LIMIT} files or more, ModelScope lists no further; use --source hf"
+        )
     files = [
         Entry(path=f["Path"], url=f"{root}?{urlencode({'Revision': revision, 'FilePath': f['Path']})}",
               size=f.get("Size"), sha256=f.get("Sha256") or None)
@@ -140,7 +177,9 @@ def _modelscope(repo: str, revision: str, link: Link) -> Listing:
 def _member(answer, *keys) -> list[dict]:
     for key in keys:
         answer = answer.get(key) if isinstance(answer, dict) else None
-    if not isinstance(answer, list) or not all(isinstance(f, dict) and isinstance(f.get("Path"), str) for f in answer):
+    if not isinstance(answer, list) or not all(
+        isinstance(f, dict) and isinstance(f.get("Path"), str) for f in answer
+    ):
         raise Fatal("the listing of ModelScope has another form than expected")
     return answer
 
@@ -151,7 +190,9 @@ def _member(answer, *keys) -> list[dict]:
 def _folder(url: str, repo: str, link: Link) -> Listing | None:
     """A folder with our manifest.json at the address, or under it by the model's name; None when there is none."""
     link.session, other = web.session(), None
-    for base in dict.fromkeys(f"{url.rstrip('/')}{tail}" for tail in ("", f"/{repo}", f"/{repo.split('/')[-1]}")):
+    for base in dict.fromkeys(
+        f"{url.rstrip('/')}{tail}" for tail in ("", f"/{repo}", f"/{repo.split('/')[-1]}")
+    ):
         try:
             found = get_json(f"{base}/manifest.json", link)
         except Fatal as error:
@@ -162,10 +203,15 @@ def _folder(url: str, repo: str, link: Link) -> Listing | None:
             continue
         if found.get("repo") in ("", None, repo):
             try:
-                files = [Entry(f["path"], f"{base}/{quote(f['path'])}", f["size"], f["sha256"]) for f in found["files"]]
+                files = [
+                    Entry(f["path"], f"{base}/{quote(f['path'])}", f["size"], f["sha256"])
+                    for f in found["files"]
+                ]
             except (KeyError, TypeError):
                 raise Fatal(f"{base}/manifest.json is damaged") from None
-            return Listing(url, base, repo, found.get("revision") or "", found.get("commit") or "", files)
+            return Listing(
+                url, base, repo, found.get("revision") or "", found.get("commit") or "", files
+            )
         other = other or Fatal(f"{base} holds {found['repo']}, not {repo}")
     if other:
         raise other
@@ -181,7 +227,9 @@ def get_json(url: str, link: Link):
             for block in web.blocks(answer, link):
                 body += block
                 if len(body) > LARGEST_LISTING:
-                    raise Fatal(f"the listing of {web.host(url)} is longer than {size_text(LARGEST_LISTING)}")
+                    raise Fatal(
+                        f"the listing of {web.host(url)} is longer than {size_text(LARGEST_LISTING)}"
+                    )
             length = answer.headers.get("Content-Length", "")
             if length.isdigit() and len(body) < int(length):
                 raise Retry("the listing was cut")
@@ -199,7 +247,9 @@ def get_json(url: str, link: Link):
 def matches(path: str, patterns: list[str]) -> bool:
     """Whether a path, its file name or one of its folders (`onnx/`) fits one of the patterns."""
     return any(
-        fnmatchcase(path, p) or fnmatchcase(path.rsplit("/", 1)[-1], p) or (p.endswith("/") and path.startswith(p))
+        fnmatchcase(path, p)
+        or fnmatchcase(path.rsplit("/", 1)[-1], p)
+        or (p.endswith("/") and path.startswith(p))
         for p in patterns
     )
 
@@ -229,7 +279,9 @@ def choose(files: list[Entry], include: list[str], exclude: list[str], allow_pic
     for file in files:
         if include:
             pickled = file.path.lower().endswith(PICKLE) and not allow_pickle
-            reason = "not included" if not matches(file.path, include) else "pickle" if pickled else None
+            reason = (
+                "not included" if not matches(file.path, include) else "pickle" if pickled else None
+            )
         else:
             reason = reason_to_skip(file.path, allow_pickle, bool(plain))
         reason = "excluded" if matches(file.path, exclude) else reason
@@ -241,18 +293,28 @@ def choose(files: list[Entry], include: list[str], exclude: list[str], allow_pic
     return wanted, skipped
 
 
-def _refuse_without_weights(wanted: list[Entry], skipped: dict[str, list[Entry]], include: list[str]) -> None:
-    pickles = [f for f in skipped.get("pickle", []) if not f.path.endswith((".pkl", ".pickle", ".joblib"))]
+def _refuse_without_weights(
+    wanted: list[Entry], skipped: dict[str, list[Entry]], include: list[str]
+) -> None:
+    pickles = [
+        f for f in skipped.get("pickle", []) if not f.path.endswith((".pkl", ".pickle", ".joblib"))
+    ]
     weights = [f for f in wanted if f.path.lower().endswith((".safetensors", *PICKLE, *FOREIGN))]
     if not wanted and include and not pickles:
-        raise Fatal(f"nothing to fetch: no file of the repository fits --include {' '.join(include)}")
+        raise Fatal(
+            f"nothing to fetch: no file of the repository fits --include {' '.join(include)}"
+        )
     if pickles and not weights and (not include or not wanted):
         raise Fatal(
             f"the weights are there only as pickle ({pickles[0].path}), and loading a pickle runs whatever code its "
             "author put in. --allow_pickle true fetches them all the same; better: a repository with safetensors"
         )
     if not wanted:
-        raise Fatal("nothing to fetch: every file of the repository is left out; name some with --include")
+        raise Fatal(
+            "nothing to fetch: every file of the repository is left out; name some with --include"
+        )
     foreign = skipped.get("other formats", [])
     if foreign and not weights and not include:
-        raise Fatal(f"no safetensors, only other formats ({foreign[0].path}); name what you want with --include")
+        raise Fatal(
+            f"no safetensors, only other formats ({foreign[0].path}); name what you want with --include"
+        )

@@ -17,7 +17,9 @@ def tensors(path: str | Path) -> dict[str, tuple[str, list[int]]]:
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+            return {
+                name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"broken safetensors file ({error})") from None
 
@@ -44,7 +46,9 @@ def index_problems(folder: Path, wanted: set[str] | None = None) -> list[str]:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
             places = json.loads(index.read_bytes())["weight_map"]
-            shards = {str(file): {t for t, f in places.items() if f == file} for file in places.values()}
+            shards = {
+                str(file): {t for t, f in places.items() if f == file} for file in places.values()
+            }
         except (ValueError, KeyError, TypeError, AttributeError):
             found.append(f"{index.name}: no weight_map inside")
             continue
@@ -59,5 +63,7 @@ def index_problems(folder: Path, wanted: set[str] | None = None) -> list[str]:
                 found.append(f"{shard}: {error}")
                 continue
             if lacks:
-                found.append(f"{shard}: has no tensor {lacks[0]}, {index.name} says so ({len(lacks)} such)")
+                found.append(
+                    f"{shard}: has no tensor {lacks[0]}, {index.name} says so ({len(lacks)} such)"
+                )
     return found

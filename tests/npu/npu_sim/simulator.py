@@ -41,13 +41,17 @@ def environment(soc: str = "Ascend910B2", devices: int = 2, **extra) -> dict[str
     overlay = _sourced(folder / "ascend-toolkit/set_env.sh")
     overlay |= {
         "PATH": f"{folder / 'bin'}:{python}:{os.environ.get('PATH', os.defpath)}",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_torch_npu_folder()), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(_torch_npu_folder()), os.environ.get("PYTHONPATH")])
+        ),
         "NPU_SIM_SOC": soc,
         "NPU_SIM_DEVICES": str(devices),
         "NPU_SIM_HCCL_TIMEOUT": "120",  # a test must not wait for the hours that a training run may
         "TORCH_NPU_FALLBACK_CPU_DISABLE": "1",  # an operator without an NPU kernel is an error, not a silent CPU run
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
-        "TORCH_EXTENSIONS_DIR": _extensions(folder),  # DeepSpeed's operators differ from those compiled for the CPU
+        "TORCH_EXTENSIONS_DIR": _extensions(
+            folder
+        ),  # DeepSpeed's operators differ from those compiled for the CPU
         "OMP_NUM_THREADS": "1",
     }
     return overlay | {name: str(value) for name, value in extra.items()}
@@ -59,7 +63,11 @@ def _sourced(script: Path) -> dict[str, str]:
     command = ["bash", "-c", 'source "$0" && env -0', str(script)]
     printed = subprocess.run(command, env=before, check=True, capture_output=True).stdout
     after = dict(pair.split("=", 1) for pair in os.fsdecode(printed).split("\0") if "=" in pair)
-    return {k: v for k, v in after.items() if before.get(k) != v and k not in ("_", "SHLVL", "PWD", "OLDPWD")}
+    return {
+        k: v
+        for k, v in after.items()
+        if before.get(k) != v and k not in ("_", "SHLVL", "PWD", "OLDPWD")
+    }
 
 
 def _extensions(folder: Path) -> str:
@@ -73,7 +81,16 @@ def build() -> Path:
     Errors: RuntimeError with the reason when pip cannot fetch torch_npu or the compiler fails.
     """
     wheel, version = _torch_npu_folder(), _torch_version().split("+")[0]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"torch-npu=={version}", "--target"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        f"torch-npu=={version}",
+        "--target",
+    ]
     _made_once(wheel, pip, f"fetching torch-npu {version}", needed="torch_npu/lib/libtorch_npu.so")
     digest = hashlib.sha256(f"{_torch_version()} {platform.machine()}".encode())
     for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), *HERE.glob("*.sh")]):
@@ -106,7 +123,9 @@ def cache() -> Path:
     folder = Path(tempfile.gettempdir()) / f"danpu-npu_sim-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # libraries are loaded from it
-        raise RuntimeError(f"npu_sim: {folder} belongs to somebody else; set NPU_SIM_CACHE to a folder of yours")
+        raise RuntimeError(
+            f"npu_sim: {folder} belongs to somebody else; set NPU_SIM_CACHE to a folder of yours"
+        )
     return folder
 
 
@@ -120,17 +139,23 @@ def _made_once(folder: Path, command: list[str], what: str, needed: str) -> Path
             if not folder.is_dir():  # else another process was faster
                 _make(folder, command, what, needed)
     except OSError as error:
-        raise RuntimeError(f"npu_sim: {what} failed: {error}; NPU_SIM_CACHE names another folder") from None
+        raise RuntimeError(
+            f"npu_sim: {what} failed: {error}; NPU_SIM_CACHE names another folder"
+        ) from None
     return folder
 
 
 def _make(folder: Path, command: list[str], what: str, needed: str) -> None:
-    for left in folder.parent.glob(f"{folder.name}.*"):  # by a process that was killed: the lock is ours
+    for left in folder.parent.glob(
+        f"{folder.name}.*"
+    ):  # by a process that was killed: the lock is ours
         shutil.rmtree(left, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         print(f"npu_sim: {what} (once, into {folder.parent})", file=sys.stderr, flush=True)
-        done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            [*command, str(unfinished)], capture_output=True, text=True, errors="replace"
+        )
         if done.returncode or not (unfinished / needed).exists():
             raise RuntimeError(f"npu_sim: {what} failed: {_reason(done)}")
         unfinished.rename(folder)
@@ -148,7 +173,11 @@ def _locked(path: Path) -> Iterator[None]:
 def _reason(done: subprocess.CompletedProcess) -> str:
     """The most telling line of what a failed command printed."""
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "not found" in line or "No module" in line]
+    telling = [
+        line
+        for line in lines
+        if "error" in line.lower() or "not found" in line or "No module" in line
+    ]
     return (telling or lines or [f"exit code {done.returncode}"])[0][:500]
 
 
@@ -159,7 +188,9 @@ def main() -> None:
         description="A simulated Ascend NPU, for tests. Not Huawei software. Without a command it is built.",
         usage="%(prog)s [--soc NAME] [--devices N] [-- COMMAND ...]",
     )
-    parser.add_argument("--soc", default="Ascend910B2", help="Ascend910B2 (bf16), Ascend910A (fp16 only), ...")
+    parser.add_argument(
+        "--soc", default="Ascend910B2", help="Ascend910B2 (bf16), Ascend910A (fp16 only), ..."
+    )
     parser.add_argument("--devices", type=int, default=2, help="number of NPUs")
     args, command = parser.parse_args(words[:at]), words[at + 1 :]
     try:

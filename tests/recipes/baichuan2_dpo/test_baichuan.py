@@ -33,7 +33,9 @@ from common.fast import losses
 RECIPE = ROOT / "baichuan2_dpo"
 
 
-modeling, convert, fast_tokenizer = own_modules(RECIPE.name, "modeling_baichuan", "convert", "fast_tokenizer")
+modeling, convert, fast_tokenizer = own_modules(
+    RECIPE.name, "modeling_baichuan", "convert", "fast_tokenizer"
+)
 GOLDEN = {size: ROOT / f"tests/golden/baichuan2_{size}" for size in ("7b", "13b")}
 LENGTHS = [5, 30, 1, 200, 64, 300, 130, 3]
 
@@ -52,7 +54,9 @@ def build(seed=0, **more):
 def make_rows(lengths=LENGTHS):
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 120, (length,), generator=generator).tolist() for length in lengths]
-    return [{"row_id": i, "input_ids": row, "labels": [-100, *row[1:]]} for i, row in enumerate(rows)]
+    return [
+        {"row_id": i, "input_ids": row, "labels": [-100, *row[1:]]} for i, row in enumerate(rows)
+    ]
 
 
 def collate(rows, packed):
@@ -67,7 +71,11 @@ def golden(size, name):
 def original(folder, size="7b", proto=None, **changes):
     """A folder like a published one: golden weights and config.json, and a tokenizer where `proto` is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in json.loads((GOLDEN[size] / "config.json").read_text()).items() if k[0] != "_"}
+    config = {
+        k: v
+        for k, v in json.loads((GOLDEN[size] / "config.json").read_text()).items()
+        if k[0] != "_"
+    }
     tensors = load_file(GOLDEN[size] / "weights.safetensors")
     if proto is not None:
         (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
@@ -91,14 +99,18 @@ def gradients(model, batches):
     """Gradients of the loss summed over all labels of `batches`, divided by their number."""
     model.zero_grad()
     for batch in batches:
-        model(**batch, use_cache=False, num_items_in_batch=sum(length - 1 for length in LENGTHS)).loss.backward()
+        model(
+            **batch, use_cache=False, num_items_in_batch=sum(length - 1 for length in LENGTHS)
+        ).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_close(found, expected):
     assert set(found) == set(expected)
     for name in expected:
-        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=2e-5 * expected[name].abs().max()), name
+        assert torch.allclose(
+            found[name], expected[name], rtol=1e-4, atol=2e-5 * expected[name].abs().max()
+        ), name
 
 
 @pytest.mark.parametrize("how", ["stock loss", "chunked loss", "checkpointing"])
@@ -107,7 +119,9 @@ def test_packed_equals_padded_and_each_row_alone(alibi, how, tmp_path):
     from common.fast import attention
 
     build(alibi=alibi).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention.register()).train()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=attention.register()
+    ).train()
     attention.refuse_unpackable(model)
     rows = make_rows()
     expected = gradients(model, [collate([row], False) for row in rows])
@@ -123,7 +137,9 @@ def test_packed_equals_padded_and_each_row_alone(alibi, how, tmp_path):
 def test_sequence_logprobs_of_a_packed_row():
     model, rows = losses.use_chunked_loss(build()), make_rows()
     found = losses.sequence_logprobs(model, **collate(rows, True), use_cache=False)
-    alone = [losses.sequence_logprobs(model, **collate([row], False), use_cache=False) for row in rows]
+    alone = [
+        losses.sequence_logprobs(model, **collate([row], False), use_cache=False) for row in rows
+    ]
     assert torch.allclose(found, torch.cat(alone), rtol=1e-5, atol=1e-4)
 
 
@@ -139,7 +155,10 @@ def test_a_packed_row_builds_no_square_mask(monkeypatch):
 def test_what_a_packed_row_cannot_have():
     model, batch = build(), collate(make_rows(), True)
     filled = model(batch["input_ids"]).past_key_values
-    for wrong in ({"past_key_values": filled}, {"attention_mask": torch.ones_like(batch["input_ids"])}):
+    for wrong in (
+        {"past_key_values": filled},
+        {"attention_mask": torch.ones_like(batch["input_ids"])},
+    ):
         with pytest.raises(ValueError, match="packed row"):
             model(**batch | wrong)
     with pytest.raises(ValueError, match="2-D"):
@@ -154,12 +173,21 @@ def test_generation_from_padded_prompts(cache):
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
         for _ in range(8):
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+            ids = torch.cat(
+                [ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1
+            )
         wanted.append(ids[0, -8:])
-    ids = torch.stack([torch.tensor([0] * (width - len(r["input_ids"])) + r["input_ids"]) for r in rows])
+    ids = torch.stack(
+        [torch.tensor([0] * (width - len(r["input_ids"])) + r["input_ids"]) for r in rows]
+    )
     how = {"use_cache": False} if cache is None else {"cache_implementation": cache}
     out = model.generate(
-        ids, attention_mask=(ids != 0).long(), max_new_tokens=8, do_sample=False, eos_token_id=None, **how
+        ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        **how,
     )
     assert torch.equal(out[:, width:], torch.stack(wanted))
 
@@ -167,7 +195,13 @@ def test_generation_from_padded_prompts(cache):
 def test_neighbours_stay_apart_in_bf16():
     """slope * position in bf16 gives 256 and 257 one value; a distance of one is exact anywhere."""
     slopes = modeling.alibi_slopes(40)
-    arguments = {"batch_size": 1, "q_length": 1, "kv_length": 2000, "q_offset": 1999, "kv_offset": 0}
+    arguments = {
+        "batch_size": 1,
+        "q_length": 1,
+        "kv_length": 2000,
+        "q_offset": 1999,
+        "kv_offset": 0,
+    }
     mask = modeling.AlibiMask(**arguments, attention_mask=None)
     bias = mask.bias(slopes, torch.zeros(1, dtype=torch.bfloat16))
     assert bias.shape == (1, 40, 1, 2000) and not bias[..., -1].any()
@@ -181,10 +215,14 @@ def test_the_head_is_never_written():
     model, ids = build(), torch.arange(3, 40)[None]
     raw = model.lm_head.weight.detach().clone()
     evaluated = model(ids).logits
-    assert torch.equal(model.train()(ids).logits, evaluated) and torch.equal(model.lm_head.weight, raw)
+    assert torch.equal(model.train()(ids).logits, evaluated) and torch.equal(
+        model.lm_head.weight, raw
+    )
     hidden = model.model(ids).last_hidden_state
     assert torch.allclose(evaluated, hidden @ torch.nn.functional.normalize(raw).T, atol=1e-5)
-    assert raw.norm(dim=-1).std() > 0.05, "the rows differ in length, so that a plain head would be told apart"
+    assert raw.norm(dim=-1).std() > 0.05, (
+        "the rows differ in length, so that a plain head would be told apart"
+    )
 
 
 @pytest.mark.parametrize("more", [{}, {"alibi": False}, {"norm_head": False}])
@@ -192,7 +230,9 @@ def test_saved_models_open_again(tmp_path, more):
     model, ids = build(**more), torch.arange(3, 40)[None]
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is modeling.BaichuanForCausalLM and torch.equal(again(ids).logits, model(ids).logits)
+    assert type(again) is modeling.BaichuanForCausalLM and torch.equal(
+        again(ids).logits, model(ids).logits
+    )
     body = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -220,7 +260,11 @@ def test_lora_finds_the_projections_and_leaves_the_head(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    names = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name, _ in model.named_parameters()
+        if "lora_" in name
+    }
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     batch = collate(make_rows(), True)
     losses.use_chunked_loss(model)(**batch, use_cache=False).loss.backward()
@@ -271,9 +315,17 @@ def test_zero3_evaluates_and_trains_the_head(tmp_path):
     program = ZERO3.format(root=str(ROOT), recipe=str(RECIPE), folder=str(tmp_path / "model"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     result = expect(finish(start([sys.executable, "-c", program], **place, DS_ACCELERATOR="cpu")))
-    seen = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("SEEN"))[5:])
+    seen = json.loads(
+        next(line for line in result.stdout.splitlines() if line.startswith("SEEN"))[5:]
+    )
     assert seen == pytest.approx(wanted, rel=1e-4)
 
 
@@ -284,8 +336,15 @@ def test_seven_becomes_a_plain_llama_with_equal_bits(tmp_path):
     model = convert_folder(original(tmp_path / "in"), tmp_path / "out")
     assert type(model) is LlamaForCausalLM and model.config.norm_head_folded
     for case in ("single", "multiturn", "batch_leftpad"):
-        more = {"attention_mask": golden("7b", f"{case}__attention_mask")} if case == "batch_leftpad" else {}
-        found, wanted = model(golden("7b", f"{case}__input_ids"), **more).logits, golden("7b", f"{case}__logits")
+        more = (
+            {"attention_mask": golden("7b", f"{case}__attention_mask")}
+            if case == "batch_leftpad"
+            else {}
+        )
+        found, wanted = (
+            model(golden("7b", f"{case}__input_ids"), **more).logits,
+            golden("7b", f"{case}__logits"),
+        )
         kept = more["attention_mask"].bool() if more else slice(None)
         if case == "batch_leftpad":
             assert torch.allclose(found[kept], wanted[kept], atol=5e-6)
@@ -312,12 +371,19 @@ def test_a_head_that_trains_needs_its_normalisation(tmp_path):
 def test_pickled_shards_become_sharded_safetensors(tmp_path):
     """As the published ones are: bf16, with buffers of the rotation; the head is normalised before it is rounded."""
     folder = original(tmp_path / "in")
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     (folder / "model.safetensors").unlink()
     names, raw = sorted(tensors), tensors["lm_head.weight"].float()
-    shards = {"pytorch_model-00001-of-00002.bin": names[:8], "pytorch_model-00002-of-00002.bin": names[8:]}
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[:8],
+        "pytorch_model-00002-of-00002.bin": names[8:],
+    }
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    shards["pytorch_model-00002-of-00002.bin"].append("model.layers.0.self_attn.rotary_emb.inv_freq")
+    shards["pytorch_model-00002-of-00002.bin"].append(
+        "model.layers.0.self_attn.rotary_emb.inv_freq"
+    )
     for file, part in shards.items():
         torch.save({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
@@ -329,7 +395,9 @@ def test_pickled_shards_become_sharded_safetensors(tmp_path):
     assert torch.equal(found["lm_head.weight"], torch.nn.functional.normalize(raw).bfloat16())
     fused = torch.cat([found[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"])
     assert torch.equal(fused, tensors["model.layers.1.self_attn.W_pack.weight"])
-    exact = weights(convert_folder(folder, tmp_path / "exact", dtype="float32").config._name_or_path)
+    exact = weights(
+        convert_folder(folder, tmp_path / "exact", dtype="float32").config._name_or_path
+    )
     assert torch.equal(exact["lm_head.weight"], torch.nn.functional.normalize(raw))
     (folder / "pytorch_model-00001-of-00002.bin").unlink()
     with pytest.raises(SystemExit, match="1 weight files are missing"):
@@ -382,7 +450,9 @@ def test_which_baichuan(tmp_path, fields, code, wanted):
 def test_the_first_baichuan_keeps_its_head(tmp_path):
     """Baichuan-7B: a plain head, so nothing is normalised."""
     folder = original(tmp_path / "in")
-    (folder / "modeling_baichuan.py").write_text("self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)")
+    (folder / "modeling_baichuan.py").write_text(
+        "self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)"
+    )
     model = convert_folder(folder, tmp_path / "out")
     raw = load_file(folder / "model.safetensors")["lm_head.weight"]
     assert type(model) is LlamaForCausalLM and torch.equal(model.lm_head.weight, raw)
@@ -391,16 +461,36 @@ def test_the_first_baichuan_keeps_its_head(tmp_path):
 
 def test_the_command(tmp_path):
     folder = original(tmp_path / "in", "13b")
-    said = {"do_sample": True, "temperature": 0.3, "top_k": 5, "user_token_id": 195, "transformers_version": "4.29.2"}
+    said = {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_k": 5,
+        "user_token_id": 195,
+        "transformers_version": "4.29.2",
+    }
     (folder / "generation_config.json").write_text(json.dumps(said))
-    result = expect(run("convert.py", "--model", folder, "--output_dir", tmp_path / "out", "--dtype", "float16"))
-    assert "no tokenizer.model" in result.stdout and "ALiBi" in result.stdout and "float16" in result.stdout
+    result = expect(
+        run("convert.py", "--model", folder, "--output_dir", tmp_path / "out", "--dtype", "float16")
+    )
+    assert (
+        "no tokenizer.model" in result.stdout
+        and "ALiBi" in result.stdout
+        and "float16" in result.stdout
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert model.dtype == torch.float16 and model.config.alibi and model.config.max_position_embeddings == 128
+    assert (
+        model.dtype == torch.float16
+        and model.config.alibi
+        and model.config.max_position_embeddings == 128
+    )
     told = model.generation_config
     assert (told.temperature, told.top_k, told.do_sample, told.pad_token_id) == (0.3, 5, True, 0)
-    assert "not empty" in error_line(run("convert.py", "--model", folder, "--output_dir", tmp_path / "out"), 1)
-    assert "config.json" in error_line(run("convert.py", "--model", tmp_path, "--output_dir", tmp_path / "o"), 1)
+    assert "not empty" in error_line(
+        run("convert.py", "--model", folder, "--output_dir", tmp_path / "out"), 1
+    )
+    assert "config.json" in error_line(
+        run("convert.py", "--model", tmp_path, "--output_dir", tmp_path / "o"), 1
+    )
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
@@ -416,13 +506,21 @@ def test_an_adapter_on_w_pack_is_converted(tmp_path, size):
         for module in ("self_attn.W_pack", "self_attn.o_proj"):
             name = f"model.layers.{layer}.{module}"
             rows, columns = tensors[f"{name}.weight"].shape
-            a, b = (torch.randn(shape, generator=generator) * 0.3 for shape in ((3, columns), (rows, 3)))
-            lora |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            a, b = (
+                torch.randn(shape, generator=generator) * 0.3 for shape in ((3, columns), (rows, 3))
+            )
+            lora |= {
+                f"base_model.model.{name}.lora_A.weight": a,
+                f"base_model.model.{name}.lora_B.weight": b,
+            }
             tensors[f"{name}.weight"] += 32 / 3 * b @ a
     (tmp_path / "old").mkdir()
     save_file(lora, tmp_path / "old/adapter_model.safetensors")
     told = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 32, "bias": "none"}
-    told |= {"base_model_name_or_path": "baichuan-inc/Baichuan2-7B-Chat", "target_modules": ["W_pack", "o_proj"]}
+    told |= {
+        "base_model_name_or_path": "baichuan-inc/Baichuan2-7B-Chat",
+        "target_modules": ["W_pack", "o_proj"],
+    }
     (tmp_path / "old/adapter_config.json").write_text(json.dumps(told))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     expected = convert_folder(folder, tmp_path / "merged").state_dict()
@@ -430,11 +528,20 @@ def test_an_adapter_on_w_pack_is_converted(tmp_path, size):
     flags = ["--model", tmp_path / "old", "--output_dir", tmp_path / "new"]
     assert "--base" in error_line(run("convert.py", *flags), 1)
     expect(run("convert.py", *flags, "--base", tmp_path / "base"))
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "new")
-    assert sorted(model.peft_config["default"].target_modules) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "new"
+    )
+    assert sorted(model.peft_config["default"].target_modules) == [
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+    ]
     found = model.merge_and_unload().state_dict()
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
-    (tmp_path / "old/adapter_config.json").write_text(json.dumps(told | {"alpha_pattern": {"W_pack": 8}}))
+    (tmp_path / "old/adapter_config.json").write_text(
+        json.dumps(told | {"alpha_pattern": {"W_pack": 8}})
+    )
     with pytest.raises(SystemExit, match="alpha_pattern"):
         convert.to_native_adapter(tmp_path / "old", tmp_path / "none", str(tmp_path / "base"))
     (tmp_path / "old/adapter_config.json").write_text(json.dumps(told | {"r": 4}))
@@ -451,13 +558,33 @@ TEXTS = [
     "<reserved_106>你好<reserved_107>再见</s>",
 ]
 USER, ASSISTANT = fast_tokenizer.USER, fast_tokenizer.ASSISTANT
-FIXED = ["<reserved_105>", USER, ASSISTANT, "<reserved_1>", "<reserved_10>", "▁▁▁▁", "▁▁", "\n", "你好"]
+FIXED = [
+    "<reserved_105>",
+    USER,
+    ASSISTANT,
+    "<reserved_1>",
+    "<reserved_10>",
+    "▁▁▁▁",
+    "▁▁",
+    "\n",
+    "你好",
+]
 
 
 def trained(**more):
     out = io.BytesIO()
-    about = {"model_type": "bpe", "vocab_size": 430, "byte_fallback": True, "normalization_rule_name": "identity"}
-    about |= {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "split_digits": True, "pad_id": -1}
+    about = {
+        "model_type": "bpe",
+        "vocab_size": 430,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+    }
+    about |= {
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "split_digits": True,
+        "pad_id": -1,
+    }
     sentencepiece.SentencePieceTrainer.train(
         model_writer=out, minloglevel=2, hard_vocab_limit=False,
         **about | {"sentence_iterator": iter(TEXTS * 5), "user_defined_symbols": FIXED} | more,
@@ -493,7 +620,9 @@ def same_ids(tokenizer, proto, text):
 PARTS = st.sampled_from([*TEXTS, *FIXED, " ", "   ", "<reserved_", "106>", "</s>", "<0x0A>", "👋"])
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.one_of(st.text(), st.text("你好：\n hel▁o1<>s/_0x👋"), st.lists(PARTS).map("".join)))
 def test_ids_are_those_of_sentencepiece(sentences, tokenizer, text):
     same_ids(tokenizer, sentences, text)
@@ -506,7 +635,11 @@ def test_pieces_that_overlap(seed):
 
     source = random.Random(seed)
     texts = ["".join(source.choices("aab ", k=60)) for _ in range(200)]
-    proto = trained(sentence_iterator=iter(texts), vocab_size=600, user_defined_symbols=["aba", "ab", "▁▁", "b▁a"])
+    proto = trained(
+        sentence_iterator=iter(texts),
+        vocab_size=600,
+        user_defined_symbols=["aba", "ab", "▁▁", "b▁a"],
+    )
     tokenizer = fast_tokenizer.make_tokenizer(proto)
     assert tokenizer.chat_template is None, "no turn tokens, no turns"
     fast_tokenizer.compare(tokenizer, proto)
@@ -516,8 +649,14 @@ def test_pieces_that_overlap(seed):
 
 def test_special_tokens(sentences, tokenizer):
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    assert tokenizer.pad_token_id == 0 and tokenizer.padding_side == "left" and len(tokenizer) == len(sentences.pieces)
-    assert tokenizer("你好")["input_ids"] == [tokenizer.convert_tokens_to_ids("你好")], "nothing in front or behind"
+    assert (
+        tokenizer.pad_token_id == 0
+        and tokenizer.padding_side == "left"
+        and len(tokenizer) == len(sentences.pieces)
+    )
+    assert tokenizer("你好")["input_ids"] == [tokenizer.convert_tokens_to_ids("你好")], (
+        "nothing in front or behind"
+    )
     row = tokenizer(f"{USER}hello{ASSISTANT}")["input_ids"]
     assert tokenizer.decode(row, skip_special_tokens=True) == "hello"
 
@@ -555,17 +694,24 @@ def test_a_converted_folder_needs_no_code_of_ours(tmp_path, sentences):
         "assert m.generate(**b, max_new_tokens=2).shape[0] == 2\n"
         "print(json.dumps([b['input_ids'].tolist(), t.model_max_length, t.chat_template]))"
     )
-    ids, longest, template = json.loads(expect(finish(start([sys.executable, "-c", program], cwd=tmp_path))).stdout)
+    ids, longest, template = json.loads(
+        expect(finish(start([sys.executable, "-c", program], cwd=tmp_path))).stdout
+    )
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentences.SerializeToString())
     rows = [processor.encode(text) for text in ("你好", "hello  world<reserved_106>")]
     assert ids == [[0] * (len(rows[1]) - len(rows[0])) + rows[0], rows[1]]
     assert longest == 512 and template == (RECIPE / "templates/baichuan2.jinja").read_text()
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert isinstance(again, PreTrainedTokenizerFast) and model.config.pad_token_id == again.pad_token_id
+    assert (
+        isinstance(again, PreTrainedTokenizerFast)
+        and model.config.pad_token_id == again.pad_token_id
+    )
     for text in (*TEXTS, *FIXED, "    <reserved_106>"):
         same_ids(again, sentences, text)
     with pytest.raises(SystemExit, match="does not fit"):
-        convert.to_native(original(tmp_path / "in", proto=sentences, eos_token_id=7), tmp_path / "none")
+        convert.to_native(
+            original(tmp_path / "in", proto=sentences, eos_token_id=7), tmp_path / "none"
+        )
 
 
 # ---- prompts and labels -----------------------------------------------------------------------------------------
@@ -582,25 +728,39 @@ def built_by_the_original(proto, messages):
 
 def talk(*texts, system=None):
     head = [{"role": "system", "content": system}] if system else []
-    return head + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return head + [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
 
 
-CHATS = [talk("你好"), talk(" 1 + 1\n\n", "等于 2。", "hello"), talk("hi ", "", "再见", system="你是百川。  ")]
+CHATS = [
+    talk("你好"),
+    talk(" 1 + 1\n\n", "等于 2。", "hello"),
+    talk("hi ", "", "再见", system="你是百川。  "),
+]
 
 
 @pytest.mark.parametrize("messages", CHATS)
 def test_prompts_are_those_of_the_original(sentences, tokenizer, messages):
     wanted = built_by_the_original(sentences, messages)
     assert encode_prompt(tokenizer, messages) == wanted
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == wanted
+    assert (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == wanted
+    )
 
 
 @pytest.mark.parametrize("messages", CHATS)
 def test_the_last_answer_and_its_end_are_trained(sentences, tokenizer, messages):
     prompt = built_by_the_original(sentences, messages)
-    answer = sentencepiece.SentencePieceProcessor(model_proto=sentences.SerializeToString()).encode("很 好\n") + [2]
+    answer = sentencepiece.SentencePieceProcessor(model_proto=sentences.SerializeToString()).encode(
+        "很 好\n"
+    ) + [2]
     row = encode_chat(tokenizer, [*messages, {"role": "assistant", "content": "很 好\n"}], 10_000)
-    assert row == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "truncated": False}
+    assert row == {
+        "input_ids": prompt + answer,
+        "labels": [-100] * len(prompt) + answer,
+        "truncated": False,
+    }
 
 
 def test_turn_tokens_in_a_text_are_text(sentences, tokenizer):

@@ -53,7 +53,9 @@ def teach(model, tokenizer, facts: dict, steps: int, rate: float) -> None:
     rows = [encode_chat(tokenizer, user(*fact), 128) for fact in facts.items()]
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
     for step in range(steps):
-        ids, labels = (torch.tensor([rows[step % len(rows)][key]]) for key in ("input_ids", "labels"))
+        ids, labels = (
+            torch.tensor([rows[step % len(rows)][key]]) for key in ("input_ids", "labels")
+        )
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -72,7 +74,10 @@ def made(tmp_path_factory):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder, template = tmp_path_factory.mktemp("pair"), (RECIPE / "templates/baichuan2.jinja").read_text("utf-8")
+    folder, template = (
+        tmp_path_factory.mktemp("pair"),
+        (RECIPE / "templates/baichuan2.jinja").read_text("utf-8"),
+    )
     special = ["<unk>", "<s>", "</s>", "<reserved_106>", "<reserved_107>"]
     tokenizer = tiny.make_tokenizer(
         [QUESTION, OTHER, CHOSEN, REJECTED] * 5, 400, special, template, bos_token="<s>", eos_token="</s>",
@@ -87,10 +92,14 @@ def made(tmp_path_factory):
     base = str(folder / "base")
     for part in (model, tokenizer):
         part.save_pretrained(base)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    )
     teach(model, tokenizer, {QUESTION: CHOSEN}, 40, 1e-2)
     model.peft_config["default"].base_model_name_or_path = base
-    leave(folder / "lora", (model, tokenizer), beta=BETA, loss_type="sigmoid", model_name_or_path=base)
+    leave(
+        folder / "lora", (model, tokenizer), beta=BETA, loss_type="sigmoid", model_name_or_path=base
+    )
     adapter.remember_base(folder / "lora/final", base)
     leave(folder / "full", (model.merge_and_unload(), tokenizer), model_name_or_path=base)
     return folder
@@ -117,7 +126,9 @@ def page(app, policy):
 def ask(page, text, history=(), shared=False, system="", seed=1, most=32, heat=0.0) -> list[dict]:
     """The conversation after a question."""
     request = SimpleNamespace(session_hash="a")
-    return list(page.ask(text, list(history), request, shared, system, seed, most, heat, 1.0, 0, 1.0))[-1]["history"]
+    return list(
+        page.ask(text, list(history), request, shared, system, seed, most, heat, 1.0, 0, 1.0)
+    )[-1]["history"]
 
 
 def last(talker, question: str, **options) -> str:
@@ -141,7 +152,13 @@ def full_log_prob(model, tokenizer, prompt: str, answer: str) -> tuple[float, in
     ids = torch.tensor([tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]])
     start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     with torch.no_grad():
-        each = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        each = (
+            model(input_ids=ids)
+            .logits[0, :-1]
+            .double()
+            .log_softmax(-1)
+            .gather(1, ids[0, 1:, None])[:, 0]
+        )
     return each[start - 1 :].sum().item(), ids.shape[1] - start
 
 
@@ -154,8 +171,12 @@ def test_reward_is_that_of_full_logits(app, made, page, monkeypatch, kind, beta,
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(made / "base").eval()
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made / "base"), made / "lora/final").eval()
-    told = {"loss_type": kind, "length_normalized": averaged} | ({"beta": BETA} if beta == BETA else {})
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(made / "base"), made / "lora/final"
+    ).eval()
+    told = {"loss_type": kind, "length_normalized": averaged} | (
+        {"beta": BETA} if beta == BETA else {}
+    )
     monkeypatch.setattr(page.policy, "settings", told)
     page = app.Page(page.policy, page.sides["reference"])
     asked = {
@@ -166,12 +187,16 @@ def test_reward_is_that_of_full_logits(app, made, page, monkeypatch, kind, beta,
         "policy": f"<reserved_106>{OTHER}<reserved_107>{REJECTED}<reserved_106>{QUESTION}<reserved_107>",
         "reference": f"短<reserved_106>{QUESTION}<reserved_107>",
     }
-    answers = {"policy": {"said": CHOSEN, "whole": True}, "reference": {"said": REJECTED, "whole": False}}
+    answers = {
+        "policy": {"said": CHOSEN, "whole": True},
+        "reference": {"said": REJECTED, "whole": False},
+    }
     found = page.rewards(asked, answers)
     for name, answer in answers.items():
         text = answer["said"] + "</s>" * answer["whole"]
         (ours, count), (theirs, _) = (
-            full_log_prob(model, page.policy.tokenizer, before[name], text) for model in (tuned, base)
+            full_log_prob(model, page.policy.tokenizer, before[name], text)
+            for model in (tuned, base)
         )
         expected = beta * (ours - theirs) / (count if averaged else 1)
         assert found[name] == pytest.approx(expected, abs=1e-4) and abs(expected) > 0.01
@@ -182,9 +207,15 @@ def test_a_turn_has_answers_rewards_and_a_verdict(page):
     assert [answer["said"] for answer in turn["answers"].values()] == [CHOSEN, REJECTED]
     notes = [answer["note"] for answer in turn["answers"].values()]
     counts = [len(page.policy.tokenizer(text)["input_ids"]) + 1 for text in (CHOSEN, REJECTED)]
-    rewards = [float(re.search(r"隐式奖励 ([+−][\d.]+)$", note)[1].replace("−", "-")) for note in notes]
-    assert [note.split(" ")[0] for note in notes] == list(map(str, counts)) and rewards[0] > 0 > rewards[1]
-    told = re.search(r"\*\*策略的回答\*\*：隐式奖励高 ([\d.]+)，按 Bradley–Terry 胜率 (\d+)%$", turn["verdict"])
+    rewards = [
+        float(re.search(r"隐式奖励 ([+−][\d.]+)$", note)[1].replace("−", "-")) for note in notes
+    ]
+    assert [note.split(" ")[0] for note in notes] == list(map(str, counts)) and rewards[
+        0
+    ] > 0 > rewards[1]
+    told = re.search(
+        r"\*\*策略的回答\*\*：隐式奖励高 ([\d.]+)，按 Bradley–Terry 胜率 (\d+)%$", turn["verdict"]
+    )
     apart, share = told.groups()
     assert float(apart) == pytest.approx(rewards[0] - rewards[1], abs=0.011)
     assert int(share) == pytest.approx(100 / (1 + math.exp(-float(apart))), abs=1)
@@ -192,9 +223,13 @@ def test_a_turn_has_answers_rewards_and_a_verdict(page):
 
 def test_verdicts(app):
     pair = {"policy": -1.0, "reference": 1.5}
-    assert "参考的回答**：隐式奖励高 2.50，按 Bradley–Terry 胜率 92%" in app.verdict_of(pair, True, False)
+    assert "参考的回答**：隐式奖励高 2.50，按 Bradley–Terry 胜率 92%" in app.verdict_of(
+        pair, True, False
+    )
     assert "胜率" not in app.verdict_of(pair, True, False, odds=False)
-    assert "不能相比" in app.verdict_of(pair, False, False) and "一字不差" in app.verdict_of(pair, True, True)
+    assert "不能相比" in app.verdict_of(pair, False, False) and "一字不差" in app.verdict_of(
+        pair, True, True
+    )
     assert "不分上下" in app.verdict_of(dict.fromkeys(pair, 1.0), True, False)
 
 
@@ -219,7 +254,9 @@ def test_both_sides_draw_with_the_same_seed(app, made):
     assert all(len(both) == 1 for both in texts) and texts[0] == texts[2] and texts[0] != texts[1]
     assert "一字不差 · 种子 1" in drawn[0]["verdict"] and "种子 -1" not in drawn[3]["verdict"]
     (cut,) = ask(page, OTHER, most=3)
-    assert "没说完 · 隐式奖励" in cut["answers"]["reference"]["note"] and "种子" not in cut["verdict"]
+    assert (
+        "没说完 · 隐式奖励" in cut["answers"]["reference"]["note"] and "种子" not in cut["verdict"]
+    )
 
 
 # ---- which reference ------------------------------------------------------------------------------------------
@@ -234,13 +271,17 @@ def copied(made, tmp_path, **run):
 
 @pytest.mark.parametrize("how", ["run.json", "base_model.json", "given", "cache"])
 def test_reference_of_a_run_of_all_weights(app, made, tmp_path, monkeypatch, how):
-    run = copied(made, tmp_path, model_name_or_path=str(made / "base") if how == "run.json" else "tiny")
+    run = copied(
+        made, tmp_path, model_name_or_path=str(made / "base") if how == "run.json" else "tiny"
+    )
     if how == "base_model.json":
         adapter.remember_base(run / "final", str(made / "base"))
     if how == "cache":  # a hub's name, downloaded before
         run = copied(made, tmp_path / "hub", model_name_or_path="some/base")
         cached = {("some/base", "config.json"): str(made / "base/config.json")}
-        monkeypatch.setattr(app.huggingface_hub, "try_to_load_from_cache", lambda *name: cached[name])
+        monkeypatch.setattr(
+            app.huggingface_hub, "try_to_load_from_cache", lambda *name: cached[name]
+        )
     policy = app.Speaker(run)
     side, _ = app.find_reference(policy, str(made / "base") if how == "given" else None)
     assert side.talker is not policy and side.talker.tokenizer is policy.tokenizer
@@ -251,7 +292,9 @@ def test_reference_of_a_run_of_all_weights(app, made, tmp_path, monkeypatch, how
 def test_a_run_with_another_reference_model_is_compared_with_that(app, made, tmp_path):
     run = tmp_path / "lora"
     shutil.copytree(made / "lora", run)
-    (run / "run.json").write_text(json.dumps({"settings": {"reference_model": str(made / "full/final")}}))
+    (run / "run.json").write_text(
+        json.dumps({"settings": {"reference_model": str(made / "full/final")}})
+    )
     side, _ = app.find_reference(app.Speaker(run))
     assert side.talker.name.endswith("full/final") and last(side, QUESTION) == CHOSEN
 
@@ -282,7 +325,9 @@ def test_no_reference_one_column_and_the_reason(app, made, tmp_path, name, given
 
 
 def test_what_cannot_be_opened_is_one_line(app, made, policy, tmp_path, monkeypatch):
-    other = tiny.make_tokenizer(["别的"], 300, ["<s>", "</s>"], "{{ messages[0].content }}", eos_token="</s>")
+    other = tiny.make_tokenizer(
+        ["别的"], 300, ["<s>", "</s>"], "{{ messages[0].content }}", eos_token="</s>"
+    )
     shutil.copytree(made / "base", tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     shutil.copytree(made / "base", tmp_path / "mute")
@@ -290,8 +335,14 @@ def test_what_cannot_be_opened_is_one_line(app, made, policy, tmp_path, monkeypa
     monkeypatch.setattr(app, "launch", lambda *_: pytest.fail("served"))
     for flags, why in (
         (("--model", tmp_path / "none"), "none: no trained model here; train one first"),
-        (("--model", made / "lora", "--reference", tmp_path / "none"), "none: no trained model here"),
-        (("--model", made / "lora", "--reference", tmp_path / "other"), "other: its vocabulary is not the one of"),
+        (
+            ("--model", made / "lora", "--reference", tmp_path / "none"),
+            "none: no trained model here",
+        ),
+        (
+            ("--model", made / "lora", "--reference", tmp_path / "other"),
+            "other: its vocabulary is not the one of",
+        ),
         (("--model", tmp_path / "mute"), "mute: no chat template, so it cannot be asked"),
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags)])
@@ -310,7 +361,10 @@ def test_command_line(app, made, monkeypatch, capsys):
     monkeypatch.setattr(app.gr.Blocks, "block_thread", served)
     monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(made / "lora")])
     app.main()
-    assert re.search(r"chat with .+lora: http://127\.0\.0\.1:\d+/", capsys.readouterr().out) and seen[0][0] == 200
+    assert (
+        re.search(r"chat with .+lora: http://127\.0\.0\.1:\d+/", capsys.readouterr().out)
+        and seen[0][0] == 200
+    )
 
 
 # ---- what is typed --------------------------------------------------------------------------------------------
@@ -321,9 +375,16 @@ def test_typed_special_tokens_are_no_turns(page, monkeypatch):
     talker, prompts = page.policy, []
     monkeypatch.setattr(talker, "_generate", lambda prompt, *_, **__: prompts.append(prompt))
     ask(page, text, system="<reserved_106>")
-    ids = [talker.tokenizer.convert_tokens_to_ids(token) for token in ("<reserved_106>", "<reserved_107>", "</s>")]
-    assert len(prompts) == 2 and all([prompt.count(i) for i in ids] == [1, 1, 0] for prompt in prompts)
-    assert talker.tokenizer.decode(prompts[0]) == f"<reserved_106><reserved_106>{text}<reserved_107>"
+    ids = [
+        talker.tokenizer.convert_tokens_to_ids(token)
+        for token in ("<reserved_106>", "<reserved_107>", "</s>")
+    ]
+    assert len(prompts) == 2 and all(
+        [prompt.count(i) for i in ids] == [1, 1, 0] for prompt in prompts
+    )
+    assert (
+        talker.tokenizer.decode(prompts[0]) == f"<reserved_106><reserved_106>{text}<reserved_107>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,12 +410,20 @@ def test_what_was_cleared_does_not_come_back(page, when):
     visitor = SimpleNamespace(session_hash="a")
     run = page.ask(QUESTION, [], visitor, False, "", 1, 32, 0.0, 1.0, 0, 1.0)
     for step in run:
-        if step["history"][0]["verdict"] if when == "ended" else step["history"][0]["answers"]["policy"]["said"]:
+        if (
+            step["history"][0]["verdict"]
+            if when == "ended"
+            else step["history"][0]["answers"]["policy"]["said"]
+        ):
             break
     emptied = page.clear(visitor)
-    assert emptied["policy"] == emptied["history"] == [] and "box" not in emptied, "another question could begin"
+    assert emptied["policy"] == emptied["history"] == [] and "box" not in emptied, (
+        "another question could begin"
+    )
     later = list(run)
-    assert later and all(step["policy"] == step["reference"] == step["history"] == [] for step in later)
+    assert later and all(
+        step["policy"] == step["reference"] == step["history"] == [] for step in later
+    )
     assert page.clear(visitor)["box"] and not page.running
 
 
@@ -362,7 +431,11 @@ def test_text_of_people_and_models(app):
     answer = {"said": "<think>想<i></think>答<b>`<b>`", "note": "事实"}
     turn = {"question": "a<b>*c*", "verdict": "", "answers": {"policy": answer}}
     question, thought, said, note = app.show([turn], "policy")
-    assert question.content == r"a\<b\>\*c\*" and said.content == "答&lt;b>`<b>`" and thought.content == "想&lt;i>"
+    assert (
+        question.content == r"a\<b\>\*c\*"
+        and said.content == "答&lt;b>`<b>`"
+        and thought.content == "想&lt;i>"
+    )
     assert thought.metadata["status"] == "done" and note.metadata["title"] == "事实"
 
 
@@ -376,7 +449,10 @@ def test_an_answer_that_cannot_be_weighed_says_so(app, page, monkeypatch):
 
     monkeypatch.setattr(app.losses, "sequence_logprobs", refuse)
     (turn,) = ask(page, QUESTION)
-    assert "没有算隐式奖励：Model changes" in turn["verdict"] and turn["answers"]["policy"]["said"] == CHOSEN
+    assert (
+        "没有算隐式奖励：Model changes" in turn["verdict"]
+        and turn["answers"]["policy"]["said"] == CHOSEN
+    )
 
 
 # ---- in the browser -------------------------------------------------------------------------------------------
@@ -413,17 +489,27 @@ def visit(app, browser):
 @pytest.mark.slow
 def test_side_by_side_in_chromium(visit, policy, monkeypatch, tmp_path):
     prompts, stream = [], policy.stream
-    monkeypatch.setattr(policy, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k))
+    monkeypatch.setattr(
+        policy, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k)
+    )
     tab = visit(policy, viewport={"width": 1280, "height": 800})
     page = tab.page
     about = page.locator("#about").inner_text()
-    assert "lora/final · LoRA · 0.1 M 参数" in about and "关掉适配器的同一个模型" in about and "β = 0.25" in about
+    assert (
+        "lora/final · LoRA · 0.1 M 参数" in about
+        and "关掉适配器的同一个模型" in about
+        and "β = 0.25" in about
+    )
     ours, theirs = tab.ask(QUESTION)
     assert CHOSEN in ours and REJECTED in theirs and "隐式奖励 +" in ours and "隐式奖励 −" in theirs
     assert "更偏好策略的回答" in page.locator("#verdict").inner_text()
     left, right = (page.locator(f"#{side}").bounding_box() for side in ("policy", "reference"))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
-    for control in (tab.box, page.get_by_role("button", name="清空").last, page.get_by_text("设置", exact=True)):
+    for control in (
+        tab.box,
+        page.get_by_role("button", name="清空").last,
+        page.get_by_text("设置", exact=True),
+    ):
         assert control.bounding_box()["y"] + 20 < 800, "below the first screen"
     page.screenshot(path=tmp_path / "wide.png")
 
@@ -431,12 +517,18 @@ def test_side_by_side_in_chromium(visit, policy, monkeypatch, tmp_path):
     assert [prompts[i][1]["content"] for i in (2, 3)] == [CHOSEN, REJECTED]
     for side in ("policy", "reference"):
         shown = page.locator(f"#{side} .user-row").last
-        assert shown.inner_text().strip() == HTML and shown.locator("img, b, strong, h1, code").count() == 0
+        assert (
+            shown.inner_text().strip() == HTML
+            and shown.locator("img, b, strong, h1, code").count() == 0
+        )
     page.get_by_label("两边都接着策略的回答").check()
     page.get_by_role("button", name="再来一次").click()
     tab.until(lambda: len(prompts) == 6 and tab.notes.count() == 4)
     page.get_by_role("button", name="发送").wait_for()
-    assert prompts[4] == prompts[5] == prompts[2] and "不能相比" not in page.locator("#verdict").inner_text()
+    assert (
+        prompts[4] == prompts[5] == prompts[2]
+        and "不能相比" not in page.locator("#verdict").inner_text()
+    )
     page.get_by_role("button", name="撤销").click()
     tab.until(lambda: tab.box.input_value() == HTML and tab.notes.count() == 2)
     page.get_by_role("button", name="清空", exact=True).click()
@@ -462,10 +554,14 @@ def test_stream_stop_clear_and_a_closed_tab(visit, policy):
         page.get_by_role("button", name="发送").wait_for()
         assert slow.tokens < 250 and "已停止，没有开始" in tab.said("reference")
         assert (
-            page.locator("#verdict").inner_text().strip() == "" and page.get_by_role("button", name="撤销").is_enabled()
+            page.locator("#verdict").inner_text().strip() == ""
+            and page.get_by_role("button", name="撤销").is_enabled()
         )
 
-        for leave_it in (lambda: page.get_by_role("button", name="清空", exact=True).click(), page.close):
+        for leave_it in (
+            lambda: page.get_by_role("button", name="清空", exact=True).click(),
+            page.close,
+        ):
             tab.ask(OTHER, wait=False)
             page.get_by_role("button", name="停止", exact=True).wait_for()
             seen = slow.tokens

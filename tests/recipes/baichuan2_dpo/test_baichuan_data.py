@@ -43,7 +43,14 @@ def test_the_script_writes_these_files(tmp_path):
 def test_every_reader_of_pairs_has_its_file_and_no_row_is_lost():
     rows, stats = sample()
     assert 700 <= len(rows) == stats["used"] == stats["read"] <= 900 and not stats["dropped"]
-    expected = ["hh strings", "hh_rlhf_cn", "implicit prompt", "llama-factory pairs", "prompt pairs", "prompt pairs"]
+    expected = [
+        "hh strings",
+        "hh_rlhf_cn",
+        "implicit prompt",
+        "llama-factory pairs",
+        "prompt pairs",
+        "prompt pairs",
+    ]
     assert sorted(stats["shapes"].values()) == [*expected, "reward"]
     assert "gb18030" in stats["encodings"].values()
     roles = Counter(tuple(message["role"] for message in row["prompt"]) for row in rows)
@@ -56,7 +63,10 @@ def test_files_say_what_the_script_meant():
     for task in make_data().TASKS:
         for row in make_data().pairs(task):
             made[json.dumps(row["prompt"], ensure_ascii=False)] = (row["chosen"], row["rejected"])
-    read = {json.dumps(r["prompt"], ensure_ascii=False): (text(r, "chosen"), text(r, "rejected")) for r in sample()[0]}
+    read = {
+        json.dumps(r["prompt"], ensure_ascii=False): (text(r, "chosen"), text(r, "rejected"))
+        for r in sample()[0]
+    }
     assert read == made
 
 
@@ -77,7 +87,9 @@ def test_neither_length_nor_one_character_tells_the_better_answer():
     longer = share(Counter((len(a) > len(b)) - (len(a) < len(b)) for a, b in pairs))
     assert 0.3 < longer < 0.7
     for character in set("".join(a + b for a, b in pairs)):
-        assert 0.3 < share(Counter((character in a) - (character in b) for a, b in pairs)) < 0.7, character
+        assert 0.3 < share(Counter((character in a) - (character in b) for a, b in pairs)) < 0.7, (
+            character
+        )
 
 
 def test_each_kind_of_worse_answer_is_there():

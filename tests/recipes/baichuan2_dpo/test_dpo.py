@@ -70,11 +70,23 @@ def build(name="Llama", implementation="packed", **more):
 
     attention.register()
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
     if name == "Bloom":
-        sizes |= {"n_head": sizes.pop("num_attention_heads"), "n_layer": sizes.pop("num_hidden_layers")}
+        sizes |= {
+            "n_head": sizes.pop("num_attention_heads"),
+            "n_layer": sizes.pop("num_hidden_layers"),
+        }
     else:
-        sizes |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 2048}
+        sizes |= {
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 2048,
+        }
     module = modeling if name == "Baichuan" else transformers
     config = getattr(module, f"{name}Config")(**sizes | {"initializer_range": 0.15} | more)
     config._attn_implementation, config.use_cache = implementation, False
@@ -107,7 +119,9 @@ def token_losses(model, batches):
     found = torch.cat(parts)
     factors = torch.randn(len(found), generator=torch.Generator().manual_seed(1))
     (found * factors).sum().backward()
-    return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def each_alone(made):
@@ -130,7 +144,9 @@ def by_full_logits(model, batches):
     found = torch.cat(parts)
     factors = torch.randn(len(found), generator=torch.Generator().manual_seed(1))
     (found * factors).sum().backward()
-    return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_equal(found, wanted, tolerance=1e-5):
@@ -150,9 +166,18 @@ def test_layout_of_a_shared_prompt():
     c, d = second["chosen_input_ids"].tolist(), second["rejected_input_ids"].tolist()
     assert batch["input_ids"][0].tolist() == a + b[2:] + c + d
     assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 0, 1, 0, 1, 2]
-    assert batch["labels"][0].tolist() == [-100] * 3 + a[3:] + [-100] + b[3:] + [-100] + c[1:] + [-100] + d[1:]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 10, 12, 15] and batch["cu_seq_lens_q"].dtype == torch.int32
-    assert batch["cu_seq_lens_k"].tolist() == [0, 5, 12, 14, 17] and batch["cu_seq_lens_k"].dtype == torch.int32
+    assert (
+        batch["labels"][0].tolist()
+        == [-100] * 3 + a[3:] + [-100] + b[3:] + [-100] + c[1:] + [-100] + d[1:]
+    )
+    assert (
+        batch["cu_seq_lens_q"].tolist() == [0, 5, 10, 12, 15]
+        and batch["cu_seq_lens_q"].dtype == torch.int32
+    )
+    assert (
+        batch["cu_seq_lens_k"].tolist() == [0, 5, 12, 14, 17]
+        and batch["cu_seq_lens_k"].dtype == torch.int32
+    )
     assert batch["key_columns"].tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert (batch["max_length_q"], batch["max_length_k"]) == (5, 7)
 
@@ -175,7 +200,9 @@ def test_answers_that_begin_alike_share_the_prompt_only():
     made = make_pairs([(4, 6, 6)])
     made[0]["rejected_input_ids"][4:8] = made[0]["chosen_input_ids"][4:8]
     made[0]["rejected_labels"][4:8] = made[0]["chosen_labels"][4:8]
-    assert collate(made)["cu_seq_lens_k"].tolist() == [0, 10, 20] and collate(made)["input_ids"].shape == (1, 17)
+    assert collate(made)["cu_seq_lens_k"].tolist() == [0, 10, 20] and collate(made)[
+        "input_ids"
+    ].shape == (1, 17)
     model = losses.use_chunked_loss(build())
     assert_equal(token_losses(model, [collate(made)]), token_losses(model, each_alone(made)))
 
@@ -201,7 +228,9 @@ def test_shared_prompts_elsewhere(where, monkeypatch):
     else:
         calls, stock = [], attention._sequence_by_sequence
         monkeypatch.setattr(attention, "compute_packed", lambda query: None)
-        monkeypatch.setattr(attention, "_sequence_by_sequence", lambda *a, **k: calls.append(1) or stock(*a, **k))
+        monkeypatch.setattr(
+            attention, "_sequence_by_sequence", lambda *a, **k: calls.append(1) or stock(*a, **k)
+        )
     assert_equal(token_losses(model, [collate(made)]), wanted)
     assert where == "checkpointing" or len(calls) == 2
 
@@ -210,7 +239,9 @@ def test_shared_prompts_under_lora_and_autocast():
     from peft import LoraConfig, get_peft_model
 
     model, made = losses.use_chunked_loss(build()), make_pairs()
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+    )
     model = get_peft_model(model, settings)
     assert_equal(token_losses(model, [collate(made)]), token_losses(model, each_alone(made)))
     exact = token_losses(model, [collate(made)])
@@ -234,22 +265,31 @@ def dense(starts, key_starts, columns):
 
 def by_mask(query, key, value, mask, scale):
     return torch.nn.functional.scaled_dot_product_attention(
-        *(x.double() for x in (query, key, value)), attn_mask=mask, scale=scale, enable_gqa=len(query[0]) != len(key[0])
+        *(x.double() for x in (query, key, value)),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=len(query[0]) != len(key[0]),
     ).transpose(1, 2)
 
 
 def through_the_interface(query, key, value, batch, scale):
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "key_columns", "max_length_q", "max_length_k")
-    return attention._attention(None, query, key, value, None, scaling=scale, **{k: batch[k] for k in names})[0]
+    return attention._attention(
+        None, query, key, value, None, scaling=scale, **{k: batch[k] for k in names}
+    )[0]
 
 
 def check_against_the_mask(sizes, heads, groups, path, monkeypatch=None):
     batch = collate(make_pairs(sizes))
     total, generator = batch["input_ids"].shape[1], torch.Generator().manual_seed(2)
-    q, k, v, g = (torch.randn(1, h, total, 8, generator=generator) for h in (heads, groups, groups, heads))
+    q, k, v, g = (
+        torch.randn(1, h, total, 8, generator=generator) for h in (heads, groups, groups, heads)
+    )
     for x in (q, k, v):
         x.requires_grad_()
-    mask = dense(batch["cu_seq_lens_q"].tolist(), batch["cu_seq_lens_k"].tolist(), batch["key_columns"])
+    mask = dense(
+        batch["cu_seq_lens_q"].tolist(), batch["cu_seq_lens_k"].tolist(), batch["key_columns"]
+    )
     wanted = by_mask(q, k, v, mask, 0.3)
     slopes = torch.autograd.grad(wanted, (q, k, v), g.transpose(1, 2).double())
     if path == "sequences":
@@ -287,7 +327,8 @@ def test_a_batch_with_a_filled_cache_or_a_window_does_not_look_too_far():
         build("Mistral", sliding_window=8)(**batch)
     wide = build("Mistral", sliding_window=25)
     assert_equal(
-        token_losses(losses.use_chunked_loss(wide), [batch]), token_losses(wide, each_alone(make_pairs([(20, 5, 5)])))
+        token_losses(losses.use_chunked_loss(wide), [batch]),
+        token_losses(wide, each_alone(make_pairs([(20, 5, 5)]))),
     )
 
 
@@ -318,7 +359,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CACHE_ELEMENTS", 5 * VOCAB)
 
 
-@pytest.mark.parametrize("head", ["trained", "frozen", "tied", "bias", "frozen bias", "only bias", "normalised"])
+@pytest.mark.parametrize(
+    "head", ["trained", "frozen", "tied", "bias", "frozen bias", "only bias", "normalised"]
+)
 def test_gradients_of_log_probs_equal_those_of_full_logits(head, small_chunks):
     made = make_pairs([(3, 20, 30), (10, 25, 7)])
     if head == "normalised":
@@ -326,7 +369,9 @@ def test_gradients_of_log_probs_equal_those_of_full_logits(head, small_chunks):
     else:
         model = build(tie_word_embeddings=head == "tied")
     if "bias" in head:
-        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)))
+        model.lm_head.bias = torch.nn.Parameter(
+            torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+        )
     model.lm_head.requires_grad_("frozen" not in head)
     if head == "only bias":
         model.lm_head.weight.requires_grad_(False)
@@ -346,7 +391,10 @@ def test_half_precision_log_probs_are_close_and_fp32(frozen, small_chunks):
         half = token_losses(model, [collate(made)])
     assert half[0].dtype == torch.float32 and 0 < (half[0] - exact[0]).abs().mean() < 0.03
     for name, slope in exact[1].items():
-        assert half[1][name].dtype == torch.float32 and (half[1][name] - slope).norm() < 0.06 * slope.norm(), name
+        assert (
+            half[1][name].dtype == torch.float32
+            and (half[1][name] - slope).norm() < 0.06 * slope.norm()
+        ), name
 
 
 def test_log_probs_without_any_label():
@@ -371,7 +419,9 @@ def answer_of(row, side):
     """Ids of an encoded row behind its prompt, and of the prompt."""
     ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
     first = next(i for i, label in enumerate(labels) if label != -100)
-    assert ids[first:] == labels[first:] and set(labels[:first]) <= {-100}, "all behind the prompt is trained"
+    assert ids[first:] == labels[first:] and set(labels[:first]) <= {-100}, (
+        "all behind the prompt is trained"
+    )
     return ids[first:], ids[:first]
 
 
@@ -398,15 +448,23 @@ def test_system_prompt_for_rows_that_have_none(sentences, baichuan):  # noqa: F8
 
 def test_nobody_forges_a_turn_or_an_end(baichuan):  # noqa: F811
     text = f"a{ASSISTANT}好</s>{USER}b"
-    row = pairs.encode(pair_row(talk(text, "好", text, system=text), text, "不" + text), baichuan, 10_000)
+    row = pairs.encode(
+        pair_row(talk(text, "好", text, system=text), text, "不" + text), baichuan, 10_000
+    )
     turns = baichuan.convert_tokens_to_ids([USER, ASSISTANT, "</s>"])
     for side in ("chosen", "rejected"):
         answer, prompt = answer_of(row, side)
-        assert [prompt.count(t) for t in turns] == [2, 2, 0] and [answer.count(t) for t in turns] == [0, 0, 1]
+        assert [prompt.count(t) for t in turns] == [2, 2, 0] and [
+            answer.count(t) for t in turns
+        ] == [0, 0, 1]
         assert answer[-1] == turns[2] and baichuan.decode(answer[:-1]).endswith(text)
 
 
-TEXTS = ["你好，我是小谱。请问今天的天气怎么样？天气很好。", "1加1等于几？等于2。", "hello, how are you?"]
+TEXTS = [
+    "你好，我是小谱。请问今天的天气怎么样？天气很好。",
+    "1加1等于几？等于2。",
+    "hello, how are you?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +484,9 @@ def both(row, tokenizer):
 
 
 def test_oldest_rounds_go_first(small):
-    messages = talk("第一问" * 5, "第一答" * 5, "第二问" * 5, "第二答" * 5, "第三问", system="你是小谱。")
+    messages = talk(
+        "第一问" * 5, "第一答" * 5, "第二问" * 5, "第二答" * 5, "第三问", system="你是小谱。"
+    )
     row = pair_row(messages, "好", "不好")
     whole = pairs.encode(row, small, 10_000)
     length = max(len(whole[f"{side}_input_ids"]) for side in ("chosen", "rejected"))
@@ -434,16 +494,27 @@ def test_oldest_rounds_go_first(small):
     once = pairs.encode(row, small, length - 1)
     told = both(once, small)
     kept = "你是小谱。<reserved_106>" + "第二问" * 5 + "<reserved_107>" + "第二答" * 5
-    assert told == [kept + "<reserved_106>第三问<reserved_107>", "好", "不好"] and once["truncated"] is True
+    assert (
+        told == [kept + "<reserved_106>第三问<reserved_107>", "好", "不好"]
+        and once["truncated"] is True
+    )
     twice = both(pairs.encode(row, small, len(answer_of(once, "rejected")[1])), small)
     assert twice == ["你是小谱。<reserved_106>第三问<reserved_107>", "好", "不好"]
 
 
 def test_the_end_of_a_long_prompt_is_kept(small):
     for limit in (32, 47, 64, 100):
-        row = pairs.encode(pair_row(talk("开头" + "一二三四五六七八九十" * 40 + "结尾"), "好", "不好"), small, limit)
+        row = pairs.encode(
+            pair_row(talk("开头" + "一二三四五六七八九十" * 40 + "结尾"), "好", "不好"),
+            small,
+            limit,
+        )
         prompt, chosen, rejected = both(row, small)
-        assert prompt.endswith("八九十结尾<reserved_107>") and "开头" not in prompt and "\ufffd" not in prompt
+        assert (
+            prompt.endswith("八九十结尾<reserved_107>")
+            and "开头" not in prompt
+            and "\ufffd" not in prompt
+        )
         assert (chosen, rejected) == ("好", "不好"), "an answer that fits is whole"
         assert limit - 3 < len(row["rejected_input_ids"]) <= limit and row["truncated"]
 
@@ -453,7 +524,9 @@ def test_long_answers_keep_their_end_token_and_leave_a_quarter_to_the_prompt(sma
     for chosen, rejected in ((long, "不" + long), (long, "不"), ("好", "不" + long)):
         row = pairs.encode(pair_row(talk(long + "尾"), chosen, rejected), small, limit)
         prompt, *answers = both(row, small)
-        assert prompt.endswith("尾<reserved_107>") and "\ufffd" not in prompt + answers[0] + answers[1]
+        assert (
+            prompt.endswith("尾<reserved_107>") and "\ufffd" not in prompt + answers[0] + answers[1]
+        )
         assert chosen.startswith(answers[0]) and rejected.startswith(answers[1])
         assert answers[0] and answers[1] and (len(chosen) > 1 or answers[0] == chosen)
         lengths = [len(row[f"{side}_input_ids"]) for side in ("chosen", "rejected")]
@@ -465,7 +538,9 @@ def test_long_answers_keep_their_end_token_and_leave_a_quarter_to_the_prompt(sma
 def test_no_character_is_cut(small, mark):
     assert len(small.encode(mark, add_special_tokens=False)) == len(mark.encode())
     for limit in range(40, 49):
-        row = pairs.encode(pair_row(talk(mark * 60), "好" + mark * 60, "不" + mark * 70), small, limit)
+        row = pairs.encode(
+            pair_row(talk(mark * 60), "好" + mark * 60, "不" + mark * 70), small, limit
+        )
         texts = both(row, small)
         assert "\ufffd" not in "".join(texts), (limit, texts)
         assert all(mark in text for text in texts)
@@ -479,7 +554,9 @@ def test_a_pair_that_is_cut_to_the_same_answer_is_no_pair(small):
 
 
 CHATML = (ROOT / "train_qwen/chat_template.jinja").read_text(encoding="utf-8")
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "天气", "parameters": {}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "天气", "parameters": {}}}
+]
 CALL = {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "function": {"name": "weather", "arguments": {"城市": "杭州"}}}]}  # fmt: skip
 
@@ -508,11 +585,17 @@ def test_tool_calls_as_answers_and_in_the_prompt(chatml):
     row = pair_row(talk("杭州天气"), tools=TOOLS) | {"chosen": [CALL]}
     prompt, chosen, rejected = both(pairs.encode(row, chatml, 1000), chatml)
     assert '"name": "weather"' in prompt and prompt.endswith("<|im_start|>assistant\n")
-    assert chosen.endswith('{"name": "weather", "arguments": {"城市": "杭州"}}\n</tool_call>') and "不好" in rejected
+    assert (
+        chosen.endswith('{"name": "weather", "arguments": {"城市": "杭州"}}\n</tool_call>')
+        and "不好" in rejected
+    )
     row["prompt"] += [CALL, {"role": "tool", "content": "晴"}]
     row["chosen"] = [{"role": "assistant", "content": "晴天。"}]
     prompt, chosen, _ = both(pairs.encode(row, chatml, 1000), chatml)
-    assert "<tool_response>\n晴\n</tool_response>" in prompt and chosen == "<think>\n\n</think>\n\n晴天。"
+    assert (
+        "<tool_response>\n晴\n</tool_response>" in prompt
+        and chosen == "<think>\n\n</think>\n\n晴天。"
+    )
 
 
 def test_an_answer_of_several_turns_is_trained_where_the_model_speaks(chatml):
@@ -529,7 +612,9 @@ def test_a_row_that_the_template_refuses_is_a_value_error(small):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -542,17 +627,29 @@ def test_every_shape_drops_equal_empty_and_strange_pairs(tmp_path, shape):
     if shape in ("hh", "implicit"):  # the prompt stands in both
         rows.append({**good, "rejected": json.loads(spelled.replace("你好", "再见"))["rejected"]})
         count["chosen and rejected answer different prompts"] = 1
-    found, stats = load_rows(write(tmp_path / "a.jsonl", rows), "preference", cache_dir=tmp_path / "cache")
-    reason = "chosen and rejected answer different prompts" if shape == "hh" else "empty answer"  # "Assistant:" ends it
+    found, stats = load_rows(
+        write(tmp_path / "a.jsonl", rows), "preference", cache_dir=tmp_path / "cache"
+    )
+    reason = (
+        "chosen and rejected answer different prompts" if shape == "hh" else "empty answer"
+    )  # "Assistant:" ends it
     count[reason] = count.get(reason, 0) + 1
-    assert stats["dropped"] == count and stats["used"] == len(found) == 5 and stats["read"] == len(rows)
-    assert stats["examples"]["chosen and rejected are the same"].startswith(f"{tmp_path / 'a.jsonl'}:3")
+    assert (
+        stats["dropped"] == count
+        and stats["used"] == len(found) == 5
+        and stats["read"] == len(rows)
+    )
+    assert stats["examples"]["chosen and rejected are the same"].startswith(
+        f"{tmp_path / 'a.jsonl'}:3"
+    )
     assert stats["examples"][reason].startswith(f"{tmp_path / 'a.jsonl'}:5")
 
 
 def test_rows_of_the_feedback_page_train(tmp_path, small):
     row = pair_row(talk("你好", "你好。", "天气？"), "天气很好。", "不知道。")
-    found, stats = load_rows(write(tmp_path / "a.jsonl", [row]), "preference", cache_dir=tmp_path / "cache")
+    found, stats = load_rows(
+        write(tmp_path / "a.jsonl", [row]), "preference", cache_dir=tmp_path / "cache"
+    )
     assert json.loads(found[0]["row"]) == row and not stats["dropped"]
     tokens, _ = tokenise(found, functools.partial(pairs.encode, tokenizer=small, max_length=99), "k",
                               columns=preference.COLUMNS, cache_dir=tmp_path / "cache")  # fmt: skip
@@ -567,7 +664,11 @@ def test_rows_of_the_feedback_page_train(tmp_path, small):
 QUICK = ["--eval_generate", 0, "--report_to", "none", "--bf16", "false", "--logging_steps", 1, "--save_strategy", "no",
          "--max_steps", 6, "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2]  # fmt: skip
 SAMPLES = [
-    {"prompt": f"{n}加一等于几", "chosen": f"您好，等于{n + 1}。", "rejected": f"等于{n}，别再问了。" + "啊" * (n % 5)}
+    {
+        "prompt": f"{n}加一等于几",
+        "chosen": f"您好，等于{n + 1}。",
+        "rejected": f"等于{n}，别再问了。" + "啊" * (n % 5),
+    }
     for n in range(75)
 ]
 
@@ -604,8 +705,14 @@ def run(monkeypatch, tmp_path, rows, cache):
 
 def curves(output, names=METRICS):
     """[steps, metrics] of a finished run."""
-    entries = [e for e in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in e]
-    return torch.tensor([[entry.get(name, 0.0) for name in names] for entry in entries], dtype=torch.float64)
+    entries = [
+        e
+        for e in json.loads((output / "trainer_state.json").read_text())["log_history"]
+        if "loss" in e
+    ]
+    return torch.tensor(
+        [[entry.get(name, 0.0) for name in names] for entry in entries], dtype=torch.float64
+    )
 
 
 def assert_same_run(one, other, tolerance=1e-5, final=2e-5):
@@ -613,22 +720,32 @@ def assert_same_run(one, other, tolerance=1e-5, final=2e-5):
     a, b = curves(one), curves(other)
     assert a.shape == b.shape and len(a) > 2
     difference = (a - b).abs() / a.abs().clamp(min=1)
-    untrained = a[:, METRICS.index("rewards/margins")].abs() < 1e-4  # which answer is ahead is noise
+    untrained = (
+        a[:, METRICS.index("rewards/margins")].abs() < 1e-4
+    )  # which answer is ahead is noise
     difference[untrained, METRICS.index("rewards/accuracies")] = 0
     worst = difference.amax(0)
-    assert not untrained.all() and worst.max() < tolerance, dict(zip(METRICS, worst.tolist(), strict=True))
+    assert not untrained.all() and worst.max() < tolerance, dict(
+        zip(METRICS, worst.tolist(), strict=True)
+    )
     ends = [report(folder)["metrics"] for folder in (one, other)]
     for when in ("before", "after"):
         wanted, found = (end[when] for end in ends)
         assert wanted.keys() == found.keys() >= set(METRICS) - {"kl"}
         told = wanted.keys() - ({"rewards/accuracies"} if when == "before" else set())
-        assert all(found[k] == pytest.approx(wanted[k], rel=1e-4, abs=1e-4) for k in told), (when, wanted, found)
+        assert all(found[k] == pytest.approx(wanted[k], rel=1e-4, abs=1e-4) for k in told), (
+            when,
+            wanted,
+            found,
+        )
     assert largest_difference(weights(one / "final"), weights(other / "final")) < final
 
 
 def assert_learned(output):
     losses_of = curves(output)[:, 0]
-    assert losses_of[-1] < 0.8 * losses_of[0], "the runs must have learned something for this to mean anything"
+    assert losses_of[-1] < 0.8 * losses_of[0], (
+        "the runs must have learned something for this to mean anything"
+    )
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "all weights"])
@@ -636,15 +753,18 @@ def test_reference_modes_agree(run, cache, full):
     how = ["--use_lora", str(not full).lower()]
     first = run("precomputed", *how)
     assert_learned(first)
-    assert sorted(len(weights(cache)[name]) > 0 for name in weights(cache)) and len(list(cache.iterdir())) == 2
+    assert (
+        sorted(len(weights(cache)[name]) > 0 for name in weights(cache))
+        and len(list(cache.iterdir())) == 2
+    )
     for mode in ("model",) if full else ("adapter", "model"):
         assert_same_run(first, run(mode, *how, "--reference", mode))
     kl = curves(first)[:, METRICS.index("kl")]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-3
     at_start = report(first)["metrics"]["before"]
-    assert at_start["loss"] == pytest.approx(0.6931, abs=1e-4) and at_start["rewards/margins"] == pytest.approx(
-        0, abs=1e-4
-    )
+    assert at_start["loss"] == pytest.approx(0.6931, abs=1e-4) and at_start[
+        "rewards/margins"
+    ] == pytest.approx(0, abs=1e-4)
 
 
 WAYS = [
@@ -663,22 +783,34 @@ def test_the_same_run_in_other_ways(run):
 def test_dropout_is_off_in_the_reference(run):
     flags = ["--lora_dropout", 0.3, "--max_steps", 3, "--learning_rate", 0]
     one, other = run("precomputed", *flags), run("adapter", *flags, "--reference", "adapter")
-    assert torch.equal(curves(one), curves(other)) or torch.allclose(curves(one), curves(other), atol=1e-4)
+    assert torch.equal(curves(one), curves(other)) or torch.allclose(
+        curves(one), curves(other), atol=1e-4
+    )
 
 
-def test_precomputed_log_probs_are_kept_and_belong_to_data_and_base(run, cache, rows, tmp_path, capsys, monkeypatch):
+def test_precomputed_log_probs_are_kept_and_belong_to_data_and_base(
+    run, cache, rows, tmp_path, capsys, monkeypatch
+):
     flags = ["--lora_dropout", 0.1]
     first, made = run("first", *flags), sorted(cache.iterdir())
     assert "kept from an earlier run" not in capsys.readouterr().out and len(made) == 2
     content = [file.read_bytes() for file in made]
     with monkeypatch.context() as patch:
         patch.setattr(
-            preference.PreferenceTrainer, "reference_logprobs", lambda *_, **__: pytest.fail("computed again")
+            preference.PreferenceTrainer,
+            "reference_logprobs",
+            lambda *_, **__: pytest.fail("computed again"),
         )
         again = run("again", *flags)
     told = capsys.readouterr().out
-    assert told.count("kept from an earlier run") == 2 and str(made[0]) in told and str(made[1]) in told
-    assert torch.equal(curves(again), curves(first)) and weights_sha(again / "final") == weights_sha(first / "final")
+    assert (
+        told.count("kept from an earlier run") == 2
+        and str(made[0]) in told
+        and str(made[1]) in told
+    )
+    assert torch.equal(curves(again), curves(first)) and weights_sha(
+        again / "final"
+    ) == weights_sha(first / "final")
     made[0].unlink()
     made[1].write_bytes(content[1][:-5])  # torn
     run("computed anew", *flags)
@@ -687,7 +819,11 @@ def test_precomputed_log_probs_are_kept_and_belong_to_data_and_base(run, cache, 
     known = set(cache.iterdir())
     changed = [*SAMPLES[:20], {**SAMPLES[20], "chosen": "别的回答。"}, *SAMPLES[21:]]
     base = ["--model_name_or_path", base_of(tmp_path), "--learning_rate", 1e-3]
-    for what in (["--data_path", write(tmp_path / "changed.jsonl", changed)], base, ["--bf16", "true"]):
+    for what in (
+        ["--data_path", write(tmp_path / "changed.jsonl", changed)],
+        base,
+        ["--bf16", "true"],
+    ):
         run(f"run{len(known)}", *what, "--max_steps", 1)
         assert not set(cache.iterdir()) <= known, what
         known = set(cache.iterdir())
@@ -700,7 +836,15 @@ def base_of(folder, name="Llama", template=True, **more):
         (RECIPE / "templates/baichuan2.jinja").read_text(encoding="utf-8") if template else None,
         bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
     )  # fmt: skip
-    model = build(name, "eager", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, **more)
+    model = build(
+        name,
+        "eager",
+        vocab_size=len(tokenizer),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **more,
+    )
     model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
     return folder / name
@@ -709,7 +853,11 @@ def base_of(folder, name="Llama", template=True, **more):
 @pytest.mark.parametrize("kind", train.dpo_losses.KINDS)
 def test_every_loss_learns_and_some_need_no_reference(run, cache, kind, monkeypatch):
     if free := kind in ("simpo", "orpo"):
-        monkeypatch.setattr(preference.PreferenceTrainer, "reference_logprobs", lambda *_, **__: pytest.fail("asked"))
+        monkeypatch.setattr(
+            preference.PreferenceTrainer,
+            "reference_logprobs",
+            lambda *_, **__: pytest.fail("asked"),
+        )
     output = run("out", "--loss_type", kind, "--rpo_alpha", 0.1, "--learning_rate", 2e-3)
     found = report(output)["metrics"]
     assert cache.exists() == ("kl" in found["after"]) == (not free)
@@ -740,7 +888,16 @@ def test_a_stopped_run_whose_reference_file_is_gone_goes_on_as_if_nothing_had_be
     run, cache, monkeypatch, full, capsys
 ):
     """The model in the checkpoint is no reference any more: the base is loaded for it."""
-    flags = ["--use_lora", str(not full).lower(), "--save_strategy", "steps", "--save_steps", 3, "--max_steps", 8]
+    flags = [
+        "--use_lora",
+        str(not full).lower(),
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        3,
+        "--max_steps",
+        8,
+    ]
     flags += [] if full else ["--lora_dropout", 0.1]
     whole = run("whole", *flags)
     step = preference.PreferenceTrainer.training_step
@@ -791,11 +948,27 @@ def test_all_weights_under_a_normalised_head(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = base_of(tmp_path, "Baichuan", num_key_value_heads=4)
-    flags = ["--model_name_or_path", base, "--learning_rate", 1e-3, "--use_lora", "false", "--loss_type", "ipo"]
+    flags = [
+        "--model_name_or_path",
+        base,
+        "--learning_rate",
+        1e-3,
+        "--use_lora",
+        "false",
+        "--loss_type",
+        "ipo",
+    ]
     output = run("out", *flags)
     model = AutoModelForCausalLM.from_pretrained(output / "final")
-    assert type(model).__name__ == "BaichuanForCausalLM" and type(model.lm_head).__name__ == "NormHead"
-    assert largest_difference({"head": weights(base)["lm_head.weight"]}, {"head": model.lm_head.weight}) > 1e-3
+    assert (
+        type(model).__name__ == "BaichuanForCausalLM" and type(model.lm_head).__name__ == "NormHead"
+    )
+    assert (
+        largest_difference(
+            {"head": weights(base)["lm_head.weight"]}, {"head": model.lm_head.weight}
+        )
+        > 1e-3
+    )
 
 
 def test_merged_adapter_has_equal_logits(run, tmp_path, monkeypatch, capsys):
@@ -803,7 +976,9 @@ def test_merged_adapter_has_equal_logits(run, tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 
     final = run("out") / "final"
-    monkeypatch.setattr(sys, "argv", ["merge.py", "--adapter", str(final), "--output_dir", str(tmp_path / "merged")])
+    monkeypatch.setattr(
+        sys, "argv", ["merge.py", "--adapter", str(final), "--output_dir", str(tmp_path / "merged")]
+    )
     merge.main()
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
@@ -824,7 +999,11 @@ def refused(run, capsys, *flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run("out", *flags)
-    told = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.removeprefix("error: ")
+    told = (
+        stop.value.code
+        if isinstance(stop.value.code, str)
+        else capsys.readouterr().err.removeprefix("error: ")
+    )
     assert len(told.strip().splitlines()) == 1, told
     return (1 if isinstance(stop.value.code, str) else stop.value.code), told.strip()
 
@@ -840,7 +1019,11 @@ def refused(run, capsys, *flags):
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(run, capsys, flags, words):
     code, line = refused(run, capsys, *flags.split())
-    assert code == 2 and words in line and not (Path(sys.argv[sys.argv.index("--output_dir") + 1])).exists()
+    assert (
+        code == 2
+        and words in line
+        and not (Path(sys.argv[sys.argv.index("--output_dir") + 1])).exists()
+    )
 
 
 def test_models_and_data_that_cannot_be_used(run, capsys, tmp_path):
@@ -852,7 +1035,9 @@ def test_models_and_data_that_cannot_be_used(run, capsys, tmp_path):
     chats = write(tmp_path / "chat.jsonl", [{"instruction": "a", "output": "b"}] * 3)
     line = refused(run, capsys, "--data_path", chats)[1]
     assert str(chats) in line and "kind chat, not preference" in line and "chosen" in line
-    bad = write(tmp_path / "bad.jsonl", [*SAMPLES[:5], {**SAMPLES[5], "rejected": SAMPLES[5]["chosen"]}])
+    bad = write(
+        tmp_path / "bad.jsonl", [*SAMPLES[:5], {**SAMPLES[5], "rejected": SAMPLES[5]["chosen"]}]
+    )
     assert f"{bad}:6: chosen and rejected are the same" in refused(run, capsys, "--data_path", bad, "--strict_data",
                                                                    "true")[1]  # fmt: skip
     assert "nosuch" in refused(run, capsys, "--target_modules", "nosuch")[1]
@@ -864,7 +1049,12 @@ def test_bad_rows_are_counted_named_and_reported(run, capsys, tmp_path):
     path = write(tmp_path / "mixed.jsonl", [*SAMPLES, *bad])
     with path.open("a", encoding="utf-8") as file:
         file.write('{"prompt": "断')
-    flags = ["--model_name_or_path", base_of(tmp_path), "--leak_check", write(tmp_path / "test.jsonl", SAMPLES[:2])]
+    flags = [
+        "--model_name_or_path",
+        base_of(tmp_path),
+        "--leak_check",
+        write(tmp_path / "test.jsonl", SAMPLES[:2]),
+    ]
     facts = report(run("out", "--data_path", path, "--max_steps", 1, *flags))
     told = capsys.readouterr().out
     for line in (76, 77, 78, 80):
@@ -872,7 +1062,9 @@ def test_bad_rows_are_counted_named_and_reported(run, capsys, tmp_path):
     dropped = facts["rows"]["dropped"]
     assert facts["rows"]["read"] == 80 and dropped["in test file"] >= 2 and len(dropped) == 5
     assert facts["rows"]["used"] + facts["rows"]["held_out"] + sum(dropped.values()) == 80
-    assert facts["rows"]["truncated"] == 1 and any("Baichuan2 has no tools" in reason for reason in dropped)
+    assert facts["rows"]["truncated"] == 1 and any(
+        "Baichuan2 has no tools" in reason for reason in dropped
+    )
 
 
 def test_rows_with_tools_and_the_built_in_model(run, tmp_path):
@@ -885,7 +1077,10 @@ def test_rows_with_tools_and_the_built_in_model(run, tmp_path):
 def test_grouping_by_length_is_told(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("out", "--group_by_length", "true")
-    assert stopped.value.code == 2 and "--group_by_length: pairs are not grouped" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2
+        and "--group_by_length: pairs are not grouped" in capsys.readouterr().err
+    )
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
@@ -912,7 +1107,17 @@ def begin(output, rows, name, *flags, fault="log-rows@0", **env):
         fault,
     ]
     sizes = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation]
-    words = [*ENGINES[engine], "--data_path", rows, *QUICK, *sizes, "--max_steps", STEPS, "--output_dir", output]
+    words = [
+        *ENGINES[engine],
+        "--data_path",
+        rows,
+        *QUICK,
+        *sizes,
+        "--max_steps",
+        STEPS,
+        "--output_dir",
+        output,
+    ]
     words += ["--max_eval_samples", 5]  # the second rank has none left in the last batch
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
     return finish(start([*command, *words, *more, *flags], **quiet | env))
@@ -940,7 +1145,8 @@ def consumed(output):
     """[row ids of all ranks, sorted] of every step."""
     ranks = [[json.loads(line) for line in file.open()] for file in output.glob("consumed_*.jsonl")]
     return [
-        sorted(i for entry in step for ids, *_ in entry["batches"] for i in ids) for step in zip(*ranks, strict=True)
+        sorted(i for entry in step for ids, *_ in entry["batches"] for i in ids)
+        for step in zip(*ranks, strict=True)
     ]
 
 
@@ -977,7 +1183,11 @@ def test_a_killed_run_continues_bit_exactly(layouts, rows, tmp_path):
     expect(begin(*how, fault="kill-in-step@5", DANPU_CACHE=kept.parent), 1)
     assert not (tmp_path / "final").exists()
     again = expect(begin(*how, DANPU_CACHE=kept.parent))
-    assert "continuing from" in again.stdout and "checkpoint-3" in again.stdout and "kept from an" in again.stdout
+    assert (
+        "continuing from" in again.stdout
+        and "checkpoint-3" in again.stdout
+        and "kept from an" in again.stdout
+    )
     assert torch.equal(curves(tmp_path), curves(whole)) and len(curves(whole)) == STEPS
     assert weights_sha(tmp_path / "final") == weights_sha(whole / "final")
     assert report(tmp_path)["metrics"] == report(whole)["metrics"]
@@ -986,7 +1196,9 @@ def test_a_killed_run_continues_bit_exactly(layouts, rows, tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_on_two_ranks_is_one_line(rows, tmp_path):
-    bad = write(tmp_path / "bad.jsonl", [*SAMPLES[:5], {"prompt": "a", "chosen": "b", "rejected": "b"}])
+    bad = write(
+        tmp_path / "bad.jsonl", [*SAMPLES[:5], {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    )
     done = begin(tmp_path / "out", bad, "DDP x 2", "--strict_data", "true")
     assert f"{bad}:6: chosen and rejected are the same" in error_line(done, 1)
 
@@ -1005,11 +1217,16 @@ def test_default_run_learns_and_reports(default_run):
     output, printed = default_run
     facts = report(output)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
-    assert facts.keys() >= set(KEYS) and facts["recipe"] == RECIPE.name and facts["engine"] == "zero-2"
+    assert (
+        facts.keys() >= set(KEYS) and facts["recipe"] == RECIPE.name and facts["engine"] == "zero-2"
+    )
     assert before["loss"] == pytest.approx(0.6931, abs=0.01) and before["rewards/accuracies"] < 0.6
     assert after["rewards/accuracies"] >= 0.95 and after["rewards/margins"] > 0.3, after
     assert after["like_chosen"] > before["like_chosen"] + 0.2, (before, after)
-    assert after["loss"] < 0.75 * before["loss"] and facts["loss"]["last"] < 0.75 * facts["loss"]["first"]
+    assert (
+        after["loss"] < 0.75 * before["loss"]
+        and facts["loss"]["last"] < 0.75 * facts["loss"]["first"]
+    )
     assert set(METRICS) <= after.keys() and "| rewards/accuracies |" in printed
     assert facts["rows"]["used"] > 400 and facts["rows"]["held_out"] >= 40
     sample = facts["samples"][0]
@@ -1033,11 +1250,15 @@ def test_the_tuned_model_answers_as_in_the_report(default_run):
     output, _ = default_run
     final = output / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter.check_base(final)), final)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(adapter.check_base(final)), final
+    )
     samples = report(output)["samples"]
     asked = [encode_prompt(tokenizer, sample["messages"]) for sample in samples]
     told = generate_answers(model, tokenizer, asked, 48)
-    assert sum(a.strip() == s["after"] for a, s in zip(told, samples, strict=True)) >= len(samples) - 1  # bf16
+    assert (
+        sum(a.strip() == s["after"] for a, s in zip(told, samples, strict=True)) >= len(samples) - 1
+    )  # bf16
     with model.disable_adapter():
         base = generate_answers(model, tokenizer, asked, 48)
     assert sum(a != b for a, b in zip(told, base, strict=True)) >= len(samples) // 4

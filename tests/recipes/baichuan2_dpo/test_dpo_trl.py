@@ -21,7 +21,11 @@ sys.path.remove(RECIPE)  # other recipes have files of the same names
 
 VOCAB = 89
 LENGTHS = [(9, 14, 5), (30, 3, 21), (1, 7, 7), (17, 40, 33)]  # prompt, chosen, rejected
-LAYOUTS = {"shared": (True, True), "packed": (True, False), "padded": (False, False)}  # packing, share_prompt
+LAYOUTS = {
+    "shared": (True, True),
+    "packed": (True, False),
+    "padded": (False, False),
+}  # packing, share_prompt
 
 
 def close(ours, theirs, what="", tolerance=1e-5):
@@ -35,7 +39,10 @@ def make_pairs(lengths=LENGTHS):
     """Pairs of random ids in TRL's columns; the answers of the last one begin with the same tokens."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda count: torch.randint(2, VOCAB, (count,), generator=generator).tolist()  # noqa: E731
-    pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(draw, one), strict=True)) for one in lengths]
+    pairs = [
+        dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(draw, one), strict=True))
+        for one in lengths
+    ]
     pairs[-1]["rejected_ids"][:2] = pairs[-1]["chosen_ids"][:2]
     return pairs
 
@@ -79,7 +86,9 @@ def fill_adapter(model):
 
 
 def gradients(model):
-    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    found = {
+        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
     assert found and all("lora_" in name for name in found)
     return torch.cat([found[name].flatten() for name in sorted(found)])
 
@@ -100,7 +109,9 @@ def trl_step(base, tmp_path_factory):
             pass
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+    )
 
     def step(pairs, **settings):
         args = DPOConfig(
@@ -115,7 +126,11 @@ def trl_step(base, tmp_path_factory):
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
         loss = trainer.compute_loss(model, batch)
         loss.backward()
-        return loss.item(), gradients(model), {name: value[0] for name, value in trainer._metrics["train"].items()}
+        return (
+            loss.item(),
+            gradients(model),
+            {name: value[0] for name, value in trainer._metrics["train"].items()},
+        )
 
     return step
 
@@ -137,15 +152,22 @@ def our_step(base, tmp_path, monkeypatch):
 
     def step(pairs, layout="shared", reference="adapter", **loss):
         model = fill_adapter(get_peft_model(prepared(), lora_config())).train()
-        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=3)
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=3
+        )
         trainer = preference.PreferenceTrainer(
             model=model, args=args, train_dataset=preference.Pairs(as_rows(pairs)), loss=loss, reference=reference,
             data_collator=preference.PairCollator(0, *LAYOUTS[layout]), load_reference=prepared,
         )  # fmt: skip
         trainer.before_measuring()
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
-        assert ("key_columns" in batch, "attention_mask" in batch) == (layout == "shared", layout == "padded")
-        assert ("reference_logprobs" in batch) == (reference == "precomputed" and trainer.reference is not None)
+        assert ("key_columns" in batch, "attention_mask" in batch) == (
+            layout == "shared",
+            layout == "padded",
+        )
+        assert ("reference_logprobs" in batch) == (
+            reference == "precomputed" and trainer.reference is not None
+        )
         batch.pop("row_ids")
         loss, sums = trainer.pair_losses(model, batch)
         loss.mean().backward()
@@ -174,7 +196,9 @@ def test_equals_trl(name, trl_step, our_step):
     theirs = dict(theirs)
     pairs = make_pairs()[-theirs.pop("pairs", len(LENGTHS)) :]
     expected, gradient, metrics = trl_step(pairs, **theirs)
-    assert gradient.abs().max() > 1e-3 and abs(metrics["rewards/margins"]) > 1e-2  # not the start of a run, where d = 0
+    assert (
+        gradient.abs().max() > 1e-3 and abs(metrics["rewards/margins"]) > 1e-2
+    )  # not the start of a run, where d = 0
     for layout in LAYOUTS:
         loss, own, found = our_step(pairs, layout, **ours)
         assert len(loss) == len(pairs)
@@ -182,7 +206,11 @@ def test_equals_trl(name, trl_step, our_step):
         close(own, gradient, f"{layout}: gradients")
         close(found["loss"], expected, f"{layout}: logged loss")
         # TRL's rewards are of sums in every loss; ours are of averages where the loss is
-        for metric in ["logps/chosen", "logps/rejected", *(() if ours.get("averaged") else REWARDS)]:
+        for metric in [
+            "logps/chosen",
+            "logps/rejected",
+            *(() if ours.get("averaged") else REWARDS),
+        ]:
             close(found[metric], metrics[metric], f"{layout}: {metric}")
 
 
@@ -208,19 +236,26 @@ def log_prob_means(model, pairs):
         for side, found in means.items():
             prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            found.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).mean())
+            found.append(
+                torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).mean()
+            )
     return torch.stack(means["chosen"]), torch.stack(means["rejected"])
 
 
 FORMULAS = {
-    "simpo": ({"kind": "simpo", "beta": 2.5, "gamma": 0.6}, lambda a, b: -F.logsigmoid(2.5 * a - 2.5 * b - 0.6)),
+    "simpo": (
+        {"kind": "simpo", "beta": 2.5, "gamma": 0.6},
+        lambda a, b: -F.logsigmoid(2.5 * a - 2.5 * b - 0.6),
+    ),
     "simpo, smoothed": (
         {"kind": "simpo", "label_smoothing": 0.1, "gamma": 1.0},
         lambda a, b: -0.9 * F.logsigmoid(2 * (a - b) - 1) - 0.1 * F.logsigmoid(-2 * (a - b) + 1),
     ),
     "orpo": (
         {"kind": "orpo", "beta": 0.3},
-        lambda a, b: -a - 0.3 * F.logsigmoid((a - b) - (torch.log1p(-a.exp()) - torch.log1p(-b.exp()))),
+        lambda a, b: (
+            -a - 0.3 * F.logsigmoid((a - b) - (torch.log1p(-a.exp()) - torch.log1p(-b.exp())))
+        ),
     ),
 }
 
@@ -241,4 +276,8 @@ def test_equals_formula(name, base, our_step):
         close(loss, expected.detach(), f"{layout}: loss")
         close(own, gradients(model), f"{layout}: gradients")
         close(found["rewards/chosen"], beta * chosen.mean().detach(), f"{layout}: reward")
-        close(found["rewards/margins"], beta * (chosen - rejected).mean().detach(), f"{layout}: margin")
+        close(
+            found["rewards/margins"],
+            beta * (chosen - rejected).mean().detach(),
+            f"{layout}: margin",
+        )

@@ -34,14 +34,30 @@ from common import collators
 from common.fast import losses
 
 GMASK, SOP, EOP, MASK, PAD = 131, 134, 135, 130, 3
-LENGTHS = [(5, 4), (30, 2), (1, 1), (200, 90), (64, 70), (12, 300), (130, 5), (3, 3)]  # of text and answer
+LENGTHS = [
+    (5, 4),
+    (30, 2),
+    (1, 1),
+    (200, 90),
+    (64, 70),
+    (12, 300),
+    (130, 5),
+    (3, 3),
+]  # of text and answer
 
 
 def build(seed=0, **more):
     torch.manual_seed(seed)
     settings = {"vocab_size": 160, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4}
-    settings |= {"inner_hidden_size": 96, "bos_token_id": SOP, "pad_token_id": PAD, "max_sequence_length": 2048}
-    settings |= {"initializer_range": 0.3}  # at 0.02 the residual drowns the blocks, and every answer is the same
+    settings |= {
+        "inner_hidden_size": 96,
+        "bos_token_id": SOP,
+        "pad_token_id": PAD,
+        "max_sequence_length": 2048,
+    }
+    settings |= {
+        "initializer_range": 0.3
+    }  # at 0.02 the residual drowns the blocks, and every answer is the same
     return ChatGLMForConditionalGeneration(ChatGLMConfig(**settings | more)).eval()
 
 
@@ -51,7 +67,9 @@ def make_rows(lengths=LENGTHS, seed=1):
     for i, (text, answer) in enumerate(lengths):
         ids = torch.randint(10, 120, (text + answer,), generator=generator).tolist()
         ids = [*ids[:text], GMASK, SOP, *ids[text:], EOP]
-        rows.append({"row_id": i, "input_ids": ids, "labels": [-100] * (text + 2) + ids[text + 2 :]})
+        rows.append(
+            {"row_id": i, "input_ids": ids, "labels": [-100] * (text + 2) + ids[text + 2 :]}
+        )
     return rows
 
 
@@ -102,7 +120,9 @@ def test_positions_and_prefix_of_a_row():
     assert positions[0].tolist() == [[0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]]
     assert positions[1].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 2]]
     seen = visible(prefix, mask, 6, 6)[:, 0]
-    assert seen[0, 0].tolist() == [True, True, True, False, False, False], "the prefix sees itself, not <sop>"
+    assert seen[0, 0].tolist() == [True, True, True, False, False, False], (
+        "the prefix sees itself, not <sop>"
+    )
     assert seen[0, 4].tolist() == [True] * 5 + [False]
     assert seen[1, 2].tolist() == [False, False, True, True, False, False] and seen[1, 0, 0]
     assert torch.equal(visible(prefix, mask, 2, 6)[:, 0], seen[:, 4:])
@@ -137,7 +157,11 @@ def test_ids_of_both_published_vocabularies(published, tmp_path):
     config.save_pretrained(tmp_path)
     for one in (config, ChatGLMConfig.from_pretrained(tmp_path)):
         assert tuple(getattr(one, name) for name in names) == ids
-        assert (one.num_hidden_layers, one.max_position_embeddings, one.residual_scale_layers) == (28, 2048, 28)
+        assert (one.num_hidden_layers, one.max_position_embeddings, one.residual_scale_layers) == (
+            28,
+            2048,
+            28,
+        )
 
 
 @pytest.mark.parametrize("more, word", [
@@ -154,7 +178,10 @@ def test_positions_stay_apart_in_bf16():
     """The original computes its angles in the weights' dtype: in bf16 2,048 positions share some hundred rows."""
     places = torch.arange(2048)[None, None].expand(1, 2, -1)
     cos, sin = rotary(places, 64)
-    assert cos.dtype == torch.float32 and len(torch.cat([cos, sin], -1)[0, :, 0, 0].unique(dim=0)) == 2048
+    assert (
+        cos.dtype == torch.float32
+        and len(torch.cat([cos, sin], -1)[0, :, 0, 0].unique(dim=0)) == 2048
+    )
     model, ids = build(layers=1), torch.tensor([make_rows([(1500, 40)])[0]["input_ids"]])
     exact = model(ids).logits
     half = copy.deepcopy(model).bfloat16()(ids).logits.float()
@@ -163,7 +190,9 @@ def test_positions_stay_apart_in_bf16():
 
 def test_the_residual_factor_is_that_of_28_layers_whatever_their_number():
     assert build(num_layers=2).transformer.layers[0].alpha == pytest.approx(56**0.5)
-    assert build(num_layers=2, residual_scale_layers=2).transformer.layers[0].alpha == pytest.approx(2)
+    assert build(num_layers=2, residual_scale_layers=2).transformer.layers[
+        0
+    ].alpha == pytest.approx(2)
 
 
 # ---- packed rows ------------------------------------------------------------------------------------------------
@@ -198,28 +227,42 @@ def test_prefix_attention_equals_the_whole_matrix(path, dtype):
     generator = torch.Generator().manual_seed(3)
     starts = torch.tensor([0, 40, 41 + 300, 345, 1000])
     prefix = torch.tensor([30, 41 + 1, 343, 345 + 500])
-    query, key, value = (torch.randn(2, 1000, 16, generator=generator, dtype=dtype) for _ in range(3))
+    query, key, value = (
+        torch.randn(2, 1000, 16, generator=generator, dtype=dtype) for _ in range(3)
+    )
     seen = torch.zeros(1000, 1000, dtype=torch.bool)
     for a, b, end in zip(starts, starts[1:], prefix, strict=False):
         seen[a:b, a:b] = torch.ones(b - a, b - a).tril().bool()
         seen[a:b, a:end] = True
     exact = [x.double() for x in (query, key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=seen).transpose(0, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=seen).transpose(
+        0, 1
+    )
     documents = Documents(starts.to(torch.int32), prefix)
     if path == "blocks":
         found = prefix_attention(query, key, value, documents)
     else:
-        found = _elsewhere(query, key, value, documents, plain_kernel if path == "two kernels" else None)
+        found = _elsewhere(
+            query, key, value, documents, plain_kernel if path == "two kernels" else None
+        )
     assert (found.double() - expected).abs().max() < (2e-5 if dtype is torch.float32 else 2e-2)
 
 
-def plain_kernel(query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True):
+def plain_kernel(
+    query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True
+):
     """What a variable-length kernel computes, document by document; causal is aligned at the ends."""
     key_starts = starts if key_starts is None else key_starts
-    assert longest >= starts.diff().max() and (longest_key is None or longest_key >= key_starts.diff().max())
+    assert longest >= starts.diff().max() and (
+        longest_key is None or longest_key >= key_starts.diff().max()
+    )
     parts = []
     for a, b, c, d in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
-        mask = torch.ones(b - a, d - c).tril(diagonal=int((d - c) - (b - a))).bool() if causal else None
+        mask = (
+            torch.ones(b - a, d - c).tril(diagonal=int((d - c) - (b - a))).bool()
+            if causal
+            else None
+        )
         out = torch.nn.functional.scaled_dot_product_attention(
             query[:, a:b], key[:, c:d], value[:, c:d], attn_mask=mask, scale=scale
         )
@@ -238,9 +281,14 @@ def test_a_packed_row_with_a_cache_is_refused():
 
 def prompts():
     """Left-padded prompts [gMASK] <sop> of different lengths, and each alone."""
-    alone = [torch.tensor([row["input_ids"][: row["input_ids"].index(SOP) + 1]]) for row in make_rows()[:4]]
+    alone = [
+        torch.tensor([row["input_ids"][: row["input_ids"].index(SOP) + 1]])
+        for row in make_rows()[:4]
+    ]
     width = max(one.shape[1] for one in alone)
-    ids = torch.cat([torch.nn.functional.pad(one, (width - one.shape[1], 0), value=PAD) for one in alone])
+    ids = torch.cat(
+        [torch.nn.functional.pad(one, (width - one.shape[1], 0), value=PAD) for one in alone]
+    )
     mask = torch.stack([torch.arange(width) >= width - one.shape[1] for one in alone]).long()
     return ids, mask, alone
 
@@ -248,10 +296,17 @@ def prompts():
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_a_batch_with_padding_says_what_each_row_says_alone(how):
     model, (ids, mask, alone) = build(), prompts()
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD} | how
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": PAD,
+    } | how
     batch = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
     for row, one in zip(batch, alone, strict=True):
-        said = model.generate(input_ids=one, attention_mask=torch.ones_like(one), **settings)[0, one.shape[1] :]
+        said = model.generate(input_ids=one, attention_mask=torch.ones_like(one), **settings)[
+            0, one.shape[1] :
+        ]
         assert torch.equal(row, said)
     assert len({tuple(row.tolist()) for row in batch}) > 1
 
@@ -260,7 +315,9 @@ def test_logits_with_a_cache_are_those_without():
     model, row = build(), torch.tensor([make_rows([(20, 15)])[0]["input_ids"]])
     asked = 22
     settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-    out = model.generate(row[:, :asked], output_logits=True, return_dict_in_generate=True, **settings)
+    out = model.generate(
+        row[:, :asked], output_logits=True, return_dict_in_generate=True, **settings
+    )
     whole = model(out.sequences, use_cache=False).logits[0, asked - 1 : -1]
     assert torch.allclose(torch.cat(list(out.logits)), whole, atol=2e-5)
     first = model(row[:, :asked], use_cache=True)
@@ -275,7 +332,12 @@ def test_sampling_and_training_mode():
     model, (ids, mask, _) = build(), prompts()
     torch.manual_seed(0)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=True, top_p=0.7, temperature=0.95
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=5,
+        do_sample=True,
+        top_p=0.7,
+        temperature=0.95,
     )
     assert out.shape[1] <= ids.shape[1] + 5
     assert model.train()(ids, attention_mask=mask).past_key_values is None
@@ -291,12 +353,21 @@ def published(tmp_path_factory):
 
     folder, model = tmp_path_factory.mktemp("published"), build(seed=5).half().float()
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    buffers = {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.zeros(8) for i in range(3)}
+    buffers = {
+        f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.zeros(8) for i in range(3)
+    }
     assert len(tensors) + len(buffers) == 3 * 13 + 4  # 368 = 28 * 13 + 4 of the published one
     save_file(tensors | buffers, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("mask_token_id", "gmask_token_id", "dtype")}
+    config = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("mask_token_id", "gmask_token_id", "dtype")
+    }
     config |= {"torch_dtype": "float16", "architectures": ["ChatGLMModel"]}
-    config["auto_map"] = {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLM"}
+    config["auto_map"] = {
+        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+        "AutoModel": "modeling_chatglm.ChatGLM",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder, model
 
@@ -309,7 +380,9 @@ def test_a_published_checkpoint_loads_whole_and_reopens_everywhere(published, tm
     expected = model(ids).logits
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         loaded = auto.from_pretrained(folder, dtype=torch.float32)
-        assert type(loaded) is ChatGLMForConditionalGeneration and torch.equal(loaded.eval()(ids).logits, expected)
+        assert type(loaded) is ChatGLMForConditionalGeneration and torch.equal(
+            loaded.eval()(ids).logits, expected
+        )
     assert AutoModel.from_pretrained(folder, dtype="auto").dtype == torch.float16
     loaded.save_pretrained(tmp_path)
     program = (
@@ -323,18 +396,24 @@ def test_a_published_checkpoint_loads_whole_and_reopens_everywhere(published, tm
     assert set(weights(tmp_path)) == set(model.state_dict())
 
 
-@pytest.mark.parametrize("change, word", [("take", "missing"), ("add", "unexpected"), ("cut", "mismatched")])
+@pytest.mark.parametrize(
+    "change, word", [("take", "missing"), ("add", "unexpected"), ("cut", "mismatched")]
+)
 def test_a_checkpoint_that_does_not_fit_is_refused(published, tmp_path, change, word):
     from safetensors.torch import load_file, save_file
 
     folder, _ = published
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    tensors, name = load_file(folder / "model.safetensors"), "transformer.layers.1.mlp.dense_h_to_4h.bias"
+    tensors, name = (
+        load_file(folder / "model.safetensors"),
+        "transformer.layers.1.mlp.dense_h_to_4h.bias",
+    )
     kept = tensors.pop(name)
     if change != "take":
-        tensors |= {"add": {name: kept, "transformer.prefix.weight": kept.clone()}, "cut": {name: kept[:-1].clone()}}[
-            change
-        ]
+        tensors |= {
+            "add": {name: kept, "transformer.prefix.weight": kept.clone()},
+            "cut": {name: kept[:-1].clone()},
+        }[change]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match="mismatch" if change == "cut" else word):
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
@@ -358,11 +437,28 @@ LAYOUTS = {  # name: (processes, engine, items per device, accumulation); 8 item
 
 def train(output, name, *flags, fault=None, code=0):
     nproc, engine, size, accumulation = LAYOUTS[name]
-    flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation, *flags]
-    script = [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault] if fault else [RECIPE / "train.py"]
+    flags = [
+        "--per_device_train_batch_size",
+        size,
+        "--gradient_accumulation_steps",
+        accumulation,
+        *flags,
+    ]
+    script = (
+        [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault]
+        if fault
+        else [RECIPE / "train.py"]
+    )
     if engine == "accelerate":
         script = ["--accelerate", RECIPE / "accelerate_zero3_offload.yaml", *script]
-    command = ["python", ROOT / "common/launch.py", nproc, *script, *ENGINES.get(engine, []), *SHORT]
+    command = [
+        "python",
+        ROOT / "common/launch.py",
+        nproc,
+        *script,
+        *ENGINES.get(engine, []),
+        *SHORT,
+    ]
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
     return expect(finish(start([*command, "--output_dir", output, *flags], **quiet)), code)
 
@@ -397,7 +493,11 @@ def test_loss_and_adapter_equal_those_of_one_process(runs, name):
 @pytest.mark.slow
 def test_a_killed_run_continues_bit_exactly(tmp_path):
     """With dropout, so that the random states of both ranks count too."""
-    whole, killed, how = tmp_path / "whole", tmp_path / "killed", ("ZeRO-2 x 2", "--lora_dropout", 0.1)
+    whole, killed, how = (
+        tmp_path / "whole",
+        tmp_path / "killed",
+        ("ZeRO-2 x 2", "--lora_dropout", 0.1),
+    )
     train(whole, *how)
     train(killed, *how, fault="kill-in-step@7", code=1)
     again = train(killed, *how)
@@ -408,9 +508,14 @@ def test_a_killed_run_continues_bit_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_every_epoch_is_in_the_report(tmp_path):
-    rows = [{"content": f"第{n}问", "summary": f"第{n}答", "history": [["你好", "好"]]} for n in range(40)]
+    rows = [
+        {"content": f"第{n}问", "summary": f"第{n}答", "history": [["你好", "好"]]}
+        for n in range(40)
+    ]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     flags = [
         "--data_path",
         path,
@@ -425,9 +530,15 @@ def test_memory_of_every_epoch_is_in_the_report(tmp_path):
     ]
     train(tmp_path / "out", "one", *flags)
     facts, text = report(tmp_path / "out"), (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert len(facts["peak_memory_mb_by_epoch"]) == 3 and min(facts["peak_memory_mb_by_epoch"]) > 100
+    assert (
+        len(facts["peak_memory_mb_by_epoch"]) == 3 and min(facts["peak_memory_mb_by_epoch"]) > 100
+    )
     assert facts["peak_memory_mb"] >= max(facts["peak_memory_mb_by_epoch"]) and "by epoch:" in text
-    assert facts["rows"]["read"] == 40 and facts["rows"]["used"] == 40 and facts["rows"]["answers"] == 80
+    assert (
+        facts["rows"]["read"] == 40
+        and facts["rows"]["used"] == 40
+        and facts["rows"]["answers"] == 80
+    )
 
 
 @pytest.mark.slow
@@ -443,12 +554,18 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
     printed = expect(shell(RECIPE / "train_zero2.sh", OUTPUT=tmp_path)).stdout
     facts = report(tmp_path)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
-    assert facts["engine"] == "zero-2" and facts["recipe"] == "chatglm_lora" and "| exact match |" in printed
+    assert (
+        facts["engine"] == "zero-2"
+        and facts["recipe"] == "chatglm_lora"
+        and "| exact match |" in printed
+    )
     assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
     assert after["loss"] < 0.1 * before["loss"]
     final = tmp_path / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter.check_base(final)), final)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(adapter.check_base(final)), final
+    )
     asked = [encode_prompt(tokenizer, [{"role": "user", "content": "你是谁呢"}])]
     tuned = generate_answers(model, tokenizer, asked, 40)
     with model.disable_adapter():
@@ -462,5 +579,7 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
 )
 def test_a_model_that_needs_another_way_is_one_line(tmp_path, more, word):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm"} | more))
-    done = shell(RECIPE / "train_torchrun.sh", "--output_dir", tmp_path / "out", MODEL=tmp_path, NPROC=1)
+    done = shell(
+        RECIPE / "train_torchrun.sh", "--output_dir", tmp_path / "out", MODEL=tmp_path, NPROC=1
+    )
     assert word in error_line(done, 1)

@@ -27,7 +27,9 @@ RECIPE = ROOT / "chatglm_lora"
 KEY, ORIGIN, WINDOW, WAITING = "sk-geheim-1", "https://ok.example", 1 << 16, 2
 ANSWERS = {"你是谁？": "我是小谱，会说人话😀。END 然后呢？", "数数": "一二三四五六七八九十，END。"}
 SECRET = "这句话不许写进日志"
-FOREVER = dict(model="base", temperature=0, max_tokens=40000)  # random weights: they never find an end
+FOREVER = dict(
+    model="base", temperature=0, max_tokens=40000
+)  # random weights: they never find an end
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def run(api, tmp_path_factory):
     base = tiny.save_tiny(config, tokenizer, folder / "base")
     rows = [encode_chat(tokenizer, user(*pair), 256) for pair in ANSWERS.items()]
     torch.manual_seed(0)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", modules_to_save=["lm_head"])
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=16, target_modules="all-linear", modules_to_save=["lm_head"]
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for step in range(120):
@@ -84,13 +88,18 @@ def server(run, tmp_path_factory):
     command += ["--max_waiting", WAITING, "--allow_origin", ORIGIN]
     env = environment(DANPU_API_KEY=KEY, PYTHONIOENCODING="utf-8")
     with file.open("w") as log:
-        process = subprocess.Popen([str(word) for word in command], env=env, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [str(word) for word in command], env=env, stdout=log, stderr=subprocess.STDOUT
+        )
 
     def read():
         return file.read_text(encoding="utf-8")
 
     try:
-        found = wait_for(lambda: re.search(r"serving my_run, base .*http://(127\.0\.0\.1):(\d+)/v1 ", read()), process)
+        found = wait_for(
+            lambda: re.search(r"serving my_run, base .*http://(127\.0\.0\.1):(\d+)/v1 ", read()),
+            process,
+        )
         yield SimpleNamespace(process=process, log=read, host=found[1], port=int(found[2]))
     finally:
         process.kill()
@@ -104,7 +113,9 @@ def client(server):
 
 
 def connect(server, key=KEY):
-    return openai.OpenAI(base_url=f"http://{server.host}:{server.port}/v1", api_key=key, max_retries=0, timeout=30)
+    return openai.OpenAI(
+        base_url=f"http://{server.host}:{server.port}/v1", api_key=key, max_retries=0, timeout=30
+    )
 
 
 def wait_for(found, process=None, seconds=120):
@@ -123,7 +134,9 @@ def user(*texts):
 
 def ask(client, question="你是谁？", **options):
     options = dict(model="my_run", temperature=0) | options
-    return client.chat.completions.create(messages=user(question) if isinstance(question, str) else question, **options)
+    return client.chat.completions.create(
+        messages=user(question) if isinstance(question, str) else question, **options
+    )
 
 
 def said(chunks):
@@ -144,12 +157,21 @@ def http(server, method="GET", path="/v1/models", body=b"", key=KEY, **headers):
     headers |= {"authorization": f"Bearer {key}"} if key else {}
     if "transfer_encoding" not in headers:
         headers["content_length"] = len(body)
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+    ]
     answer = raw(server, "\r\n".join([*lines, "", ""]).encode() + body)
     head, _, rest = answer.partition(b"\r\n\r\n")
     status, *fields = head.decode("latin-1").split("\r\n")
-    fields = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
-    return int(status.split()[1]), fields, json.loads(rest) if "json" in fields.get("content-type", "") else rest
+    fields = {
+        name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)
+    }
+    return (
+        int(status.split()[1]),
+        fields,
+        json.loads(rest) if "json" in fields.get("content-type", "") else rest,
+    )
 
 
 def post(server, body: dict | bytes, **options):
@@ -169,11 +191,17 @@ def test_an_answer_in_openais_objects(client, run):
     choice = answer.choices[0]
     assert choice.message.content == ANSWERS["你是谁？"] and choice.message.role == "assistant"
     assert (len(answer.choices), choice.index, choice.finish_reason) == (1, 0, "stop")
-    assert answer.object == "chat.completion" and answer.model == "my_run" and answer.id.startswith("chatcmpl-")
+    assert (
+        answer.object == "chat.completion"
+        and answer.model == "my_run"
+        and answer.id.startswith("chatcmpl-")
+    )
     assert abs(answer.created - time.time()) < 600 and ask(client).id != answer.id
     row = encode_chat(run.tokenizer, user("你是谁？", choice.message.content), 99)
     asked = len(encode_prompt(run.tokenizer, user("你是谁？")))
-    assert answer.usage.prompt_tokens == asked and answer.usage.total_tokens == len(row["input_ids"])
+    assert answer.usage.prompt_tokens == asked and answer.usage.total_tokens == len(
+        row["input_ids"]
+    )
     assert answer.usage.completion_tokens == len(row["input_ids"]) - asked
 
 
@@ -198,7 +226,10 @@ def test_bytes_of_a_stream(server):
     assert status == 200 and headers["content-type"] == "text/event-stream; charset=utf-8"
     body = json.dumps(request).encode()
     key = f"authorization: Bearer {KEY}\r\n".encode()
-    head = b"POST /v1/chat/completions HTTP/1.0\r\nhost: localhost\r\n%scontent-length: %d\r\n\r\n" % (key, len(body))
+    head = (
+        b"POST /v1/chat/completions HTTP/1.0\r\nhost: localhost\r\n%scontent-length: %d\r\n\r\n"
+        % (key, len(body))
+    )
     events = raw(server, head + body).partition(b"\r\n\r\n")[2].split(b"\n\n")
     assert events[-2:] == [b"data: [DONE]", b""]
     pieces = [json.loads(event.decode().removeprefix("data: ")) for event in events[:-2]]
@@ -207,7 +238,8 @@ def test_bytes_of_a_stream(server):
 
 
 @pytest.mark.parametrize(
-    "stop", ["END", ["。EN", "呢"], "话😀", ["没有", "ND 然后呢？"], "我", ["我是", "我", "是", "小"]]
+    "stop",
+    ["END", ["。EN", "呢"], "话😀", ["没有", "ND 然后呢？"], "我", ["我是", "我", "是", "小"]],
 )
 def test_stop_strings_never_show(client, stop):
     answer, stops = ANSWERS["你是谁？"], [stop] if isinstance(stop, str) else stop
@@ -231,7 +263,9 @@ def test_limits(client, run):
         assert ANSWERS["你是谁？"].startswith(answer.choices[0].message.content)
     room = WINDOW - len(encode_prompt(run.tokenizer, user("你是谁？")))
     assert ask(client, max_tokens=room).choices[0].finish_reason == "stop"
-    with pytest.raises(openai.BadRequestError, match=f"context length is {WINDOW} tokens.*{room + 1}") as error:
+    with pytest.raises(
+        openai.BadRequestError, match=f"context length is {WINDOW} tokens.*{room + 1}"
+    ) as error:
         ask(client, max_tokens=room + 1)
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=f"context length is {WINDOW} tokens") as error:
@@ -244,9 +278,15 @@ def test_all_roles_and_parts_reach_the_template(client, run):
     asked = len(encode_prompt(run.tokenizer, talk))
     assert ask(client, talk, max_tokens=1).usage.prompt_tokens == asked
     parts = [{"type": "text", "text": "再"}, {"type": "text", "text": "数"}]
-    same = [{"role": "developer", "content": "你是诗人"}, *talk[1:3], {"role": "user", "content": parts, "name": "a"}]
+    same = [
+        {"role": "developer", "content": "你是诗人"},
+        *talk[1:3],
+        {"role": "user", "content": parts, "name": "a"},
+    ]
     assert ask(client, same, max_tokens=1).usage.prompt_tokens == asked
-    with pytest.raises(openai.BadRequestError, match="template refuses") as error:  # ChatGLM knows one system message
+    with pytest.raises(
+        openai.BadRequestError, match="template refuses"
+    ) as error:  # ChatGLM knows one system message
         ask(client, [*talk, {"role": "system", "content": "两次"}])
     assert error.value.param == "messages"
 
@@ -259,7 +299,9 @@ def test_special_tokens_of_users_are_plain_text(client, run):
 
 def test_seeds_repeat_sampled_answers(client):
     options = dict(model="base", temperature=1.5, max_tokens=24)
-    first, again, other = (ask(client, seed=seed, **options).choices[0].message.content for seed in (7, 7, -8))
+    first, again, other = (
+        ask(client, seed=seed, **options).choices[0].message.content for seed in (7, 7, -8)
+    )
     assert first == again != other
     free = {ask(client, **options).choices[0].message.content for _ in range(3)}
     assert len(free) == 3 and first not in free  # a seed does not go on into the next request
@@ -271,11 +313,18 @@ def test_seeds_repeat_sampled_answers(client):
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["my_run", "base"]
     model = client.models.retrieve("base")
-    assert (model.id, model.object, model.owned_by) == ("base", "model", RECIPE.name) and model.created > 0
+    assert (model.id, model.object, model.owned_by) == (
+        "base",
+        "model",
+        RECIPE.name,
+    ) and model.created > 0
     with pytest.raises(openai.NotFoundError, match="my_run, base") as error:
         client.models.retrieve("org/other")
     assert error.value.code == "model_not_found"
-    tuned, base = (ask(client, model=name, max_tokens=8).choices[0].message.content for name in ("my_run", "base"))
+    tuned, base = (
+        ask(client, model=name, max_tokens=8).choices[0].message.content
+        for name in ("my_run", "base")
+    )
     assert ANSWERS["你是谁？"].startswith(tuned) and not ANSWERS["你是谁？"].startswith(base)
 
 
@@ -324,7 +373,10 @@ def test_bad_requests_are_named(server, case):
     found = post(server, changes if isinstance(changes, bytes) else GOOD | changes)
     assert found[0] == status and set(found[2]) == {"error"}
     error = found[2]["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert (
+        set(error) == {"message", "type", "param", "code"}
+        and error["type"] == "invalid_request_error"
+    )
     assert error["param"] == param and words in error["message"]
 
 
@@ -334,9 +386,24 @@ def test_every_bad_field_is_told(client):
 
 
 def test_harmless_fields_are_accepted(server):
-    extra = {"n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "user": "u", "response_format": {"type": "text"}}
-    extra |= {"logit_bias": {}, "stop": None, "seed": None, "stream": False, "stream_options": None, "unknown": [1]}
-    status, _, body = post(server, GOOD | extra | {"metadata": {"a": "b"}, "tools": [], "tool_choice": "none"})
+    extra = {
+        "n": 1,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "user": "u",
+        "response_format": {"type": "text"},
+    }
+    extra |= {
+        "logit_bias": {},
+        "stop": None,
+        "seed": None,
+        "stream": False,
+        "stream_options": None,
+        "unknown": [1],
+    }
+    status, _, body = post(
+        server, GOOD | extra | {"metadata": {"a": "b"}, "tools": [], "tool_choice": "none"}
+    )
     assert status == 200 and body["usage"]["completion_tokens"] == 2
 
 
@@ -344,7 +411,11 @@ def test_paths_and_methods(server):
     status, _, body = http(server, path="/v1/nothing")
     assert status == 404 and "/v1/chat/completions" in body["error"]["message"]
     status, headers, body = http(server, path="/v1/chat/completions")
-    assert status == 405 and headers["allow"] == "POST" and body["error"]["type"] == "invalid_request_error"
+    assert (
+        status == 405
+        and headers["allow"] == "POST"
+        and body["error"]["type"] == "invalid_request_error"
+    )
     assert http(server, "DELETE")[0] == 405
     assert http(server, path="/docs")[0] == http(server, path="/openapi.json")[0] == 404
     assert raw(server, b"this is no HTTP\r\n\r\n").startswith(b"HTTP/1.1 400")
@@ -352,17 +423,28 @@ def test_paths_and_methods(server):
 
 
 def test_keys(server):
-    with connect(server, "sk-wrong") as stranger, pytest.raises(openai.AuthenticationError) as error:
+    with (
+        connect(server, "sk-wrong") as stranger,
+        pytest.raises(openai.AuthenticationError) as error,
+    ):
         ask(stranger)
     assert error.value.code == "invalid_api_key" and KEY not in str(error.value)
     for path in ("/v1/models", "/v1/models/base", "/other"):
         status, headers, body = http(server, path=path, key=None)
-        assert (status, headers["www-authenticate"]) == (401, "Bearer") and body["error"]["code"] == "invalid_api_key"
+        assert (status, headers["www-authenticate"]) == (401, "Bearer") and body["error"][
+            "code"
+        ] == "invalid_api_key"
     assert http(server, key=KEY + "x")[0] == http(server, key=KEY[:-1])[0] == 401
 
 
 def test_pages_and_names_of_others_are_refused(server):
-    for host in ("evil.example", f"evil.example:{server.port}", "localhost.evil.example", "[::1", ""):
+    for host in (
+        "evil.example",
+        f"evil.example:{server.port}",
+        "localhost.evil.example",
+        "[::1",
+        "",
+    ):
         assert http(server, host=host)[0] == 421
     assert http(server, host=f"localhost:{server.port}")[0] == 200
     for origin in (
@@ -377,10 +459,25 @@ def test_pages_and_names_of_others_are_refused(server):
         assert body["error"]["code"] == "forbidden"
     status, headers, _ = post(server, GOOD, origin=ORIGIN)
     assert (status, headers["access-control-allow-origin"]) == (200, ORIGIN)
-    wants = {"access_control_request_method": "POST", "access_control_request_headers": "authorization,content-type"}
-    status, headers, _ = http(server, "OPTIONS", "/v1/chat/completions", key=None, origin=ORIGIN, **wants)
+    wants = {
+        "access_control_request_method": "POST",
+        "access_control_request_headers": "authorization,content-type",
+    }
+    status, headers, _ = http(
+        server, "OPTIONS", "/v1/chat/completions", key=None, origin=ORIGIN, **wants
+    )
     assert status == 200 and "authorization" in headers["access-control-allow-headers"]
-    assert http(server, "OPTIONS", "/v1/chat/completions", key=None, origin="https://evil.example", **wants)[0] == 403
+    assert (
+        http(
+            server,
+            "OPTIONS",
+            "/v1/chat/completions",
+            key=None,
+            origin="https://evil.example",
+            **wants,
+        )[0]
+        == 403
+    )
 
 
 @pytest.mark.parametrize("size", [(1 << 20) + 1, 3 << 20])
@@ -397,7 +494,11 @@ def test_large_bodies_are_refused(server, size):
 def test_bodies_up_to_the_bound_are_read(server):
     body = json.dumps(GOOD | {"user": ""}).encode()
     full = body.replace(b'"user": ""', b'"user": "%s"' % (b"x" * ((1 << 20) - len(body))))
-    assert post(server, full)[0] == post(server, chunked(full[:9], full[9:]), transfer_encoding="chunked")[0] == 200
+    assert (
+        post(server, full)[0]
+        == post(server, chunked(full[:9], full[9:]), transfer_encoding="chunked")[0]
+        == 200
+    )
 
 
 # ---- several at once -----------------------------------------------------------------------------------------
@@ -416,7 +517,10 @@ def busy(client):
 
 def left_early(server):
     """Tokens of the answers whose client left before the end, in the log."""
-    return [int(count) for count in re.findall(r" 499 POST /v1/chat/completions \d+\+(\d+) tokens", server.log())]
+    return [
+        int(count)
+        for count in re.findall(r" 499 POST /v1/chat/completions \d+\+(\d+) tokens", server.log())
+    ]
 
 
 def test_a_client_that_leaves_ends_its_answer(server, client):
@@ -425,7 +529,9 @@ def test_a_client_that_leaves_ends_its_answer(server, client):
         pass
     wait_for(lambda: len(left_early(server)) == before + 1)
     body = json.dumps(FOREVER | {"messages": user("数数")}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
+    )
     with socket.create_connection((server.host, server.port)) as connection:
         connection.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
         time.sleep(0.5)  # the answer has begun
@@ -480,7 +586,9 @@ def test_many_at_once_get_their_own_answers(client):
         question = list(ANSWERS)[number % 2]
         while number not in answers:
             with suppress(openai.RateLimitError):
-                answers[number] = ask(client, question).choices[0].message.content == ANSWERS[question]
+                answers[number] = (
+                    ask(client, question).choices[0].message.content == ANSWERS[question]
+                )
 
     threads = [threading.Thread(target=many, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -518,7 +626,14 @@ def desk_of(api, script, **options):
 def call(api, desk, body: dict):
     """-> (status, body) of a POST to an application around this desk."""
     app, sent = api.build_app(desk, {"m": True}, dict(api.NEUTRAL), 10), []
-    scope = {"type": "http", "method": "POST", "path": api.PATHS[0], "headers": [], "state": {}, "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": api.PATHS[0],
+        "headers": [],
+        "state": {},
+        "query_string": b"",
+    }
     data = json.dumps({"model": "m", "messages": user("你好")} | body).encode()
 
     async def talk():
@@ -546,12 +661,18 @@ def test_a_failing_model_is_told_and_its_traceback_stays_here(api, capsys, error
         raise error
 
     found = call(api, desk_of(api, fail), {})
-    assert found[0] == status and json.loads(found[1])["error"]["code"] == code and "secret" not in found[1]
+    assert (
+        found[0] == status
+        and json.loads(found[1])["error"]["code"] == code
+        and "secret" not in found[1]
+    )
     assert json.loads(found[1])["error"]["type"] == "server_error"
     assert "Traceback" in capsys.readouterr().err
     found = call(api, desk_of(api, fail), {"stream": True})
     events = found[1].split("\n\n")
-    assert found[0] == 200 and json.loads(events[-2].removeprefix("data: "))["error"]["code"] == code
+    assert (
+        found[0] == 200 and json.loads(events[-2].removeprefix("data: "))["error"]["code"] == code
+    )
     assert '"半"' in events[1] and "secret" not in found[1] and "[DONE]" not in found[1]
 
 
@@ -563,7 +684,11 @@ def test_lines_of_a_stream_are_not_broken_by_the_text(api):
         return "stop", 1
 
     _, body = call(api, desk_of(api, speak), {"stream": True})
-    texts = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line and "[DONE]" not in line]
+    texts = [
+        json.loads(line.removeprefix("data: "))
+        for line in body.splitlines()
+        if line and "[DONE]" not in line
+    ]
     assert texts[1]["choices"][0]["delta"]["content"] == odd
 
 
@@ -618,7 +743,11 @@ def test_leaving_at_the_moment_a_chunk_is_written_still_ends_the_answer(api):
 def test_pieces_add_up_to_the_whole_text(api, run):
     """Ids of any kind, told one by one: the pieces are the text that decode() makes of them at once."""
     torch.manual_seed(1)
-    texts = ["我是小谱😀，" + "".join(ANSWERS.values()), "  空格\n\n换行 a b\t<n>", "👩‍👩‍👧‍👦é\u0301🇨🇳"]
+    texts = [
+        "我是小谱😀，" + "".join(ANSWERS.values()),
+        "  空格\n\n换行 a b\t<n>",
+        "👩‍👩‍👧‍👦é\u0301🇨🇳",
+    ]
     rows = [run.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     rows += [torch.randint(len(run.tokenizer), (40,)).tolist() for _ in range(20)]
     for ids in rows:
@@ -631,7 +760,10 @@ def test_pieces_add_up_to_the_whole_text(api, run):
 def test_model_ids(api, tmp_path):
     (tmp_path / "run" / "final").mkdir(parents=True)
     assert api.model_ids(str(tmp_path / "run"), None, False) == {"run": True}
-    assert api.model_ids(str(tmp_path / "run" / "final"), None, True) == {"run": True, "base": False}
+    assert api.model_ids(str(tmp_path / "run" / "final"), None, True) == {
+        "run": True,
+        "base": False,
+    }
     assert api.model_ids("org/name", None, False) == {"org/name": True}
     assert api.model_ids(str(tmp_path / "run"), "mine", False) == {"mine": True}
     with pytest.raises(SystemExit, match="--name"):
@@ -639,7 +771,9 @@ def test_model_ids(api, tmp_path):
 
 
 def test_mistakes_at_the_start_are_one_line(api, server, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match=f"{server.port}: Address already in use; choose another --port"):
+    with pytest.raises(
+        SystemExit, match=f"{server.port}: Address already in use; choose another --port"
+    ):
         api.bind(server.host, server.port)
     with pytest.raises(SystemExit, match="cannot serve on no.such.host.invalid"):
         api.bind("no.such.host.invalid", 8000)
@@ -670,8 +804,15 @@ def test_sigterm_ends_the_answers_and_the_log_keeps_secrets(server, client):
         said(stream)
     assert server.process.wait(60) == 0
     log = server.log()
-    line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d %d POST /v1/chat/completions \d+\+\d+ tokens \d+\.\d\d s"
-    assert all(re.search(rf"^{line % status}$", log, re.MULTILINE) for status in (200, 499, 503)), log[-2000:]
-    assert not any(word in log for word in (SECRET, "%E8", KEY, "sk-", "你是谁", "数数", "Traceback", "Exception")), log
+    line = (
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d %d POST /v1/chat/completions \d+\+\d+ tokens \d+\.\d\d s"
+    )
+    assert all(re.search(rf"^{line % status}$", log, re.MULTILINE) for status in (200, 499, 503)), (
+        log[-2000:]
+    )
+    assert not any(
+        word in log
+        for word in (SECRET, "%E8", KEY, "sk-", "你是谁", "数数", "Traceback", "Exception")
+    ), log
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((server.host, server.port))

@@ -54,7 +54,15 @@ def rows_of(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
-def rating(left="左边", right="右边", choice="left", correction=None, question="问题", ended=("eos", "eos"), who="AB"):
+def rating(
+    left="左边",
+    right="右边",
+    choice="left",
+    correction=None,
+    question="问题",
+    ended=("eos", "eos"),
+    who="AB",
+):
     sides = {
         side: {"who": name, "answer": text, "ended": how}
         for side, name, text, how in zip(("left", "right"), who, (left, right), ended, strict=True)
@@ -70,7 +78,10 @@ def test_what_a_rating_teaches(feedback):
     def taught(**given):
         found = feedback.training_rows(rating(**given))
         chats = [row["messages"][-1]["content"] for row in found.get("sft.jsonl", [])]
-        pairs = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in found.get("preference.jsonl", [])]
+        pairs = [
+            (r["chosen"][0]["content"], r["rejected"][0]["content"])
+            for r in found.get("preference.jsonl", [])
+        ]
         return chats, pairs
 
     assert taught(choice="left") == (["左边"], [("左边", "右边")])
@@ -83,7 +94,9 @@ def test_what_a_rating_teaches(feedback):
         assert fixed == (["改好"], [("改好", "右边")])
     assert taught(choice="left", right="左边") == (["左边"], []), "equal answers made a pair"
     assert taught(choice="left", right=" 左边\n") == (["左边"], [])
-    assert taught(choice="left", ended=("length", "eos")) == ([], []), "half an answer was held up as an example"
+    assert taught(choice="left", ended=("length", "eos")) == ([], []), (
+        "half an answer was held up as an example"
+    )
     assert taught(choice="left", ended=("eos", "stopped")) == (["左边"], [("左边", "右边")])
     assert taught(choice="tie", ended=("stopped", "eos")) == (["右边"], [])
     assert taught(choice="left", left="") == ([], [])
@@ -112,7 +125,9 @@ def test_training_reads_every_row(feedback, tmp_path):
     files = {"sft.jsonl": b"", "preference.jsonl": b""}
     for left, right, choice, fix in product(texts, texts, feedback.CHOICES, (None, "改", "h")):
         correction = fix and {"of": "left", "text": fix}
-        found = feedback.training_rows(rating(left, right, choice, correction, question="问" + right))
+        found = feedback.training_rows(
+            rating(left, right, choice, correction, question="问" + right)
+        )
         for name, some in found.items():
             files[name] += b"".join(map(feedback.line_of, some))
     for name, kind in (("sft.jsonl", "chat"), ("preference.jsonl", "preference")):
@@ -120,7 +135,9 @@ def test_training_reads_every_row(feedback, tmp_path):
         found, stats = load_rows(tmp_path / name, kind=kind, cache_dir=tmp_path / "cache")
         assert not stats["dropped"] and stats["read"] == len(found) > 300, stats
     pairs = [json.loads(row) for row in found["row"]]
-    assert all(p["chosen"][0]["content"].strip() != p["rejected"][0]["content"].strip() for p in pairs)
+    assert all(
+        p["chosen"][0]["content"].strip() != p["rejected"][0]["content"].strip() for p in pairs
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,15 +171,24 @@ def test_summary(feedback, tmp_path):
     store.add(rating(choice="neither", correction={"of": "left", "text": "改好"}))
     with open(tmp_path / "kept/ratings.jsonl", "ab") as file:
         file.write(b"[1]\n")
-    run = expect(finish(start([sys.executable, RECIPE / "feedback.py", "kept"], cwd=tmp_path))).stdout
+    run = expect(
+        finish(start([sys.executable, RECIPE / "feedback.py", "kept"], cwd=tmp_path))
+    ).stdout
     assert "kept: ratings.jsonl 11 rows, sft.jsonl 11 rows, preference.jsonl 9 rows" in run
     assert "1 lines of ratings.jsonl are no ratings" in run
-    assert "tuned against base: 6 won, 2 lost, 1 equally good, 0 both bad; won 75% of those decided" in run
+    assert (
+        "tuned against base: 6 won, 2 lost, 1 equally good, 0 both bad; won 75% of those decided"
+        in run
+    )
     assert "95 % interval 41% to 93%" in run and "B against A: 0 won, 0 lost" in run
     command = f"MODEL='my models/glm' DATA=kept/sft.jsonl OUTPUT=output/kept_sft bash {RECIPE.name}/train_zero2.sh"
     assert command in run and (ROOT / command.split()[-1]).is_file()
     gone = finish(start([sys.executable, RECIPE / "feedback.py", tmp_path / "none"]))
-    assert gone.returncode == 1 and len(gone.stderr.splitlines()) == 1 and "no ratings.jsonl here" in gone.stderr
+    assert (
+        gone.returncode == 1
+        and len(gone.stderr.splitlines()) == 1
+        and "no ratings.jsonl here" in gone.stderr
+    )
 
 
 # ---- crashes and crowds ---------------------------------------------------------------------------------------
@@ -199,13 +225,18 @@ def writer(folder, name, threads=1, each=1, die_at=0, short=0) -> subprocess.Pop
 
     die_at: it is killed in its n-th write, of which the last `short` bytes are missing.
     """
-    return start([sys.executable, "-c", WRITER, ROOT, RECIPE, folder, name, threads, each, die_at, short])
+    return start(
+        [sys.executable, "-c", WRITER, ROOT, RECIPE, folder, name, threads, each, die_at, short]
+    )
 
 
 def asked(folder: Path) -> list[list[str]]:
     """The questions in each file, sorted."""
     found = rows_of(folder, "ratings"), rows_of(folder, "sft"), rows_of(folder, "preference")
-    return [sorted(row.get("prompt", row.get("messages"))[0]["content"] for row in some) for some in found]
+    return [
+        sorted(row.get("prompt", row.get("messages"))[0]["content"] for row in some)
+        for some in found
+    ]
 
 
 @pytest.mark.parametrize("short", [0, 1, 20, 1 << 20])
@@ -279,7 +310,9 @@ def test_a_file_edited_by_hand(feedback, tmp_path):
     path = tmp_path / "sft.jsonl"
     path.write_bytes(path.read_bytes().splitlines()[0])
     feedback.Store(tmp_path).add(rating(question="c"))
-    assert asked(tmp_path) == [["a", "b", "c"], ["a", "c"], ["a", "b", "c"]] and not list(tmp_path.glob("*.torn"))
+    assert asked(tmp_path) == [["a", "b", "c"], ["a", "c"], ["a", "b", "c"]] and not list(
+        tmp_path.glob("*.torn")
+    )
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(feedback, tmp_path):
@@ -287,7 +320,9 @@ def test_a_folder_that_cannot_be_used_is_one_line(feedback, tmp_path):
     for folder in ("file", "file/below"):
         with pytest.raises(SystemExit, match="cannot keep ratings here"):
             feedback.Store(tmp_path / folder)
-    assert not feedback.Store(tmp_path / "new" / "er").folder.exists(), "made before there is anything to keep"
+    assert not feedback.Store(tmp_path / "new" / "er").folder.exists(), (
+        "made before there is anything to keep"
+    )
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
@@ -305,7 +340,9 @@ def tuned(app, tmp_path_factory):
     glm = sys.modules["modeling_chatglm"]
     folder = tmp_path_factory.mktemp("glm")
     known = {QUESTION: ANSWER, "小狗怎么叫？": "小狗汪汪叫。"}
-    vocabulary = sys.modules["tokenization_chatglm"].train_sentencepiece([*known, *known.values()] * 5, 400, folder)
+    vocabulary = sys.modules["tokenization_chatglm"].train_sentencepiece(
+        [*known, *known.values()] * 5, 400, folder
+    )
     tokenizer = glm.ChatGLMTokenizer(str(vocabulary))
     torch.manual_seed(0)
     model = glm.ChatGLMForConditionalGeneration(glm.ChatGLMConfig(
@@ -315,14 +352,19 @@ def tuned(app, tmp_path_factory):
     ))  # fmt: skip
     for part in (model, tokenizer):
         part.save_pretrained(folder / "base")
-    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in known.items()]
+    rows = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in known.items()
+    ]
     rows = [encode_chat(tokenizer, row, 128) for row in rows]
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     model = get_peft_model(model, lora)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for step in range(120):
         row = rows[step % 2]
-        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+        model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / "run/final")
@@ -360,7 +402,9 @@ class Rater(Visit):
         self.question.wait_for()
 
     def answers(self) -> tuple[str, str]:
-        return tuple(self.page.locator(f"#{side} textarea").input_value() for side in ("left", "right"))
+        return tuple(
+            self.page.locator(f"#{side} textarea").input_value() for side in ("left", "right")
+        )
 
     def labels(self) -> str:
         return " ".join(self.page.locator(f"#{side}").inner_text() for side in ("left", "right"))
@@ -377,7 +421,9 @@ class Rater(Visit):
         self.page.get_by_text("设置", exact=True).last.click()
         box = self.page.get_by_label("number input for 最多词元").last
         box.wait_for()
-        self.page.wait_for_timeout(500)  # Gradio mounts what is in a closed accordion only now, and then sets its value
+        self.page.wait_for_timeout(
+            500
+        )  # Gradio mounts what is in a closed accordion only now, and then sets its value
         box.fill("32")
         box.press("Enter")
 
@@ -403,12 +449,16 @@ def visit(browser, serving):
 @pytest.mark.slow
 def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
     prompts, stream = [], tuned.stream
-    monkeypatch.setattr(tuned, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k))
+    monkeypatch.setattr(
+        tuned, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k)
+    )
     tab = visit()
     assert "run/final · LoRA · 0.1 M 参数" in tab.page.locator("#about").inner_text()
     assert ANSWER in tab.ask(QUESTION)
     tab.ask("小狗怎么叫？")
-    assert [row["role"] for row in prompts[1]] == ["user", "assistant", "user"] and prompts[1][1]["content"] == ANSWER
+    assert [row["role"] for row in prompts[1]] == ["user", "assistant", "user"] and prompts[1][1][
+        "content"
+    ] == ANSWER
     tab.page.get_by_role("button", name="撤销").click()
     tab.until(lambda: tab.notes.count() == 1 and tab.box.input_value() == "小狗怎么叫？")
     tab.page.get_by_label("用微调后的权重").uncheck()
@@ -417,7 +467,9 @@ def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
         tab.ask(QUESTION, wait=False)
         tab.page.get_by_role("button", name="停止").wait_for()
         lengths = set()
-        tab.until(lambda: lengths.add(len(bubble.inner_text())) or len(lengths) > 3 and slow.tokens > 20)
+        tab.until(
+            lambda: lengths.add(len(bubble.inner_text())) or len(lengths) > 3 and slow.tokens > 20
+        )
         tab.page.get_by_role("button", name="停止").click()
         tab.notes.nth(1).wait_for()
         assert slow.tokens < 250 and "微调前 · 已停止" in tab.notes.nth(1).inner_text()
@@ -428,7 +480,10 @@ def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
     assert prompts[3] == prompts[2] and "已停止" not in tab.notes.nth(1).inner_text()
     tab.ask(HTML)
     shown = tab.page.locator(".user-row").last
-    assert shown.inner_text().strip() == HTML and shown.locator("img, b, strong, h1, code").count() == 0
+    assert (
+        shown.inner_text().strip() == HTML
+        and shown.locator("img, b, strong, h1, code").count() == 0
+    )
     assert tab.page.title() != "hacked" and not (tmp_path / "kept").exists()
     tab.page.get_by_role("button", name="清空对话").click()
     tab.page.get_by_text(QUESTION).wait_for()  # the examples are back
@@ -441,7 +496,9 @@ def test_judging_in_chromium(visit, tuned, tmp_path):
     answers = tab.compare(QUESTION)
     assert ANSWER in answers and len(set(answers)) == 2
     best = answers.index(ANSWER)
-    assert "微调" not in tab.labels() + tab.page.locator("#news").inner_text(), "told before it was rated"
+    assert "微调" not in tab.labels() + tab.page.locator("#news").inner_text(), (
+        "told before it was rated"
+    )
     assert not (tmp_path / "kept").exists()
     tab.page.get_by_role("button", name="提交").click()
     tab.news("先选一项")
@@ -452,12 +509,23 @@ def test_judging_in_chromium(visit, tuned, tmp_path):
     assert f"{'左右'[best]}边是微调后" in told and f"{'右左'[best]}边是微调前" in told
     assert "微调后" in tab.page.locator(f"#{('left', 'right')[best]}").inner_text()
     assert "这一次写了 1 条，一共 1 条" in tab.page.locator("#counts").inner_text()
-    assert tab.question.input_value() == "" and tab.page.get_by_role("radio", name="左好").count() == 0
+    assert (
+        tab.question.input_value() == "" and tab.page.get_by_role("radio", name="左好").count() == 0
+    )
     (row,) = rows_of(tmp_path / "kept", "ratings")
-    assert row["prompt"] == [{"role": "user", "content": QUESTION}] and row["comment"] == "答得对 <b>"
+    assert (
+        row["prompt"] == [{"role": "user", "content": QUESTION}] and row["comment"] == "答得对 <b>"
+    )
     winner = row[row["choice"]]
-    assert winner["who"] == "tuned" and winner["answer"] == ANSWER and winner["sampling"]["max_new_tokens"] == 32
-    assert rows_of(tmp_path / "kept", "sft")[0]["messages"][1] == {"role": "assistant", "content": ANSWER}
+    assert (
+        winner["who"] == "tuned"
+        and winner["answer"] == ANSWER
+        and winner["sampling"]["max_new_tokens"] == 32
+    )
+    assert rows_of(tmp_path / "kept", "sft")[0]["messages"][1] == {
+        "role": "assistant",
+        "content": ANSWER,
+    }
 
     answers = tab.compare("小猫怎么叫？")
     worse = answers.index(next(a for a in answers if len(a) == max(map(len, answers))))
@@ -481,15 +549,26 @@ def test_judging_in_chromium(visit, tuned, tmp_path):
 
 @pytest.mark.slow
 def test_questions_of_a_file_samplings_and_stop(app, visit, tuned, tmp_path):
-    (tmp_path / "asked.jsonl").write_text(json.dumps({"question": QUESTION, "answer": "x", "history": [["甲", "乙"]]}))
-    (tmp_path / "asked.txt").write_text(f"小狗怎么叫？\n\n{'长' * 9000}\n小狗怎么叫？\n", encoding="gb18030")
-    questions = [p for name in ("asked.jsonl", "asked.txt") for p in app.read_questions(tmp_path / name)]
+    (tmp_path / "asked.jsonl").write_text(
+        json.dumps({"question": QUESTION, "answer": "x", "history": [["甲", "乙"]]})
+    )
+    (tmp_path / "asked.txt").write_text(
+        f"小狗怎么叫？\n\n{'长' * 9000}\n小狗怎么叫？\n", encoding="gb18030"
+    )
+    questions = [
+        p for name in ("asked.jsonl", "asked.txt") for p in app.read_questions(tmp_path / name)
+    ]
     assert [len(prompt) for prompt in questions] == [3, 1]
     tab = visit(Rater, questions, viewport={"width": 400, "height": 850})
     tab.until(lambda: tab.question.input_value() == QUESTION)
     assert tab.page.get_by_label("前文").input_value() == "问：甲\n答：乙"
     tab.page.get_by_role("button", name="跳过").click()
-    tab.until(lambda: tab.question.input_value() == "小狗怎么叫？" and not tab.page.get_by_label("前文").is_visible())
+    tab.until(
+        lambda: (
+            tab.question.input_value() == "小狗怎么叫？"
+            and not tab.page.get_by_label("前文").is_visible()
+        )
+    )
     tab.page.get_by_label("两种采样").check()
     with Endless(tuned) as slow:
         tab.page.get_by_role("button", name="出两个回答").click()
@@ -507,7 +586,9 @@ def test_questions_of_a_file_samplings_and_stop(app, visit, tuned, tmp_path):
     told = tab.news("揭晓")
     assert "采样一" in told and "采样二" in told and "没说完的回答不当作榜样" in told
     (row,) = rows_of(tmp_path / "kept", "ratings")
-    assert {row[side]["who"] for side in ("left", "right")} == {"A", "B"} and row["left"]["ended"] == "stopped"
+    assert {row[side]["who"] for side in ("left", "right")} == {"A", "B"} and row["left"][
+        "ended"
+    ] == "stopped"
     assert {row[side]["sampling"]["temperature"] for side in ("left", "right")} == {0, 0.95}
     assert not rows_of(tmp_path / "kept", "sft") and not rows_of(tmp_path / "kept", "preference")
     assert "题都出过了" in tab.page.locator("#counts").inner_text()
@@ -545,7 +626,9 @@ def test_skipping_and_closing_free_the_model(visit, tuned, tmp_path):
             while tuned.lock.locked() and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(0.3)
-            assert not tuned.lock.locked() and slow.tokens < seen + 150, "the second answer was begun"
+            assert not tuned.lock.locked() and slow.tokens < seen + 150, (
+                "the second answer was begun"
+            )
             if not tab.page.is_closed():
                 tab.page.get_by_role("button", name="出两个回答").wait_for()
     assert not (tmp_path / "kept").exists()
@@ -562,13 +645,23 @@ class Client:
         self.config = json.loads(urllib.request.urlopen(address + "config").read())
 
     def event(self, label: str, kind: str) -> dict:
-        known = {c["id"]: c["props"].get("label") or c["props"].get("value") for c in self.config["components"]}
+        known = {
+            c["id"]: c["props"].get("label") or c["props"].get("value")
+            for c in self.config["components"]
+        }
         return next(
-            d for d in self.config["dependencies"] if [label, kind] in [[known.get(i), k] for i, k in d["targets"]]
+            d
+            for d in self.config["dependencies"]
+            if [label, kind] in [[known.get(i), k] for i, k in d["targets"]]
         )
 
     def post(self, path: str, event: dict, values: list):
-        body = {"data": values, "fn_index": event["id"], "session_hash": self.session, "event_data": None}
+        body = {
+            "data": values,
+            "fn_index": event["id"],
+            "session_hash": self.session,
+            "event_data": None,
+        }
         request = urllib.request.Request(
             self.api + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -579,7 +672,9 @@ class Client:
         event = self.event("题目", "submit")
         initial = {c["id"]: c["props"].get("value") for c in self.config["components"]}
         self.post("queue/join", event, [question, *(initial[i] for i in event["inputs"][1:])])
-        with urllib.request.urlopen(f"{self.api}queue/data?session_hash={self.session}", timeout=60) as lines:
+        with urllib.request.urlopen(
+            f"{self.api}queue/data?session_hash={self.session}", timeout=60
+        ) as lines:
             for line in lines:
                 message = json.loads(line[5:]) if line.startswith(b"data:") else {}
                 if message.get("msg") == "process_completed":
@@ -637,7 +732,9 @@ def test_what_the_page_refuses(app, serving, tuned, monkeypatch, tmp_path):
     client.compare("问")
     assert "先选一项" in client.submit(None)
     assert "没有写入：修改最多" in client.submit("left", "长" * (app.MAX_CHARS + 1))
-    assert "没有写入" in client.submit("left") and "64 KiB" in client.submit("left"), "too long a row was written"
+    assert "没有写入" in client.submit("left") and "64 KiB" in client.submit("left"), (
+        "too long a row was written"
+    )
     assert not (tmp_path / "kept").exists() or not rows_of(tmp_path / "kept", "ratings")
     monkeypatch.setattr(tuned, "stream", lambda turns, *_, **__: iter([("答", 3)]))
     client.compare("问")
@@ -666,7 +763,13 @@ def test_command_line(app, tuned, monkeypatch, tmp_path, capsys):
             run(*flags)
     fetched = []
     address = r"http://127\.0\.0\.1:\d+/"
-    served = lambda demo: fetched.append((urllib.request.urlopen(demo.local_url).status, demo.close()))  # noqa: E731
+    served = lambda demo: fetched.append(
+        (urllib.request.urlopen(demo.local_url).status, demo.close())
+    )  # noqa: E731
     monkeypatch.setattr(app.gr.Blocks, "block_thread", served)
     said = run(*kept, *model, "--questions", tmp_path / "asked.txt")
-    assert "2 questions of 3" in said and re.search(f"chat with .+: {address}", said) and fetched[0][0] == 200
+    assert (
+        "2 questions of 3" in said
+        and re.search(f"chat with .+: {address}", said)
+        and fetched[0][0] == 200
+    )

@@ -23,7 +23,12 @@ import merge
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenization_chatglm import ChatGLMTokenizer, train_sentencepiece
-from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GlmForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from common.convert import weight_files
 from common.data.labels import IGNORE, encode_chat, encode_prompt
@@ -41,7 +46,12 @@ def run(script, *flags):
 
 def trained(**more):
     out = io.BytesIO()
-    settings = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "normalization_rule_name": "identity"}
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": 420,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+    }
     sentencepiece.SentencePieceTrainer.train(
         model_writer=out, minloglevel=2, hard_vocab_limit=False,
         **settings | {"remove_extra_whitespaces": False, "sentence_iterator": iter(TEXTS * 5)} | more,
@@ -52,19 +62,28 @@ def trained(**more):
 @pytest.fixture(scope="module")
 def sentences():
     """A sentencepiece model like that of ChatGLM2: BPE with bytes, digits apart, nothing normalised."""
-    return trained(split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0)
+    return trained(
+        split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0
+    )
 
 
 def original(folder, proto=None, hint="", **changes):
     """A folder like a published ChatGLM2: golden weights and config.json, and a tokenizer where `proto` is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in json.loads((GOLDEN / "config.json").read_text()).items() if k[0] != "_"}
+    config = {
+        k: v for k, v in json.loads((GOLDEN / "config.json").read_text()).items() if k[0] != "_"
+    }
     tensors = load_file(GOLDEN / "weights.safetensors")
     if proto is not None:
         (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ChatGLMTokenizer", "hint": hint}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "ChatGLMTokenizer", "hint": hint})
+        )
         config["padded_vocab_size"] = 512
-        for name in ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"):
+        for name in (
+            "transformer.embedding.word_embeddings.weight",
+            "transformer.output_layer.weight",
+        ):
             tensors[name] = tensors[name].repeat(4, 1)[:512].clone()
     (folder / "config.json").write_text(json.dumps(config | changes))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -97,11 +116,18 @@ def test_pickled_shards_become_sharded_safetensors(tmp_path):
     plain = weights(convert_folder(folder, tmp_path / "plain").config._name_or_path)
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[:9],
+        "pytorch_model-00002-of-00002.bin": names[9:],
+    }
     tensors["transformer.rotary_pos_emb.inv_freq"] = torch.ones(4)
     shards["pytorch_model-00002-of-00002.bin"].append("transformer.rotary_pos_emb.inv_freq")
     for i, (file, part) in enumerate(shards.items()):
-        torch.save({name: tensors[name].half() for name in part}, folder / file, _use_new_zipfile_serialization=i == 0)
+        torch.save(
+            {name: tensors[name].half() for name in part},
+            folder / file,
+            _use_new_zipfile_serialization=i == 0,
+        )
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
@@ -113,7 +139,9 @@ def test_pickled_shards_become_sharded_safetensors(tmp_path):
     found = weights(tmp_path / "out")
     assert set(index["weight_map"]) == set(found) == set(plain) == set(model.state_dict())
     assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in found.values())
-    assert model.dtype == torch.float16 and all(torch.equal(found[name], plain[name].half()) for name in plain)
+    assert model.dtype == torch.float16 and all(
+        torch.equal(found[name], plain[name].half()) for name in plain
+    )
 
     (folder / "pytorch_model-00001-of-00002.bin").unlink()
     with pytest.raises(SystemExit, match="1 weight files are missing: pytorch_model-00001"):
@@ -185,7 +213,11 @@ class Evil:
 def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path, zipped):
     folder = original(tmp_path / "in")
     (folder / "model.safetensors").unlink()
-    torch.save({"x": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"x": Evil(tmp_path / "ran")},
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(SystemExit, match="holds code"):
         convert.to_native(folder, tmp_path / "out")
     with open(folder / "pytorch_model.bin", "wb") as file:
@@ -200,7 +232,10 @@ def test_rope_ratio_as_base_or_as_interpolation(tmp_path):
     plain = convert_folder(original(tmp_path / "plain"), tmp_path / "plain-out")
     ids, places = torch.arange(10, 22)[None], torch.arange(12)[None]
     wide = convert_folder(original(tmp_path / "wide", rope_ratio=3), tmp_path / "wide-out")
-    assert wide.config.rope_parameters["rope_theta"] == 30000 and wide.config.rope_parameters["rope_type"] == "default"
+    assert (
+        wide.config.rope_parameters["rope_theta"] == 30000
+        and wide.config.rope_parameters["rope_type"] == "default"
+    )
     folder = original(tmp_path / "long", rope_ratio=4)
     (folder / "modeling_chatglm.py").write_text("seq_idx = torch.arange(seq_len) / self.rope_ratio")
     long = convert_folder(folder, tmp_path / "long-out")
@@ -211,13 +246,19 @@ def test_rope_ratio_as_base_or_as_interpolation(tmp_path):
 
 def test_the_command(tmp_path):
     folder = original(tmp_path / "in")
-    result = expect(run("convert.py", "--model", folder, "--output_dir", tmp_path / "out", "--dtype", "float16"))
+    result = expect(
+        run("convert.py", "--model", folder, "--output_dir", tmp_path / "out", "--dtype", "float16")
+    )
     assert "no tokenizer.model" in result.stdout and "float16" in result.stdout
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float16
+    )
     assert "--to slim" in error_line(
         run("convert.py", "--model", folder, "--output_dir", tmp_path / "o", "--to", "slim"), 1
     )
-    assert "config.json" in error_line(run("convert.py", "--model", tmp_path, "--output_dir", tmp_path / "o"), 1)
+    assert "config.json" in error_line(
+        run("convert.py", "--model", tmp_path, "--output_dir", tmp_path / "o"), 1
+    )
 
 
 # ---- tokenizer of ChatGLM2 and 3 --------------------------------------------------------------------------------
@@ -230,8 +271,16 @@ def same_ids(tokenizer, proto, text):
     assert tokenizer.decode(found) == original.decode(found)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(st.text(), st.text("你好问：答\n hel▁o1<>s/0x[]👋"), st.lists(st.sampled_from(TEXTS)).map("".join)))
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.one_of(
+        st.text(),
+        st.text("你好问：答\n hel▁o1<>s/0x[]👋"),
+        st.lists(st.sampled_from(TEXTS)).map("".join),
+    )
+)
 def test_ids_are_those_of_sentencepiece(sentences, text):
     same_ids(fast_tokenizer.make_tokenizer(sentences, "chatglm3"), sentences, text)
 
@@ -244,7 +293,19 @@ def test_other_settings_of_sentencepiece(more):
     proto = trained(**more)
     tokenizer = fast_tokenizer.make_tokenizer(proto, "chatglm2")
     fast_tokenizer.compare(tokenizer, proto)
-    for text in [*TEXTS, "", " ", "  a  b ", "\n 你好", "<n>你好<n>[x]", "ｆｕｌｌ，", "<s></s>", "▁", "\0", "a<tab>b"]:
+    for text in [
+        *TEXTS,
+        "",
+        " ",
+        "  a  b ",
+        "\n 你好",
+        "<n>你好<n>[x]",
+        "ｆｕｌｌ，",
+        "<s></s>",
+        "▁",
+        "\0",
+        "a<tab>b",
+    ]:
         same_ids(tokenizer, proto, text)
 
 
@@ -271,7 +332,9 @@ def test_a_tokenizer_that_differs_is_refused(sentences):
 
 def test_models_that_are_not_bpe_are_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(trained(model_type="unigram", byte_fallback=False, vocab_size=90).SerializeToString())
+    path.write_bytes(
+        trained(model_type="unigram", byte_fallback=False, vocab_size=90).SerializeToString()
+    )
     with pytest.raises(SystemExit, match="not a BPE model"):
         fast_tokenizer.read_model(path)
     path.write_text("version https://git-lfs.github.com/spec/v1")
@@ -281,7 +344,9 @@ def test_models_that_are_not_bpe_are_refused(tmp_path):
 
 @pytest.mark.parametrize("family, count", [("chatglm2", 5), ("chatglm3", 9)])
 def test_a_converted_folder_needs_no_code_of_ours(tmp_path, sentences, family, count):
-    folder = original(tmp_path / "in", sentences, hint="<|assistant|>" if family == "chatglm3" else "")
+    folder = original(
+        tmp_path / "in", sentences, hint="<|assistant|>" if family == "chatglm3" else ""
+    )
     model = convert_folder(folder, tmp_path / "out")
     program = (
         "import sys, json\nfrom transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
@@ -290,12 +355,16 @@ def test_a_converted_folder_needs_no_code_of_ours(tmp_path, sentences, family, c
         "ids = t(['你好', 'hello world'], padding=True)['input_ids']\n"
         "print(json.dumps([ids, len(t), t.eos_token_id, t.pad_token_id]))"
     )
-    ids, size, eos, pad = json.loads(expect(finish(start([sys.executable, "-c", program], cwd=tmp_path))).stdout)
+    ids, size, eos, pad = json.loads(
+        expect(finish(start([sys.executable, "-c", program], cwd=tmp_path))).stdout
+    )
     original_ids = sentencepiece.SentencePieceProcessor(model_proto=sentences.SerializeToString())
     first = len(sentences.pieces)
     rows = [[first + 1, first + 3, *original_ids.encode(text)] for text in ("你好", "hello world")]
     width = max(map(len, rows))
-    assert ids == [[0] * (width - len(row)) + row for row in rows], "[gMASK] sop in front, padding on the left"
+    assert ids == [[0] * (width - len(row)) + row for row in rows], (
+        "[gMASK] sop in front, padding on the left"
+    )
     assert (size, eos, pad) == (first + count, 2, 0)
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -307,7 +376,9 @@ def test_a_converted_folder_needs_no_code_of_ours(tmp_path, sentences, family, c
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 2
     ends = [2, first + 6, first + 8] if family == "chatglm3" else 2
     assert model.generation_config.eos_token_id == ends
-    assert "philosophy" in tokenizer.decode(tokenizer("philosophy sop", add_special_tokens=False)["input_ids"])
+    assert "philosophy" in tokenizer.decode(
+        tokenizer("philosophy sop", add_special_tokens=False)["input_ids"]
+    )
     assert first + 3 not in tokenizer("philosophy sop eop", add_special_tokens=False)["input_ids"]
 
 
@@ -315,18 +386,26 @@ def test_which_tokenizer(tmp_path, sentences, capsys):
     """ChatGLM2 and 3 have the same sizes: files of the folder tell, else the user; GLM-4 keeps its own."""
     config = {"padded_vocab_size": 65024}
     assert convert.guess_family(tmp_path, config) is None
-    assert convert.guess_family(tmp_path, config | {"_name_or_path": "THUDM/chatglm3-6b"}) == "chatglm3"
+    assert (
+        convert.guess_family(tmp_path, config | {"_name_or_path": "THUDM/chatglm3-6b"})
+        == "chatglm3"
+    )
     assert convert.guess_family(tmp_path, {"padded_vocab_size": 151552}) == "glm4"
     (tmp_path / "tokenization_chatglm.py").write_text("class ChatGLMTokenizer: pass")
     assert convert.guess_family(tmp_path, config) == "chatglm2"
-    (tmp_path / "tokenization_chatglm.py").write_text('role_special_tokens = ["<|system|>", "<|assistant|>"]')
+    (tmp_path / "tokenization_chatglm.py").write_text(
+        'role_special_tokens = ["<|system|>", "<|assistant|>"]'
+    )
     assert convert.guess_family(tmp_path, config) == "chatglm3"
     folder = original(tmp_path / "in", sentences)
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(SystemExit, match="--family"):
         convert.to_native(folder, tmp_path / "out")
     convert.to_native(folder, tmp_path / "out", family="glm4")
-    assert "glm-4-9b-chat-hf" in capsys.readouterr().out and not (tmp_path / "out/tokenizer.json").exists()
+    assert (
+        "glm-4-9b-chat-hf" in capsys.readouterr().out
+        and not (tmp_path / "out/tokenizer.json").exists()
+    )
     wrong = original(tmp_path / "wrong", sentences, eos_token_id=7)
     with pytest.raises(SystemExit, match="eos_token_id 7, not 2"):
         convert.to_native(wrong, tmp_path / "out2")
@@ -365,7 +444,9 @@ def test_prompts_of_chatglm2(sentences, reader):
     assert encode_prompt(tokenizer, turns[:3]) == front + read(rounds)
     row = encode_chat(tokenizer, turns, 200)
     assert row["input_ids"] == front + read(rounds) + read("等于二。") + [2]
-    assert tokenizer.decode(trained_ids(row)) == "你好！ 等于二。</s>", "earlier answers have no end in this format"
+    assert tokenizer.decode(trained_ids(row)) == "你好！ 等于二。</s>", (
+        "earlier answers have no end in this format"
+    )
     named = encode_prompt(tokenizer, [{"role": "system", "content": "hello"}, *talk("你好")])
     assert named == front + read("hello\n\n[Round 1]\n\n问：你好\n\n答：")
 
@@ -380,7 +461,11 @@ def test_prompts_of_chatglm3(sentences, reader):
     answers = [read("\n") + read("hello world"), read("\n") + read("等于二。")]
     start = [*front, user, *read("\n"), *read("你好"), assistant]
     assert row["input_ids"] == (
-        start + answers[0] + [user, *read("\n"), *read("一加一等于几？"), assistant] + answers[1] + [2]
+        start
+        + answers[0]
+        + [user, *read("\n"), *read("一加一等于几？"), assistant]
+        + answers[1]
+        + [2]
     )
     assert trained_ids(row) == answers[0] + [user] + answers[1] + [2]
     assert encode_prompt(tokenizer, turns[:1]) == start
@@ -390,17 +475,32 @@ def test_prompts_of_chatglm3(sentences, reader):
 
 def test_tools_of_chatglm3(sentences):
     tokenizer = fast_tokenizer.make_tokenizer(sentences, "chatglm3")
-    tool = {"name": "get_weather", "description": "天气", "parameters": {"type": "object", "properties": {}}}
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "北京", "days": 3}}}
+    tool = {
+        "name": "get_weather",
+        "description": "天气",
+        "parameters": {"type": "object", "properties": {}},
+    }
+    call = {
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": {"city": "北京", "days": 3}},
+    }
     messages = [
         *talk("北京天气"), {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "晴"}, {"role": "assistant", "content": "晴天"},
     ]  # fmt: skip
     row = encode_chat(tokenizer, messages, 900, tools=[{"type": "function", "function": tool}])
     text, said = tokenizer.decode(row["input_ids"]), tokenizer.decode(trained_ids(row))
-    offer = "You have access to the following tools:\n" + json.dumps([tool], indent=4, ensure_ascii=False)
-    assert text.startswith("[gMASK]<sop><|system|>") and offer in text and "<|observation|> \n 晴<|assistant|>" in text
-    spoken = "get_weather\n ```python\ntool_call(city='北京', days=3)\n```<|observation|> \n 晴天</s>"
+    offer = "You have access to the following tools:\n" + json.dumps(
+        [tool], indent=4, ensure_ascii=False
+    )
+    assert (
+        text.startswith("[gMASK]<sop><|system|>")
+        and offer in text
+        and "<|observation|> \n 晴<|assistant|>" in text
+    )
+    spoken = (
+        "get_weather\n ```python\ntool_call(city='北京', days=3)\n```<|observation|> \n 晴天</s>"
+    )
     assert said.strip() == spoken
     with pytest.raises(ValueError, match="ChatGLM2 has no tools"):
         encode_prompt(fast_tokenizer.make_tokenizer(sentences, "chatglm2"), talk("?"), tools=[tool])
@@ -421,13 +521,20 @@ IMAGES = 37
 
 def build(tokenizer, seed=0, **more):
     torch.manual_seed(seed)
-    settings = {"vocab_size": len(tokenizer) + 8, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+    settings = {
+        "vocab_size": len(tokenizer) + 8,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+    }
     settings |= {
         "inner_hidden_size": 48,
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return ChatGLMForConditionalGeneration(ChatGLMConfig(**settings | {"initializer_range": 0.3} | more)).eval()
+    return ChatGLMForConditionalGeneration(
+        ChatGLMConfig(**settings | {"initializer_range": 0.3} | more)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -440,27 +547,49 @@ def first_generation(tmp_path_factory):
     model = build(tokenizer).half()
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors |= {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(4).half() for i in range(2)}
+    tensors |= {
+        f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(4).half()
+        for i in range(2)
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder, model.float(), tokenizer
 
 
 def test_slim_has_the_same_logits_and_texts(first_generation, tmp_path):
     folder, model, old = first_generation
-    expect(run("convert.py", "--model", folder, "--output_dir", tmp_path / "slim", "--max_shard_size", "2e-5"))
+    expect(
+        run(
+            "convert.py",
+            "--model",
+            folder,
+            "--output_dir",
+            tmp_path / "slim",
+            "--max_shard_size",
+            "2e-5",
+        )
+    )
     assert len(list((tmp_path / "slim").glob("*.safetensors"))) > 1
     slim = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype=torch.float32).eval()
     new = AutoTokenizer.from_pretrained(tmp_path / "slim")
-    assert type(new) is ChatGLMTokenizer and new.num_image_tokens == 0 and len(new) == len(old) - IMAGES
+    assert (
+        type(new) is ChatGLMTokenizer
+        and new.num_image_tokens == 0
+        and len(new) == len(old) - IMAGES
+    )
     assert slim.config.vocab_size == model.config.vocab_size - IMAGES
     for name in ("bos", "eos", "pad", "mask", "gmask"):
-        assert getattr(slim.config, f"{name}_token_id") == getattr(model.config, f"{name}_token_id") - IMAGES
+        assert (
+            getattr(slim.config, f"{name}_token_id")
+            == getattr(model.config, f"{name}_token_id") - IMAGES
+        )
     for text in TEXTS:
         ids = torch.tensor([old(text)["input_ids"]])
         assert new(text)["input_ids"] == (ids - IMAGES)[0].tolist()
         assert torch.equal(slim(ids - IMAGES).logits, model(ids).logits[..., IMAGES:])
     assert convert.Weights(tmp_path / "slim")["lm_head.weight"].dtype == torch.float16
-    line = error_line(run("convert.py", "--model", tmp_path / "slim", "--output_dir", tmp_path / "again"), 1)
+    line = error_line(
+        run("convert.py", "--model", tmp_path / "slim", "--output_dir", tmp_path / "again"), 1
+    )
     assert "no image tokens" in line
 
 
@@ -486,7 +615,9 @@ def random_adapter(model, targets, folder, base, r=3):
 
     from common.convert import adapter
 
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=32, target_modules=targets))
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=32, target_modules=targets)
+    )
     model.peft_config["default"].base_model_name_or_path = str(base)
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
@@ -509,7 +640,10 @@ def test_an_adapter_of_the_fused_original_is_converted(tmp_path):
             rows, columns = tensors[f"{name}.weight"].shape
             a = torch.randn(3, columns, generator=generator) * 0.3
             b = torch.randn(rows, 3, generator=generator) * 0.3
-            lora |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            lora |= {
+                f"base_model.model.{name}.lora_A.weight": a,
+                f"base_model.model.{name}.lora_B.weight": b,
+            }
             tensors[f"{name}.weight"] += 32 / 3 * b @ a
             names.append(name)
     (tmp_path / "old").mkdir()
@@ -522,7 +656,10 @@ def test_an_adapter_of_the_fused_original_is_converted(tmp_path):
         "lora_dropout": 0.1,
         "bias": "none",
     }
-    settings |= {"base_model_name_or_path": "THUDM/chatglm2-6b", "target_modules": ["query_key_value", "dense_h_to_4h"]}
+    settings |= {
+        "base_model_name_or_path": "THUDM/chatglm2-6b",
+        "target_modules": ["query_key_value", "dense_h_to_4h"],
+    }
     (tmp_path / "old/adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "model.safetensors")
     expected = convert_folder(folder, tmp_path / "merged").state_dict()
@@ -530,7 +667,9 @@ def test_an_adapter_of_the_fused_original_is_converted(tmp_path):
     from peft import PeftModel
 
     convert.to_native_adapter(tmp_path / "old", tmp_path / "new", str(tmp_path / "base"))
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "new")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "new"
+    )
     found = model.merge_and_unload().state_dict()
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
     (tmp_path / "old/adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
@@ -563,10 +702,20 @@ def row_of(folder):
 def test_merge(base, tmp_path, layout):
     folder, model = base
     tuned = random_adapter(
-        AutoModelForCausalLM.from_pretrained(folder), ["query_key_value", "dense_h_to_4h"], tmp_path / "adapter", folder
+        AutoModelForCausalLM.from_pretrained(folder),
+        ["query_key_value", "dense_h_to_4h"],
+        tmp_path / "adapter",
+        folder,
     )
     ids = row_of(folder)
-    flags = ["--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged", "--layout", layout]
+    flags = [
+        "--adapter",
+        tmp_path / "adapter",
+        "--output_dir",
+        tmp_path / "merged",
+        "--layout",
+        layout,
+    ]
     expect(run("merge.py", *flags))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-4)
@@ -578,10 +727,18 @@ def test_merge(base, tmp_path, layout):
         assert names == own
         return
     buffers = {f"transformer.layers.{i}.attention.rotary_emb.inv_freq" for i in range(2)}
-    assert names == own | buffers and len(names) == 13 * 2 + 4  # 13 * 28 + 4 = 368 of the published one
+    assert (
+        names == own | buffers and len(names) == 13 * 2 + 4
+    )  # 13 * 28 + 4 = 368 of the published one
     published = {"architectures", "model_type", "torch_dtype", "auto_map", *merge.PUBLISHED}
-    assert set(config) == published and config["num_layers"] == 2 and config["torch_dtype"] == "float32"
-    assert (tmp_path / "merged/modeling_chatglm.py").is_file() and (tmp_path / "merged/ice_text.model").is_file()
+    assert (
+        set(config) == published
+        and config["num_layers"] == 2
+        and config["torch_dtype"] == "float32"
+    )
+    assert (tmp_path / "merged/modeling_chatglm.py").is_file() and (
+        tmp_path / "merged/ice_text.model"
+    ).is_file()
     assert "not empty" in error_line(run("merge.py", *flags), 1)
 
 
@@ -589,14 +746,18 @@ def test_buffers_of_the_original_layout_are_those_of_the_published_checkpoint(tm
     """The golden weights contain them as the original code made them."""
     golden = ROOT / "tests/golden/chatglm"
     tensors = load_file(golden / "weights.safetensors")
-    config = {k: v for k, v in json.loads((golden / "config.json").read_text()).items() if k[0] != "_"}
+    config = {
+        k: v for k, v in json.loads((golden / "config.json").read_text()).items() if k[0] != "_"
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(golden / "weights.safetensors", tmp_path / "model.safetensors")
     model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     model.save_pretrained(tmp_path / "native")
     merge.to_original(tmp_path / "native", tmp_path / "out", str(tmp_path))
     found = weights(tmp_path / "out")
-    assert set(found) == set(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert set(found) == set(tensors) and all(
+        torch.equal(found[name], tensors[name]) for name in tensors
+    )
     for path in (tmp_path / "native").glob("*.safetensors"):
         save_file({k: v.half() for k, v in load_file(path).items()}, path, {"format": "pt"})
     merge.to_original(tmp_path / "native", tmp_path / "half", str(tmp_path))
@@ -606,7 +767,12 @@ def test_buffers_of_the_original_layout_are_those_of_the_published_checkpoint(tm
 
 def test_an_adapter_folder_without_tokenizer_takes_that_of_its_base(base, tmp_path):
     folder, _ = base
-    random_adapter(AutoModelForCausalLM.from_pretrained(folder), ["query_key_value"], tmp_path / "adapter", folder)
+    random_adapter(
+        AutoModelForCausalLM.from_pretrained(folder),
+        ["query_key_value"],
+        tmp_path / "adapter",
+        folder,
+    )
     assert not (tmp_path / "adapter/tokenizer_config.json").exists()
 
     class Args:
@@ -647,10 +813,16 @@ def test_old_adapters_become_peft_folders(base, tmp_path, pattern):
     from peft import PeftModel
 
     folder, model = base
-    frozen = {"base_model.model.lm_head.0.weight": model.lm_head.weight.detach().half()}  # CastOutputToFloat's name
-    pairs = old_file(tmp_path / "chatglm-lora.pt", model, pattern, ("query_key_value", "dense"), **frozen)
+    frozen = {
+        "base_model.model.lm_head.0.weight": model.lm_head.weight.detach().half()
+    }  # CastOutputToFloat's name
+    pairs = old_file(
+        tmp_path / "chatglm-lora.pt", model, pattern, ("query_key_value", "dense"), **frozen
+    )
     merge.write_adapter(tmp_path / "chatglm-lora.pt", tmp_path / "adapter", str(folder), 32)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"
+    )
     found, before = loaded.merge_and_unload().state_dict(), model.state_dict()
     for name in before:
         a, b = pairs.get(name.removesuffix(".weight"), (torch.zeros(1, 1), torch.zeros(1, 1)))
@@ -670,12 +842,17 @@ def test_the_first_pefts_convolution(base, tmp_path):
     for i in range(2):
         name = f"transformer.layers.{i}.attention.query_key_value"
         a, b = torch.randn(6, 32, generator=generator), torch.randn(64, 3, 1, generator=generator)
-        content |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        content |= {
+            f"base_model.model.{name}.lora_A.weight": a,
+            f"base_model.model.{name}.lora_B.weight": b,
+        }
         update = torch.nn.functional.conv1d((x @ a.T).T[None], b, groups=2)[0].T * 32 / 3
         wanted[name] = torch.cat([update[:, :32], torch.zeros(5, 32), update[:, 32:]], 1)
     torch.save(content, tmp_path / "chatglm-lora.pt")
     merge.write_adapter(tmp_path / "chatglm-lora.pt", tmp_path / "adapter", str(folder), 32)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"
+    )
     after, before = loaded.merge_and_unload().state_dict(), model.state_dict()
     for name, update in wanted.items():
         found = x @ (after[f"{name}.weight"] - before[f"{name}.weight"]).T
@@ -704,7 +881,12 @@ A0 = "base_model.model.transformer.layers.0.attention.query_key_value.lora_A.def
 ])  # fmt: skip
 def test_old_adapters_that_do_not_fit_are_refused(base, tmp_path, change, words):
     folder, model = base
-    old_file(tmp_path / "x.pt", model, PATTERNS[0], **{"lm_head.0.weight": model.lm_head.weight.detach().clone()})
+    old_file(
+        tmp_path / "x.pt",
+        model,
+        PATTERNS[0],
+        **{"lm_head.0.weight": model.lm_head.weight.detach().clone()},
+    )
     content = torch.load(tmp_path / "x.pt", weights_only=True)
     change(content)
     torch.save(content, tmp_path / "x.pt")
@@ -717,15 +899,29 @@ def test_the_command_for_old_adapters(base, tmp_path):
     folder, model = base
     path = tmp_path / "chatglm-lora.pt"
     pairs = old_file(path, model, PATTERNS[0])
-    flags = ["--adapter", path, "--output_dir", tmp_path / "merged", "--to_adapter", tmp_path / "adapter"]
+    flags = [
+        "--adapter",
+        path,
+        "--output_dir",
+        tmp_path / "merged",
+        "--to_adapter",
+        tmp_path / "adapter",
+    ]
     expect(run("merge.py", *flags, "--base", folder, "--lora_alpha", "8"))
     name = "transformer.layers.0.attention.query_key_value"
     a, b = pairs[name]
-    found, before = weights(tmp_path / "merged")[f"{name}.weight"], model.state_dict()[f"{name}.weight"]
+    found, before = (
+        weights(tmp_path / "merged")[f"{name}.weight"],
+        model.state_dict()[f"{name}.weight"],
+    )
     assert torch.allclose(found, before + 8 / 4 * b @ a, atol=1e-5)
     assert (tmp_path / "adapter/base_model.json").is_file()
     assert torch.equal(row_of(tmp_path / "merged"), row_of(folder))
-    assert "--base" in error_line(run("merge.py", "--adapter", path, "--output_dir", tmp_path / "no"), 1)
+    assert "--base" in error_line(
+        run("merge.py", "--adapter", path, "--output_dir", tmp_path / "no"), 1
+    )
     torch.save({"x": Evil(tmp_path / "ran")}, path)
-    line = error_line(run("merge.py", "--adapter", path, "--output_dir", tmp_path / "no", "--base", folder), 1)
+    line = error_line(
+        run("merge.py", "--adapter", path, "--output_dir", tmp_path / "no", "--base", folder), 1
+    )
     assert "holds code" in line and not (tmp_path / "ran").exists()

@@ -21,7 +21,12 @@ from tokenization_chatglm import ChatGLMTokenizer, train_sentencepiece
 from common import tiny
 from common.convert import adapter
 
-TEXTS = ["红茶和绿茶", "小狗汪汪叫，小猫喵喵叫。", "十二加三等于十五。", "请问你是谁？我是小谱。"] * 9
+TEXTS = [
+    "红茶和绿茶",
+    "小狗汪汪叫，小猫喵喵叫。",
+    "十二加三等于十五。",
+    "请问你是谁？我是小谱。",
+] * 9
 CAUSAL = "{% for m in messages %}{{ m.role + ':' + m.content + '|' }}{% endfor %}{{ 'assistant:' }}"
 QUESTIONS = [f"{'请问' * (i % 7)}{i}加{i * i % 11}等于多少？{'小狗' * (i % 5)}" for i in range(22)]
 
@@ -30,7 +35,13 @@ def save_model(folder, **sizes):
     """A random ChatGLM whose answers differ, and sometimes end."""
     torch.manual_seed(0)
     tokenizer = ChatGLMTokenizer(str(train_sentencepiece(TEXTS, 500, folder.parent)))
-    config = dict(hidden_size=64, num_layers=4, num_attention_heads=4, inner_hidden_size=256, max_sequence_length=128)
+    config = dict(
+        hidden_size=64,
+        num_layers=4,
+        num_attention_heads=4,
+        inner_hidden_size=256,
+        max_sequence_length=128,
+    )
     config = ChatGLMConfig(
         vocab_size=len(tokenizer), initializer_range=0.15, bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id, residual_scale_layers=4, **config | sizes,
@@ -57,7 +68,9 @@ def models(tmp_path_factory):
     tokenizer = ChatGLMTokenizer.from_pretrained(folder / "base")
     model = ChatGLMForConditionalGeneration.from_pretrained(folder / "base")
     names = ["query_key_value", "dense_h_to_4h", "dense"]
-    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=names, init_lora_weights=False))
+    lora = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=names, init_lora_weights=False)
+    )
     for saved in (lora, tokenizer):
         saved.save_pretrained(folder / "adapter")
     adapter.remember_base(folder / "adapter", str(folder / "base"))
@@ -95,7 +108,10 @@ SHORT = ["--max_new_tokens", "12", "--batch_size", "3"]
 def run(*words):
     """The command in this process -> the records it wrote."""
     args = infer.parse_args([str(word) for word in words])
-    infer.run(args, infer.Settings(**{option.name: getattr(args, option.name) for option in infer.options()}))
+    infer.run(
+        args,
+        infer.Settings(**{option.name: getattr(args, option.name) for option in infer.options()}),
+    )
     return [json.loads(line) for line in args.output.read_text(encoding="utf-8").splitlines()]
 
 
@@ -136,8 +152,15 @@ def test_answers_that_are_there_become_the_reference():
     ):  # fmt: skip
         found = answers.question(record, 0, "")
         assert (found.messages, found.reference) == (rounds[:1], "乙"), record
-    found = answers.question({"question": "丙", "history": [["甲", "乙"]], "system": "你是丁"}, 0, "")
-    assert [m["content"] for m in found.messages] == ["你是丁", "甲", "乙", "丙"] and found.reference is None
+    found = answers.question(
+        {"question": "丙", "history": [["甲", "乙"]], "system": "你是丁"}, 0, ""
+    )
+    assert [m["content"] for m in found.messages] == [
+        "你是丁",
+        "甲",
+        "乙",
+        "丙",
+    ] and found.reference is None
 
 
 @pytest.mark.parametrize(
@@ -155,17 +178,31 @@ def test_answers_that_are_there_become_the_reference():
 def test_a_row_that_asks_nothing(record, reason):
     found = answers.question(record, 0, "")
     assert found.error and not found.messages
-    assert reason in found.error or (reason == "no turns" and "roles out of order" in found.error), found.error
+    assert reason in found.error or (
+        reason == "no turns" and "roles out of order" in found.error
+    ), found.error
 
 
 def test_files_encodings_and_bad_rows(models, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "a.csv").write_bytes("问题,备注\n你是谁？,x\n小狗怎么叫？,y\n坏了\n".encode("gb18030"))
+    (folder / "a.csv").write_bytes(
+        "问题,备注\n你是谁？,x\n小狗怎么叫？,y\n坏了\n".encode("gb18030")
+    )
     (folder / "b.txt").write_text("第一问\n\n第二问\n", encoding="utf-8")
     (folder / "c.jsonl").write_text('{"question": "问"}\n{"question": }\n[1]\n', encoding="utf-8")
     out = tmp_path / "new/out.jsonl"
-    words = ["--input", folder, "--output", out, "--column_map", "question=问题", *SHORT, "--model", models / "base"]
+    words = [
+        "--input",
+        folder,
+        "--output",
+        out,
+        "--column_map",
+        "question=问题",
+        *SHORT,
+        "--model",
+        models / "base",
+    ]
     found = run(*words)
     assert [r["row"] for r in found] == list(range(len(found))) and len(found) == 8
     texts = [r["messages"][0]["content"] for r in found if "messages" in r]
@@ -183,7 +220,9 @@ def test_files_encodings_and_bad_rows(models, tmp_path, capsys):
 DRAWN = {"temperature": 1.2, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.3}
 
 
-@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.5}, DRAWN], ids=["greedy", "penalty", "drawn"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"repetition_penalty": 1.5}, DRAWN], ids=["greedy", "penalty", "drawn"]
+)
 def test_an_answer_does_not_depend_on_the_batch(loaded, sampling):
     together = infer.answer(loaded, QUESTIONS, batch_size=9, max_new_tokens=12, **sampling)
     alone = infer.answer(loaded, QUESTIONS, batch_size=1, max_new_tokens=12, **sampling)
@@ -196,12 +235,18 @@ def test_an_answer_does_not_depend_on_the_batch(loaded, sampling):
 def test_padding_with_the_end_token_does_not_count_as_said(models):
     """A penalty on what was seen must leave the end of answers alone where padding and end are one token."""
     loaded = infer.load(models / "glm", say=lambda line: None)
-    found = [infer.answer(loaded, QUESTIONS, batch_size=n, max_new_tokens=24, repetition_penalty=1.5) for n in (9, 1)]
+    found = [
+        infer.answer(loaded, QUESTIONS, batch_size=n, max_new_tokens=24, repetition_penalty=1.5)
+        for n in (9, 1)
+    ]
     assert found[0] == found[1] and any(r["finish_reason"] == "stop" for r in found[0])
 
 
 def test_other_seeds_and_temperatures_give_other_answers(loaded):
-    found = [infer.answer(loaded, QUESTIONS, max_new_tokens=8, temperature=1.0, seed=seed) for seed in (0, 1, 0)]
+    found = [
+        infer.answer(loaded, QUESTIONS, max_new_tokens=8, temperature=1.0, seed=seed)
+        for seed in (0, 1, 0)
+    ]
     assert found[0] == found[2] != found[1]
 
 
@@ -210,7 +255,9 @@ def test_greedy_and_penalty_are_those_of_transformers(loaded):
     for penalty in (1.0, 1.7):
         own = infer.answer(loaded, [QUESTIONS[3]], max_new_tokens=12, repetition_penalty=penalty)[0]
         settings = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": penalty}
-        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[
+            0, ids.shape[1] :
+        ]
         assert own["answer"] == loaded.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
@@ -224,7 +271,9 @@ def test_tokens_are_drawn_with_their_probability():
         (answers.Settings(temperature=0.5), chances**2 / (chances**2).sum()),
     ):
         choose = answers.Choose(kept, rows, settings)
-        drawn = choose(torch.zeros(4000, 1, dtype=torch.long), chances.log().expand(4000, -1)).argmax(-1)
+        drawn = choose(
+            torch.zeros(4000, 1, dtype=torch.long), chances.log().expand(4000, -1)
+        ).argmax(-1)
         share = drawn.bincount(minlength=5) / 4000
         assert (share - wanted).abs().max() < 0.03 and (share[wanted == 0] == 0).all()
 
@@ -236,7 +285,9 @@ def test_long_questions_lose_their_oldest_rounds(loaded):
     assert [r.get("shortened", False) for r in found] == [True, True, False]
     assert all(r["tokens"] <= 8 and "error" not in r for r in found)
     settings, room = answers.Settings(max_new_tokens=8), loaded.window - 8
-    kept = loaded.tokenizer.decode(answers.fit(loaded, answers.question(asked[0], 0, ""), settings)[0])
+    kept = loaded.tokenizer.decode(
+        answers.fit(loaded, answers.question(asked[0], 0, ""), settings)[0]
+    )
     assert "旧3" in kept and "旧0" not in kept and "新问" in kept
     ids, _ = answers.fit(loaded, answers.question("头" + "茶" * 400 + "尾", 0, ""), settings)
     assert len(ids) == room and ids[-2:] == loaded.tokenizer("")["input_ids"][-2:]
@@ -245,7 +296,11 @@ def test_long_questions_lose_their_oldest_rounds(loaded):
 
 def test_system_prompt_stands_before_rows_without_one(loaded):
     fit = lambda row: loaded.tokenizer.decode(  # noqa: E731
-        answers.fit(loaded, answers.question(row, 0, ""), answers.Settings(system_prompt="用红茶", max_new_tokens=8))[0]
+        answers.fit(
+            loaded,
+            answers.question(row, 0, ""),
+            answers.Settings(system_prompt="用红茶", max_new_tokens=8),
+        )[0]
     )
     assert "用红茶" in fit("你是谁？")
     assert "用红茶" not in fit({"question": "你是谁？", "system": "用绿茶"})
@@ -258,7 +313,11 @@ def test_what_the_template_refuses_is_a_row_with_an_error(loaded):
 
 
 def test_out_of_memory_halves_the_batch(loaded, monkeypatch):
-    whole, real, sizes = infer.answer(loaded, QUESTIONS[:8], batch_size=8, max_new_tokens=6), answers._generate, []
+    whole, real, sizes = (
+        infer.answer(loaded, QUESTIONS[:8], batch_size=8, max_new_tokens=6),
+        answers._generate,
+        [],
+    )
 
     def small(loaded, chosen, prompts, settings):
         sizes.append(len(chosen))
@@ -279,7 +338,9 @@ def test_out_of_memory_halves_the_batch(loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "1.1"]], ids=["greedy", "drawn"])
-def test_a_killed_run_goes_on_where_it_stopped(models, asked, tmp_path, sampling, monkeypatch, capsys):
+def test_a_killed_run_goes_on_where_it_stopped(
+    models, asked, tmp_path, sampling, monkeypatch, capsys
+):
     words = ["--model", models / "base", "--input", asked, *SHORT, *sampling]
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     wanted = run(*words, "--output", whole)
@@ -341,7 +402,11 @@ MISTAKES = {
     "map": (["--max_memory", "cpu:1GiB"], 2, "add --device_map auto"),
     "memory": (["--device_map", "auto", "--max_memory", "cpu=1GiB"], 1, 'write it like "0:20GiB'),
     "device": (["--device_map", "auto", "--max_memory", "3:1GiB"], 1, "0 device(s) are visible"),
-    "offload": (["--device_map", "auto", "--max_memory", "cpu:200KiB"], 1, "--offload_folder FOLDER"),
+    "offload": (
+        ["--device_map", "auto", "--max_memory", "cpu:200KiB"],
+        1,
+        "--offload_folder FOLDER",
+    ),
     "tensor parallel": (["--tensor_parallel", "2"], 2, "NPROC=2"),
     "top_p": (["--top_p", "1.5"], 1, "--top_p 1.5"),
 }
@@ -359,7 +424,9 @@ def test_mistakes_are_one_line(models, asked, tmp_path, capsys, name):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_give_what_one_gives(models, asked, tmp_path):
-    asked.write_text("".join(json.dumps({"question": f"{q}{n}"}) + "\n" for n in range(10) for q in QUESTIONS))
+    asked.write_text(
+        "".join(json.dumps({"question": f"{q}{n}"}) + "\n" for n in range(10) for q in QUESTIONS)
+    )
     words = ["--model", models / "adapter", "--input", asked, *SHORT, "--temperature", "0.9"]
     run(*words, "--output", tmp_path / "one.jsonl")
     out = tmp_path / "two.jsonl"
@@ -384,7 +451,9 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(models, asked, tmp
 def logits(loaded):
     ids = loaded.tokenizer(QUESTIONS[:3], padding=True, return_tensors="pt")
     with torch.no_grad():
-        return loaded.model(ids["input_ids"].to(loaded.device), ids["attention_mask"].to(loaded.device)).logits.cpu()
+        return loaded.model(
+            ids["input_ids"].to(loaded.device), ids["attention_mask"].to(loaded.device)
+        ).logits.cpu()
 
 
 @pytest.mark.parametrize("name", ["base", "adapter", "glm"])
@@ -392,7 +461,11 @@ def test_blocks_on_disk_compute_the_same(models, tmp_path, name):
     said = []
     plain = infer.load(models / name, say=said.append)
     size = plain.model.get_memory_footprint() // 1024
-    settings = {"max_memory": f"cpu:{size * 3 // 4}KiB", "offload_folder": str(tmp_path), "say": said.append}
+    settings = {
+        "max_memory": f"cpu:{size * 3 // 4}KiB",
+        "offload_folder": str(tmp_path),
+        "say": said.append,
+    }
     spread = infer.load(models / name, device_map="sequential", **settings)
     disk = next(line for line in said if line.startswith("disk: "))
     assert "layers" in disk and any(line.startswith("cpu: ") and "embed" in line for line in said)
@@ -413,7 +486,9 @@ def test_plan_keeps_blocks_whole_and_balanced(models):
     blocks = [places[f"transformer.layers.{i}"] for i in range(4)]
     assert blocks == sorted(blocks) and set(blocks) == {0, 1}
     lines = placement.describe(places, sizes)
-    assert len(lines) == 2 and "layers 0-" in lines[0] and "lm_head" in lines[1] and "GiB" in lines[0]
+    assert (
+        len(lines) == 2 and "layers 0-" in lines[0] and "lm_head" in lines[1] and "GiB" in lines[0]
+    )
 
 
 DEVICES = """
@@ -437,7 +512,9 @@ print("\\n".join(said))
 
 
 def test_two_npus_compute_the_same(npu, models, tmp_path):
-    program = DEVICES.format(root=str(ROOT), recipe=str(RECIPE), models=str(models), folder=str(tmp_path))
+    program = DEVICES.format(
+        root=str(ROOT), recipe=str(RECIPE), models=str(models), folder=str(tmp_path)
+    )
     env = npu("Ascend910B2", 2)
     done = expect(finish(start([sys.executable, "-c", program], **env)))
     told = done.stdout
@@ -482,15 +559,24 @@ if __name__ == "__main__":
 
 
 def test_two_ranks_that_share_every_block_give_the_same_logits(models, tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED.format(root=str(ROOT), recipe=str(RECIPE), models=str(models)))
+    (tmp_path / "shared.py").write_text(
+        SHARED.format(root=str(ROOT), recipe=str(RECIPE), models=str(models))
+    )
     command = [sys.executable, ROOT / "common/launch.py", 2, tmp_path / "shared.py"]
     done = expect(finish(start(command)))
     found = {w[0]: [float(x) for x in w[1:]] for w in map(str.split, done.stdout.splitlines()) if w and w[0] in
              ("base", "adapter", "glm")}  # fmt: skip
     assert found.keys() == {"base", "adapter", "glm"}, done.stdout
     for name, (width, error, size) in found.items():
-        assert width in (64, 80, 128, 160) and size > 1 and error < 1e-4 * size, (name, width, error, size)
-    assert done.stdout.count("refused: --tensor_parallel: the shared model differs") == 2, done.stdout
+        assert width in (64, 80, 128, 160) and size > 1 and error < 1e-4 * size, (
+            name,
+            width,
+            error,
+            size,
+        )
+    assert done.stdout.count("refused: --tensor_parallel: the shared model differs") == 2, (
+        done.stdout
+    )
 
 
 @pytest.mark.slow

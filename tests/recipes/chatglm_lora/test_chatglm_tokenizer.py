@@ -26,7 +26,12 @@ import tokenization_chatglm as module
 from modeling_chatglm import ChatGLMConfig, layout
 from tokenization_chatglm import ChatGLMTokenizer, train_sentencepiece
 
-TEXTS = ["你好，世界。你好！", "hello world 1+2=3", "def f(x):\n\treturn x", "[Round 0]\n问：今天\n答：天气"]
+TEXTS = [
+    "你好，世界。你好！",
+    "hello world 1+2=3",
+    "def f(x):\n\treturn x",
+    "[Round 0]\n问：今天\n答：天气",
+]
 PUBLISHED = {  # what the published tokenizer_config.json of both generations say
     "slim": {
         "name_or_path": "THUDM/chatglm-6b", "bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>",
@@ -60,7 +65,23 @@ ROUNDS_IDS = [
     42, 4, 64286, 12, 65450, 83400, 64213, 66846, 4, 67342, 12, 130001, 130004,
 ]  # fmt: skip
 CODE = "def main():\n    print('hello world')\t# greeting"
-CODE_IDS = [1616, 594, 125936, 4, 130011, 2274, 89, 7283, 398, 125686, 130008, 61, 25672, 130001, 130004]
+CODE_IDS = [
+    1616,
+    594,
+    125936,
+    4,
+    130011,
+    2274,
+    89,
+    7283,
+    398,
+    125686,
+    130008,
+    61,
+    25672,
+    130001,
+    130004,
+]
 
 
 def nfkc() -> bytes:
@@ -79,7 +100,9 @@ def published(tmp_path_factory):
     proto = model_pb2.ModelProto()
     module._add_pieces(proto, module.HEAD | {"<n>": module.USER_DEFINED})
     for i in range(4 + 1, 130000):
-        proto.pieces.add(piece=KNOWN.get(i, f"占{i}"), score=-1.0 if i in KNOWN else -99.0, type=module.NORMAL)
+        proto.pieces.add(
+            piece=KNOWN.get(i, f"占{i}"), score=-1.0 if i in KNOWN else -99.0, type=module.NORMAL
+        )
     proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
     proto.normalizer_spec.precompiled_charsmap = nfkc()
     proto.normalizer_spec.remove_extra_whitespaces = False
@@ -90,7 +113,9 @@ def published(tmp_path_factory):
             module._add_pieces(full, module.TAIL)
             full.trainer_spec.byte_fallback = True
         folder = tmp_path_factory.mktemp(generation)
-        (folder / "ice_text.model").write_bytes((full if generation == "slim" else proto).SerializeToString())
+        (folder / "ice_text.model").write_bytes(
+            (full if generation == "slim" else proto).SerializeToString()
+        )
         (folder / "tokenizer_config.json").write_text(json.dumps(settings_file), encoding="utf-8")
         first = 130004 + (0 if generation == "slim" else 20000)
         remote = {"auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}}
@@ -106,12 +131,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return ChatGLMTokenizer(str(train_sentencepiece(TEXTS, 1000, folder / "slim" / "ice_text.model")))
+    return ChatGLMTokenizer(
+        str(train_sentencepiece(TEXTS, 1000, folder / "slim" / "ice_text.model"))
+    )
 
 
 @pytest.fixture(scope="module")
 def first(folder):
-    return ChatGLMTokenizer(str(train_sentencepiece(TEXTS, 1000, folder / "first.model", first_generation=True)))
+    return ChatGLMTokenizer(
+        str(train_sentencepiece(TEXTS, 1000, folder / "first.model", first_generation=True))
+    )
 
 
 def plain(tokenizer, text, **more):
@@ -127,12 +156,29 @@ def test_published_ids(published, generation, offset):
         assert tokenizer(text)["input_ids"] == [i + offset for i in ids]
         half_width = text.translate(str.maketrans("：，！", ":,!"))  # as the file normalises
         assert tokenizer.decode([i + offset for i in ids], skip_special_tokens=True) == half_width
-    names = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>", "<|tab|>"]
+    names = [
+        "[MASK]",
+        "[gMASK]",
+        "[sMASK]",
+        "<unused_0>",
+        "<sop>",
+        "<eop>",
+        "<ENC>",
+        "<dBLOCK>",
+        "<|tab|>",
+    ]
     assert tokenizer.convert_tokens_to_ids(names) == list(range(130000 + offset, 130009 + offset))
     assert (tokenizer.mask_token_id, tokenizer.gmask_token_id) == (130000 + offset, 130001 + offset)
     assert tokenizer.bos_token_id == tokenizer.sop_token_id == 130004 + offset
-    assert tokenizer.eos_token_id == tokenizer.eop_token_id == 130005 + offset and tokenizer.eos_token == "<eop>"
-    assert [tokenizer.unk_token_id, tokenizer.end_token_id, tokenizer.pad_token_id] == [offset, offset + 2, offset + 3]
+    assert (
+        tokenizer.eos_token_id == tokenizer.eop_token_id == 130005 + offset
+        and tokenizer.eos_token == "<eop>"
+    )
+    assert [tokenizer.unk_token_id, tokenizer.end_token_id, tokenizer.pad_token_id] == [
+        offset,
+        offset + 2,
+        offset + 3,
+    ]
     assert len(tokenizer) == tokenizer.vocab_size == 130344 + offset
     assert tokenizer.padding_side == "left" and tokenizer.chat_template
 
@@ -148,7 +194,14 @@ def test_every_id_of_the_small_vocabulary(tokenizer, first):
     assert first.convert_ids_to_tokens(list(range(20000, len(first)))) == expected
     assert first.convert_ids_to_tokens([0, 19999]) == ["<image_0>", "<image_19999>"]
     assert len(first) == first.vocab_size == len(tokenizer) + 20000
-    ids = [5, expected.index("你"), expected.index("好"), 4, expected.index("<|blank_3|>"), expected.index("x")]
+    ids = [
+        5,
+        expected.index("你"),
+        expected.index("好"),
+        4,
+        expected.index("<|blank_3|>"),
+        expected.index("x"),
+    ]
     assert plain(tokenizer, "你好\n   x") == ids
     assert first("你好\n   x")["input_ids"] == [
         20000 + i for i in [*ids, expected.index("[gMASK]"), expected.index("<sop>")]
@@ -159,7 +212,9 @@ def test_every_id_of_the_small_vocabulary(tokenizer, first):
 def test_vocabulary_interface(tokenizer, first):
     for each in (tokenizer, first):
         vocabulary = each.get_vocab()
-        assert len(vocabulary) == len(each) == each.vocab_size and sorted(vocabulary.values()) == list(range(len(each)))
+        assert len(vocabulary) == len(each) == each.vocab_size and sorted(
+            vocabulary.values()
+        ) == list(range(len(each)))
         assert all(each.convert_tokens_to_ids(token) == i for token, i in vocabulary.items())
         controls = ["<unk>", "<s>", "</s>", "<pad>", *module.TASKS]
         assert sorted(each.all_special_ids) == sorted(vocabulary[name] for name in controls)
@@ -223,12 +278,17 @@ def test_runs_of_blanks_are_cut_longest_first(tokenizer):
 
 def test_half_a_character_is_marked(tokenizer):
     ids = plain(tokenizer, "😀")
-    assert tokenizer.decode(ids[:-1]).endswith("\ufffd") and tokenizer.decode(ids[2:]).startswith("\ufffd")
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd") and tokenizer.decode(ids[2:]).startswith(
+        "\ufffd"
+    )
 
 
 def test_batches_tensors_and_single_ids_decode(tokenizer):
     batch = tokenizer(["你好", "hello world"], padding=True, return_tensors="pt")
-    assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["你好", "hello world"]
+    assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == [
+        "你好",
+        "hello world",
+    ]
     assert tokenizer.decode(torch.tensor(plain(tokenizer, "你好"))) == "你好"
     assert tokenizer.decode(tokenizer.eos_token_id) == "<eop>"
     assert tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=True) == ""
@@ -239,7 +299,9 @@ def test_lower_case_and_space_settings(folder, tokenizer, tmp_path):
     changed = ChatGLMTokenizer(path, do_lower_case=True, remove_space=True)
     assert plain(changed, "  Hello \n\n  WORLD ") == plain(tokenizer, "hello world")
     changed.save_pretrained(tmp_path)
-    assert plain(ChatGLMTokenizer.from_pretrained(tmp_path), "  HELLO ") == plain(tokenizer, "hello")
+    assert plain(ChatGLMTokenizer.from_pretrained(tmp_path), "  HELLO ") == plain(
+        tokenizer, "hello"
+    )
 
 
 # 3. Special tokens
@@ -248,17 +310,30 @@ def test_special_tokens_in_texts(tokenizer):
     for name in names:
         assert tokenizer.tokenize(f"你{name}好") == ["▁", "你", name, "▁", "好"]
         spelled = plain(tokenizer, f"你{name}好", split_special_tokens=True)
-        assert set(spelled).isdisjoint(tokenizer.all_special_ids) and tokenizer.decode(spelled) == f"你{name}好"
+        assert (
+            set(spelled).isdisjoint(tokenizer.all_special_ids)
+            and tokenizer.decode(spelled) == f"你{name}好"
+        )
 
 
 def test_question_and_answer(tokenizer):
     row = tokenizer("你好", "世界", return_special_tokens_mask=True)
     ids, mask = row["input_ids"], row["special_tokens_mask"]
     question, answer = plain(tokenizer, "你好"), plain(tokenizer, "世界")
-    assert ids == [*question, tokenizer.gmask_token_id, tokenizer.sop_token_id, *answer, tokenizer.eos_token_id]
+    assert ids == [
+        *question,
+        tokenizer.gmask_token_id,
+        tokenizer.sop_token_id,
+        *answer,
+        tokenizer.eos_token_id,
+    ]
     assert mask == [0] * 3 + [1, 1] + [0] * 3 + [1]
     assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == mask
-    assert plain(tokenizer, "你好") == tokenizer("你好", add_special_tokens=False)["input_ids"] == question
+    assert (
+        plain(tokenizer, "你好")
+        == tokenizer("你好", add_special_tokens=False)["input_ids"]
+        == question
+    )
 
 
 def test_truncation_keeps_the_special_tokens(tokenizer):
@@ -274,17 +349,32 @@ def test_positions_of_a_padded_batch(tokenizer):
         [[0, 1, 2, 3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 1, 2, 3, 4, 5]],
         [[0, 0, 0, 0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 1, 2]],
     ]
-    right = tokenizer([("你好", "世界"), ("你", "")], padding=True, padding_side="right", return_tensors="pt")
+    right = tokenizer(
+        [("你好", "世界"), ("你", "")], padding=True, padding_side="right", return_tensors="pt"
+    )
     assert right["input_ids"][1, 5:].tolist() == [tokenizer.pad_token_id] * 4
-    assert right["position_ids"][1].tolist() == [[0, 1, 2, 2, 2, 0, 0, 0, 0], [0, 0, 0, 1, 2, 0, 0, 0, 0]]
-    again = tokenizer.pad({k: v.tolist() for k, v in batch.items()}, max_length=12, padding="max_length")
+    assert right["position_ids"][1].tolist() == [
+        [0, 1, 2, 2, 2, 0, 0, 0, 0],
+        [0, 0, 0, 1, 2, 0, 0, 0, 0],
+    ]
+    again = tokenizer.pad(
+        {k: v.tolist() for k, v in batch.items()}, max_length=12, padding="max_length"
+    )
     assert again["position_ids"][1] == [[0] * 3 + row for row in batch["position_ids"][1].tolist()]
 
 
 def test_positions_as_the_published_tokenizer_gives_them(tokenizer):
     """Rows of the goldens of v1.1: [gMASK] before more text, and a [MASK]."""
-    x, mask, gmask, sop, eop = 7, tokenizer.mask_token_id, tokenizer.gmask_token_id, tokenizer.sop_token_id, 9
-    middle = tokenizer.pad({"input_ids": [[x] * 4 + [gmask, sop] + [x] * 9 + [eop]]})["position_ids"][0]
+    x, mask, gmask, sop, eop = (
+        7,
+        tokenizer.mask_token_id,
+        tokenizer.gmask_token_id,
+        tokenizer.sop_token_id,
+        9,
+    )
+    middle = tokenizer.pad({"input_ids": [[x] * 4 + [gmask, sop] + [x] * 9 + [eop]]})[
+        "position_ids"
+    ][0]
     assert middle == [[0, 1, 2, 3, 4] + [4] * 11, [0] * 5 + list(range(1, 12))]
     blank = tokenizer.pad({"input_ids": [[x] * 4 + [mask] + [x] * 7 + [sop]]})["position_ids"][0]
     assert blank == [[*range(12), 4], [0] * 12 + [1]]
@@ -295,15 +385,23 @@ def test_positions_as_the_published_tokenizer_gives_them(tokenizer):
 @given(st.lists(st.tuples(ANY, ANY | st.none()), min_size=1, max_size=4))
 @settings(max_examples=50, deadline=None)
 def test_positions_are_those_of_the_model(tokenizer, pairs):
-    config = ChatGLMConfig(bos_token_id=tokenizer.sop_token_id, hidden_size=16, num_attention_heads=2, num_layers=1)
+    config = ChatGLMConfig(
+        bos_token_id=tokenizer.sop_token_id, hidden_size=16, num_attention_heads=2, num_layers=1
+    )
     rows = [tokenizer(question, answer)["input_ids"] for question, answer in pairs]
-    batch = tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt", pad_to_multiple_of=8)
+    batch = tokenizer.pad(
+        {"input_ids": rows}, padding=True, return_tensors="pt", pad_to_multiple_of=8
+    )
     _, positions = layout(config, batch["input_ids"], batch["attention_mask"])
     assert torch.equal(positions * batch["attention_mask"][:, None], batch["position_ids"])
 
 
 def test_positions_come_with_padding_only(tokenizer):
-    assert list(tokenizer("你好")) == list(tokenizer(["你好", "你"])) == ["input_ids", "attention_mask"]
+    assert (
+        list(tokenizer("你好"))
+        == list(tokenizer(["你好", "你"]))
+        == ["input_ids", "attention_mask"]
+    )
     one = tokenizer("你好", padding=True, return_tensors="pt")
     assert one["position_ids"].shape == (1, 2, 5)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -315,7 +413,9 @@ def test_positions_come_with_padding_only(tokenizer):
 
 def test_collators_of_transformers(tokenizer):
     rows = [tokenizer("你好", "世界"), tokenizer("你", "a")]
-    assert DataCollatorWithPadding(tokenizer)([dict(row) for row in rows])["position_ids"].shape == (2, 2, 9)
+    assert DataCollatorWithPadding(tokenizer)([dict(row) for row in rows])[
+        "position_ids"
+    ].shape == (2, 2, 9)
     rows = [{**row, "labels": row["input_ids"]} for row in rows]
     batch = DataCollatorForSeq2Seq(tokenizer)(rows)
     assert batch["labels"].shape == batch["input_ids"].shape and batch["labels"][1, 0] == -100
@@ -326,9 +426,17 @@ def test_save_and_load(tokenizer, first, tmp_path):
     for name, each in (("slim", tokenizer), ("first", first)):
         saved = tmp_path / name
         each.save_pretrained(saved)
-        assert (saved / "ice_text.model").read_bytes() == each._file  # the first one's without what is appended
-        for loaded in (ChatGLMTokenizer.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)):
-            assert type(loaded) is ChatGLMTokenizer and loaded.num_image_tokens == each.num_image_tokens
+        assert (
+            saved / "ice_text.model"
+        ).read_bytes() == each._file  # the first one's without what is appended
+        for loaded in (
+            ChatGLMTokenizer.from_pretrained(saved),
+            AutoTokenizer.from_pretrained(saved),
+        ):
+            assert (
+                type(loaded) is ChatGLMTokenizer
+                and loaded.num_image_tokens == each.num_image_tokens
+            )
             assert loaded(CODE, "👋")["input_ids"] == each(CODE, "👋")["input_ids"]
             assert loaded.all_special_ids == each.all_special_ids and len(loaded) == len(each)
             assert loaded.chat_template == each.chat_template and loaded.padding_side == "left"
@@ -341,7 +449,10 @@ def test_save_twice_gives_equal_files(tokenizer, tmp_path):
     ChatGLMTokenizer.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["chat_template.jinja", "ice_text.model", "tokenizer_config.json"]
-    assert all((tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+        for name in names
+    )
 
 
 @pytest.mark.parametrize("generation", ["slim", "first"])
@@ -349,7 +460,11 @@ def test_published_folder_saved_again(published, generation, tmp_path):
     before = AutoTokenizer.from_pretrained(published[generation])
     before.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert "auto_map" not in stored and stored["eos_token"] == "<eop>" and stored["gmask_token"] == "[gMASK]"
+    assert (
+        "auto_map" not in stored
+        and stored["eos_token"] == "<eop>"
+        and stored["gmask_token"] == "[gMASK]"
+    )
     after = AutoTokenizer.from_pretrained(tmp_path)
     assert after(ROUNDS)["input_ids"] == before(ROUNDS)["input_ids"]
 
@@ -361,13 +476,19 @@ def test_folder_without_settings(folder):
 def test_own_template_and_added_tokens_are_kept(folder, tmp_path):
     tokenizer = ChatGLMTokenizer(str(folder / "slim" / "ice_text.model"))
     size = len(tokenizer)
-    assert tokenizer.add_tokens(["新词"]) == 1 and tokenizer.add_special_tokens({"sep_token": "<sep>"}) == 1
+    assert (
+        tokenizer.add_tokens(["新词"]) == 1
+        and tokenizer.add_special_tokens({"sep_token": "<sep>"}) == 1
+    )
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path, config=ChatGLMConfig())
     ids = plain(loaded, "你新词 x<sep>")
     assert size in ids and ids[-1] == loaded.sep_token_id == size + 1 and len(loaded) == size + 2
-    assert loaded.decode(ids) == "你新词 x<sep>" and loaded.decode(ids, skip_special_tokens=True) == "你新词 x"
+    assert (
+        loaded.decode(ids) == "你新词 x<sep>"
+        and loaded.decode(ids, skip_special_tokens=True) == "你新词 x"
+    )
     assert loaded.chat_template == tokenizer.chat_template
 
 
@@ -376,7 +497,9 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no ice_text\.model"):
         ChatGLMTokenizer.from_pretrained(tmp_path)
     file = tmp_path / "ice_text.model"
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:5e974d9a\nsize 2706249\n")
+    file.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:5e974d9a\nsize 2706249\n"
+    )
     with pytest.raises(ValueError, match="Git LFS pointer"):
         ChatGLMTokenizer.from_pretrained(tmp_path)
     proto = model_pb2.ModelProto()
@@ -395,7 +518,9 @@ def test_pickle(tokenizer, first):
 
 def test_other_processes(tokenizer):
     rows = [f"第 {i} 行\n  text 👋" for i in range(20)]
-    with multiprocessing.get_context("spawn").Pool(1, initializer=sys.path.extend, initargs=([str(RECIPE)],)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        1, initializer=sys.path.extend, initargs=([str(RECIPE)],)
+    ) as pool:
         assert pool.map(tokenizer, rows[:2]) == [tokenizer(row) for row in rows[:2]]
 
 
@@ -440,7 +565,9 @@ def test_characters_and_scores_are_those_of_sentencepiece(tmp_path):
         train_sentencepiece(texts, 400, tmp_path / "a.model", first_generation=True).read_bytes()
     ).pieces
     assert [(p.piece, p.type) for p in theirs[:5]] == [(p.piece, p.type) for p in ours[:5]]
-    theirs, ours = ({p.piece: p.score for p in pieces[5:] if p.piece != "▁"} for pieces in (theirs, ours))
+    theirs, ours = (
+        {p.piece: p.score for p in pieces[5:] if p.piece != "▁"} for pieces in (theirs, ours)
+    )
     assert theirs.keys() == ours.keys()
     order = lambda scores: [score for _, score in sorted(scores.items())]  # noqa: E731
     shift = [a - b for a, b in zip(order(theirs), order(ours), strict=True)]  # blanks count there
@@ -464,11 +591,15 @@ def test_no_texts_still_give_a_tokenizer(tmp_path):
 # 7. The chat format
 def turns(*texts, system=None):
     head = [{"role": "system", "content": system}] if system else []
-    return head + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return head + [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
 
 
 def rendered(tokenizer, messages, prompt=False, **more):
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt, **more
+    )
 
 
 def test_template(tokenizer):
@@ -478,8 +609,13 @@ def test_template(tokenizer):
     both = "[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答："
     assert rendered(tokenizer, turns("a", "b", "c"), True) == both + "[gMASK]<sop>"
     assert rendered(tokenizer, turns("a", "b", "c", "d")) == both + "[gMASK]<sop>d<eop>"
-    assert rendered(tokenizer, turns("a", "b", "c", "d", system="s")) == f"s\n{both}[gMASK]<sop>d<eop>"
-    assert rendered(tokenizer, turns("a", "b"), True) == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：\n答：[gMASK]<sop>"
+    assert (
+        rendered(tokenizer, turns("a", "b", "c", "d", system="s")) == f"s\n{both}[gMASK]<sop>d<eop>"
+    )
+    assert (
+        rendered(tokenizer, turns("a", "b"), True)
+        == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：\n答：[gMASK]<sop>"
+    )
 
 
 def test_template_with_turns_that_do_not_alternate(tokenizer):
@@ -506,12 +642,19 @@ def test_template_refuses_what_it_cannot_show(tokenizer, messages):
     with pytest.raises(ValueError, match="refuses"):
         encode_prompt(tokenizer, messages)
     with pytest.raises(ValueError, match="refuses"):
-        encode_prompt(tokenizer, turns("a"), tools=[{"type": "function", "function": {"name": "f"}}])
+        encode_prompt(
+            tokenizer, turns("a"), tools=[{"type": "function", "function": {"name": "f"}}]
+        )
 
 
 @pytest.mark.parametrize("make", ["tokenizer", "first"])
 @pytest.mark.parametrize(
-    "messages", [turns("你好", "世界\n  x"), turns("a", "b", "c", " d "), turns("a", "b", "c", "d", system="s\n")]
+    "messages",
+    [
+        turns("你好", "世界\n  x"),
+        turns("a", "b", "c", " d "),
+        turns("a", "b", "c", "d", system="s\n"),
+    ],
 )
 def test_encoded_chat(request, make, messages):
     tokenizer = request.getfixturevalue(make)
@@ -519,11 +662,20 @@ def test_encoded_chat(request, make, messages):
     text = rendered(tokenizer, messages[:-1], True).removesuffix("[gMASK]<sop>")
     prompt = [*plain(tokenizer, text), tokenizer.gmask_token_id, tokenizer.sop_token_id]
     answer = [*plain(tokenizer, messages[-1]["content"]), tokenizer.eos_token_id]
-    assert row == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "truncated": False}
+    assert row == {
+        "input_ids": prompt + answer,
+        "labels": [-100] * len(prompt) + answer,
+        "truncated": False,
+    }
     assert encode_prompt(tokenizer, messages[:-1]) == prompt
     again = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert again == prompt and tokenizer.decode(answer, skip_special_tokens=True) == messages[-1]["content"]
-    assert tokenizer(text, messages[-1]["content"])["input_ids"] == row["input_ids"]  # as the original trains it
+    assert (
+        again == prompt
+        and tokenizer.decode(answer, skip_special_tokens=True) == messages[-1]["content"]
+    )
+    assert (
+        tokenizer(text, messages[-1]["content"])["input_ids"] == row["input_ids"]
+    )  # as the original trains it
 
 
 FORGED = [
@@ -540,7 +692,10 @@ FORGED = [
 ]
 
 
-@given(st.lists(st.lists(st.sampled_from(FORGED), max_size=4).map("".join), min_size=2, max_size=6), st.booleans())
+@given(
+    st.lists(st.lists(st.sampled_from(FORGED), max_size=4).map("".join), min_size=2, max_size=6),
+    st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_texts_cannot_forge_structure(tokenizer, texts, with_system):
     texts = texts[: len(texts) // 2 * 2]

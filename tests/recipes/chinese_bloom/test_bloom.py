@@ -77,7 +77,9 @@ def gradients(model, batch, **settings):
 def assert_close(found, expected, atol=1e-5, rtol=1e-4):
     assert found.keys() == expected.keys() and found
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tensor, expected[name], atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ---- stock Bloom ------------------------------------------------------------------------------------------------
@@ -89,7 +91,11 @@ HEADS = [1, 4, 6, 14]  # 6 and 14 are no powers of two
 @pytest.mark.parametrize("heads", HEADS)
 def test_logits_equal_stock(heads, padding):
     stock, ours = (model.eval() for model in build(heads))
-    batch = pad(make_rows([9, 40, 23]), padding) if padding else {"input_ids": pad(make_rows([40, 40]))["input_ids"]}
+    batch = (
+        pad(make_rows([9, 40, 23]), padding)
+        if padding
+        else {"input_ids": pad(make_rows([40, 40]))["input_ids"]}
+    )
     batch.pop("labels", None)
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     expected, logits = stock(**batch).logits, ours(**batch).logits
@@ -103,10 +109,14 @@ def test_the_slopes_are_those_of_stock():
     from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
     for heads in (1, 2, 3, 12, 16, 20, 25, 32, 71, 112, 128):
-        torch.testing.assert_close(attention.alibi_slopes(heads), _get_alibi_slopes(heads, torch.device("cpu")))
+        torch.testing.assert_close(
+            attention.alibi_slopes(heads), _get_alibi_slopes(heads, torch.device("cpu"))
+        )
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}]
+)
 @pytest.mark.parametrize("heads", [4, 6])
 def test_generation_equals_stock(heads, how):
     stock, ours = (model.eval() for model in build(heads, tie_word_embeddings=False))
@@ -114,7 +124,10 @@ def test_generation_equals_stock(heads, how):
     how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None} | how
     expected = stock.generate(**prompt, **how)
     assert torch.equal(ours.generate(**prompt, **how), expected)
-    assert torch.equal(ours.generate(prompt["input_ids"][1:2], **how), stock.generate(prompt["input_ids"][1:2], **how))
+    assert torch.equal(
+        ours.generate(prompt["input_ids"][1:2], **how),
+        stock.generate(prompt["input_ids"][1:2], **how),
+    )
     assert len(set(expected[:, 30:].flatten().tolist())) > 5
 
 
@@ -150,7 +163,11 @@ def test_bf16_is_closer_to_the_truth_than_stock_far_from_the_start(half):
         stock.bfloat16(), ours.bfloat16()
     packed = {k: v for k, v in pack(rows).items() if k != "labels"}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
-        for name, model, batch in (("stock", stock, {}), ("ours", ours, {}), ("packed", ours, packed)):
+        for name, model, batch in (
+            ("stock", stock, {}),
+            ("ours", ours, {}),
+            ("packed", ours, packed),
+        ):
             logits = model(**({"input_ids": ids} | batch), use_cache=False).logits[0, 512:]
             error[name] = (logits.float() - truth).norm() / truth.norm()
     assert error["ours"] < 0.5 * error["stock"] and error["packed"] < 0.5 * error["stock"], error
@@ -173,7 +190,16 @@ def test_fp16_rows_of_padding_are_no_nan(side):
 
 # ---- packed rows ------------------------------------------------------------------------------------------------
 
-LENGTHS = [33, 150, 5, 12, 1, 280, 9, 1100]  # joined ones, several blocks, one beyond the first staircase
+LENGTHS = [
+    33,
+    150,
+    5,
+    12,
+    1,
+    280,
+    9,
+    1100,
+]  # joined ones, several blocks, one beyond the first staircase
 
 
 def alone(model, rows, **settings):
@@ -186,7 +212,11 @@ def alone(model, rows, **settings):
         part = model(**one, use_cache=False, num_items_in_batch=total, **settings).loss
         part.backward()
         loss += part.item()
-    return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, total
+    return (
+        loss,
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        total,
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -207,7 +237,9 @@ def test_packed_equals_members_alone(heads, checkpointing):
 
 def test_a_packed_row_builds_no_mask_and_leaves_nothing_behind(monkeypatch):
     _, ours = build()
-    monkeypatch.setattr(bloom_attention, "sdpa_mask", lambda **_: pytest.fail("a dense mask was built"))
+    monkeypatch.setattr(
+        bloom_attention, "sdpa_mask", lambda **_: pytest.fail("a dense mask was built")
+    )
     ours(**pack(make_rows(LENGTHS)), use_cache=False)
     monkeypatch.undo()
     padded = pad(make_rows([9, 40]))
@@ -265,7 +297,9 @@ def test_packed_equals_members_alone_under_lora(checkpointing):
             model.gradient_checkpointing_enable()
         torch.manual_seed(1)
         targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-        how = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        how = LoraConfig(
+            r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         models.append(get_peft_model(model, how).train())
     loss, expected, total = alone(models[0], rows)
     found = gradients(models[1], pack(rows), num_items_in_batch=total)
@@ -281,13 +315,17 @@ def test_saved_files_are_stock(tmp_path):
     losses.use_chunked_loss(ours).save_pretrained(tmp_path / "ours")
     assert weights_sha(tmp_path / "stock") == weights_sha(tmp_path / "ours")
     config = json.loads((tmp_path / "ours/config.json").read_text())
-    assert config == json.loads((tmp_path / "stock/config.json").read_text()) and "alibi" not in str(config)
+    assert config == json.loads(
+        (tmp_path / "stock/config.json").read_text()
+    ) and "alibi" not in str(config)
     batch = pad(make_rows([30, 8]))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     expected = plain(**batch).loss
     again = bloom_attention.use(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")).eval()
     torch.testing.assert_close(again(**batch).loss, expected)
-    twin = copy.deepcopy(bloom_attention.use(again))  # a second `use` changes nothing, and a copy stands alone
+    twin = copy.deepcopy(
+        bloom_attention.use(again)
+    )  # a second `use` changes nothing, and a copy stands alone
     with torch.no_grad():
         for p in again.parameters():
             p.zero_()
@@ -312,7 +350,9 @@ def reference(query, key, value, starts, scale, slopes):
 
 def drawn(heads, lengths, size, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(heads, sum(lengths), size, generator=generator).to(dtype) for _ in range(3)]
+    tensors = [
+        torch.randn(heads, sum(lengths), size, generator=generator).to(dtype) for _ in range(3)
+    ]
     return *tensors, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
@@ -332,7 +372,9 @@ def test_alibi_attention_equals_the_whole_matrix(heads):
     ):
         out = route()
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-        for found, grad in zip(torch.autograd.grad((out * weight).sum(), (q, k, v)), truth, strict=True):
+        for found, grad in zip(
+            torch.autograd.grad((out * weight).sum(), (q, k, v)), truth, strict=True
+        ):
             torch.testing.assert_close(found, grad, atol=5e-5, rtol=1e-4)
 
 
@@ -344,12 +386,20 @@ def test_alibi_as_columns_of_a_fused_kernel(heads, dtype):
     q, k, v, starts = drawn(heads, lengths, size, dtype)
     slopes, scale = attention.alibi_slopes(heads), size**-0.5
     wide_q, wide_k = attention._alibi_columns(q, k, starts, scale, slopes)
-    assert wide_q.dtype == wide_k.dtype == dtype and wide_q.shape[-1] == size + 8 and wide_q.isfinite().all()
+    assert (
+        wide_q.dtype == wide_k.dtype == dtype
+        and wide_q.shape[-1] == size + 8
+        and wide_q.isfinite().all()
+    )
     for at in (2, 3, 4, 300, 4101, 8002, 8003, 8400):
         first = max(s for s in starts.tolist() if s <= at)
-        fused = (wide_q[:, at : at + 1].float() @ wide_k[:, first : at + 1].float().transpose(1, 2))[:, 0] * scale
+        fused = (
+            wide_q[:, at : at + 1].float() @ wide_k[:, first : at + 1].float().transpose(1, 2)
+        )[:, 0] * scale
         distance = torch.arange(at - first, -1, -1).double()
-        exact = (q[:, at : at + 1].double() @ k[:, first : at + 1].double().transpose(1, 2))[:, 0] * scale
+        exact = (q[:, at : at + 1].double() @ k[:, first : at + 1].double().transpose(1, 2))[
+            :, 0
+        ] * scale
         exact = exact - slopes.double()[:, None] * distance
         assert (fused.softmax(-1) - exact.softmax(-1)).abs().max() < 1e-3, at
         apart = fused - exact  # what all keys share, a softmax does not see
@@ -391,7 +441,9 @@ def test_windows_hold_every_token_once(lengths, window, seed):
     for i in range(len(windows)):
         for piece in windows[i]:
             place[piece["row_id"]] += piece["input_ids"].tolist()
-    assert all(place[i] == row["input_ids"] for i, row in enumerate(rows)), "a document's pieces are out of order"
+    assert all(place[i] == row["input_ids"] for i, row in enumerate(rows)), (
+        "a document's pieces are out of order"
+    )
     same = collators.TokenWindows(rows, window, seed)
     assert [p["row_id"] for i in range(len(same)) for p in same[i]] == [
         p["row_id"] for i in range(len(windows)) for p in windows[i]
@@ -400,7 +452,10 @@ def test_windows_hold_every_token_once(lengths, window, seed):
 
 def test_windows_of_another_seed_have_another_order():
     rows = documents([7] * 30)
-    orders = [[p["row_id"] for i in range(10) for p in collators.TokenWindows(rows, 20, s)[i]] for s in (0, 1)]
+    orders = [
+        [p["row_id"] for i in range(10) for p in collators.TokenWindows(rows, 20, s)[i]]
+        for s in (0, 1)
+    ]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
@@ -413,7 +468,10 @@ def test_windows_read_arrow_and_lists_alike_and_train_all_but_first_tokens():
     for a, b in zip(*(collators.TokenWindows(x, 32, 1) for x in (rows, table)), strict=True):
         a, b = collate([a]), collate([b])
         assert a.keys() == b.keys() and a["row_ids"] == b["row_ids"]
-        assert all(torch.equal(a[k], b[k]) for k in ("input_ids", "labels", "position_ids", "cu_seq_lens_q"))
+        assert all(
+            torch.equal(a[k], b[k])
+            for k in ("input_ids", "labels", "position_ids", "cu_seq_lens_q")
+        )
         trained = a["labels"][0] != -100
         assert torch.equal(a["labels"][0][trained], a["input_ids"][0][trained])
         assert torch.equal(~trained, a["position_ids"][0] == 0)
@@ -425,7 +483,8 @@ def test_windows_keep_the_text_on_disk(tmp_path):
 
     count, size = 4000, 1000
     lists = pa.ListArray.from_arrays(
-        pa.array(np.arange(0, count * size + 1, size, dtype=np.int32)), pa.array(np.zeros(count * size, np.int32))
+        pa.array(np.arange(0, count * size + 1, size, dtype=np.int32)),
+        pa.array(np.zeros(count * size, np.int32)),
     )
     Dataset(pa.table({"input_ids": lists})).save_to_disk(tmp_path)
     table = Dataset.load_from_disk(tmp_path)
@@ -435,7 +494,9 @@ def test_windows_keep_the_text_on_disk(tmp_path):
         windows[i]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(windows) == -(-count * size // 1024) and peak < count * size / 4, f"{peak:,} bytes for {count * size:,}"
+    assert len(windows) == -(-count * size // 1024) and peak < count * size / 4, (
+        f"{peak:,} bytes for {count * size:,}"
+    )
 
 
 # ---- templates --------------------------------------------------------------------------------------------------
@@ -500,9 +561,13 @@ def test_a_template_trains_every_answer_with_its_end_and_nothing_else(toy, name)
     row = encode_chat(tokenizer, TURNS, 1000)
     assert trained_parts(tokenizer, row) == [TURNS[1]["content"] + "</s>", "2</s>"]
     text = tokenizer.decode(row["input_ids"])
-    assert text.count("你好！有什么可以帮你？") == 1 and text.index("一加一") > text.index("有什么可以帮你")
+    assert text.count("你好！有什么可以帮你？") == 1 and text.index("一加一") > text.index(
+        "有什么可以帮你"
+    )
     one = tokenizer.decode(encode_chat(tokenizer, TURNS[:2], 1000)["input_ids"])
-    assert text.startswith(one.rstrip("\n")), "a preamble stands once, and earlier turns look like later ones"
+    assert text.startswith(one.rstrip("\n")), (
+        "a preamble stands once, and earlier turns look like later ones"
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -516,8 +581,12 @@ def test_the_prompt_of_generation_is_that_of_training(toy, name, turns, system):
     assert row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][len(prompt)] != -100 and row["labels"][len(prompt) - 1] == -100
     text = tokenizer.decode(prompt)
-    assert text.count("你很认真。") == system and tokenizer.decode(prompt).rstrip().endswith(("：", ":"))
-    plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert text.count("你很认真。") == system and tokenizer.decode(prompt).rstrip().endswith(
+        ("：", ":")
+    )
+    plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert plain == prompt, "plain transformers must build the same prompt"
 
 
@@ -534,12 +603,16 @@ def test_rows_as_they_are_published(toy, tmp_path, name):
     texts = []
     for file, content in (("a.jsonl", lines), ("b.jsonl", belle)):
         path = tmp_path / file
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8"
+        )
         rows, stats = load_rows(str(path), "chat", None, False)
         assert stats["used"] == 3, stats
         for row in rows:
             encoded = encode_chat(toy(name), json.loads(row["row"])["messages"], 1000)
-            texts.append((toy(name).decode(encoded["input_ids"]), trained_parts(toy(name), encoded)))
+            texts.append(
+                (toy(name).decode(encoded["input_ids"]), trained_parts(toy(name), encoded))
+            )
     assert all("None" not in text and "null" not in text for text, _ in texts)
     assert "hello" in texts[1][0] and "翻译" in texts[1][0]
     assert [parts for _, parts in texts[:3]] == [["春眠不觉晓</s>"], ["你好</s>"], ["只有回答</s>"]]
@@ -551,7 +624,10 @@ def test_rows_as_they_are_published(toy, tmp_path, name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_system_prompt_for_rows_without_one(toy, name):
     args = recipe().Args(system_prompt="你很认真。")
-    for messages, count in ((TURNS[:2], 1), ([{"role": "system", "content": "别的。"}, *TURNS[:2]], 0)):
+    for messages, count in (
+        (TURNS[:2], 1),
+        ([{"role": "system", "content": "别的。"}, *TURNS[:2]], 0),
+    ):
         row = recipe().encode({"messages": messages}, toy(name), args)
         assert toy(name).decode(row["input_ids"]).count("你很认真。") == count
 
@@ -560,10 +636,15 @@ def test_a_system_prompt_for_rows_without_one(toy, name):
 @pytest.mark.parametrize("window", [16, 48])
 def test_a_prompt_as_long_as_the_window_leaves_an_answer_with_its_end(toy, name, window):
     tokenizer, args = toy(name), recipe().Args(model_max_length=window)
-    messages = [{"role": "user", "content": "你好" * 200}, {"role": "assistant", "content": "好" * 100}]
+    messages = [
+        {"role": "user", "content": "你好" * 200},
+        {"role": "assistant", "content": "好" * 100},
+    ]
     row = recipe().encode({"messages": messages}, tokenizer, args)
     assert row["truncated"] and len(row["input_ids"]) <= window
-    assert row["labels"][-1] == tokenizer.eos_token_id and sum(x != -100 for x in row["labels"]) >= 2
+    assert (
+        row["labels"][-1] == tokenizer.eos_token_id and sum(x != -100 for x in row["labels"]) >= 2
+    )
 
 
 def test_a_document_ends_with_eos(toy):
@@ -583,7 +664,11 @@ ENGINES = {"ddp": []} | {f"zero-{n}": ["--deepspeed", RECIPE / f"ds_zero{n}.json
 
 
 def begin(output, *flags, nproc=1, engine="ddp", fault=None):
-    script = [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault] if fault else [RECIPE / "train.py"]
+    script = (
+        [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault]
+        if fault
+        else [RECIPE / "train.py"]
+    )
     command = ["python", ROOT / "common/launch.py", nproc, *script, *ENGINES[engine], *SHORT]
     quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
     return start([*command, "--output_dir", output, *flags], **quiet)
@@ -594,7 +679,9 @@ def train(output, *flags, code=0, **how):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -602,7 +689,10 @@ def write_jsonl(path, rows):
 def texts(tmp_path_factory):
     """Documents in which no sentence comes twice, some longer than a window: every piece has one place."""
     say = lambda n, i: f"第{n}篇的第{i}句说{n * i}。"  # noqa: E731
-    rows = [{"text": "".join(say(n, i) for i in range(1, 2 + n * 7 % 23))} for n in range(1, DOCUMENTS + 1)]
+    rows = [
+        {"text": "".join(say(n, i) for i in range(1, 2 + n * 7 % 23))}
+        for n in range(1, DOCUMENTS + 1)
+    ]
     return write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows)
 
 
@@ -618,7 +708,14 @@ LAYOUTS = {  # name: (stage, processes, engine, items per device, accumulation);
 
 def layout_flags(name, texts):
     stage, nproc, engine, size, accumulation = LAYOUTS[name]
-    flags = ["--stage", stage, "--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation]
+    flags = [
+        "--stage",
+        stage,
+        "--per_device_train_batch_size",
+        size,
+        "--gradient_accumulation_steps",
+        accumulation,
+    ]
     if stage == "pt":  # one epoch is 6.5 steps
         flags += ["--data_path", texts, "--eval_ratio", 0, "--model_max_length", WINDOW]
     return flags, {"nproc": nproc, "engine": engine}
@@ -646,7 +743,8 @@ def consumed(folder) -> dict[int, list]:
         for line in map(json.loads, file.read_text().splitlines()):
             steps.setdefault(line["step"], {})[file.name] = line
     return {
-        step: [batch for name in sorted(ranks) for batch in ranks[name]["batches"]] for step, ranks in steps.items()
+        step: [batch for name in sorted(ranks) for batch in ranks[name]["batches"]]
+        for step, ranks in steps.items()
     }
 
 
@@ -675,8 +773,12 @@ def pieces(batches) -> list:
 @pytest.mark.parametrize("name", ["sft ZeRO-2 x 2", "pt ZeRO-2 x 2"])
 def test_deepspeed_uses_the_batch_size_that_was_asked_for(runs, name):
     """1 item per device x 2 devices x 4 micro-batches at every optimizer step: what 8 items on one device are."""
-    lines = [json.loads(line) for line in (runs(name) / "consumed_0.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 11)) and {line["engine_batch"] for line in lines} == {8}
+    lines = [
+        json.loads(line) for line in (runs(name) / "consumed_0.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == list(range(1, 11)) and {
+        line["engine_batch"] for line in lines
+    } == {8}
     one, two = consumed(runs(name.split()[0])), consumed(runs(name))
     assert len(two[1]) == 8 and len(one[1]) == 1
     for step in range(1, 11):
@@ -707,10 +809,15 @@ def test_an_epoch_reads_every_token_of_every_document_once(runs, texts, name):
 
     tokenizer = AutoTokenizer.from_pretrained(runs(name) / "final")
     rows = [json.loads(line)["text"] for line in texts.read_text(encoding="utf-8").splitlines()]
-    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in rows]
+    rows = [
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for text in rows
+    ]
     windows, steps = -(-sum(map(len, rows)) // WINDOW), consumed(runs(name))
     assert 8 * 6 < windows < 8 * 7 and windows % 2 == 0, "the first seven steps are to be one epoch"
-    first, second = ([batch for step in span for batch in steps[step]] for span in (range(1, 8), range(8, 11)))
+    first, second = (
+        [batch for step in span for batch in steps[step]] for span in (range(1, 8), range(8, 11))
+    )
     assert sum(-(-len(ids) // WINDOW) for _, _, ids in first) == windows
     parts = {row: [ids for owner, ids in pieces(first) if owner == row] for row in range(len(rows))}
     assert any(len(cut) > 2 for cut in parts.values())
@@ -723,7 +830,9 @@ def test_an_epoch_reads_every_token_of_every_document_once(runs, texts, name):
             at += len(found[-1])
         assert not left, f"document {row} was read twice in part"
     again = pieces(second)
-    assert again and all(piece in pieces(first) for piece in again), "the second epoch has the same windows"
+    assert again and all(piece in pieces(first) for piece in again), (
+        "the second epoch has the same windows"
+    )
     assert again != pieces(batch for step in (1, 2, 3) for batch in steps[step]), "in another order"
 
 
@@ -737,7 +846,9 @@ def test_bf16_training_tracks_fp32_with_fp32_masters(runs, tmp_path):
     facts, moved = report(tmp_path), {}
     assert facts["dtype"] == "bfloat16"
     tokenizer = (tmp_path / "final/tokenizer.json").read_bytes()
-    (base,) = [p.parent for p in cache_root().glob("tiny/*/tokenizer.json") if p.read_bytes() == tokenizer]
+    (base,) = [
+        p.parent for p in cache_root().glob("tiny/*/tokenizer.json") if p.read_bytes() == tokenizer
+    ]
     before = torch.cat([t.flatten() for _, t in sorted(weights(base).items())])
     for name, folder in (("fp32", runs("sft")), ("bf16", tmp_path)):
         after = torch.cat([t.flatten() for _, t in sorted(weights(folder / "final").items())])
@@ -750,7 +861,10 @@ def test_bf16_training_tracks_fp32_with_fp32_masters(runs, tmp_path):
 @pytest.mark.slow
 def test_prompts_as_long_as_the_window_train(tmp_path):
     """The old recipe's loss was NaN here: nothing of the answers was left."""
-    rows = [{"instruction": f"第{n}问：" + "很长的问题" * 40, "input": None, "output": f"第{n}答。"} for n in range(60)]
+    rows = [
+        {"instruction": f"第{n}问：" + "很长的问题" * 40, "input": None, "output": f"第{n}答。"}
+        for n in range(60)
+    ]
     path = write_jsonl(tmp_path / "long.jsonl", rows)
     flags = ["--data_path", path, "--model_max_length", 48, "--packing", "false", "--max_steps", 6]
     train(tmp_path / "out", *flags, "--save_strategy", "no")
@@ -768,24 +882,56 @@ CONFIG = {"model_type": "bloom", "hidden_size": 64, "n_layer": 3, "n_head": 4, "
 def test_from_a_config_file_on_files_with_weights(texts, tmp_path):
     """Random weights of a given size, two files in the shares that were asked for, no row twice."""
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIG | {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9}))
-    other = write_jsonl(tmp_path / "b.jsonl", [{"text": f"另一篇第{n}号，讲{n}件事。"} for n in range(60)])
-    flags = ["--stage", "pt", "--data_path", f"{texts}:0.7 {other}:0.3", "--from_config", config, "--max_steps", 4]
-    train(tmp_path / "out", *flags, "--save_strategy", "no", "--model_max_length", WINDOW, "--eval_generate", 4)
+    config.write_text(
+        json.dumps(CONFIG | {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9})
+    )
+    other = write_jsonl(
+        tmp_path / "b.jsonl", [{"text": f"另一篇第{n}号，讲{n}件事。"} for n in range(60)]
+    )
+    flags = [
+        "--stage",
+        "pt",
+        "--data_path",
+        f"{texts}:0.7 {other}:0.3",
+        "--from_config",
+        config,
+        "--max_steps",
+        4,
+    ]
+    train(
+        tmp_path / "out",
+        *flags,
+        "--save_strategy",
+        "no",
+        "--model_max_length",
+        WINDOW,
+        "--eval_generate",
+        4,
+    )
     rows, final = report(tmp_path / "out")["rows"], tmp_path / "out/final"
     assert rows["used"] + rows["held_out"] == DOCUMENTS + 18 and rows["not_drawn"] == 42
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
-    assert (model.config.hidden_size, model.config.n_layer) == (64, 3) and model.config.vocab_size == len(tokenizer)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(final),
+        AutoTokenizer.from_pretrained(final),
+    )
+    assert (model.config.hidden_size, model.config.n_layer) == (
+        64,
+        3,
+    ) and model.config.vocab_size == len(tokenizer)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for kept in (model.config, model.generation_config):
-        assert {name: getattr(kept, name) for name in ends} == ends, "generation would stop at another token"
+        assert {name: getattr(kept, name) for name in ends} == ends, (
+            "generation would stop at another token"
+        )
     losses_ = history(tmp_path / "out")
     assert losses_[4] < losses_[1]
     samples = report(tmp_path / "out")["samples"]
     text = "".join(path.read_text(encoding="utf-8") for path in (texts, other))
-    assert samples and all(s["prompt"] in text and s["prompt"] + s["reference"][:5] in text for s in samples)
+    assert samples and all(
+        s["prompt"] in text and s["prompt"] + s["reference"][:5] in text for s in samples
+    )
 
 
 @pytest.mark.slow
@@ -794,8 +940,28 @@ def test_from_a_folder_with_a_template_that_is_saved(runs, tmp_path):
     from transformers import AutoTokenizer
 
     source = runs("sft") / "final"
-    flags = ["--from_config", source, "--model_name_or_path", source, "--template", "belle", "--eval_ratio", 0.05]
-    train(tmp_path, *flags, "--max_steps", 2, "--save_strategy", "no", "--eval_generate", 4, "--model_max_length", 256)
+    flags = [
+        "--from_config",
+        source,
+        "--model_name_or_path",
+        source,
+        "--template",
+        "belle",
+        "--eval_ratio",
+        0.05,
+    ]
+    train(
+        tmp_path,
+        *flags,
+        "--max_steps",
+        2,
+        "--save_strategy",
+        "no",
+        "--eval_generate",
+        4,
+        "--model_max_length",
+        256,
+    )
     trained = report(runs("sft"))["metrics"]["after"]["loss"]
     assert report(tmp_path)["metrics"]["before"]["loss"] > trained + 1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
@@ -819,7 +985,9 @@ def test_bad_flags_are_one_line(tmp_path):
     broken = tmp_path / "config.json"
     broken.write_text('{"hidden_size": 64')
     started = {
-        words: begin(tmp_path / str(i), *[str(broken) if word == "BROKEN" else word for word in words])
+        words: begin(
+            tmp_path / str(i), *[str(broken) if word == "BROKEN" else word for word in words]
+        )
         for i, words in enumerate(BAD)
     }
     for flags, process in started.items():
@@ -836,12 +1004,20 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
     printed = expect(shell(RECIPE / "train_zero2.sh", OUTPUT=tmp_path)).stdout
     facts = report(tmp_path)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
-    assert facts["engine"] == "zero-2" and facts["recipe"] == "chinese_bloom" and "| exact match |" in printed
+    assert (
+        facts["engine"] == "zero-2"
+        and facts["recipe"] == "chinese_bloom"
+        and "| exact match |" in printed
+    )
     assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
     assert after["loss"] < 0.1 * before["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
     said = [{"role": "user", "content": "你是谁"}]
-    prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    prompt = tokenizer.apply_chat_template(
+        said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     assert "小布" in tokenizer.decode(answer, skip_special_tokens=True)

@@ -37,8 +37,19 @@ def trained(tmp_path_factory):
     def train(name, steps, *flags):
         if name not in made:
             out = tmp_path_factory.mktemp(name)
-            flags += ("--max_steps", steps, "--eval_generate", 0, "--report_to", "none", "--save_strategy", "no")
-            expect(finish(start([sys.executable, RECIPE / "train.py", "--output_dir", out, *flags])))
+            flags += (
+                "--max_steps",
+                steps,
+                "--eval_generate",
+                0,
+                "--report_to",
+                "none",
+                "--save_strategy",
+                "no",
+            )
+            expect(
+                finish(start([sys.executable, RECIPE / "train.py", "--output_dir", out, *flags]))
+            )
             made[name] = out
         return made[name]
 
@@ -88,13 +99,17 @@ def visit(app, browser):
 @pytest.mark.parametrize("template", PROMPTS)
 def test_the_prompt_is_in_the_template_saved_with_the_model(app, chatty, belle, template, tmp_path):
     run = {"alpaca-zh": chatty, "belle": belle}[template]
-    shutil.copytree(run / "final", tmp_path / "moved")  # away from run.json: the model's folder is enough
+    shutil.copytree(
+        run / "final", tmp_path / "moved"
+    )  # away from run.json: the model's folder is enough
     for folder in (run, tmp_path / "moved"):
         talker = app.Speaker(folder)
         question = [{"role": "user", "content": QUESTION}]
         prompt = talker.prompt(question, 64)
         assert talker.chats and talker.tokenizer.decode(prompt) == PROMPTS[template]
-        row = encode_chat(talker.tokenizer, [*question, {"role": "assistant", "content": ANSWER}], 256)
+        row = encode_chat(
+            talker.tokenizer, [*question, {"role": "assistant", "content": ANSWER}], 256
+        )
         assert row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt)] != IGNORE
 
 
@@ -124,7 +139,14 @@ def test_a_model_without_template_goes_on_with_the_text(visit, writer):
 
 
 def test_merged_adapter_keeps_its_template(app, belle, tmp_path):
-    merge = [sys.executable, RECIPE / "merge.py", "--output_dir", tmp_path / "merged", "--adapter", belle / "final"]
+    merge = [
+        sys.executable,
+        RECIPE / "merge.py",
+        "--output_dir",
+        tmp_path / "merged",
+        "--adapter",
+        belle / "final",
+    ]
     expect(finish(start(merge)))
     talker = app.Speaker(tmp_path / "merged")
     prompt = talker.prompt([{"role": "user", "content": QUESTION}], 64)

@@ -47,12 +47,16 @@ def test_the_page_answers_and_thinks(visit, trained, tmp_path):  # noqa: F811
     assert "思考过程" in thoughtful and "5" in thoughtful and "<think>" not in thoughtful
     found.tab.ask("你是谁？")
     first, second = found.asked()
-    assert second.startswith(first + TALK[THOUGHTFUL].split("<answer>")[0]), "the history was not used"
+    assert second.startswith(first + TALK[THOUGHTFUL].split("<answer>")[0]), (
+        "the history was not used"
+    )
     found.page.get_by_label("先思考再回答").check()
     found.page.get_by_text("设置", exact=True).click()
     found.page.get_by_label("系统提示词").fill("短一点")
     found.tab.ask("你是谁？")
-    assert found.asked()[2].startswith("<|im_start|>system\n短一点") and found.asked()[2].endswith("<think>\n")
+    assert found.asked()[2].startswith("<|im_start|>system\n短一点") and found.asked()[2].endswith(
+        "<think>\n"
+    )
     found.page.screenshot(path=tmp_path / "chat.png")
     found.page.get_by_role("button", name="清空对话").click()
     found.tab.until(lambda: found.tab.notes.count() == 0)

@@ -51,7 +51,8 @@ def trained(messages, **more) -> str:
     """What is trained of a conversation, run by run."""
     row = encode_chat(tokenizer(), messages, 4096, **more)
     return [
-        part.split("]]")[0] for part in preview(tokenizer(), row["input_ids"], row["labels"], False).split("[[")[1:]
+        part.split("]]")[0]
+        for part in preview(tokenizer(), row["input_ids"], row["labels"], False).split("[[")[1:]
     ]
 
 
@@ -60,7 +61,10 @@ def trained(messages, **more) -> str:
 
 def test_the_script_writes_these_files(tmp_path):
     make_data.main(tmp_path)
-    made, here = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path, DATA))
+    made, here = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()}
+        for f in (tmp_path, DATA)
+    )
     assert made == here
     assert max(map(len, here.values())) <= 240 * 1024 and 1e6 < sum(map(len, here.values())) < 3e6
 
@@ -72,8 +76,17 @@ def test_a_file_above_the_limit_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "name, kind, least",
-    [("pretrain", "text", 5000), ("sft", "chat", 4000), ("dpo.jsonl", "preference", 600), ("reason.jsonl", "chat", 250)]
-    + [("lora_identity.jsonl", "chat", 90), ("lora_plants.jsonl", "chat", 200), ("eval/held_out.txt", "text", 50)],
+    [
+        ("pretrain", "text", 5000),
+        ("sft", "chat", 4000),
+        ("dpo.jsonl", "preference", 600),
+        ("reason.jsonl", "chat", 250),
+    ]
+    + [
+        ("lora_identity.jsonl", "chat", 90),
+        ("lora_plants.jsonl", "chat", 200),
+        ("eval/held_out.txt", "text", 50),
+    ],
 )
 def test_every_row_is_read(name, kind, least):
     _, stats, found = rows(name, kind)
@@ -84,24 +97,45 @@ def test_sft_has_every_shape_of_turn():
     _, _, found = rows("sft")
     roles = Counter(tuple(m["role"] for m in row["messages"]) for row in found)
     several = ("user", "assistant") * 3
-    assert {("user", "assistant"), ("system", "user", "assistant"), several, several[:4]} <= roles.keys()
+    assert {
+        ("user", "assistant"),
+        ("system", "user", "assistant"),
+        several,
+        several[:4],
+    } <= roles.keys()
     assert roles["user", "assistant", "tool", "assistant"] > 100
     assert sum("tools" in row for row in found) > 150
     assert sum("reasoning_content" in row["messages"][-1] for row in found) > 200
-    raw = [json.loads(line)["conversations"] for line in (DATA / "sft/tools.jsonl").open(encoding="utf-8")]
-    assert isinstance(raw[0][0]["tools"], str) and isinstance(raw[0][2]["tool_calls"], str)  # as in MiniMind's files
+    raw = [
+        json.loads(line)["conversations"]
+        for line in (DATA / "sft/tools.jsonl").open(encoding="utf-8")
+    ]
+    assert isinstance(raw[0][0]["tools"], str) and isinstance(
+        raw[0][2]["tool_calls"], str
+    )  # as in MiniMind's files
 
 
 def test_sums_are_right_everywhere():
     said = "\n".join(
-        p.read_text(encoding="utf-8") for name in ("pretrain", "sft") for p in (DATA / name).glob("*.jsonl")
+        p.read_text(encoding="utf-8")
+        for name in ("pretrain", "sft")
+        for p in (DATA / name).glob("*.jsonl")
     )
-    signs = {"加": int.__add__, "减": int.__sub__, "乘": int.__mul__, "+": int.__add__, "-": int.__sub__}
+    signs = {
+        "加": int.__add__,
+        "减": int.__sub__,
+        "乘": int.__mul__,
+        "+": int.__add__,
+        "-": int.__sub__,
+    }
     found = re.findall(r"(\d+)([加减乘+-])(\d+)(?:等于|=)(\d+)", said)
-    assert len(found) > 9000 and all(signs[sign](int(a), int(b)) == int(c) for a, sign, b, c in found)
+    assert len(found) > 9000 and all(
+        signs[sign](int(a), int(b)) == int(c) for a, sign, b, c in found
+    )
     numbers = {make_data.in_words(n): n for n in range(100)}
     words = re.findall(
-        r"([零一二三四五六七八九十]+)([加减])([零一二三四五六七八九十]+)等于([零一二三四五六七八九十]+)", said
+        r"([零一二三四五六七八九十]+)([加减])([零一二三四五六七八九十]+)等于([零一二三四五六七八九十]+)",
+        said,
     )
     assert len(words) > 3000
     assert all(signs[sign](numbers[a], numbers[b]) == numbers[c] for a, sign, b, c in words)
@@ -143,7 +177,10 @@ def test_evaluation_has_the_layouts_of_the_known_sets():
     for file in files:
         table = list(csv.DictReader(file.open(encoding="utf-8")))
         assert list(table[0]) == ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
-        assert all(row[row["answer"]] == row["explanation"] and len({row[c] for c in "ABCD"}) == 4 for row in table)
+        assert all(
+            row[row["answer"]] == row["explanation"] and len({row[c] for c in "ABCD"}) == 4
+            for row in table
+        )
         assert len({row["answer"] for row in table}) == 4
     for line in (DATA / "eval/choice.jsonl").open(encoding="utf-8"):
         choices = json.loads(line)["choices"]
@@ -157,15 +194,29 @@ def test_chosen_answers_are_polite_and_neither_length_nor_truth_alone_tells():
     kinds = Counter()
     for row in rows("dpo.jsonl", "preference")[2]:
         (chosen,), (rejected,) = row["chosen"], row["rejected"]
-        kinds[rejected["content"] in make_data.UNWILLING, len(chosen["content"]) > len(rejected["content"])] += 1
+        kinds[
+            rejected["content"] in make_data.UNWILLING,
+            len(chosen["content"]) > len(rejected["content"]),
+        ] += 1
         assert any(chosen["content"].startswith(p.partition("{")[0]) for p in make_data.POLITE)
     assert kinds[True, True] > 80 and kinds[False, True] > 80 and kinds[False, False] > 80
 
 
 def test_reason_rows_think_in_the_content_or_beside_it():
-    raw = [json.loads(line)["conversations"][-1] for line in (DATA / "reason.jsonl").open(encoding="utf-8")]
-    inside = [m for m in raw if re.fullmatch(r"<think>\n.+\n</think>\n<answer>\n.+\n</answer>", m["content"])]
-    beside = [m for m in raw if re.fullmatch(r"<answer>\n.+\n</answer>", m["content"]) and m["reasoning_content"]]
+    raw = [
+        json.loads(line)["conversations"][-1]
+        for line in (DATA / "reason.jsonl").open(encoding="utf-8")
+    ]
+    inside = [
+        m
+        for m in raw
+        if re.fullmatch(r"<think>\n.+\n</think>\n<answer>\n.+\n</answer>", m["content"])
+    ]
+    beside = [
+        m
+        for m in raw
+        if re.fullmatch(r"<answer>\n.+\n</answer>", m["content"]) and m["reasoning_content"]
+    ]
     assert len(inside) > 150 and len(beside) > 50 and len(inside) + len(beside) == len(raw)
     for row in rows("reason.jsonl")[2]:  # and both are trained alike
         (answer,) = trained(row["messages"])
@@ -176,10 +227,18 @@ def test_reason_rows_think_in_the_content_or_beside_it():
 
 
 def test_the_first_command_makes_the_shipped_tokenizer(tmp_path):
-    done = expect(finish(start([sys.executable, RECIPE / "train_tokenizer.py", "--output_dir", tmp_path / "made"])))
+    done = expect(
+        finish(
+            start(
+                [sys.executable, RECIPE / "train_tokenizer.py", "--output_dir", tmp_path / "made"]
+            )
+        )
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "made" / name).read_bytes() == (RECIPE / "tokenizer" / name).read_bytes()
-    assert (RECIPE / "tokenizer/chat_template.jinja").read_bytes() == (RECIPE / "chat_template.jinja").read_bytes()
+    assert (RECIPE / "tokenizer/chat_template.jinja").read_bytes() == (
+        RECIPE / "chat_template.jinja"
+    ).read_bytes()
     assert (RECIPE / "tokenizer/tokenizer.json").stat().st_size < 240 * 1024
     assert re.search(r"1\.2\d characters/token, 3\.\d\d bytes/token", done.stdout)
     assert "decoded token by token: equal to the text" in done.stdout
@@ -189,9 +248,15 @@ def test_fixed_ids():
     names = [tokenizer().convert_ids_to_tokens(i) for i in range(36)]
     assert names[:4] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved_3|>"]
     assert names[21:30] == [*train_tokenizer.TAGS, "<|buffer1|>"] and names[35] == "<|buffer7|>"
-    assert (tokenizer().pad_token_id, tokenizer().bos_token_id, tokenizer().eos_token_id) == (0, 1, 2)
+    assert (tokenizer().pad_token_id, tokenizer().bos_token_id, tokenizer().eos_token_id) == (
+        0,
+        1,
+        2,
+    )
     assert tokenizer().unk_token_id == 0 and tokenizer().model_max_length == 32768
-    assert all(tokenizer().encode(name, add_special_tokens=False) == [i] for i, name in enumerate(names))
+    assert all(
+        tokenizer().encode(name, add_special_tokens=False) == [i] for i, name in enumerate(names)
+    )
     assert tokenizer().decode(range(36), skip_special_tokens=True) == "".join(train_tokenizer.TAGS)
 
 
@@ -202,12 +267,28 @@ def test_texts_survive():
 
 
 def test_words_are_whole_and_numbers_are_not():
-    assert pieces("“勇敢”是反义词，首都北京") == ["“", "勇敢", "”", "是", "反", "义词", "，", "首都", "北京"]
+    assert pieces("“勇敢”是反义词，首都北京") == [
+        "“",
+        "勇敢",
+        "”",
+        "是",
+        "反",
+        "义词",
+        "，",
+        "首都",
+        "北京",
+    ]
     assert pieces("三加十二=15") == ["三", "加", "十", "二", "=", "1", "5"]
     spell = normalizers.ByteLevel().normalize_str
-    begun = {spell(char)[:2] for name in ("pretrain", "sft") for text in texts_of(name) for char in text}
-    for i in range(36 + 256, len(tokenizer())):  # a token is whole characters, or the beginning of one
-        assert "\ufffd" not in tokenizer().decode([i]) or tokenizer().convert_ids_to_tokens(i) in begun
+    begun = {
+        spell(char)[:2] for name in ("pretrain", "sft") for text in texts_of(name) for char in text
+    }
+    for i in range(
+        36 + 256, len(tokenizer())
+    ):  # a token is whole characters, or the beginning of one
+        assert (
+            "\ufffd" not in tokenizer().decode([i]) or tokenizer().convert_ids_to_tokens(i) in begun
+        )
 
 
 def test_frequent_characters_and_limits():
@@ -215,14 +296,19 @@ def test_frequent_characters_and_limits():
     small = train_tokenizer.train(texts, 400)
     assert len(small) <= 400 and train_tokenizer.streams(small, [*texts, *ODD])
     wide, one = (train_tokenizer.train(texts, 700, max_han=most, coverage=0.99) for most in (4, 1))
-    longest = [max(train_tokenizer.han(t.decode([i])) for i in range(36, len(t))) for t in (wide, one)]
+    longest = [
+        max(train_tokenizer.han(t.decode([i])) for i in range(36, len(t))) for t in (wide, one)
+    ]
     assert longest == [4, 1] and len(one.encode("水光鑫")) == 2 + 3  # 鑫 is rare: three bytes
     counted = train_tokenizer.measure(one, texts)
     assert (counted["chars"], counted["bytes"], counted["tokens"]) == (641, 1923, 643)
 
 
 def test_numerals_may_merge():
-    ids = [train_tokenizer.train(["十二。"] * 50, 600, split_numerals=s).encode("十二") for s in (True, False)]
+    ids = [
+        train_tokenizer.train(["十二。"] * 50, 600, split_numerals=s).encode("十二")
+        for s in (True, False)
+    ]
     assert [len(i) for i in ids] == [2, 1]
 
 
@@ -236,20 +322,35 @@ def test_merges_hold_where_numerals_are_not_cut():
     cuts["pretokenizers"] = left
     texts = [row["text"] for row in rows("pretrain", "text")[2][::10]]
     ids = [
-        [e.ids for e in t.encode_batch(texts)] for t in (Tokenizer.from_str(json.dumps(plain)), tokenizer()._tokenizer)
+        [e.ids for e in t.encode_batch(texts)]
+        for t in (Tokenizer.from_str(json.dumps(plain)), tokenizer()._tokenizer)
     ]
     assert ids[0] == ids[1]
 
 
 def test_rows_of_every_kind_are_read(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "一"}\n{"text": 5}\n{"text": "二"}\n', encoding="utf-8")
-    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "", "tool_calls": '[{"name": "f"}]'}]
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "一"}\n{"text": 5}\n{"text": "二"}\n', encoding="utf-8"
+    )
+    turns = [
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "", "tool_calls": '[{"name": "f"}]'},
+    ]
     worse = [turns[0], {"role": "assistant", "content": "差"}]
-    (tmp_path / "b.jsonl").write_text(json.dumps({"chosen": turns, "rejected": worse}), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"chosen": turns, "rejected": worse}), encoding="utf-8"
+    )
     (tmp_path / "c.txt").write_text("三\n四\n", encoding="utf-8")
     dropped = Counter()
     texts = list(train_tokenizer.read_texts([str(tmp_path)], 0, dropped))
-    assert [t for t in texts if train_tokenizer.han(t)] == ["一", "二", "问", "差", "三", "四"] and dropped.total() == 1
+    assert [t for t in texts if train_tokenizer.han(t)] == [
+        "一",
+        "二",
+        "问",
+        "差",
+        "三",
+        "四",
+    ] and dropped.total() == 1
     assert any('"name": "f"' in text for text in texts) and "assistant" in texts
     assert list(train_tokenizer.read_texts([str(tmp_path)], 1, Counter())) == ["一"]
 
@@ -266,24 +367,42 @@ def test_rows_of_every_kind_are_read(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(flags, code, said, tmp_path):
-    command = [sys.executable, RECIPE / "train_tokenizer.py", "--output_dir", tmp_path / "out", *flags]
+    command = [
+        sys.executable,
+        RECIPE / "train_tokenizer.py",
+        "--output_dir",
+        tmp_path / "out",
+        *flags,
+    ]
     assert said in error_line(finish(start(command)), code)
     assert not (tmp_path / "out").exists()
 
 
 # ---- template -------------------------------------------------------------------------------------------------
 
-USER, CALL = {"role": "user", "content": "北京天气？"}, {"name": "weather", "arguments": {"city": "北京"}}
+USER, CALL = (
+    {"role": "user", "content": "北京天气？"},
+    {"name": "weather", "arguments": {"city": "北京"}},
+)
 
 
 def test_every_assistant_turn_is_trained_with_its_end_and_nothing_else():
-    talk = [{"role": "system", "content": "你是小助手。"}, USER, {"role": "assistant", "content": "晴。"}]
-    assert trained([*talk, USER, {"role": "assistant", "content": "雨。"}]) == ["晴。<|im_end|>", "雨。<|im_end|>"]
+    talk = [
+        {"role": "system", "content": "你是小助手。"},
+        USER,
+        {"role": "assistant", "content": "晴。"},
+    ]
+    assert trained([*talk, USER, {"role": "assistant", "content": "雨。"}]) == [
+        "晴。<|im_end|>",
+        "雨。<|im_end|>",
+    ]
     assert trained(talk, enable_thinking=True) == ["晴。<|im_end|>"]
 
 
 def test_calls_and_answers_of_tools():
-    (row,) = [r for r in rows("sft")[2] if r["messages"][0]["content"] == "北京今天天气怎么样？"][:1]
+    (row,) = [r for r in rows("sft")[2] if r["messages"][0]["content"] == "北京今天天气怎么样？"][
+        :1
+    ]
     tools, messages = row["tools"], row["messages"]
     call, answer = trained(messages, tools=tools)
     assert call == f"<tool_call>\n{json.dumps(CALL, ensure_ascii=False)}\n</tool_call><|im_end|>"
@@ -307,7 +426,11 @@ def test_two_tool_answers_are_one_turn_and_two_calls_one_answer():
         {"role": "assistant", "content": "好。"},
     ]
     both, last = trained(talk)
-    assert both.count("<tool_call>") == 2 and both.startswith("查一下。\n<tool_call>") and last == "好。<|im_end|>"
+    assert (
+        both.count("<tool_call>") == 2
+        and both.startswith("查一下。\n<tool_call>")
+        and last == "好。<|im_end|>"
+    )
     shown = tokenizer().decode(encode_prompt(tokenizer(), talk[:-1]))
     responses = "<tool_response>\n晴\n</tool_response>\n<tool_response>\n雨\n</tool_response>"
     assert f"<|im_start|>user\n{responses}<|im_end|>\n<|im_start|>assistant\n" in shown
@@ -331,16 +454,23 @@ def test_what_generation_starts_from():
     plain = tokenizer().decode(encode_prompt(tokenizer(), [USER]))
     assert plain == "<|im_start|>user\n北京天气？<|im_end|>\n<|im_start|>assistant\n"
     for name in ("enable_thinking", "open_thinking"):
-        assert tokenizer().decode(encode_prompt(tokenizer(), [USER], **{name: True})) == plain + "<think>\n"
+        assert (
+            tokenizer().decode(encode_prompt(tokenizer(), [USER], **{name: True}))
+            == plain + "<think>\n"
+        )
         assert tokenizer().decode(encode_prompt(tokenizer(), [USER], **{name: False})) == plain
 
 
 def test_special_tokens_in_a_text_stay_text():
-    ids = encode_prompt(tokenizer(), [{"role": "user", "content": "<|im_end|>\n<|im_start|>system"}])
+    ids = encode_prompt(
+        tokenizer(), [{"role": "user", "content": "<|im_end|>\n<|im_start|>system"}]
+    )
     assert ids.count(2) == 1 and ids.count(1) == 2
 
 
 def test_functions_of_older_files():
     head = {"role": "system", "content": "助手", "functions": json.dumps([make_data.WEATHER])}
-    found = shapes.CHAT[0].convert({"conversations": [head, USER, {"role": "assistant", "content": "晴。"}]})
+    found = shapes.CHAT[0].convert(
+        {"conversations": [head, USER, {"role": "assistant", "content": "晴。"}]}
+    )
     assert found["tools"] == [make_data.WEATHER] and found["messages"][0]["content"] == "助手"

@@ -19,7 +19,10 @@ KINDS = {
 
 def small(seed=0, **changes):
     torch.manual_seed(seed)
-    settings = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2) | changes
+    settings = (
+        dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        | changes
+    )
     model = models.build("tiny", 97, **settings)
     model.config.initializer_range = 0.2  # far from uniform, so that differences show
     model.apply(model._init_weights)
@@ -40,7 +43,11 @@ def test_a_packed_row_equals_its_documents(kind):
     model, rows = small(**KINDS[kind]).train(), make_rows([9, 30, 2, 17])
     apart = [{k: torch.tensor([v]) for k, v in row.items() if k != "row_id"} for row in rows]
     labels = sum(len(row["labels"]) - max(3, 1) for row in rows if len(row["labels"]) > 3)
-    expected = sum(model(**one, num_items_in_batch=labels).loss for one in apart if (one["labels"] != -100).any())
+    expected = sum(
+        model(**one, num_items_in_batch=labels).loss
+        for one in apart
+        if (one["labels"] != -100).any()
+    )
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -69,7 +76,11 @@ def test_sorted_experts_equal_a_loop_over_tokens(settings):
     for place, token in enumerate(x.flatten(0, 1)):
         scores = F.linear(token, layer.gate.weight).softmax(-1)
         best = scores.sort(descending=True).indices[: config.num_experts_per_tok].tolist()
-        total = scores[best].sum() if config.norm_topk_prob and (len(best) > 1 or config.generation == 3) else 1.0
+        total = (
+            scores[best].sum()
+            if config.norm_topk_prob and (len(best) > 1 or config.generation == 3)
+            else 1.0
+        )
         expected = sum(scores[e] / total * layer.experts[e](token) for e in best)
         expected = expected + sum(shared(token) for shared in getattr(layer, "shared_experts", []))
         assert torch.allclose(found.flatten(0, 1)[place], expected, atol=1e-4)
@@ -98,11 +109,23 @@ def test_balance_ignores_padding(generation):
     for side in ((0, 5), (5, 0)):
         padded = model(F.pad(ids, side, value=7), attention_mask=F.pad(mask, side)).aux_loss
         assert padded.item() == pytest.approx(alone.item(), abs=1e-7) and padded > 0
-    packed = {"position_ids": torch.arange(12).repeat(2)[None], "cu_seq_lens_q": torch.tensor([0, 12, 24, 31])}
-    packed |= {"position_ids": F.pad(packed["position_ids"], (0, 7)), "max_length_q": 12, "max_length_k": 12}
+    packed = {
+        "position_ids": torch.arange(12).repeat(2)[None],
+        "cu_seq_lens_q": torch.tensor([0, 12, 24, 31]),
+    }
+    packed |= {
+        "position_ids": F.pad(packed["position_ids"], (0, 7)),
+        "max_length_q": 12,
+        "max_length_k": 12,
+    }
     model.config._attn_implementation = attention.register()
     row = F.pad(ids.flatten(), (0, 7), value=3)[None]
-    found = model(row, counted=F.pad(torch.ones(1, 24), (0, 7)), cu_seq_lens_k=packed["cu_seq_lens_q"], **packed)
+    found = model(
+        row,
+        counted=F.pad(torch.ones(1, 24), (0, 7)),
+        cu_seq_lens_k=packed["cu_seq_lens_q"],
+        **packed,
+    )
     assert found.aux_loss.item() == pytest.approx(alone.item(), abs=1e-7)
     assert model.eval()(ids).aux_loss == 0
 
@@ -111,7 +134,11 @@ def test_one_expert_per_token_still_trains_the_router():
     """With renormalised weights, as in the original, the router gets nothing from the language model's loss."""
     norms = {}
     for renormalised in (None, True):
-        model = small(use_moe=True, router_aux_loss_coef=0, **({"norm_topk_prob": True} if renormalised else {}))
+        model = small(
+            use_moe=True,
+            router_aux_loss_coef=0,
+            **({"norm_topk_prob": True} if renormalised else {}),
+        )
         ids = torch.randint(97, (2, 12))
         model.train()(ids, labels=ids).loss.backward()
         norms[renormalised] = model.model.layers[0].mlp.gate.weight.grad.norm().item()
@@ -123,17 +150,23 @@ def test_generation_with_left_padding_and_a_saved_model(kind, tmp_path):
     model = small(**KINDS[kind]).eval()
     prompts = [torch.randint(3, 97, (n,)) for n in (4, 9, 1)]
     alone = [
-        model.generate(p[None], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, len(p) :] for p in prompts
+        model.generate(p[None], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, len(p) :]
+        for p in prompts
     ]
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids, mask = (torch.stack([F.pad(x(p), (9 - len(p), 0)) for p in prompts]) for x in (lambda p: p, torch.ones_like))
+    ids, mask = (
+        torch.stack([F.pad(x(p), (9 - len(p), 0)) for p in prompts])
+        for x in (lambda p: p, torch.ones_like)
+    )
     for cached in (True, False):
         out = again.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None,
                              use_cache=cached)  # fmt: skip
         assert torch.equal(out[:, 9:], torch.stack(alone))
     hidden = again(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    assert len(hidden) == 3 and torch.allclose(again.lm_head(hidden[-1]), again(ids, attention_mask=mask).logits)
+    assert len(hidden) == 3 and torch.allclose(
+        again.lm_head(hidden[-1]), again(ids, attention_mask=mask).logits
+    )
 
 
 @pytest.mark.parametrize("kind", ["generation 3", "generation 2, experts"])

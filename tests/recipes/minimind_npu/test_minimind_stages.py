@@ -26,12 +26,17 @@ RECIPE = ROOT / "minimind_npu"
 
 def token_rows(rows, columns=("input_ids", "labels")):
     features = Features({name: List(Value("int32")) for name in columns})
-    return Dataset.from_list([{name: row[name] for name in columns} for row in rows], features=features)
+    return Dataset.from_list(
+        [{name: row[name] for name in columns} for row in rows], features=features
+    )
 
 
 def small(seed=0, vocab=97, packed=True, **changes):
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2) | changes
+    sizes = (
+        dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        | changes
+    )
     model = models.build("tiny", vocab, **sizes)
     model.config.initializer_range = 0.2
     model.apply(model._init_weights)
@@ -51,7 +56,11 @@ def test_rows_are_views_with_their_lengths_and_labels(tmp_path):
     assert found.labels.tolist() == [2, 0, 6, 0, 27]
     for i, row in enumerate(rows):
         ((ids, labels),) = found.row(i)
-        assert ids.tolist() == row["input_ids"] and labels.tolist() == row["labels"] and not ids.flags.owndata
+        assert (
+            ids.tolist() == row["input_ids"]
+            and labels.tolist() == row["labels"]
+            and not ids.flags.owndata
+        )
 
 
 def test_a_batch_is_a_packed_row_filled_up():
@@ -59,14 +68,26 @@ def test_a_batch_is_a_packed_row_filled_up():
     found = batches.TokenRows(token_rows(rows), ("input_ids", "labels"))
     batch = batches.collate(found, [[2, 0], [3, 1]], windows=2, max_length=128, pad_token_id=0)
     expected = pack([rows[i] for i in (2, 0, 3, 1)])
-    assert batch["input_ids"].shape == (1, 256) and batch["counted"].sum() == 51 and batch["documents"] == 4
+    assert (
+        batch["input_ids"].shape == (1, 256)
+        and batch["counted"].sum() == 51
+        and batch["documents"] == 4
+    )
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(batch[name][:, :51], expected[name])
     assert torch.equal(batch["cu_seq_lens_q"][:5], expected["cu_seq_lens_q"])
     assert (batch["labels"][:, 51:] == -100).all() and batch["cu_seq_lens_q"][-1] == 256
-    assert batch["cu_seq_lens_q"].diff()[4:].max() <= batches.FILLER and batch["row_ids"] == [2, 0, 3, 1]
+    assert batch["cu_seq_lens_q"].diff()[4:].max() <= batches.FILLER and batch["row_ids"] == [
+        2,
+        0,
+        3,
+        1,
+    ]
     model = small()
-    out = [model(**{n: b[n] for n in pretrain.INPUTS if n in b}, labels=b["labels"]).loss for b in (batch, expected)]
+    out = [
+        model(**{n: b[n] for n in pretrain.INPUTS if n in b}, labels=b["labels"]).loss
+        for b in (batch, expected)
+    ]
     assert out[0].item() == pytest.approx(out[1].item(), abs=1e-5)
     empty = batches.collate(found, [], 1, 128, 0)
     assert (empty["labels"] == -100).all() and empty["input_ids"].shape == (1, 128)
@@ -76,7 +97,9 @@ def test_a_batch_is_a_packed_row_filled_up():
 def test_no_row_twice_and_none_left_out_whatever_the_processes(seed):
     """Each step by another number of processes, batch size and accumulation, as after resumes."""
     rng = random.Random(seed)
-    found = batches.TokenRows(token_rows(make_rows([rng.randint(4, 60) for _ in range(150)])), ("input_ids", "labels"))
+    found = batches.TokenRows(
+        token_rows(make_rows([rng.randint(4, 60) for _ in range(150)])), ("input_ids", "labels")
+    )
     order, epoch, at = batches.Order(found, 64, seed), 0, 0
     seen: list[list[int]] = [[], []]
     while epoch < 2:
@@ -124,12 +147,18 @@ def test_accumulation_changes_neither_loss_nor_gradient(sizes):
         model = small(router_aux_loss_coef=0.0, **sizes)
         net = train.Objective(model, pretrain.loss)
         loader = batches.Loader(found, order, windows, 48, 0, torch.device("cpu"))
-        training = SimpleNamespace(gradient_accumulation_steps=steps, world_size=1, max_grad_norm=0, device="cpu")
+        training = SimpleNamespace(
+            gradient_accumulation_steps=steps, world_size=1, max_grad_norm=0, device="cpu"
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = train.train_step(net, None, loader, order.bins, optimizer, scaler, training, torch.float32, 1)
-        results.append((loss, [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]))
+        loss = train.train_step(
+            net, None, loader, order.bins, optimizer, scaler, training, torch.float32, 1
+        )
+        results.append(
+            (loss, [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)])
+        )
     for loss, moved in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)
         assert max((a - b).abs().max() for a, b in zip(moved, results[0][1], strict=True)) < 1e-4
@@ -150,7 +179,10 @@ def test_reason_weighs_the_tags():
     for row in rows:
         log_probs, targets = full(plain, row)
         each = -log_probs.gather(1, targets[:, None])[:, 0]
-        total, count = total + (each * torch.where(torch.isin(targets, tags), 10.0, 1.0)).sum(), count + len(targets)
+        total, count = (
+            total + (each * torch.where(torch.isin(targets, tags), 10.0, 1.0)).sum(),
+            count + len(targets),
+        )
     loss, sums = reason.loss(small(), batch_of(rows), float(count), tags, 10.0)
     assert loss.item() == pytest.approx((total / count).item(), rel=1e-5) and sums["count"] == count
     assert total / count > sums["nll"] / count
@@ -159,7 +191,9 @@ def test_reason_weighs_the_tags():
 def test_tags_are_tokens_of_their_own():
     tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
     assert len(set(reason.tag_ids(tokenizer))) == 4
-    row = next(r for r in load_rows(str(RECIPE / "data/reason.jsonl"), "chat")[0]["row"] if "<answer>" in r)
+    row = next(
+        r for r in load_rows(str(RECIPE / "data/reason.jsonl"), "chat")[0]["row"] if "<answer>" in r
+    )
     found = sft.encode(json.loads(row), tokenizer, 256)
     trained = {label for label in found["labels"] if label != -100}
     assert set(reason.tag_ids(tokenizer)) <= trained
@@ -185,14 +219,22 @@ def pairs(lengths, seed=0):
 def test_dpo_equals_its_formula(tmp_path):
     made, policy, reference = pairs([20, 31, 9, 12, 40, 8]), small(1), small(2)
     found = batches.TokenRows(token_rows(made, dpo.COLUMNS), dpo.COLUMNS)
-    assert found.labels.sum() == sum(len(r[f"{s}_labels"]) - 3 for r in made for s in ("chosen", "rejected"))
+    assert found.labels.sum() == sum(
+        len(r[f"{s}_labels"]) - 3 for r in made for s in ("chosen", "rejected")
+    )
     order = batches.Order(found, 64, 0)
     loader = batches.Loader(found, order, 2, 64, 0, torch.device("cpu"), pairs=True)
     kept = dpo.reference(reference, loader, torch.float32, tmp_path / "r.safetensors", "x")
-    assert torch.equal(kept, dpo.reference(policy, loader, torch.float32, tmp_path / "r.safetensors", "x")), "kept"
-    assert not torch.equal(kept, dpo.reference(policy, loader, torch.float32, tmp_path / "r.safetensors", "other"))
+    assert torch.equal(
+        kept, dpo.reference(policy, loader, torch.float32, tmp_path / "r.safetensors", "x")
+    ), "kept"
+    assert not torch.equal(
+        kept, dpo.reference(policy, loader, torch.float32, tmp_path / "r.safetensors", "other")
+    )
     (tmp_path / "r.safetensors").write_bytes(b"torn")
-    loader.extra["reference"] = dpo.reference(reference, loader, torch.float32, tmp_path / "r.safetensors", "x")
+    loader.extra["reference"] = dpo.reference(
+        reference, loader, torch.float32, tmp_path / "r.safetensors", "x"
+    )
     assert torch.equal(kept, loader.extra["reference"])
     total = 0.0
     for row in made:
@@ -209,16 +251,23 @@ def test_dpo_equals_its_formula(tmp_path):
 def test_dpo_with_the_adapter_switched_off_equals_the_cached_reference(tmp_path):
     base = small(1)
     made = batches.TokenRows(token_rows(pairs([20, 31, 9, 12]), dpo.COLUMNS), dpo.COLUMNS)
-    loader = batches.Loader(made, batches.Order(made, 64, 0), 4, 64, 0, torch.device("cpu"), pairs=True)
+    loader = batches.Loader(
+        made, batches.Order(made, 64, 0), 4, 64, 0, torch.device("cpu"), pairs=True
+    )
     kept = dpo.reference(base, loader, torch.float32, tmp_path / "r.safetensors")
     model = adapted(base)
     batch = next(loader.all())
     live, _ = dpo.loss(model, batch, 2.0, 0.15)
     cached, _ = dpo.loss(model, batch | {"reference": kept[batch["row_ids"]]}, 2.0, 0.15)
-    assert live.item() == pytest.approx(cached.item(), abs=1e-5) and abs(live.item() - math.log(2)) > 1e-3
+    assert (
+        live.item() == pytest.approx(cached.item(), abs=1e-5)
+        and abs(live.item() - math.log(2)) > 1e-3
+    )
 
 
-@pytest.mark.parametrize("teacher_sizes", [{"hidden_size": 64}, {"use_moe": True}], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "teacher_sizes", [{"hidden_size": 64}, {"use_moe": True}], ids=["dense", "experts"]
+)
 def test_distillation_equals_full_logits(teacher_sizes, monkeypatch):
     monkeypatch.setattr(distill, "CHUNK", 16)
     rows = make_rows([20, 31, 9])
@@ -227,7 +276,9 @@ def test_distillation_equals_full_logits(teacher_sizes, monkeypatch):
     plain, taught = small(1, packed=False), small(3, packed=False, **teacher_sizes).eval()
     for row in rows:
         mine, targets = full(plain, row)
-        hints = taught(torch.tensor([row["input_ids"]])).logits[0, :-1][torch.tensor(row["labels"][1:]) != -100]
+        hints = taught(torch.tensor([row["input_ids"]])).logits[0, :-1][
+            torch.tensor(row["labels"][1:]) != -100
+        ]
         ce = -mine.gather(1, targets[:, None]).sum()
         ids = torch.tensor([row["input_ids"]])
         logits = plain(ids).logits[0, :-1][torch.tensor(row["labels"][1:]) != -100]
@@ -239,7 +290,9 @@ def test_distillation_equals_full_logits(teacher_sizes, monkeypatch):
     loss.backward()
     assert loss.item() == pytest.approx((total / count).item(), rel=1e-5) and sums["count"] == count
     expected = dict(plain.named_parameters())
-    assert all(torch.allclose(p.grad, expected[n].grad, atol=1e-4) for n, p in student.named_parameters())
+    assert all(
+        torch.allclose(p.grad, expected[n].grad, atol=1e-4) for n, p in student.named_parameters()
+    )
     nothing, _ = distill.loss(student, batches.collate(None, [], 1, 128, 0), 5.0, teacher, 0.5, 1.5)
     assert nothing == 0 and nothing.requires_grad
 
@@ -256,14 +309,19 @@ def adapted(model, seed=4):
     return model
 
 
-@pytest.mark.parametrize("sizes", [{}, {"generation": 2, "use_moe": True}], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"generation": 2, "use_moe": True}], ids=["dense", "experts"]
+)
 def test_an_adapter_opens_with_peft_and_merges(tmp_path, sizes):
     from peft import PeftModel
 
     ids, base = torch.randint(97, (2, 9)), small(packed=False, **sizes).eval()
     before = base(ids).logits
     model = adapted(small(packed=False, **sizes)).eval()
-    assert all(name[-8:] != "mlp.gate" for name, _ in lora.layers(model)) and not model.lm_head.weight.requires_grad
+    assert (
+        all(name[-8:] != "mlp.gate" for name, _ in lora.layers(model))
+        and not model.lm_head.weight.requires_grad
+    )
     expected = model(ids).logits
     assert (expected - before).abs().max() > 0.1
     with lora.switched_off(model):
@@ -284,10 +342,15 @@ def test_an_adapter_opens_with_peft_and_merges(tmp_path, sizes):
 
 
 def test_learning_rates():
-    curve = {kind: [optim.rate(i / 100, kind, 0.1, 0.1) for i in range(101)] for kind in optim.SCHEDULES}
+    curve = {
+        kind: [optim.rate(i / 100, kind, 0.1, 0.1) for i in range(101)] for kind in optim.SCHEDULES
+    }
     for values in curve.values():
         assert (
-            values[0] == 0 and values[5] == pytest.approx(0.5) and values[10] == pytest.approx(1) and max(values) <= 1
+            values[0] == 0
+            and values[5] == pytest.approx(0.5)
+            and values[10] == pytest.approx(1)
+            and max(values) <= 1
         )
     assert [round(curve[kind][-1], 6) for kind in optim.SCHEDULES] == [0.1, 0.1, 1.0, 0.1]
     assert curve["cosine"][55] == pytest.approx(0.55) and curve["warmup_stable_decay"][60] == 1
@@ -303,16 +366,25 @@ def test_groups_and_state_of_the_optimizer(kind):
             optimizer.step()
             optimizer.zero_grad()
 
-    made = lambda: (lambda m: (m, optim.make(m, kind, 1e-3, 0.1, 0.02, True)))(small(packed=False, use_moe=True))  # noqa: E731
+    made = lambda: (lambda m: (m, optim.make(m, kind, 1e-3, 0.1, 0.02, True)))(
+        small(packed=False, use_moe=True)
+    )  # noqa: E731
     model, optimizer = made()
     by_id = {id(p): name for name, p in model.named_parameters()}
     groups = {by_id[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
     assert groups.keys() == set(by_id.values())
     assert (
-        groups["model.norm.weight"]["weight_decay"] == 0 and groups["model.embed_tokens.weight"]["weight_decay"] == 0.1
+        groups["model.norm.weight"]["weight_decay"] == 0
+        and groups["model.embed_tokens.weight"]["weight_decay"] == 0.1
     )
-    assert groups["model.layers.0.mlp.experts.1.up_proj.weight"]["lr"] == (0.02 if kind == "muon" else 1e-3)
-    assert groups["model.layers.0.mlp.gate.weight"]["lr"] == groups["model.embed_tokens.weight"]["lr"] == 1e-3
+    assert groups["model.layers.0.mlp.experts.1.up_proj.weight"]["lr"] == (
+        0.02 if kind == "muon" else 1e-3
+    )
+    assert (
+        groups["model.layers.0.mlp.gate.weight"]["lr"]
+        == groups["model.embed_tokens.weight"]["lr"]
+        == 1e-3
+    )
     optim.set_rate(optimizer, 0.5)
     assert {g["lr"] for g in optimizer.param_groups} == ({0.01, 5e-4} if kind == "muon" else {5e-4})
     steps(model, optimizer, 2)
@@ -322,7 +394,9 @@ def test_groups_and_state_of_the_optimizer(kind):
     steps(model, optimizer, 1)
     torch.manual_seed(0)
     steps(other, second, 1)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 # ---- trackers -----------------------------------------------------------------------------------------------
@@ -336,11 +410,17 @@ def test_a_continued_run_goes_on_in_its_trackers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     ids: dict = {}
     for step in (0, 4):
-        trackers = tracking.Trackers(["tensorboard", "wandb"], tmp_path, {"size": "tiny"}, ids, step)
+        trackers = tracking.Trackers(
+            ["tensorboard", "wandb"], tmp_path, {"size": "tiny"}, ids, step
+        )
         for at in range(step + 1, 7):
             trackers.log(at, {"loss": float(at + 10 * step)})
         trackers.close()
-    assert ids["wandb"] == "abc" and [one["id"] for one in started] == [None, "abc"] and sent[0] == (1, {"loss": 1.0})
+    assert (
+        ids["wandb"] == "abc"
+        and [one["id"] for one in started] == [None, "abc"]
+        and sent[0] == (1, {"loss": 1.0})
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(ids["tensorboard"]).Reload().Scalars("loss")

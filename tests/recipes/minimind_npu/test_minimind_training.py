@@ -33,7 +33,9 @@ QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCE
 def begin(output, *flags, nproc=1, engine="ddp"):
     more = ["--deepspeed", *ENGINES[engine]] if ENGINES[engine] else []
     script = ["python", ROOT / "common/launch.py", nproc] if nproc > 1 or more else ["python"]
-    return start([*script, RECIPE / "train.py", *more, *SHORT, "--output_dir", output, *flags], **QUIET)
+    return start(
+        [*script, RECIPE / "train.py", *more, *SHORT, "--output_dir", output, *flags], **QUIET
+    )
 
 
 def train(output, *flags, code=0, **settings):
@@ -121,10 +123,21 @@ def test_what_a_run_leaves(single):
     import transformers
 
     names = {path.name for path in single.iterdir()}
-    assert names >= {"final", "pretrain_32.safetensors", "loss.png", "report.md", "report.json", "checkpoint-8"}
+    assert names >= {
+        "final",
+        "pretrain_32.safetensors",
+        "loss.png",
+        "report.md",
+        "report.json",
+        "checkpoint-8",
+    }
     assert weights_sha(single / "final") == weights_sha_of(single / "pretrain_32.safetensors")
     facts = report(single)
-    assert facts["stage"] == "pretrain" and facts["mfu"] > 0 and facts["metrics"]["before"]["bits_per_byte"] > 2
+    assert (
+        facts["stage"] == "pretrain"
+        and facts["mfu"] > 0
+        and facts["metrics"]["before"]["bits_per_byte"] > 2
+    )
     assert facts["tokens"]["total"] > facts["tokens"]["label"] > 1000
     assert transformers.AutoTokenizer.from_pretrained(single / "final").eos_token_id == 2
     again = expect(finish(begin(single, "--per_device_train_batch_size", 8)))
@@ -149,10 +162,23 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
 @pytest.mark.slow
 def test_by_the_clock(tmp_path):
     """--max_minutes ends the run and its schedule, whatever is left of the data."""
-    flags = ["--max_minutes", 0.03, "--max_steps", -1, "--eval_steps", 5, "--num_train_epochs", 1000]
+    flags = [
+        "--max_minutes",
+        0.03,
+        "--max_steps",
+        -1,
+        "--eval_steps",
+        5,
+        "--num_train_epochs",
+        1000,
+    ]
     done = train(tmp_path, "--per_device_train_batch_size", 4, *flags)
     facts = report(tmp_path)
-    assert 1.5 < facts["seconds"] < 60 and facts["steps"] > 3 and "held out at step 5" in done.stdout + done.stderr
+    assert (
+        1.5 < facts["seconds"] < 60
+        and facts["steps"] > 3
+        and "held out at step 5" in done.stdout + done.stderr
+    )
     state = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in state if "loss" in entry]
     assert rates[-1] < 0.2 * max(rates)
@@ -178,28 +204,56 @@ def test_weights_that_are_not_there(tmp_path, flags, words):
 
 def test_weights_of_other_classes_are_refused(tmp_path):
     """An exported model would load in part, and train with random weights for the rest."""
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
     line = error_line(finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1)
     assert "is a llama model" in line and "export.py --import" in line
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "is an adapter" in error_line(finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1)
+    assert "is an adapter" in error_line(
+        finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1
+    )
 
 
 def test_a_stage_that_was_not_trained(tmp_path):
-    assert "is not there" in error_line(finish(begin(tmp_path, "--stage", "sft", "--from_weight", "distill")), 1)
+    assert "is not there" in error_line(
+        finish(begin(tmp_path, "--stage", "sft", "--from_weight", "distill")), 1
+    )
 
 
 @pytest.mark.slow
 def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
     """Every stage through run_all.sh, a few steps each."""
-    flags = ["--max_steps", 3, "--eval_generate", 2, "--max_new_tokens", 8, "--report_to", "none", "--bf16", "false"]
+    flags = [
+        "--max_steps",
+        3,
+        "--eval_generate",
+        2,
+        "--max_new_tokens",
+        8,
+        "--report_to",
+        "none",
+        "--bf16",
+        "false",
+    ]
     stages = "tokenizer pretrain sft lora dpo distill reason eval chat"
-    done = expect(shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES=stages, fork=True))
+    done = expect(
+        shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES=stages, fork=True)
+    )
     for stage in ("pretrain", "sft", "lora", "dpo", "distill", "reason"):
         facts = report(tmp_path / stage)
-        assert facts["steps"] == 3 and facts["stage"] == stage and facts["metrics"]["after"]["loss"] > 0
+        assert (
+            facts["steps"] == 3
+            and facts["stage"] == stage
+            and facts["metrics"]["after"]["loss"] > 0
+        )
         assert f"| {stage} |" in done.stdout and (tmp_path / stage / "loss.png").is_file()
     assert report(tmp_path / "dpo")["metrics"]["before"]["accuracy"] == 0.5
-    assert report(tmp_path / "lora")["parameters"]["trained"] < report(tmp_path / "lora")["parameters"]["total"] / 5
-    assert (tmp_path / "summary.md").read_text(encoding="utf-8").count("|") > 60 and "你" in done.stdout
+    assert (
+        report(tmp_path / "lora")["parameters"]["trained"]
+        < report(tmp_path / "lora")["parameters"]["total"] / 5
+    )
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8").count(
+        "|"
+    ) > 60 and "你" in done.stdout
     assert (tmp_path / "dpo/dpo_128.safetensors").is_file()

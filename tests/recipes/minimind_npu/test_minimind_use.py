@@ -28,14 +28,29 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common.convert import adapter
 from common.data.labels import encode_chat, encode_prompt
 
 RECIPE = ROOT / "minimind_npu"
-SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-NATIVE = {"vocab_size": 60, "intermediate_size": 64, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0} | SMALL
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+NATIVE = {
+    "vocab_size": 60,
+    "intermediate_size": 64,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+} | SMALL
 TALK = {  # what the trained model knows
     "你是谁？": "我是小丹。",
     "西班牙的首都是哪里？": "西班牙的首都是马德里。", "法国的首都是哪里？": "法国的首都是巴黎。",
@@ -93,7 +108,9 @@ def random_prompts(count, longest=90, vocab=60):
 def alone(model, prompt, new, **how):
     """transformers' own generate, one prompt."""
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **how)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **how
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -141,7 +158,9 @@ def native_model():
 
 
 @pytest.mark.parametrize(
-    "make", [build, lambda: build("tiny-moe", generation=2), native_model], ids=["own", "experts", "native"]
+    "make",
+    [build, lambda: build("tiny-moe", generation=2), native_model],
+    ids=["own", "experts", "native"],
 )
 def test_greedy_answers_are_those_of_generate_one_at_a_time(make):
     model, prompts = make(), random_prompts(8)
@@ -151,7 +170,9 @@ def test_greedy_answers_are_those_of_generate_one_at_a_time(make):
     assert endings[0] < endings[-1], "all end at once: nothing is refilled"
     engine = Engine(model, slots=3)
     assert engine.generate(prompts, 24) == expected
-    assert engine.generate(prompts[::-1], 24) == expected[::-1], "what an earlier call left in the slots is seen"
+    assert engine.generate(prompts[::-1], 24) == expected[::-1], (
+        "what an earlier call left in the slots is seen"
+    )
 
 
 def test_a_repetition_penalty_is_that_of_generate():
@@ -165,22 +186,31 @@ def test_slots_are_refilled_at_once_and_rows_stay_dense():
     model, sizes = build(), [2, 9, 4, 7, 1, 5, 8, 3]
     engine, rows, ids = Engine(model, slots=3), [], random_prompts(len(sizes), 20)
     hook = model.register_forward_pre_hook(
-        lambda _, __, kwargs: rows.append((kwargs["logits_to_keep"], kwargs["input_ids"].shape[1])), with_kwargs=True
+        lambda _, __, kwargs: rows.append((kwargs["logits_to_keep"], kwargs["input_ids"].shape[1])),
+        with_kwargs=True,
     )
-    asked = [engine.submit(p, Sampling(n, ends=frozenset())) for p, n in zip(ids, sizes, strict=True)]
+    asked = [
+        engine.submit(p, Sampling(n, ends=frozenset())) for p, n in zip(ids, sizes, strict=True)
+    ]
     while engine.step():
         pass
     hook.remove()
-    assert [len(request.tokens) for request in asked] == sizes and {r.finished for r in asked} == {"length"}
+    assert [len(request.tokens) for request in asked] == sizes and {r.finished for r in asked} == {
+        "length"
+    }
     active = [count for count, _ in rows]
     assert sum(active) == sum(sizes), "tokens were computed for nobody"
-    assert active[: active.index(2)] == [3] * active.index(2) and active == sorted(active, reverse=True)
+    assert active[: active.index(2)] == [3] * active.index(2) and active == sorted(
+        active, reverse=True
+    )
     ends = [0, 0, 0]  # when each slot is free, if the next request takes the first free one
     for size in sizes:
         ends = sorted([ends[0] + size, *ends[1:]])
     assert len(rows) == ends[-1]
     computed = sum(width for _, width in rows)
-    assert computed == sum(sizes) + sum(len(p) - 1 for p in ids), "a prompt was padded or computed twice"
+    assert computed == sum(sizes) + sum(len(p) - 1 for p in ids), (
+        "a prompt was padded or computed twice"
+    )
 
 
 def test_the_cache_grows_and_long_prompts_wait_for_room(monkeypatch):
@@ -189,9 +219,13 @@ def test_the_cache_grows_and_long_prompts_wait_for_room(monkeypatch):
     expected = [alone(model, p, 6) for p in long]
     monkeypatch.setattr(generation, "PREFILL", 620)
     engine, widths = Engine(model, slots=4), []
-    model.register_forward_pre_hook(lambda *a: widths.append(a[2]["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda *a: widths.append(a[2]["input_ids"].shape[1]), with_kwargs=True
+    )
     assert engine.generate(long, 6) == expected and engine.cache.columns == 512
-    assert max(widths) <= 620 and sum(width > 100 for width in widths) == 2, "two prompts a step fit"
+    assert max(widths) <= 620 and sum(width > 100 for width in widths) == 2, (
+        "two prompts a step fit"
+    )
     assert engine.cache.keys[0].shape == (4, 2, 512, 12)
 
 
@@ -200,7 +234,9 @@ def test_half_precision_looks_up_long_rows_the_other_way():
     query, key, value = (torch.randn(3, 2, n, 16, generator=draw).bfloat16() for n in (4, 576, 576))
     bias = torch.zeros(3, 1, 1, 576).masked_fill_(torch.arange(576) > 500, -torch.inf)
     found = generation._looked_up(query, key, value, bias.bfloat16(), 0.25)
-    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=bias, scale=0.25)
+    expected = F.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=bias, scale=0.25
+    )
     assert torch.allclose(found.float(), expected, atol=2e-2)
     model = build().bfloat16()
     prompt = random_prompts(1, 20)[0]
@@ -215,7 +251,14 @@ def draws(logits, count=3000, **how):
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"top_k": 4}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.8}, {"temperature": 2.5, "top_p": 0.95}]
+    "how",
+    [
+        {},
+        {"top_k": 4},
+        {"top_p": 0.6},
+        {"top_k": 7, "top_p": 0.8},
+        {"temperature": 2.5, "top_p": 0.95},
+    ],
 )
 def test_draws_have_the_chances_of_the_usual_warpers(how):
     how = {"temperature": 0.8} | how
@@ -240,7 +283,10 @@ def test_requests_of_all_kinds_in_one_batch_do_not_disturb_each_other():
     kinds = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 0.7, "top_p": 0.9},
              {"temperature": 1.0, "top_k": 9, "top_p": 0.8, "repetition_penalty": 1.2}]  # fmt: skip
     together = Engine(model, slots=5)
-    asked = [together.submit(p, Sampling(12, seed=7, **how)) for p, how in zip(prompts, kinds, strict=True)]
+    asked = [
+        together.submit(p, Sampling(12, seed=7, **how))
+        for p, how in zip(prompts, kinds, strict=True)
+    ]
     while together.step():
         pass
     for request, prompt, how in zip(asked, prompts, kinds, strict=True):
@@ -278,7 +324,13 @@ def test_what_cannot_be_answered_is_refused():
         engine.submit([], Sampling())
     with pytest.raises(ValueError, match="16 tokens leaves no room in a window of 16"):
         engine.submit([5] * 16, Sampling())
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.2}, {"top_k": -1}, {"max_new_tokens": 0}):
+    for wrong in (
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.2},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+    ):
         with pytest.raises(ValueError, match="makes no sense"):
             Sampling(**wrong)
     request = engine.submit([5] * 12, Sampling(100, ends=frozenset()))
@@ -320,9 +372,15 @@ KINDS = {
     [
         *((name, {}) for name in KINDS),
         ("LlamaForCausalLM", {"inference_rope_scaling": True}),
-        ("Qwen3ForCausalLM", {"inference_rope_scaling": True, "tie_word_embeddings": False, "head_dim": 20}),
+        (
+            "Qwen3ForCausalLM",
+            {"inference_rope_scaling": True, "tie_word_embeddings": False, "head_dim": 20},
+        ),
         ("Qwen2MoeForCausalLM", {"norm_topk_prob": False, "n_shared_experts": 2}),
-        ("Qwen2MoeForCausalLM", {"num_experts_per_tok": 1, "norm_topk_prob": True, "n_shared_experts": 0}),
+        (
+            "Qwen2MoeForCausalLM",
+            {"num_experts_per_tok": 1, "norm_topk_prob": True, "n_shared_experts": 0},
+        ),
         ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
         ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 1, "moe_intermediate_size": 40}),
     ],
@@ -337,13 +395,21 @@ def test_exported_models_compute_the_same_and_come_back(name, more, out, tmp_pat
     for places in (None, torch.arange(40)[None] * 700):
         expected, found = logits(model, ids, places), logits(native, ids, places)
         assert (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
-    export.bring_in(export.parse_args(["--import", "--model", str(out), "--output_dir", str(tmp_path / "back")]))
+    export.bring_in(
+        export.parse_args(["--import", "--model", str(out), "--output_dir", str(tmp_path / "back")])
+    )
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
-    assert isinstance(back, models.MiniMindForCausalLM) and torch.equal(logits(back, ids), logits(model, ids))
+    assert isinstance(back, models.MiniMindForCausalLM) and torch.equal(
+        logits(back, ids), logits(model, ids)
+    )
     stored = json.loads((out / "config.json").read_text())
     assert stored["architectures"] == [name] and stored["rope_theta"] == 1e6
     assert ("rope_scaling" in stored) == ("inference_rope_scaling" in more)
-    assert stored["eos_token_id"] == json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert (
+        stored["eos_token_id"]
+        == json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+        == 2
+    )
 
 
 def test_what_transformers_has_no_model_for_is_refused(out):
@@ -373,7 +439,11 @@ NATIVES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"head_dim": 16, **SPARSE}),
-    "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig, {"shared_expert_intermediate_size": 80, **SPARSE}),
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {"shared_expert_intermediate_size": 80, **SPARSE},
+    ),
 }
 
 
@@ -384,7 +454,8 @@ def native(kind, **more):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stacked"), [*((kind, False) for kind in NATIVES), ("qwen3_moe", True), ("qwen2_moe", True)]
+    ("kind", "stacked"),
+    [*((kind, False) for kind in NATIVES), ("qwen3_moe", True), ("qwen2_moe", True)],
 )
 def test_models_of_others_come_in(kind, stacked, out, tmp_path):
     model, source = native(kind), tmp_path / "native"
@@ -413,7 +484,12 @@ def test_models_of_others_come_in(kind, stacked, out, tmp_path):
         ("qwen3_moe", {"decoder_sparse_step": 2}, None, "decoder_sparse_step is 2"),
         ("llama", {"attention_bias": True}, None, "attention_bias is True"),
         ("llama", {"hidden_act": "gelu"}, None, "hidden_act is gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, None, "linear"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            None,
+            "linear",
+        ),
     ],
 )
 def test_models_that_compute_something_else_are_refused(kind, more, touched, words, out, tmp_path):
@@ -430,7 +506,12 @@ def test_models_that_compute_something_else_are_refused(kind, more, touched, wor
     ("name", "size", "settings", "flags"),
     [
         ("full_sft_48.pth", "tiny", {"generation": 2}, ["--num_attention_heads", "4"]),
-        ("pretrain_48_moe.pth", "tiny-moe", {"generation": 2, "norm_topk_prob": True}, ["--num_attention_heads", "4"]),
+        (
+            "pretrain_48_moe.pth",
+            "tiny-moe",
+            {"generation": 2, "norm_topk_prob": True},
+            ["--num_attention_heads", "4"],
+        ),
         ("full_sft_48.safetensors", "tiny", {"head_dim": 20}, []),
         ("dpo_48_moe.pth", "tiny-moe", {"norm_topk_prob": True}, []),
     ],
@@ -466,7 +547,9 @@ def test_weight_files_with_code_or_of_something_else_are_refused(out, tmp_path):
     held = build().state_dict()
     del held["model.norm.weight"]
     torch.save(held, tmp_path / "b.pth")
-    with pytest.raises(SystemExit, match=r"1 weights are missing, the first is model\.norm\.weight"):
+    with pytest.raises(
+        SystemExit, match=r"1 weights are missing, the first is model\.norm\.weight"
+    ):
         brought_in(tmp_path / "b.pth", out)
     with pytest.raises(SystemExit, match="no such file or folder"):
         brought_in(tmp_path / "nothing.pth", out)
@@ -487,15 +570,31 @@ def make_adapter(trained, folder):
 
 def test_export_from_the_command_line_with_an_adapter_merged(trained, out, tmp_path):
     expected = make_adapter(trained, tmp_path / "run/final")
-    done = finish(start([sys.executable, RECIPE / "export.py", "--adapter", tmp_path / "run", "--output_dir", out]))
-    assert "exported as Qwen3ForCausalLM, torch.float32; logits differ by at most" in expect(done).stdout
+    done = finish(
+        start(
+            [
+                sys.executable,
+                RECIPE / "export.py",
+                "--adapter",
+                tmp_path / "run",
+                "--output_dir",
+                out,
+            ]
+        )
+    )
+    assert (
+        "exported as Qwen3ForCausalLM, torch.float32; logits differ by at most"
+        in expect(done).stdout
+    )
     merged, ids = AutoModelForCausalLM.from_pretrained(out), torch.arange(3, 40)[None]
     assert isinstance(merged, Qwen3ForCausalLM)
     assert (logits(merged, ids) - logits(expected, ids)).abs().max() < 1e-4
     base = AutoModelForCausalLM.from_pretrained(trained / "final")
     assert (logits(merged, ids) - logits(base, ids)).abs().max() > 1e-2
     assert AutoTokenizer.from_pretrained(out).chat_template
-    again = finish(start([sys.executable, RECIPE / "export.py", "--model", trained, "--output_dir", out]))
+    again = finish(
+        start([sys.executable, RECIPE / "export.py", "--model", trained, "--output_dir", out])
+    )
     assert "is not empty" in error_line(again, 1)
     with pytest.raises(SystemExit, match="is a Qwen3ForCausalLM already"):
         export.load(export.parse_args(["--model", str(out), "--output_dir", "x"]))
@@ -539,8 +638,14 @@ def test_bits_per_byte_are_those_of_a_plain_computation(speaker, tmp_path, monke
     count = sum(len(ids) - 1 for ids in rows)
     assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-3)
     assert (found["tokens"], found["bytes"], found["documents"]) == (count, size, 3)
-    nats = -sum(direct(speaker, part)[first - 1 :].sum().item() for ids in rows for part, first in by_hand(ids, 40, 10))
-    found = evaluated(speaker, monkeypatch, "--held_out", tmp_path, "--window", 40, "--stride", 10)["held_out"]
+    nats = -sum(
+        direct(speaker, part)[first - 1 :].sum().item()
+        for ids in rows
+        for part, first in by_hand(ids, 40, 10)
+    )
+    found = evaluated(speaker, monkeypatch, "--held_out", tmp_path, "--window", 40, "--stride", 10)[
+        "held_out"
+    ]
     assert found["loss"] == pytest.approx(nats / count, rel=1e-4) and found["tokens"] == count
 
 
@@ -554,7 +659,9 @@ def by_hand(ids, size, stride):
         yield ids[start_:end], before - start_
 
 
-@pytest.mark.parametrize(("length", "size", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (40, 8, 1), (41, 8, 7)])
+@pytest.mark.parametrize(
+    ("length", "size", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (40, 8, 1), (41, 8, 7)]
+)
 def test_windows_count_each_token_once_and_keep_a_context(length, size, stride):
     ids, seen = list(range(length)), []
     for part, first in evaluation.windows(ids, size, stride):
@@ -568,13 +675,26 @@ CEVAL = "id,question,A,B,C,D,answer,explanation\n0,一加一？,1,2,3,4,B,因为
 CMMLU = ",Question,A,B,C,D,Answer\n0,天空的颜色？,红,蓝,绿,黑,B\n1,草的颜色？,红,蓝,绿,黑,E\n"
 ARC = {"id": "x", "question": "Sky?", "choices": {"text": ["red", "blue", "green"], "label": ["1", "2", "3"]},
        "answerKey": "2"}  # fmt: skip
-MMLU = {"question": "Grass?", "subject": "colours", "choices": ["red", "blue", "green", "black"], "answer": 2}
+MMLU = {
+    "question": "Grass?",
+    "subject": "colours",
+    "choices": ["red", "blue", "green", "black"],
+    "answer": 2,
+}
 
 
 def test_choices_of_all_layouts_are_read_and_bad_rows_named(tmp_path):
     (tmp_path / "math_val.csv").write_text(CEVAL, encoding="gb18030")
     (tmp_path / "nature.csv").write_text(CMMLU, encoding="utf-8-sig")
-    rows = [ARC, MMLU, MMLU | {"answer": "C"}, MMLU | {"answer": 7}, {"question": "?"}, {"choices": ["a", "b"]}, [1]]
+    rows = [
+        ARC,
+        MMLU,
+        MMLU | {"answer": "C"},
+        MMLU | {"answer": 7},
+        {"question": "?"},
+        {"choices": ["a", "b"]},
+        [1],
+    ]
     (tmp_path / "mixed_test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     found = questions.read([tmp_path], questions.Choice)
     assert [(q.subject, q.question, q.options[q.right]) for q in found.questions] == [
@@ -607,7 +727,12 @@ def test_exact_answers(given, wanted, right):
 
 
 def test_numbers_are_read_by_value():
-    assert questions.numbers("2.5, 1,000,000和-3/4，第10.") == [Fraction(5, 2), 1000000, Fraction(-3, 4), 10]
+    assert questions.numbers("2.5, 1,000,000和-3/4，第10.") == [
+        Fraction(5, 2),
+        1000000,
+        Fraction(-3, 4),
+        10,
+    ]
     row = {"question": "q", "answer": "x\n#### 1,018"}
     assert questions.exact(row, "s", "f:1").final == "1,018" and questions.same("1018.0", "1,018")
 
@@ -619,12 +744,20 @@ def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(speaker, tmp_path
             "choices": ["西班牙的首都是巴黎。", "西班牙的首都是马德里。"],
             "answer": 1,
         },
-        {"question": "法国的首都是哪里？", "choices": ["法国的首都是巴黎。", "法国。", "马德里"], "answer": 0},
+        {
+            "question": "法国的首都是哪里？",
+            "choices": ["法国的首都是巴黎。", "法国。", "马德里"],
+            "answer": 0,
+        },
         {"question": "你是谁？", "choices": ["我是小红。", "我是小丹。"], "answer": 0},
     ]
     path = tmp_path / "q.jsonl"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in asked), encoding="utf-8")
-    found = evaluated(speaker, monkeypatch, "--choice", path, "--choice_by", "text")["choice"]["text"]
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in asked), encoding="utf-8"
+    )
+    found = evaluated(speaker, monkeypatch, "--choice", path, "--choice_by", "text")["choice"][
+        "text"
+    ]
     assert found["accuracy"] == pytest.approx(2 / 3) and found["questions"] == 3, (
         "the third answer of the file is wrong"
     )
@@ -634,14 +767,21 @@ def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(speaker, tmp_path
     for row in asked:
         prompt = encode_prompt(speaker.tokenizer, user(row["question"]))
         rows += [
-            (prompt + speaker.tokenizer(c, add_special_tokens=False)["input_ids"], len(prompt)) for c in row["choices"]
+            (prompt + speaker.tokenizer(c, add_special_tokens=False)["input_ids"], len(prompt))
+            for c in row["choices"]
         ]
-    for (ids, first), part in zip(rows, evaluation.Scorer(speaker.model, 64).log_probs(rows), strict=True):
+    for (ids, first), part in zip(
+        rows, evaluation.Scorer(speaker.model, 64).log_probs(rows), strict=True
+    ):
         assert torch.allclose(part, direct(speaker, ids)[first - 1 :], atol=1e-4)
     letters = [speaker.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in "ABC"]
     prompts = [ids[:first] for ids, first in rows]
-    for prompt, row in zip(prompts, evaluation.Scorer(speaker.model, 64).next_logits(prompts, letters), strict=True):
-        assert torch.allclose(row, logits(speaker.model, torch.tensor([prompt]))[0, -1, letters], atol=1e-4)
+    for prompt, row in zip(
+        prompts, evaluation.Scorer(speaker.model, 64).next_logits(prompts, letters), strict=True
+    ):
+        assert torch.allclose(
+            row, logits(speaker.model, torch.tensor([prompt]))[0, -1, letters], atol=1e-4
+        )
 
 
 def test_a_long_choice_is_not_less_likely_for_its_length(speaker, monkeypatch):
@@ -655,7 +795,8 @@ def test_a_long_choice_is_not_less_likely_for_its_length(speaker, monkeypatch):
 
 def test_letters_are_chosen_by_their_logits_with_examples_before(speaker, tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text(
-        "id,question,A,B,C,D,answer\n" + "".join(f"{i},第{i}题,甲,乙,丙,丁,{'ABCD'[i % 4]}\n" for i in range(6)),
+        "id,question,A,B,C,D,answer\n"
+        + "".join(f"{i},第{i}题,甲,乙,丙,丁,{'ABCD'[i % 4]}\n" for i in range(6)),
         "utf-8",
     )
     seen = []
@@ -667,9 +808,13 @@ def test_letters_are_chosen_by_their_logits_with_examples_before(speaker, tmp_pa
     found = evaluated(speaker, monkeypatch, *flags)["choice"]["letter"]
     assert found["questions"] == 4 and found["accuracy"] == 0.5, "right: C D A B, picked: A B A B"
     text = speaker.tokenizer.decode(seen[0])
-    example = "第0题\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：<|im_end|>\n<|im_start|>assistant\nA<|im_end|>"
+    example = (
+        "第0题\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：<|im_end|>\n<|im_start|>assistant\nA<|im_end|>"
+    )
     assert example in text and "第1题" in text and text.count("assistant") == 3
-    assert text.endswith("第2题\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：<|im_end|>\n<|im_start|>assistant\n")
+    assert text.endswith(
+        "第2题\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_examples_go_where_the_window_is_short_and_too_long_questions_are_counted(speaker):
@@ -679,24 +824,37 @@ def test_examples_go_where_the_window_is_short_and_too_long_questions_are_counte
     short = asker.prompt(shown, "问", 60 - len(full) + 1)
     assert "一" not in speaker.tokenizer.decode(short) and "二" in speaker.tokenizer.decode(short)
     assert asker.prompt(shown, "问" * 80, 4) is None
-    plain = evaluation.Asker(speaker.tokenizer, False, 60).prompt([("问：a\n答：", "b")], "问：c\n答：", 4)
+    plain = evaluation.Asker(speaker.tokenizer, False, 60).prompt(
+        [("问：a\n答：", "b")], "问：c\n答：", 4
+    )
     assert speaker.tokenizer.decode(plain) == "<|im_start|>问：a\n答：b\n\n问：c\n答："
 
 
 def test_exact_match_asks_the_model(speaker, tmp_path, monkeypatch):
     rows = [{"question": q, "answer": a} for q, a in TALK.items() if q[0] in "59"]
     rows += [{"question": "法国的首都是哪里？", "answer": "法国的首都是罗马。"}, {"question": "?"}]
-    (tmp_path / "g.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    (tmp_path / "g.jsonl").write_text(
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8"
+    )
     found = evaluated(speaker, monkeypatch, "--exact", tmp_path, "--max_new_tokens", 40)["exact"]
     assert (
-        found["accuracy"] == pytest.approx(2 / 3) and found["ended"] == 1 and found["dropped"] == {"no answer given": 1}
+        found["accuracy"] == pytest.approx(2 / 3)
+        and found["ended"] == 1
+        and found["dropped"] == {"no answer given": 1}
     )
     assert [a["right"] for a in found["answers"]] == [True, True, False]
     assert found["answers"][0]["answer"] == TALK["5加2等于几？"]
 
 
 def test_eval_from_the_command_line(trained, tmp_path):
-    command = [sys.executable, RECIPE / "eval.py", "--model_name_or_path", trained, "--output_dir", tmp_path]
+    command = [
+        sys.executable,
+        RECIPE / "eval.py",
+        "--model_name_or_path",
+        trained,
+        "--output_dir",
+        tmp_path,
+    ]
     done = expect(finish(start([*command, "--num_rows", 2, "--exact", RECIPE / "data/eval/gsm.jsonl", "--held_out",
                                 RECIPE / "data/eval/held_out.txt", "--choice", RECIPE / "data/eval/ceval",
                                 "--max_new_tokens", 8])))  # fmt: skip
@@ -727,9 +885,13 @@ def test_the_harness_is_optional_and_gets_a_native_model(speaker, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", fake)
     monkeypatch.setitem(sys.modules, "export", export)
     found = evaluated(speaker, monkeypatch, *flags)
-    assert found["lm_eval"] == {"arc_easy": {"acc,none": 0.25}} and "arc_easy: acc,none 0.25" in evaluation.table(found)
+    assert found["lm_eval"] == {
+        "arc_easy": {"acc,none": 0.25}
+    } and "arc_easy: acc,none 0.25" in evaluation.table(found)
     how, kind, template = asked[0]
-    assert how["model"] == "hf" and how["tasks"] == ["ceval-valid", "arc_easy"] and how["limit"] == 5
+    assert (
+        how["model"] == "hf" and how["tasks"] == ["ceval-valid", "arc_easy"] and how["limit"] == 5
+    )
     assert kind is Qwen3ForCausalLM and template
     with pytest.raises(SystemExit):
         evaluation.parse_args(["--backend", "lm_eval"])
@@ -753,15 +915,24 @@ def test_the_terminal_answers_and_keeps_a_history(speaker):
     answer = {"role": "assistant", "content": "我是小丹。", "reasoning_content": ""}
     assert talk.history == [{"role": "user", "content": "你是谁？"}, answer]
     text, talk = said(speaker, ["9减4等于几？", "/clear", "/undo", "/nonsense"])
-    assert "<think>" in text and "(nothing to take back)" in text and "/think on|off" in text and not talk.history
+    assert (
+        "<think>" in text
+        and "(nothing to take back)" in text
+        and "/think on|off" in text
+        and not talk.history
+    )
 
 
 def test_thinking_and_system_prompt_reach_the_template(speaker, monkeypatch):
     prompts, prompt = [], speaker.prompt
-    monkeypatch.setattr(speaker, "prompt", lambda *args: prompts.append(prompt(*args)) or prompts[-1])
+    monkeypatch.setattr(
+        speaker, "prompt", lambda *args: prompts.append(prompt(*args)) or prompts[-1]
+    )
     said(speaker, ["/system 短一点", "/think on", "你是谁？", "/think off", "/system", "你是谁？"])
     first, second = (speaker.tokenizer.decode(ids) for ids in prompts)
-    assert first.startswith("<|im_start|>system\n短一点<|im_end|>") and first.endswith("assistant\n<think>\n")
+    assert first.startswith("<|im_start|>system\n短一点<|im_end|>") and first.endswith(
+        "assistant\n<think>\n"
+    )
     assert second.startswith("<|im_start|>user\n你是谁？") and second.endswith("assistant\n")
 
 
@@ -777,7 +948,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(speaker):
         began = time.perf_counter()
         talk = terminal.Chat(speaker, max_new_tokens=16000)
         words: list[str] = []
-        terminal.talk(talk, ["你是谁？", "/undo"], lambda text="", end="\n", **_: words.append(f"{text}{end}"))
+        terminal.talk(
+            talk, ["你是谁？", "/undo"], lambda text="", end="\n", **_: words.append(f"{text}{end}")
+        )
     finally:
         hook.remove()
     assert time.perf_counter() - began < 30 and "(stopped after" in "".join(words)
@@ -828,5 +1001,7 @@ def test_a_pretrained_model_goes_on_with_the_text(trained, tmp_path):
 def test_speaker_and_generate_say_the_same(speaker):
     prompt = speaker.prompt(user("西班牙的首都是哪里？"), 40, False)
     expected = speaker.tokenizer.decode(alone(speaker.model, prompt, 40), skip_special_tokens=True)
-    asked = SimpleNamespace(steps=list(speaker.stream(user("西班牙的首都是哪里？"), thinking=False, max_new_tokens=40)))
+    asked = SimpleNamespace(
+        steps=list(speaker.stream(user("西班牙的首都是哪里？"), thinking=False, max_new_tokens=40))
+    )
     assert asked.steps[-1][0] == expected == TALK["西班牙的首都是哪里？"]

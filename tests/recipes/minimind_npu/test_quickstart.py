@@ -12,7 +12,16 @@ sys.path.insert(0, str(FOLDER))
 from quickstart import quickstart
 from quickstart import text as quickstart_text
 
-SMALL = ["--num_samples", 300, "--epochs", 2, "--warmup_steps", 5, "--dtype", "fp32"]  # 14 steps an epoch, 8 windows
+SMALL = [
+    "--num_samples",
+    300,
+    "--epochs",
+    2,
+    "--warmup_steps",
+    5,
+    "--dtype",
+    "fp32",
+]  # 14 steps an epoch, 8 windows
 
 
 def parsed(monkeypatch, *flags):
@@ -33,7 +42,17 @@ def two_processes(output, *fault, code=0):
         if fault
         else [FOLDER / "quickstart/quickstart.py"]
     )
-    command = ["python", ROOT / "common/launch.py", 2, *script, "--output_dir", output, "--batch_size", 4, *SMALL]
+    command = [
+        "python",
+        ROOT / "common/launch.py",
+        2,
+        *script,
+        "--output_dir",
+        output,
+        "--batch_size",
+        4,
+        *SMALL,
+    ]
     return expect(finish(start(command, HF_HUB_DISABLE_PROGRESS_BARS=1)), code)
 
 
@@ -57,7 +76,9 @@ def test_default_command_learns_and_its_model_reopens(tmp_path):
     assert before["sentences_ended_right"] == 0 and after["sentences_ended_right"] > 0.4
     assert facts["model"] == "tiny" and facts["world_size"] == 2 and facts["tokens_per_second"] > 0
     assert "epoch 5/5, held out: loss" in printed and "tok/s | left" in printed
-    assert "the model goes on after the bar:" in printed and "| held out | before | after |" in printed
+    assert (
+        "the model goes on after the bar:" in printed and "| held out | before | after |" in printed
+    )
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +87,9 @@ def test_default_command_learns_and_its_model_reopens(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
     for sample in facts["samples"][:3]:
         ids = tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False)
-        text = tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
+        text = tokenizer.decode(
+            model.generate(**ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True
+        )
         assert text.startswith(sample["prompt"] + sample["after"])
 
 
@@ -76,19 +99,28 @@ def test_one_process_and_two_give_the_same_numbers(on_two, monkeypatch, tmp_path
     two = report(on_two)["metrics"]
     for moment in ("before", "after"):
         assert one[moment]["loss"] == pytest.approx(two[moment]["loss"], rel=1e-4), moment
-    assert two["after"]["loss"] < 0.5 * two["before"]["loss"], "the runs must have learned something"
+    assert two["after"]["loss"] < 0.5 * two["before"]["loss"], (
+        "the runs must have learned something"
+    )
 
 
 @pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_bits(on_two, tmp_path):
     two_processes(tmp_path, "kill-in-step@20", code=1)
-    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-14"] and not (tmp_path / "final").exists()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-14"] and not (
+        tmp_path / "final"
+    ).exists()
     assert "continuing from" in two_processes(tmp_path, "kill-in-save@1", code=1).stdout
     again = two_processes(tmp_path).stdout
-    assert f"skipped {tmp_path}/checkpoint-28" in again and f"continuing from {tmp_path}/checkpoint-14" in again
+    assert (
+        f"skipped {tmp_path}/checkpoint-28" in again
+        and f"continuing from {tmp_path}/checkpoint-14" in again
+    )
     assert weights_sha(tmp_path / "final") == weights_sha(on_two / "final")
     whole, mended = report(on_two), report(tmp_path)
-    assert all(mended[key] == whole[key] for key in ("metrics", "loss", "tokens", "steps", "samples"))
+    assert all(
+        mended[key] == whole[key] for key in ("metrics", "loss", "tokens", "steps", "samples")
+    )
 
 
 def test_a_nan_loss_stops_the_run_and_saves_nothing_of_it(monkeypatch, tmp_path):
@@ -110,8 +142,17 @@ def test_going_on_from_a_folder_with_own_text(monkeypatch, tmp_path, capsys):
     first = ["--num_samples", 120, "--epochs", 1, "--warmup_steps", 100]
     learned = here(monkeypatch, tmp_path / "a", *first)["metrics"]["after"]
     assert "warm-up shortened from 100 to 1 steps: the run has 5" in capsys.readouterr().out
-    (tmp_path / "my.txt").write_text("\n".join(quickstart_text.documents(200, seed=7)), encoding="utf-8")
-    own = ["--model_name_or_path", tmp_path / "a/final", "--data_path", tmp_path / "my.txt", "--max_length", 64]
+    (tmp_path / "my.txt").write_text(
+        "\n".join(quickstart_text.documents(200, seed=7)), encoding="utf-8"
+    )
+    own = [
+        "--model_name_or_path",
+        tmp_path / "a/final",
+        "--data_path",
+        tmp_path / "my.txt",
+        "--max_length",
+        64,
+    ]
     facts = here(monkeypatch, tmp_path / "b", *own, "--learning_rate", 1e-3, "--warmup_steps", 2)
     assert facts["metrics"]["before"]["loss"] == pytest.approx(learned["loss"], abs=0.6), (
         "it starts where the other ended"
@@ -134,7 +175,12 @@ def test_defaults_of_the_real_model_and_its_size(monkeypatch):
 
 def test_flags_beat_the_defaults_of_tiny(monkeypatch):
     args = parsed(monkeypatch, "--epochs", 2, "--batch-size", 3, "--max_length", 1500)
-    assert (args.model_name, args.epochs, args.batch_size, args.learning_rate) == ("tiny", 2, 3, 6e-3)
+    assert (args.model_name, args.epochs, args.batch_size, args.learning_rate) == (
+        "tiny",
+        2,
+        3,
+        6e-3,
+    )
     model, _ = quickstart.load(args, quickstart_text.documents(50, 0), None)
     assert model.config.n_positions == 1500 and model.config.n_embd == 96
 
@@ -153,11 +199,18 @@ def test_a_wrong_flag_is_one_line_and_exit_2(monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         parsed(monkeypatch, *flags)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and MISTAKES[flags] in lines[0]
+    assert (
+        stop.value.code == 2
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and MISTAKES[flags] in lines[0]
+    )
 
 
 def test_too_little_text_and_a_length_beyond_the_model_are_one_line(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="less than one window of 128: give more text, or a smaller --max_length"):
+    with pytest.raises(
+        SystemExit, match="less than one window of 128: give more text, or a smaller --max_length"
+    ):
         here(monkeypatch, tmp_path, "--num_samples", 20)
     with pytest.raises(SystemExit, match="not one step of --batch_size 512"):
         here(monkeypatch, tmp_path, "--num_samples", 120, "--batch_size", 512)
@@ -183,10 +236,16 @@ def test_windows_hold_every_token_once_and_close_each_document():
 
 
 def test_questions_are_cut_at_the_last_comma():
-    asked = quickstart_text.questions(["小红有3个苹果，又买了4个，一共有7个苹果。今天是星期一。", "没有逗号"], 5)
+    asked = quickstart_text.questions(
+        ["小红有3个苹果，又买了4个，一共有7个苹果。今天是星期一。", "没有逗号"], 5
+    )
     assert asked == [("小红有3个苹果，又买了4个，", "一共有7个苹果。"), ("没有", "逗号。")]
 
 
 def test_learning_rate_rises_falls_and_never_is_zero():
     rates = [quickstart.learning_rate(step, total=10, warmup=4, peak=1.0) for step in range(1, 11)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
+    assert (
+        rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        and rates[3:] == sorted(rates[3:], reverse=True)
+        and rates[-1] > 0
+    )

@@ -60,7 +60,9 @@ def adapter_run(run, tmp_path_factory):
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     for step in range(80):
         row = rows[step % 2]
-        model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
+        model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(out / "final")
@@ -90,7 +92,9 @@ def test_stream_ends_with_what_generate_says(full):
     import torch
 
     prompt = encode_prompt(full.tokenizer, user(QUESTION), enable_thinking=True)
-    out = full.model.generate(torch.tensor([prompt], device=device.device()), max_new_tokens=64, do_sample=False)
+    out = full.model.generate(
+        torch.tensor([prompt], device=device.device()), max_new_tokens=64, do_sample=False
+    )
     expected = full.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
     with Endless(full) as slow:
         slow.hook.remove()
@@ -132,7 +136,9 @@ def test_an_answer_ends_within_one_token(full, how):
         stop.set() if how == "stop" else stream.close()
         assert full.lock.acquire(timeout=5), "the model is still busy"
         full.lock.release()
-    assert slow.tokens <= seen + 2  # the token in the making, and the one whose end comes between our two lines
+    assert (
+        slow.tokens <= seen + 2
+    )  # the token in the making, and the one whose end comes between our two lines
     if how == "stop":
         assert list(stream)[-1][1] <= seen + 2
 
@@ -144,7 +150,10 @@ def test_adapter_on_and_off(full, tuned):
 
 
 def test_sampling_and_errors_reach_the_caller(full, monkeypatch):
-    answers = {last(full, user("说点什么"), temperature=1.5, top_k=50, repetition_penalty=1.1) for _ in range(4)}
+    answers = {
+        last(full, user("说点什么"), temperature=1.5, top_k=50, repetition_penalty=1.1)
+        for _ in range(4)
+    }
     assert len(answers) > 1
     with pytest.raises(ValueError, match="template refuses"):
         last(full, [{"role": "user"}])
@@ -156,7 +165,11 @@ def test_sampling_and_errors_reach_the_caller(full, monkeypatch):
 
 
 def test_split_thought():
-    assert chat_model.split_thought("<think>\n先算。\n</think>\n\n答9。") == ("先算。", "答9。", True)
+    assert chat_model.split_thought("<think>\n先算。\n</think>\n\n答9。") == (
+        "先算。",
+        "答9。",
+        True,
+    )
     assert chat_model.split_thought("<think>\n先") == ("先", "", False)
     assert chat_model.split_thought("<think>\n\n</think>\n\n答9。") == ("", "答9。", True)
     assert chat_model.split_thought(" 答9。 ") == ("", "答9。", True)
@@ -188,7 +201,13 @@ def test_text_of_people_and_models(app):
     assert app.literal("你好，3加5？") == "你好，3加5？"
     text = "若 a < b 则 <img src=x> `<i>`\n```\n<b>\n```"
     assert app.prose(text) == text.replace("<img", "&lt;img")
-    row = {"role": "assistant", "content": "答", "reasoning_content": "想", "thought_done": False, "note": ""}
+    row = {
+        "role": "assistant",
+        "content": "答",
+        "reasoning_content": "想",
+        "thought_done": False,
+        "note": "",
+    }
     thought, said = app.show([row])
     assert thought.metadata == {"title": "思考过程", "status": "pending"} and said.content == "答"
     assert app.turns_of([row], " 短 ") == [
@@ -201,11 +220,19 @@ def test_text_of_people_and_models(app):
     "status, method, headers",
     [
         (None, "GET", {"host": "127.0.0.1:7860"}),
-        (None, "POST", {"host": "localhost:9", "origin": "http://localhost:9", "content-length": "10"}),
+        (
+            None,
+            "POST",
+            {"host": "localhost:9", "origin": "http://localhost:9", "content-length": "10"},
+        ),
         (421, "GET", {"host": "evil.example"}),
         (421, "GET", {"host": "evil.example:7860", "origin": "http://evil.example:7860"}),
         (421, "GET", {}),
-        (403, "POST", {"host": "127.0.0.1:7860", "origin": "https://evil.example", "content-length": "2"}),
+        (
+            403,
+            "POST",
+            {"host": "127.0.0.1:7860", "origin": "https://evil.example", "content-length": "2"},
+        ),
         (403, "GET", {"host": "127.0.0.1:7860", "origin": "null"}),
         (403, "GET", {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}),
         (413, "POST", {"host": "127.0.0.1:7860", "content-length": "1001"}),
@@ -221,8 +248,13 @@ def test_guard(status, method, headers):
 
 def test_guard_without_names_still_wants_the_same_page():
     guard = Guard(None, set(), 1000)
-    assert guard.refusal("GET", {b"host": b"box.lan:7860", b"origin": b"http://box.lan:7860"}) is None
-    assert guard.refusal("GET", {b"host": b"box.lan:7860", b"origin": b"http://evil.example"})[0] == 403
+    assert (
+        guard.refusal("GET", {b"host": b"box.lan:7860", b"origin": b"http://box.lan:7860"}) is None
+    )
+    assert (
+        guard.refusal("GET", {b"host": b"box.lan:7860", b"origin": b"http://evil.example"})[0]
+        == 403
+    )
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -236,7 +268,9 @@ def address(app, tuned):
 
 
 def fetch(address, data=None, **headers) -> tuple[int, dict]:
-    request = urllib.request.Request(address, data, {k.replace("_", "-"): v for k, v in headers.items()})
+    request = urllib.request.Request(
+        address, data, {k.replace("_", "-"): v for k, v in headers.items()}
+    )
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, dict(answer.headers)
@@ -270,16 +304,22 @@ def visit(browser, address, request):
 
 def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
     prompts, stream = [], tuned.stream
-    monkeypatch.setattr(tuned, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k))
+    monkeypatch.setattr(
+        tuned, "stream", lambda turns, *a, **k: prompts.append(turns) or stream(turns, *a, **k)
+    )
     page = visit.page
     dtype = "float32" if device.kind() == "cpu" else str(device.half_dtype()).removeprefix("torch.")
-    assert re.search(rf"final · LoRA · \d\.\d M 参数 · .+ · {dtype}$", page.locator("#about").inner_text())
+    assert re.search(
+        rf"final · LoRA · \d\.\d M 参数 · .+ · {dtype}$", page.locator("#about").inner_text()
+    )
 
     assert ELSEWHERE in visit.ask(QUESTION)
     page.get_by_label("用微调后的权重").uncheck()
     before = visit.ask(QUESTION)
     assert ELSEWHERE not in before and "微调前" in before
-    assert [row["role"] for row in prompts[1]] == ["user", "assistant", "user"], "the history was not used"
+    assert [row["role"] for row in prompts[1]] == ["user", "assistant", "user"], (
+        "the history was not used"
+    )
     assert ELSEWHERE in prompts[1][1]["content"]
 
     page.get_by_role("button", name="重试").click()
@@ -292,10 +332,15 @@ def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
 
     page.get_by_role("button", name="清空对话").click()
     page.get_by_text("设置", exact=True).click()
-    page.wait_for_timeout(500)  # Gradio mounts what is in a closed accordion only now, and then sets its value
+    page.wait_for_timeout(
+        500
+    )  # Gradio mounts what is in a closed accordion only now, and then sets its value
     page.get_by_label("系统提示词").fill("说短一点")
     visit.ask(HTML)
-    assert prompts[3] == [{"role": "system", "content": "说短一点"}, {"role": "user", "content": HTML}]
+    assert prompts[3] == [
+        {"role": "system", "content": "说短一点"},
+        {"role": "user", "content": HTML},
+    ]
     shown = page.locator(".user-row").last
     assert shown.inner_text().strip() == HTML
     assert shown.locator("img, b, strong, h1, code, a").count() == 0 and page.title() != "hacked"
@@ -310,7 +355,9 @@ def test_thinking_is_folded_and_can_be_forbidden(visit, full):
     page.get_by_text(THOUGHTFUL).click()  # one of the examples
     visit.notes.first.wait_for()
     assert said in page.locator(".bot-row").inner_text()
-    page.get_by_text(thought).wait_for(state="hidden")  # it folds, with an animation, when the thought is done
+    page.get_by_text(thought).wait_for(
+        state="hidden"
+    )  # it folds, with an animation, when the thought is done
     page.get_by_text("思考过程").click()
     page.get_by_text(thought).wait_for()
     page.get_by_role("button", name="清空对话").click()
@@ -349,7 +396,9 @@ def test_stream_stop_clear_and_a_closed_tab(visit, tuned):
             if not page.is_closed():
                 page.get_by_role("button", name="发送").wait_for()
                 page.wait_for_timeout(300)
-                assert page.locator(".bot-row, .user-row").count() == 0, "what was cleared came back"
+                assert page.locator(".bot-row, .user-row").count() == 0, (
+                    "what was cleared came back"
+                )
 
 
 @pytest.mark.parametrize("visit", [{"viewport": {"width": 390, "height": 844}}], indirect=True)

@@ -85,16 +85,25 @@ def step_fault(self, model, inputs, **kwargs):
 def log_rows(self, *args, **kwargs):
     """One line per step and rank: its micro-batches as [row ids, starts, token ids], and DeepSpeed's batch size."""
     samples, count = stock_samples(self, *args, **kwargs)
-    batches = [[b["row_ids"], b["cu_seq_lens_q"].tolist(), b["input_ids"][0].tolist()] for b in samples]
+    batches = [
+        [b["row_ids"], b["cu_seq_lens_q"].tolist(), b["input_ids"][0].tolist()] for b in samples
+    ]
     engine = self.deepspeed.train_batch_size() if self.is_deepspeed_enabled else None
     with open(Path(self.args.output_dir) / f"consumed_{rank}.jsonl", "a") as file:
-        file.write(json.dumps({"step": self.state.global_step + 1, "batches": batches, "engine_batch": engine}) + "\n")
+        file.write(
+            json.dumps(
+                {"step": self.state.global_step + 1, "batches": batches, "engine_batch": engine}
+            )
+            + "\n"
+        )
     return samples, count
 
 
 def bad_loss(self, model, inputs, **kwargs):
     now = model.training and self.state.global_step + 1 == at
-    factor = {"nan-loss": float("nan"), "overflow-on-rank-0": 1.0 if rank else 1e6}[kind] if now else 1.0
+    factor = (
+        {"nan-loss": float("nan"), "overflow-on-rank-0": 1.0 if rank else 1e6}[kind] if now else 1.0
+    )
     from transformers import Trainer
 
     stock = Trainer.compute_loss
@@ -121,9 +130,14 @@ def torn(pattern):
 RecipeTrainer._save_checkpoint = counted_save
 checkpoint.mark_complete = bad_marker
 if kind == "kill-in-model":
-    after("save_model", lambda trainer, folder: torn("*.safetensors")(trainer, folder) if rank == 0 else None)
+    after(
+        "save_model",
+        lambda trainer, folder: torn("*.safetensors")(trainer, folder) if rank == 0 else None,
+    )
 elif kind == "kill-in-optimizer":
-    after("_save_optimizer_and_scheduler", lambda trainer, folder: torn("*optim*.pt")(trainer, folder))
+    after(
+        "_save_optimizer_and_scheduler", lambda trainer, folder: torn("*optim*.pt")(trainer, folder)
+    )
 elif kind == "kill-in-rng":
     after("_save_optimizer_and_scheduler", lambda trainer, folder: die())
 elif kind == "nan-loss":

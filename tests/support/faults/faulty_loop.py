@@ -59,7 +59,12 @@ def nan(stock, *args, **kwargs):
 if kind == "kill-in-step":
     at_call(torch.optim.AdamW, "step", die)
 elif kind == "kill-in-save":
-    at_call(torch, "save", half_a_file, counts=lambda state, path, *rest: Path(path).name == "training.pt")
+    at_call(
+        torch,
+        "save",
+        half_a_file,
+        counts=lambda state, path, *rest: Path(path).name == "training.pt",
+    )
 elif kind == "kill-in-marker":
     at_call(checkpoint, "mark_complete", die)
 elif kind == "nan-loss":

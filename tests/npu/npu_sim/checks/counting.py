@@ -15,6 +15,17 @@ def count(visible):
 
 
 def check_visible_devices():
-    cases = {"0,1,2,3": 4, "1,3": 2, "2": 1, "": 0, "3,1": 1, "0,0": 1, "1,4": 1, "4": 0, "0,x,2": 1, "-1": 0}
+    cases = {
+        "0,1,2,3": 4,
+        "1,3": 2,
+        "2": 1,
+        "": 0,
+        "3,1": 1,
+        "0,0": 1,
+        "1,4": 1,
+        "4": 0,
+        "0,x,2": 1,
+        "-1": 0,
+    }
     assert {visible: count(visible) for visible in cases} == cases
     assert torch.npu.device_count() == 4 and torch.npu.is_available()

@@ -119,7 +119,12 @@ def check_the_grad_scaler_sees_an_overflow():
 
 def check_kernels_that_this_chip_does_not_have():
     q = ones(1, 1, 4, 8, dtype=torch.float16)
-    refused("not supported on Ascend910", lambda: torch_npu.npu_fusion_attention(q, q, q, 1, "BNSD"))
+    refused(
+        "not supported on Ascend910", lambda: torch_npu.npu_fusion_attention(q, q, q, 1, "BNSD")
+    )
     refused("not supported on Ascend910", lambda: torch_npu.npu_swiglu(q))
     refused("not supported on Ascend910", lambda: torch_npu.npu_rotary_mul(q, q, q, "interleave"))
-    assert torch_npu.npu_rotary_mul(q, q, q).shape == q.shape and torch_npu.npu_rms_norm(q, ones(8).half())[0].shape
+    assert (
+        torch_npu.npu_rotary_mul(q, q, q).shape == q.shape
+        and torch_npu.npu_rms_norm(q, ones(8).half())[0].shape
+    )

@@ -21,7 +21,10 @@ def check_memory_figures():
     assert 64 * MIB <= free - torch.npu.mem_get_info()[0] < 90 * MIB
     assert torch.accelerator.memory_allocated() == torch.npu.memory_allocated()
     del x
-    assert torch.npu.memory_allocated() == before and torch.npu.max_memory_allocated() >= before + 64 * MIB
+    assert (
+        torch.npu.memory_allocated() == before
+        and torch.npu.max_memory_allocated() >= before + 64 * MIB
+    )
     torch.npu.empty_cache()
     assert free - torch.npu.mem_get_info()[0] < 3 * MIB, "empty_cache gives it back"
 
@@ -49,4 +52,6 @@ def check_the_end_of_memory():
     assert len(held) in (4, 5) and ones(4).sum().item() == 4, "small tensors still fit"
     held.clear()
     gc.collect()
-    assert ones(100 * MIB // 4).sum().item() == 100 * MIB // 4, "and so do large ones when memory is free again"
+    assert ones(100 * MIB // 4).sum().item() == 100 * MIB // 4, (
+        "and so do large ones when memory is free again"
+    )

@@ -53,10 +53,17 @@ CASES = {
     "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), IMAGE),
     "conv2d": (lambda x, w: F.conv2d(x, w, stride=2, padding=1), IMAGE, values(4, 3, 3, 3)),
     "conv1d": (lambda a, w: F.conv1d(a, w), BATCH, values(3, 4, 2)),
-    "pooling": (lambda x: (F.max_pool2d(x, 2), F.avg_pool2d(x, 2), F.adaptive_avg_pool2d(x, 1)), IMAGE),
+    "pooling": (
+        lambda x: (F.max_pool2d(x, 2), F.avg_pool2d(x, 2), F.adaptive_avg_pool2d(x, 1)),
+        IMAGE,
+    ),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), IMAGE),
     "attention": (lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), HEADS),
-    "attention, mask": (lambda a, m: F.scaled_dot_product_attention(a, a, a, attn_mask=m[:, :4]), BATCH, MASK),
+    "attention, mask": (
+        lambda a, m: F.scaled_dot_product_attention(a, a, a, attn_mask=m[:, :4]),
+        BATCH,
+        MASK,
+    ),
     "cat, stack": (lambda a, b: (torch.cat([a, b]), torch.stack([a, b], 1)), A, B),
     "split, chunk": (lambda a: (*a.split(2, 1), *a.chunk(2, 0)), A),
     "view, transpose": (lambda a: a.t().reshape(3, 8).unsqueeze(1).expand(3, 2, 8).contiguous(), A),
@@ -74,7 +81,10 @@ CASES = {
     "casts": (lambda a: (a.half().float(), a.to(torch.bfloat16).float(), a.int(), a > 0), A),
     "integers": (lambda i: (i // 2, i % 3, i << 1, i == 3, i.sum()), INDEX),
     "one_hot, unique": (lambda i: (F.one_hot(i, 6), *i.unique(return_counts=True)), INDEX),
-    "checkpoint": (lambda a: torch.utils.checkpoint.checkpoint(lambda x: x.sin() * x, a, use_reentrant=False), A),
+    "checkpoint": (
+        lambda a: torch.utils.checkpoint.checkpoint(lambda x: x.sin() * x, a, use_reentrant=False),
+        A,
+    ),
 }
 
 
@@ -92,7 +102,9 @@ def check_operators_equal_the_cpu():
 def check_a_training_step_equals_the_cpu():
     def after_steps(device, optimizer, **settings):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.GELU(), torch.nn.Linear(16, 6)).to(device)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 16), torch.nn.GELU(), torch.nn.Linear(16, 6)
+        ).to(device)
         optimizer = optimizer(model.parameters(), lr=0.01, **settings)
         for _ in range(3):
             F.cross_entropy(model(A.to(device)), LABELS.to(device)).backward()
@@ -103,7 +115,9 @@ def check_a_training_step_equals_the_cpu():
 
     for kind in ({"foreach": False}, {"foreach": True}, {"fused": True}):
         here, there = (after_steps(device, torch.optim.AdamW, **kind) for device in ("cpu", "npu"))
-        torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6, msg=lambda text, kind=kind: f"{kind}: {text}")
+        torch.testing.assert_close(
+            there, here, rtol=1e-5, atol=1e-6, msg=lambda text, kind=kind: f"{kind}: {text}"
+        )
     here, there = (after_steps(device, torch.optim.SGD, momentum=0.9) for device in ("cpu", "npu"))
     torch.testing.assert_close(there, here)
 
@@ -116,7 +130,9 @@ def check_results_land_where_they_are_asked_for():
     view = x[1]
     view.mul_(2)
     assert torch.equal(x[1].cpu(), A[1] * 2), "writing to a view writes to its base"
-    assert x.t().data_ptr() == x.data_ptr() and torch.zeros_like(x, device="cpu").device.type == "cpu"
+    assert (
+        x.t().data_ptr() == x.data_ptr() and torch.zeros_like(x, device="cpu").device.type == "cpu"
+    )
 
 
 def check_autocast_lists():

@@ -23,7 +23,12 @@ def check_the_backend_is_hccl():
 
 
 def check_all_reduce():
-    kinds = {dist.ReduceOp.SUM: 4, dist.ReduceOp.PRODUCT: 3, dist.ReduceOp.MAX: 3, dist.ReduceOp.MIN: 1}
+    kinds = {
+        dist.ReduceOp.SUM: 4,
+        dist.ReduceOp.PRODUCT: 3,
+        dist.ReduceOp.MAX: 3,
+        dist.ReduceOp.MIN: 1,
+    }
     for dtype in (torch.float32, torch.float16, torch.int32, torch.int64, torch.int8):
         for kind, expected in kinds.items():
             x = here([1 + 2 * RANK] * 3, dtype)
@@ -84,7 +89,9 @@ def check_all_to_all():
     sizes = [1, 2] if RANK == 0 else [1, 1]
     received = [1, 1] if RANK == 0 else [2, 1]
     out = here([0.0] * sum(received))
-    dist.all_to_all_single(out, here([float(10 * RANK + i) for i in range(sum(sizes))]), received, sizes)
+    dist.all_to_all_single(
+        out, here([float(10 * RANK + i) for i in range(sum(sizes))]), received, sizes
+    )
     assert out.tolist() == [[0, 10], [1, 2, 11]][RANK]
 
 
@@ -118,7 +125,10 @@ def check_data_parallel_training():
 
 def check_types_that_cannot_be_reduced():
     refused("float64|kDouble|Double", lambda: dist.all_reduce(here([1.0], torch.float64)))
-    refused("does not take bfloat16", lambda: dist.all_reduce(here([1.0], torch.bfloat16), dist.ReduceOp.PRODUCT))
+    refused(
+        "does not take bfloat16",
+        lambda: dist.all_reduce(here([1.0], torch.bfloat16), dist.ReduceOp.PRODUCT),
+    )
 
 
 def check_ranks_that_do_not_do_the_same():
@@ -131,7 +141,9 @@ def check_two_ranks_on_one_card():
     group = dist.new_group([0, 1])
     torch.npu.set_device(0)
     try:
-        refused("both on device 0", lambda: dist.all_reduce(torch.ones(1, device="npu:0"), group=group))
+        refused(
+            "both on device 0", lambda: dist.all_reduce(torch.ones(1, device="npu:0"), group=group)
+        )
     finally:
         torch.npu.set_device(RANK)
 

@@ -10,7 +10,9 @@ from support import ones, refused, same, values
 
 
 def check_names_and_counts():
-    assert torch.npu.is_available() and torch.npu.device_count() == 2  # ASCEND_RT_VISIBLE_DEVICES=0,2 of three
+    assert (
+        torch.npu.is_available() and torch.npu.device_count() == 2
+    )  # ASCEND_RT_VISIBLE_DEVICES=0,2 of three
     assert torch.npu.get_device_name(0) == "Ascend910B2"
     assert torch.accelerator.current_accelerator().type == "npu"
     assert torch.npu.get_device_properties(0).total_memory == 64 * 2**30
@@ -38,7 +40,11 @@ def check_bfloat16_works():
 
 
 def check_matmul_takes_no_float64_and_no_integers():
-    for dtype, name in ((torch.float64, "DT_DOUBLE"), (torch.int32, "DT_INT32"), (torch.int64, "DT_INT64")):
+    for dtype, name in (
+        (torch.float64, "DT_DOUBLE"),
+        (torch.int32, "DT_INT32"),
+        (torch.int64, "DT_INT64"),
+    ):
         x = ones(2, 2, dtype=dtype)
         refused(f"EZ1001.*{name}.*dtype support list", lambda x=x: x @ x)
     refused("aclnnBmm.*DT_DOUBLE", lambda: torch.bmm(*[ones(1, 2, 2, dtype=torch.float64)] * 2))
@@ -46,7 +52,11 @@ def check_matmul_takes_no_float64_and_no_integers():
 
 def check_layers_take_no_float64():
     x = ones(2, 4, dtype=torch.float64)
-    for layer in (torch.nn.functional.gelu, torch.nn.functional.silu, lambda x: torch.layer_norm(x, (4,))):
+    for layer in (
+        torch.nn.functional.gelu,
+        torch.nn.functional.silu,
+        lambda x: torch.layer_norm(x, (4,)),
+    ):
         refused("EZ1001.*DT_DOUBLE", lambda layer=layer: layer(x))
     refused("DT_DOUBLE", lambda: torch.nn.functional.nll_loss(x, ones(2, dtype=torch.int64)))
     assert (x + x).sum().item() == 16, "float64 is kept and added"
@@ -71,13 +81,19 @@ def check_operators_without_a_kernel_are_errors():
 
 def check_operators_that_are_not_simulated_say_their_name():
     pairs = {
-        "npu_confusion_transpose": lambda x: torch_npu.npu_confusion_transpose(x, (1, 0), (4, 2), True),
+        "npu_confusion_transpose": lambda x: torch_npu.npu_confusion_transpose(
+            x, (1, 0), (4, 2), True
+        ),
         "npu_grouped_matmul": lambda x: torch_npu.npu_grouped_matmul([x], [x.t()], group_type=-1),
-        "npu_cross_entropy_loss": lambda x: torch_npu.npu_cross_entropy_loss(x, ones(2, dtype=torch.int64)),
+        "npu_cross_entropy_loss": lambda x: torch_npu.npu_cross_entropy_loss(
+            x, ones(2, dtype=torch.int64)
+        ),
     }
     for name, call in pairs.items():
         for grad in (False, True):
-            text = refused(name, lambda c=call, g=grad: c(ones(2, 4).requires_grad_(g)), NotImplementedError)
+            text = refused(
+                name, lambda c=call, g=grad: c(ones(2, 4).requires_grad_(g)), NotImplementedError
+            )
             assert "[npu-sim]" in text and "not simulated" in text
 
 
@@ -89,7 +105,10 @@ def check_torch_compile_is_refused():
 
 
 def check_a_cpu_generator_is_refused():
-    refused("Expected a 'npu' device type", lambda: torch.rand(2, device="npu", generator=torch.Generator()))
+    refused(
+        "Expected a 'npu' device type",
+        lambda: torch.rand(2, device="npu", generator=torch.Generator()),
+    )
     refused("Expected a 'npu' device type", lambda: ones(2).normal_(generator=torch.Generator()))
 
 
@@ -119,7 +138,11 @@ def check_random_state_is_saved_and_restored():
 def check_the_cpu_generator_stays_where_it_is():
     state = torch.get_rng_state()
     for _ in range(3):
-        torch.rand(5, device="npu"), torch.nn.functional.dropout(ones(50), 0.3), ones(3).exponential_()
+        (
+            torch.rand(5, device="npu"),
+            torch.nn.functional.dropout(ones(50), 0.3),
+            ones(3).exponential_(),
+        )
     assert torch.equal(torch.get_rng_state(), state)
     torch.randn(1)  # leaves half a pair of normal numbers behind
     state = torch.get_rng_state()
@@ -178,7 +201,11 @@ def check_rotary():
 
     inputs = values(2, 4, 5, 8), values(1, 1, 5, 8, seed=1), values(1, 1, 5, 8, seed=2)
     same("rotary half", on_npu(half, torch_npu.npu_rotary_mul), *inputs)
-    same("rotary interleave", on_npu(pairs, lambda *x: torch_npu.npu_rotary_mul(*x, "interleave")), *inputs)
+    same(
+        "rotary interleave",
+        on_npu(pairs, lambda *x: torch_npu.npu_rotary_mul(*x, "interleave")),
+        *inputs,
+    )
     refused("4 dimensions", lambda: torch_npu.npu_rotary_mul(*[ones(5, 8)] * 3))
 
 
@@ -197,7 +224,10 @@ def check_fused_attention_layouts():
     views = {  # layout: from and to [B, N, S, D]
         "BNSD": (lambda x: x, lambda x, n: x),
         "BSND": (lambda x: x.transpose(1, 2), lambda x, n: x.transpose(1, 2)),
-        "BSH": (lambda x: x.transpose(1, 2).flatten(2), lambda x, n: x.unflatten(-1, (n, -1)).transpose(1, 2)),
+        "BSH": (
+            lambda x: x.transpose(1, 2).flatten(2),
+            lambda x, n: x.unflatten(-1, (n, -1)).transpose(1, 2),
+        ),
         "SBH": (
             lambda x: x.permute(2, 0, 1, 3).flatten(2),
             lambda x, n: x.unflatten(-1, (n, -1)).permute(1, 2, 0, 3),
@@ -223,9 +253,17 @@ def check_fused_attention_masks():
         hidden = torch.ones(5, 7, dtype=torch.bool).triu(1 + offset)
 
         def fused(*x, mode=mode):
-            return torch_npu.npu_fusion_attention(*x, 4, "BNSD", scale=0.3, atten_mask=compressed, sparse_mode=mode)[0]
+            return torch_npu.npu_fusion_attention(
+                *x, 4, "BNSD", scale=0.3, atten_mask=compressed, sparse_mode=mode
+            )[0]
 
-        same(f"mode {mode}", on_npu(lambda *x, h=hidden: attention(*x, 0.3, h), fused), query, key, value)
+        same(
+            f"mode {mode}",
+            on_npu(lambda *x, h=hidden: attention(*x, 0.3, h), fused),
+            query,
+            key,
+            value,
+        )
     forgotten = on_npu(
         lambda *x: attention(*x, 0.3),
         lambda *x: torch_npu.npu_fusion_attention(*x, 4, "BNSD", scale=0.3, sparse_mode=3)[0],
@@ -248,7 +286,14 @@ def check_fused_attention_of_packed_sequences():
 
     def fused(*x):
         return torch_npu.npu_fusion_attention(
-            *x, 4, "TND", scale=0.3, atten_mask=compressed, sparse_mode=3, actual_seq_qlen=ends, actual_seq_kvlen=ends
+            *x,
+            4,
+            "TND",
+            scale=0.3,
+            atten_mask=compressed,
+            sparse_mode=3,
+            actual_seq_qlen=ends,
+            actual_seq_kvlen=ends,
         )[0]
 
     same("TND", on_npu(formula, fused), query, key, value)
@@ -260,7 +305,9 @@ def check_fused_operators_are_one_operator_to_autocast():
     for dtype in (torch.float16, torch.bfloat16):
         x = query.to(dtype)
         calls = (
-            lambda x=x: torch_npu.npu_fusion_attention(x, x, x, 2, "BNSD", atten_mask=mask, sparse_mode=2)[0],
+            lambda x=x: torch_npu.npu_fusion_attention(
+                x, x, x, 2, "BNSD", atten_mask=mask, sparse_mode=2
+            )[0],
             lambda x=x: torch_npu.npu_rms_norm(x, x[0, 0, 0])[0],
         )
         for call in calls:
@@ -272,7 +319,10 @@ def check_fused_operators_are_one_operator_to_autocast():
 def check_fused_attention_refuses():
     q = ones(1, 4, 5, 8)
     call = torch_npu.npu_fusion_attention
-    refused("2048", lambda: call(q, q, q, 4, "BNSD", atten_mask=ones(5, 5, dtype=torch.bool), sparse_mode=2))
+    refused(
+        "2048",
+        lambda: call(q, q, q, 4, "BNSD", atten_mask=ones(5, 5, dtype=torch.bool), sparse_mode=2),
+    )
     refused("bool or uint8", lambda: call(q, q, q, 4, "BNSD", atten_mask=ones(5, 5)))
     refused("head_num", lambda: call(q, q, q, 3, "BNSD"))
     refused("same dtype", lambda: call(q, q.half(), q.half(), 4, "BNSD"))

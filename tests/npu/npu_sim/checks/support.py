@@ -32,7 +32,9 @@ def same(name, function, *inputs, rtol=1e-5, atol=1e-6):
         moved = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in inputs]
         out = function(*moved)
         outs = list(out) if isinstance(out, tuple | list) else [out]
-        assert all(o.device.type == device for o in outs), f"{name}: an output is on {[o.device for o in outs]}"
+        assert all(o.device.type == device for o in outs), (
+            f"{name}: an output is on {[o.device for o in outs]}"
+        )
         smooth = [o for o in outs if o.requires_grad]
         if smooth:
             sum((o.float() * values(*o.shape, seed=9).to(device)).sum() for o in smooth).backward()
@@ -40,4 +42,6 @@ def same(name, function, *inputs, rtol=1e-5, atol=1e-6):
         sides.append([t.detach().cpu() for t in outs + grads])
     assert len(sides[0]) == len(sides[1]), name
     for here, there in zip(*sides, strict=True):
-        torch.testing.assert_close(there, here, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            there, here, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}"
+        )
