@@ -15,8 +15,9 @@ def measure_answers(
     """Greedy answers to canonical preference rows (JSON). Every rank calls it.
 
     Returns:
-        {"exact_match", "rouge_l" (to the chosen answer), "like_chosen" (share closer to it than to the rejected one)}
-        and the samples of common.runs.generate.answer_held_out, with the rejected answer.
+        {"exact_match", "rouge_l" (to the chosen answer), "like_chosen" (share closer to it than to
+        the rejected one)} and the samples of common.runs.generate.answer_held_out, with the
+        rejected answer.
     """
     pairs = [
         row for row in map(json.loads, rows) if len(row["chosen"]) == len(row["rejected"]) == 1

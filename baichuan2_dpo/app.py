@@ -1,15 +1,16 @@
-"""Gradio page for a model trained on preferences: its answers beside those of the reference it started from.
+"""Gradio page for a model trained on preferences: its answers beside those of the reference it
+started from.
 
     python baichuan2_dpo/app.py                             # what `bash baichuan2_dpo/train_zero2.sh` left in output/
     python baichuan2_dpo/app.py --model output/baichuan2_dpo/final --port 7860 --host 127.0.0.1
     python baichuan2_dpo/app.py --model output/full --reference models/baichuan2-7b-native
     MODEL=models/merged python baichuan2_dpo/app.py --reference none
 
-The reference of a LoRA adapter is the model without it; that of a run which trained all weights is the model it began
-with, or --reference, loaded beside it: twice the memory. Both sides are asked in the chat template saved with the
-trained model (common/data/labels.py, as in training), with the same sampling and the same seed, one after the other.
-The implicit reward of an answer is beta * (log p_policy - log p_reference) of its tokens and its end token, as in
-training (dpo_losses.py).
+The reference of a LoRA adapter is the model without it; that of a run which trained all weights is
+the model it began with, or --reference, loaded beside it: twice the memory. Both sides are asked in
+the chat template saved with the trained model (common/data/labels.py, as in training), with the
+same sampling and the same seed, one after the other. The implicit reward of an answer is beta *
+(log p_policy - log p_reference) of its tokens and its end token, as in training (dpo_losses.py).
 """
 
 import sys
@@ -89,10 +90,11 @@ def show(history: list[dict], name: str) -> list[gr.ChatMessage]:
 
 
 def messages_of(history: list[dict], name: str, system: str) -> list[dict]:
-    """What a model is asked: the turns as rows of the training data, with the answers of side `name`.
+    """What a model is asked: the turns as rows of the training data, with the answers of side
+    `name`.
 
-    The last turn is the question. Earlier ones that this side did not answer (stopped before it began, or not a word)
-    are left out.
+    The last turn is the question. Earlier ones that this side did not answer (stopped before it
+    began, or not a word) are left out.
     """
     messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
     for turn in history[:-1]:
@@ -110,7 +112,8 @@ def messages_of(history: list[dict], name: str, system: str) -> list[dict]:
 def verdict_of(
     rewards: dict[str, float], same_prompt: bool, same_answer: bool, odds: bool = True
 ) -> str:
-    """The line under the columns, Markdown. odds: the loss takes rewards for the log odds of a preference."""
+    """The line under the columns, Markdown. odds: the loss takes rewards for the log odds of a
+    preference."""
     apart = rewards["policy"] - rewards["reference"]
     if not same_prompt:
         return "两边的前文不同，奖励之间不能相比"
@@ -246,7 +249,8 @@ class Page(shared.Runs):
     def rewards(
         self, asked: dict[str, list[dict]], answers: dict[str, dict]
     ) -> dict[str, float] | None:
-        """The implicit reward of each side's answer to what that side was asked; None: see scored_row."""
+        """The implicit reward of each side's answer to what that side was asked; None: see
+        scored_row."""
         rows = [
             scored_row(self.policy, asked[name], answer["said"], answer["whole"], self.window)
             for name, answer in answers.items()
@@ -275,7 +279,8 @@ class Page(shared.Runs):
         return self.view(history[:-1]) | {self.ui.box: history[-1]["question"]}
 
     def clear(self, request: gr.Request):
-        """Empty columns; a run that is on empties them again at its end, and only then another can begin."""
+        """Empty columns; a run that is on empties them again at its end, and only then another can
+        begin."""
         return self.view([]) | ({} if self.drop(request) else self.busy(False))
 
 
@@ -351,9 +356,15 @@ def column(name: str) -> gr.Chatbot:
     examples = [{"text": text} for text in EXAMPLES] if name == "policy" else None
     hint = "问点什么，或选一个例子" if name == "policy" else "同一个问题，训练前的回答"
     return gr.Chatbot(
-        label=TITLES[name], elem_id=name, min_height=240, min_width=320, buttons=["copy"], allow_tags=False,
-        placeholder=hint, examples=examples,
-    )  # fmt: skip
+        label=TITLES[name],
+        elem_id=name,
+        min_height=240,
+        min_width=320,
+        buttons=["copy"],
+        allow_tags=False,
+        placeholder=hint,
+        examples=examples,
+    )
 
 
 def connect(page: Page, demo: gr.Blocks) -> None:
@@ -375,13 +386,17 @@ def connect(page: Page, demo: gr.Blocks) -> None:
 
 
 def settings(page: Page) -> list[gr.components.Component]:
-    """System prompt and sampling, in the order of Page.ask; their defaults are those of the run and of the model."""
+    """System prompt and sampling, in the order of Page.ask; their defaults are those of the run and
+    of the model."""
     policy = page.policy
     with gr.Accordion("设置", open=False):
         system = gr.Textbox(
-            policy.settings.get("system_prompt") or "", label="系统提示词", lines=2, max_length=MAX_CHARS,
+            policy.settings.get("system_prompt") or "",
+            label="系统提示词",
+            lines=2,
+            max_length=MAX_CHARS,
             visible="system" in str(policy.tokenizer.chat_template),
-        )  # fmt: skip
+        )
         with gr.Row():
             info = "两边相同；-1：每次另抽"
             seed = gr.Number(

@@ -1,19 +1,22 @@
-"""Published Baichuan and Baichuan2 checkpoints -> folders that transformers programs load without remote code.
+"""Published Baichuan and Baichuan2 checkpoints -> folders that transformers programs load without
+remote code.
 
     python baichuan2_dpo/convert.py --model models/Baichuan2-7B-Chat --output_dir models/baichuan2-7b    # a plain Llama
     python baichuan2_dpo/convert.py --model models/Baichuan2-7B-Chat --output_dir OUT --keep_norm_head
     python baichuan2_dpo/convert.py --model models/Baichuan2-13B-Chat --output_dir models/baichuan2-13b
     python baichuan2_dpo/convert.py --model old-adapter --base models/baichuan2-7b --output_dir new-adapter
 
-W_pack becomes q_proj, k_proj and v_proj. The 7B's NormHead, h . w / |w|, becomes the head of a LlamaForCausalLM, its
-rows normalised in float32: the same logits while the head is frozen (LoRA), and norm_head_folded in its config.json. A
-head that trains needs the gradient through the normalisation: --keep_norm_head keeps the raw rows, and the folder opens
-once modeling_baichuan.py is imported, as every 13B (ALiBi) does. In bfloat16 the folded rows are rounded once more: of
-random logits of size 1.6 the mean error is 0.0036, with the NormHead kept 0.0030, in the original, which rounds row and
-length, 0.0043. --dtype float32 rounds nothing.
+W_pack becomes q_proj, k_proj and v_proj. The 7B's NormHead, h . w / |w|, becomes the head of a
+LlamaForCausalLM, its rows normalised in float32: the same logits while the head is frozen (LoRA),
+and norm_head_folded in its config.json. A head that trains needs the gradient through the
+normalisation: --keep_norm_head keeps the raw rows, and the folder opens once modeling_baichuan.py
+is imported, as every 13B (ALiBi) does. In bfloat16 the folded rows are rounded once more: of random
+logits of size 1.6 the mean error is 0.0036, with the NormHead kept 0.0030, in the original, which
+rounds row and length, 0.0043. --dtype float32 rounds nothing.
 
-Weights are read from *.safetensors or pytorch_model*.bin (never unpickled as code) and written shard by shard: memory
-holds one shard. Every tensor of the source must have its place, and every place a tensor.
+Weights are read from *.safetensors or pytorch_model*.bin (never unpickled as code) and written
+shard by shard: memory holds one shard. Every tensor of the source must have its place, and every
+place a tensor.
 """
 
 import sys
@@ -57,7 +60,8 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", 
 
 
 def kind(folder: Path, old: dict) -> tuple[bool, bool]:
-    """(ALiBi instead of rotation, NormHead): the folder's code tells (read, not run), else fields and vocabulary."""
+    """(ALiBi instead of rotation, NormHead): the folder's code tells (read, not run), else fields
+    and vocabulary."""
     code = folder / "modeling_baichuan.py"
     if code.is_file():
         text = code.read_text(encoding="utf-8", errors="replace")
@@ -67,7 +71,8 @@ def kind(folder: Path, old: dict) -> tuple[bool, bool]:
 
 
 def native_config(old: dict, alibi: bool, norm_head: bool) -> LlamaConfig:
-    """Fields of a published config.json -> the config of a plain Llama, or of this recipe's model where it needs one.
+    """Fields of a published config.json -> the config of a plain Llama, or of this recipe's model
+    where it needs one.
 
     SystemExit for what neither computes.
     """
@@ -86,12 +91,17 @@ def native_config(old: dict, alibi: bool, norm_head: bool) -> LlamaConfig:
             f"z_loss_weight {old['z_loss_weight']} of config.json only concerns training and is left out"
         )
     fields = {name: old[name] for name in NEEDED} | {
-        "num_key_value_heads": old["num_attention_heads"], "rms_norm_eps": old.get("rms_norm_eps", 1e-6),
-        "max_position_embeddings": old.get("max_position_embeddings") or old.get("model_max_length", 4096),
-        "initializer_range": old.get("initializer_range", 0.02), "bos_token_id": old.get("bos_token_id", 1),
-        "eos_token_id": old.get("eos_token_id", 2), "pad_token_id": old.get("pad_token_id", 0),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "num_key_value_heads": old["num_attention_heads"],
+        "rms_norm_eps": old.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": old.get("max_position_embeddings")
+        or old.get("model_max_length", 4096),
+        "initializer_range": old.get("initializer_range", 0.02),
+        "bos_token_id": old.get("bos_token_id", 1),
+        "eos_token_id": old.get("eos_token_id", 2),
+        "pad_token_id": old.get("pad_token_id", 0),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    }
     if alibi or norm_head:
         return BaichuanConfig(
             **fields, alibi=alibi, norm_head=norm_head, architectures=["BaichuanForCausalLM"]
@@ -108,7 +118,8 @@ def empty_weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
 
 
 def native_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Native parameters (or modules) -> {the published one: its native ones}: three for W_pack, else itself."""
+    """Native parameters (or modules) -> {the published one: its native ones}: three for W_pack,
+    else itself."""
     found = {}
     for name in names:
         found.setdefault(re.sub(r"self_attn\.[qkv]_proj\b", "self_attn.W_pack", name), []).append(
@@ -166,7 +177,8 @@ def to_native(
 
 
 def check_weights(weights: Weights, config: LlamaConfig, folder: Path) -> dict[str, list[str]]:
-    """-> `native_names`; SystemExit where the names or shapes of the weights are not those of `config`."""
+    """-> `native_names`; SystemExit where the names or shapes of the weights are not those of
+    `config`."""
     expected = empty_weights(config)
     names = native_names(expected)
     found = {name for name in weights if not DERIVED.search(name)}
@@ -225,7 +237,8 @@ def make_tokenizer(folder: Path, config: LlamaConfig):
 
 
 def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
-    """A peft adapter trained on the published code -> one for the converted model `base`; the same update of weights.
+    """A peft adapter trained on the published code -> one for the converted model `base`; the same
+    update of weights.
 
     Of W_pack + s B A the rows of B are split in thirds like those of W_pack, and each part keeps A.
     """

@@ -1,7 +1,8 @@
 """Preference losses, one pair at a time: read them beside the papers.
 
-Of each pair four numbers are known: log p(answer | prompt) of the chosen and of the rejected answer, by the policy that
-is trained and by the frozen reference. An implicit reward is beta * (log p_policy - log p_reference).
+Of each pair four numbers are known: log p(answer | prompt) of the chosen and of the rejected
+answer, by the policy that is trained and by the frozen reference. An implicit reward is beta * (log
+p_policy - log p_reference).
 
     sigmoid   -log s(beta * d)                      DPO, Rafailov et al. 2023, eq. 7; with label_smoothing e cDPO:
                                                     (1 - e) * -log s(beta * d) + e * -log s(-beta * d)   (Mitchell 2023)
@@ -11,7 +12,8 @@ is trained and by the frozen reference. An implicit reward is beta * (log p_poli
     simpo     -log s(beta * a - gamma)              Meng et al. 2024, eq. 6; a of averages over tokens, no reference
     orpo      nll + beta * -log s(log odds ratio)   Hong et al. 2024, eq. 6; on averages over tokens, no reference
 
-d = (chosen - rejected of the policy) - (chosen - rejected of the reference); s is the logistic function.
+d = (chosen - rejected of the policy) - (chosen - rejected of the reference); s is the logistic
+function.
 """
 
 from typing import NamedTuple
@@ -42,8 +44,8 @@ def rewards(
 ):
     """-> implicit rewards of the chosen and of the rejected answers, [n] each, without gradient.
 
-    averaged: per token, which simpo and orpo (whose odds are of averages) always are. Without a reference the reward is
-    beta * log p.
+    averaged: per token, which simpo and orpo (whose odds are of averages) always are. Without a
+    reference the reward is beta * log p.
     """
     averaged = averaged or kind in REFERENCE_FREE
     of = (lambda answers: answers.averaged()) if averaged else (lambda answers: answers)
@@ -55,15 +57,23 @@ def rewards(
 
 
 def preference_loss(
-    kind: str, policy: Answers, reference: Answers | None = None, beta: float = 0.1, label_smoothing: float = 0.0,
-    gamma: float = 1.0, averaged: bool = False, rpo_alpha: float = 0.0,
-) -> Tensor:  # fmt: skip
+    kind: str,
+    policy: Answers,
+    reference: Answers | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    gamma: float = 1.0,
+    averaged: bool = False,
+    rpo_alpha: float = 0.0,
+) -> Tensor:
     """Loss of each pair, [n].
 
     Args:
         kind: see the head of this file. reference: None for simpo and orpo.
-        label_smoothing: share of pairs whose preference is taken to be swapped; sigmoid, robust and simpo.
-        gamma: target margin of simpo. averaged: d of averages over tokens instead of sums (length normalisation).
+        label_smoothing: share of pairs whose preference is taken to be swapped; sigmoid, robust and
+            simpo.
+        gamma: target margin of simpo. averaged: d of averages over tokens instead of sums (length
+            normalisation).
         rpo_alpha: weight of -log p(chosen) per token that is added (Pang et al. 2024, eq. 2).
     """
     mean = policy.averaged()

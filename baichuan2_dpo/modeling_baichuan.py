@@ -1,11 +1,13 @@
-"""Baichuan2 as a thin Llama: ALiBi instead of rotation (13B), and the head whose rows are normalised (NormHead).
+"""Baichuan2 as a thin Llama: ALiBi instead of rotation (13B), and the head whose rows are
+normalised (NormHead).
 
-Importing this module tells the Auto classes about it. convert.py makes its checkpoints; a Baichuan2-7B whose head stays
-frozen needs none of this and becomes a plain LlamaForCausalLM.
+Importing this module tells the Auto classes about it. convert.py makes its checkpoints; a
+Baichuan2-7B whose head stays frozen needs none of this and becomes a plain LlamaForCausalLM.
 
-ALiBi (Press et al. 2022, "Train short, test long") is computed from the distance itself: slope * position in bfloat16,
-as the original adds it, cannot tell neighbours apart from position 256 on. Packed rows (`cu_seq_lens_q`) are computed
-document by document. Attention is always this module's own with ALiBi, whatever attn_implementation says.
+ALiBi (Press et al. 2022, "Train short, test long") is computed from the distance itself: slope *
+position in bfloat16, as the original adds it, cannot tell neighbours apart from position 256 on.
+Packed rows (`cu_seq_lens_q`) are computed document by document. Attention is always this module's
+own with ALiBi, whatever attn_implementation says.
 
 B rows, T tokens, S keys, H heads, d size of a head, D width, V vocabulary.
 """
@@ -68,17 +70,20 @@ class BaichuanConfig(LlamaConfig):
 
 
 class AlibiMask:
-    """Takes the mask's place on its way through the layers; the bias is built once, when the first layer needs it."""
+    """Takes the mask's place on its way through the layers; the bias is built once, when the first
+    layer needs it."""
 
     def __init__(self, **arguments):
         self.arguments, self.built = arguments, {}
 
     def bias(self, slopes: Tensor, like: Tensor) -> Tensor:
-        """[B or 1, H, T, S] in the dtype of `like`: slope * (key - query), its lowest value where none may look."""
+        """[B or 1, H, T, S] in the dtype of `like`: slope * (key - query), its lowest value where
+        none may look."""
         key = like.dtype, like.device
         if key not in self.built:
             arguments = self.arguments
-            # never skipped: "causal" means two things where a static cache is longer than the queries
+            # never skipped: "causal" means two things where a static cache is longer than the
+            # queries
             seen = sdpa_mask(**arguments | {"allow_is_causal_skip": False}).to(like.device)
             query, place = (
                 torch.arange(arguments[f"{name}_length"], device=like.device)
@@ -91,12 +96,19 @@ class AlibiMask:
 
 
 class AlibiAttention(LlamaAttention):
-    """LlamaAttention with the same parameters: no rotation, a bias by distance. hidden [B, T, D] -> [B, T, D], None."""
+    """LlamaAttention with the same parameters: no rotation, a bias by distance. hidden [B, T, D] ->
+    [B, T, D], None."""
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None,
-        cu_seq_lens_q=None, max_length_q=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        cu_seq_lens_q=None,
+        max_length_q=None,
+        **kwargs,
+    ):
         query, key, value = (
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -134,10 +146,12 @@ class NoRotation(nn.Module):
 
 
 class NormHead(nn.Module):
-    """hidden [..., D] -> logits [..., V]: h . w / |w| with the raw rows w, in training and in evaluation.
+    """hidden [..., D] -> logits [..., V]: h . w / |w| with the raw rows w, in training and in
+    evaluation.
 
-    The weight is never written, which ZeRO-3's partitioned parameters would not survive. The lengths are fp32 and
-    divide the logits, not the rows: that costs one number per row instead of a second weight.
+    The weight is never written, which ZeRO-3's partitioned parameters would not survive. The
+    lengths are fp32 and divide the logits, not the rows: that costs one number per row instead of a
+    second weight.
     """
 
     def __init__(self, width: int, vocabulary: int):
@@ -171,7 +185,8 @@ class BaichuanPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks weights, or has others, is a ValueError, not a warning."""
+        """As in transformers, but a checkpoint that lacks weights, or has others, is a ValueError,
+        not a warning."""
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if keys := sorted(map(str, info[what])):
@@ -200,7 +215,8 @@ class BaichuanModel(BaichuanPreTrainedModel, LlamaModel):
 
 
 class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
-    """Baichuan2 with its head; arguments as of LlamaForCausalLM, for packed rows as of common.collators."""
+    """Baichuan2 with its head; arguments as of LlamaForCausalLM, for packed rows as of
+    common.collators."""
 
     def __init__(self, config: BaichuanConfig):
         LlamaPreTrainedModel.__init__(
@@ -215,7 +231,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     def create_masks_for_generate(self, attention_mask=None, **kwargs):
-        """With a static cache generate() builds the mask itself; ALiBi's is built in the model, from the 2-D one."""
+        """With a static cache generate() builds the mask itself; ALiBi's is built in the model,
+        from the 2-D one."""
         if self.config.alibi:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)

@@ -1,9 +1,10 @@
 """A preference row -> two token rows that differ only in their answers.
 
-Both are encoded by the tokenizer's chat template (common/data/labels.py); only the answer, with its end token, has labels.
-Where the longer one does not fit, the oldest rounds of the prompt go first, then the beginning of what is left of the
-prompt (a quarter of the window is kept for it), then the tail of an answer before its end token. Both answers keep the
-same prompt, else their log-probs would not be comparable.
+Both are encoded by the tokenizer's chat template (common/data/labels.py); only the answer, with its
+end token, has labels. Where the longer one does not fit, the oldest rounds of the prompt go first,
+then the beginning of what is left of the prompt (a quarter of the window is kept for it), then the
+tail of an answer before its end token. Both answers keep the same prompt, else their log-probs
+would not be comparable.
 """
 
 from common.data.labels import encode_chat, encode_prompt
@@ -13,10 +14,11 @@ ALL = 1 << 30  # tokens; nothing is cut before both answers are known
 
 
 def encode(row: dict, tokenizer, max_length: int, system: str = "") -> dict:
-    """A canonical preference row -> {"chosen_input_ids", "chosen_labels", "rejected_...", "truncated"}.
+    """A canonical preference row -> {"chosen_input_ids", "chosen_labels", "rejected_...",
+    "truncated"}.
 
-    Raises ValueError when the template refuses the row or writes the prompt in another way once an answer follows, and
-    when the answers differ only in what is cut off.
+    Raises ValueError when the template refuses the row or writes the prompt in another way once an
+    answer follows, and when the answers differ only in what is cut off.
     """
     prompt, tools = with_system(row["prompt"], system), row.get("tools")
     asked, answers = tokens(tokenizer, prompt, row, tools)
@@ -41,7 +43,8 @@ def encode(row: dict, tokenizer, max_length: int, system: str = "") -> dict:
 def tokens(
     tokenizer, prompt: list[dict], row: dict, tools
 ) -> tuple[list[int], list[list[tuple[int, int]]]]:
-    """-> prompt [P], and for both answers their (token, label) pairs; what stands between turns has label -100."""
+    """-> prompt [P], and for both answers their (token, label) pairs; what stands between turns has
+    label -100."""
     asked, answers = encode_prompt(tokenizer, prompt, tools), []
     for side in ("chosen", "rejected"):
         whole = encode_chat(tokenizer, prompt + row[side], ALL, tools)

@@ -1,12 +1,15 @@
-"""Pairs of answers through the Trainer: batches in which a pair shares its prompt, reference log-probs, metrics.
+"""Pairs of answers through the Trainer: batches in which a pair shares its prompt, reference
+log-probs, metrics.
 
-A token row here is {"chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"}: each answer behind
-its prompt, labels -100 on the prompt. The two stand next to each other in one packed row, the prompt once:
+A token row here is {"chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"}:
+each answer behind its prompt, labels -100 on the prompt. The two stand next to each other in one
+packed row, the prompt once:
 
     prompt[:-1] | prompt[-1] chosen | prompt[-1] rejected
 
-The rejected answer looks at the prompt and at itself, at the positions it would have alone (key_columns of
-common/fast/attention.py). Models with an attention of their own get the prompt twice.
+The rejected answer looks at the prompt and at itself, at the positions it would have alone
+(key_columns of common/fast/attention.py). Models with an attention of their own get the prompt
+twice.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Token rows with their number and, once they are known, the reference's log-prob of each answer token."""
+    """Token rows with their number and, once they are known, the reference's log-prob of each
+    answer token."""
 
     def __init__(self, rows):
         self.rows, self.reference, self.starts = (
@@ -73,9 +77,10 @@ class Pairs(torch.utils.data.Dataset):
 class PairCollator:
     """Pairs -> one batch of 2n sequences, chosen and rejected in turn; see the head of this file.
 
-    Returns what PackedCollator (packing) or PaddedCollator returns; key_columns where a prompt is shared; row_ids [n];
-    filling, the tokens of a last sequence without labels that rounds a packed row up to `multiple`;
-    reference_logprobs [answer tokens], the bits of fp32, in the order of the labels, if the pairs bring them.
+    Returns what PackedCollator (packing) or PaddedCollator returns; key_columns where a prompt is
+    shared; row_ids [n]; filling, the tokens of a last sequence without labels that rounds a packed
+    row up to `multiple`; reference_logprobs [answer tokens], the bits of fp32, in the order of the
+    labels, if the pairs bring them.
     """
 
     def __init__(
@@ -93,8 +98,11 @@ class PairCollator:
         self.multiple = multiple
 
     def __call__(self, pairs: list[dict]) -> dict:
-        rows = [{"input_ids": pair[f"{side}_input_ids"], "labels": pair[f"{side}_labels"]}
-                for pair in pairs for side in ("chosen", "rejected")]  # fmt: skip
+        rows = [
+            {"input_ids": pair[f"{side}_input_ids"], "labels": pair[f"{side}_labels"]}
+            for pair in pairs
+            for side in ("chosen", "rejected")
+        ]
         if self.packed:
             pack = shared_prompts if self.share else (lambda rows: self.packed([rows]))
             filling = -packed_length(rows, self.share) % self.multiple
@@ -107,7 +115,8 @@ class PairCollator:
         batch["row_ids"] = [pair["row_id"] for pair in pairs]
         if "reference" in pairs[0]:
             known = np.concatenate([pair["reference"] for pair in pairs])
-            # as bits: with DeepSpeed the Trainer casts whatever floats a batch has to its half dtype
+            # as bits: with DeepSpeed the Trainer casts whatever floats a batch has to its half
+            # dtype
             batch["reference_logprobs"] = torch.from_numpy(known).view(torch.int32)
         return batch
 
@@ -120,12 +129,13 @@ def packed_length(rows: list[dict], share: bool) -> int:
 
 
 def shared_prompts(rows: list[dict]) -> dict:
-    """Rows chosen, rejected, chosen, ... -> one packed row in which the second of two leaves out what both begin with.
+    """Rows chosen, rejected, chosen, ... -> one packed row in which the second of two leaves out
+    what both begin with.
 
     A last row that has no other stands alone.
 
-    Returns input_ids, labels, position_ids [1, T]; cu_seq_lens_q (columns of each sequence), cu_seq_lens_k (its keys)
-    [2n + 1] int32; key_columns [keys]; max_length_q, max_length_k.
+    Returns input_ids, labels, position_ids [1, T]; cu_seq_lens_q (columns of each sequence),
+    cu_seq_lens_k (its keys) [2n + 1] int32; key_columns [keys]; max_length_q, max_length_k.
     """
     ids, labels, positions, keys, queries, lengths, at = [], [], [], [], [], [], 0
     for number, row in enumerate(rows):
@@ -148,9 +158,12 @@ def shared_prompts(rows: list[dict]) -> dict:
     flat[1][edges[0][:-1]] = IGNORE  # nothing before it in the row predicts it
     names = ("input_ids", "labels", "position_ids")
     return {name: part[None] for name, part in zip(names, flat, strict=False)} | {
-        "key_columns": flat[3], "cu_seq_lens_q": edges[0].to(torch.int32), "cu_seq_lens_k": edges[1].to(torch.int32),
-        "max_length_q": max(queries), "max_length_k": max(lengths),
-    }  # fmt: skip
+        "key_columns": flat[3],
+        "cu_seq_lens_q": edges[0].to(torch.int32),
+        "cu_seq_lens_k": edges[1].to(torch.int32),
+        "max_length_q": max(queries),
+        "max_length_k": max(lengths),
+    }
 
 
 def common_start(chosen: dict, rejected: dict) -> int:
@@ -168,12 +181,15 @@ def common_start(chosen: dict, rejected: dict) -> int:
 
 
 class PreferenceTrainer(RecipeTrainer):
-    """RecipeTrainer with a loss of pairs. The loss of a step is the mean over its pairs, on all ranks together.
+    """RecipeTrainer with a loss of pairs. The loss of a step is the mean over its pairs, on all
+    ranks together.
 
     Args (beside RecipeTrainer's):
         loss: arguments of dpo_losses.preference_loss, kind included.
-        reference: precomputed (once, kept on disk), adapter (switched off in each step), model (a second one).
-        load_reference: () -> the reference model under losses.use_chunked_loss; called when it is needed.
+        reference: precomputed (once, kept on disk), adapter (switched off in each step), model (a
+            second one).
+        load_reference: () -> the reference model under losses.use_chunked_loss; called when it is
+            needed.
         fingerprint: of the reference's weights; the log-probs on disk belong to it and to the rows.
     """
 
@@ -211,7 +227,8 @@ class PreferenceTrainer(RecipeTrainer):
                     self.precompute(part)
 
     def precompute(self, pairs: Pairs) -> None:
-        """Give each pair the reference's log-probs: from disk, or computed by all ranks together and then kept."""
+        """Give each pair the reference's log-probs: from disk, or computed by all ranks together
+        and then kept."""
         key = hashlib.sha256(
             json.dumps([pairs.index(), self.fingerprint, self.compute_dtype()]).encode()
         ).hexdigest()
@@ -244,7 +261,8 @@ class PreferenceTrainer(RecipeTrainer):
         return bool(have)
 
     def compute_reference(self, pairs: Pairs) -> Tensor:
-        """Reference log-probs of all answer tokens of `pairs`, fp32 [starts[-1]] on the CPU, the same on every rank."""
+        """Reference log-probs of all answer tokens of `pairs`, fp32 [starts[-1]] on the CPU, the
+        same on every rank."""
         rank, world, size = (
             self.args.process_index,
             self.args.world_size,
@@ -255,7 +273,8 @@ class PreferenceTrainer(RecipeTrainer):
             i % len(pairs) for i in range(rounds * world * size)
         ]  # equal work: ZeRO-3 needs all in each forward
         mine = torch.utils.data.Subset(pairs, order[rank::world])
-        # a generator of its own: a run that finds the log-probs kept must draw the same numbers as this one
+        # a generator of its own: a run that finds the log-probs kept must draw the same numbers as
+        # this one
         loader = DataLoader(mine, size, collate_fn=self.data_collator, generator=torch.Generator())
         found = torch.zeros(int(pairs.starts[-1]), device=self.args.device)
         bar = tqdm(loader, "reference", unit="batch", disable=rank > 0 or None, leave=False)
@@ -274,8 +293,8 @@ class PreferenceTrainer(RecipeTrainer):
 
     @torch.no_grad()
     def reference_logprobs(self, model, inputs: dict, live: bool = True) -> Tensor:
-        """Log-probs of the labels by the reference: the adapter switched off, the second model, or, before the first
-        step of full training, the model itself."""
+        """Log-probs of the labels by the reference: the adapter switched off, the second model, or,
+        before the first step of full training, the model itself."""
         plain = self.accelerator.unwrap_model(model)
         if self.reference != "model" and hasattr(plain, "disable_adapter"):
             was_training = model.training
@@ -294,7 +313,8 @@ class PreferenceTrainer(RecipeTrainer):
         return found
 
     def reference_model(self):
-        """The second model, frozen; under ZeRO-3 its weights are spread over the ranks like the policy's."""
+        """The second model, frozen; under ZeRO-3 its weights are spread over the ranks like the
+        policy's."""
         if self._reference_model is None:
             model = self.load_reference().requires_grad_(False).eval()
             config = (
@@ -354,15 +374,30 @@ class PreferenceTrainer(RecipeTrainer):
         right = (
             torch.sign(chosen - rejected) + 1
         ) / 2  # a tie, as before the first step, is half right
-        per_pair = [loss.detach(), right, chosen - rejected, chosen, rejected,
-                    policy.chosen.detach(), policy.rejected.detach(), torch.ones_like(chosen)]  # fmt: skip
+        per_pair = [
+            loss.detach(),
+            right,
+            chosen - rejected,
+            chosen,
+            rejected,
+            policy.chosen.detach(),
+            policy.rejected.detach(),
+            torch.ones_like(chosen),
+        ]
         sums = [x.sum() for x in per_pair] + [kl.sum(), tokens.new_tensor(float(len(tokens)))]
         return loss, torch.stack(sums).float()
 
     # ---- metrics ----
     def named(self, sums: list[float]) -> dict[str, float]:
-        names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
-                 "logps/rejected")  # fmt: skip
+        names = (
+            "loss",
+            "rewards/accuracies",
+            "rewards/margins",
+            "rewards/chosen",
+            "rewards/rejected",
+            "logps/chosen",
+            "logps/rejected",
+        )
         *per_pair, pairs, kl, tokens = sums
         found = {name: value / max(1, pairs) for name, value in zip(names, per_pair, strict=True)}
         return found if self.reference is None else found | {"kl": kl / max(1, tokens)}
@@ -392,7 +427,8 @@ class PreferenceTrainer(RecipeTrainer):
 
 
 def answers(log_probs: Tensor, owner: Tensor, count: int) -> Answers:
-    """Log-probs of tokens [N] and the sequence each belongs to [N] -> sums and lengths of chosen and rejected [n]."""
+    """Log-probs of tokens [N] and the sequence each belongs to [N] -> sums and lengths of chosen
+    and rejected [n]."""
     count -= count % 2  # a last sequence alone is filling
     sums = losses.sum_by_owner(log_probs, owner, count)
     lengths = torch.bincount(owner, minlength=count).clamp(min=1).to(sums)

@@ -1,6 +1,8 @@
-"""The two models of the page: the trained one, and the reference it is compared with, which may be the same one.
+"""The two models of the page: the trained one, and the reference it is compared with, which may be
+the same one.
 
-Which reference: a LoRA run has it inside, any other run is compared with the model it began with (see began_with).
+Which reference: a LoRA run has it inside, any other run is compared with the model it began with
+(see began_with).
 """
 
 import json
@@ -36,7 +38,8 @@ class Speaker(Talker):
 
     @torch.no_grad()
     def log_prob(self, ids: list[int], labels: list[int], use_adapter: bool = True) -> float:
-        """Sum of the log-probabilities, in nats, of the labels [T] that are not IGNORE, after the ids [T] before."""
+        """Sum of the log-probabilities, in nats, of the labels [T] that are not IGNORE, after the
+        ids [T] before."""
         row = [torch.tensor([values], device=self.model.device) for values in (ids, labels)]
         with (
             self.lock,
@@ -60,7 +63,8 @@ class Side:
 
 
 def load_reference(policy: Speaker, model: str | Path) -> Speaker:
-    """`model`, asked with the policy's tokenizer and template; SystemExit when its vocabulary is another one."""
+    """`model`, asked with the policy's tokenizer and template; SystemExit when its vocabulary is
+    another one."""
     reference = Speaker(model)
     theirs, ours = (talker.tokenizer.get_vocab() for talker in (reference, policy))
     rows = reference.model.get_input_embeddings().num_embeddings
@@ -73,7 +77,8 @@ def load_reference(policy: Speaker, model: str | Path) -> Speaker:
 
 
 def find_reference(policy: Speaker, given: str | Path | None = None) -> tuple[Side | None, str]:
-    """(the reference, "") or (None, why there is none). SystemExit when `given` cannot be loaded or does not fit."""
+    """(the reference, "") or (None, why there is none). SystemExit when `given` cannot be loaded or
+    does not fit."""
     if given == NO_REFERENCE:
         return None, "打开时选了不要参考"
     if given:
@@ -92,7 +97,8 @@ def find_reference(policy: Speaker, given: str | Path | None = None) -> tuple[Si
 
 
 def on_this_machine(model: str) -> str:
-    """Its folder, "" when there is none: nothing large is downloaded unless --reference asks for it."""
+    """Its folder, "" when there is none: nothing large is downloaded unless --reference asks for
+    it."""
     if Path(model).is_dir():
         return model
     try:
@@ -133,7 +139,8 @@ def answer_message(said: str) -> dict:
 def scored_row(
     talker: Talker, messages: list[dict], said: str, whole: bool, window: int
 ) -> tuple[list[int], list[int]] | None:
-    """(ids [T], labels [T]) with labels on the last answer alone, its end token too if it is `whole`.
+    """(ids [T], labels [T]) with labels on the last answer alone, its end token too if it is
+    `whole`.
 
     None when the conversation does not fit into `window` tokens or nothing would be scored.
     """

@@ -1,8 +1,10 @@
-"""What the built-in tiny model knows before it is trained on preferences: both answers of every sample pair.
+"""What the built-in tiny model knows before it is trained on preferences: both answers of every
+sample pair.
 
-Preference training moves a model between answers that it could give; random weights give none. So the built-in base is
-trained here, once, on chosen and rejected answers alike: it knows the facts, and is now polite, now curt, now
-long-winded, sometimes wrong. What preference training then changes can be seen in its answers.
+Preference training moves a model between answers that it could give; random weights give none. So
+the built-in base is trained here, once, on chosen and rejected answers alike: it knows the facts,
+and is now polite, now curt, now long-winded, sometimes wrong. What preference training then changes
+can be seen in its answers.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""Preference training (DPO and its relatives) of Baichuan2 and of any other causal LM, with LoRA or all weights.
+"""Preference training (DPO and its relatives) of Baichuan2 and of any other causal LM, with LoRA or
+all weights.
 
     bash baichuan2_dpo/train_zero2.sh                                                 # built-in tiny model, sample data
     MODEL=models/baichuan2-7b DATA=pairs.jsonl OUTPUT=out bash baichuan2_dpo/train_zero2.sh
@@ -6,7 +7,8 @@
     the same command again                                                            # continues after a crash
 
 Data: pairs of any common shape, e.g. {"prompt": str, "chosen": str, "rejected": str} per line.
-Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save -> report.
+Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save
+-> report.
 """
 
 import json
@@ -118,22 +120,44 @@ class Args:
 
 
 DEFAULTS = dict(
-    output_dir=str(HERE.parent / "output" / HERE.name), num_train_epochs=1, weight_decay=0.0,
-    lr_scheduler_type="cosine", warmup_steps=0.1, per_device_train_batch_size=4, per_device_eval_batch_size=4,
-    gradient_accumulation_steps=4, logging_steps=5, logging_first_step=True, save_steps=200, save_total_limit=2,
-    report_to=["tensorboard"], ddp_find_unused_parameters=False, ddp_timeout=7200,
-)  # fmt: skip
+    output_dir=str(HERE.parent / "output" / HERE.name),
+    num_train_epochs=1,
+    weight_decay=0.0,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.1,
+    per_device_train_batch_size=4,
+    per_device_eval_batch_size=4,
+    gradient_accumulation_steps=4,
+    logging_steps=5,
+    logging_first_step=True,
+    save_steps=200,
+    save_total_limit=2,
+    report_to=["tensorboard"],
+    ddp_find_unused_parameters=False,
+    ddp_timeout=7200,
+)
 LEARNING_RATE = {"full": 1e-6, "lora": 2e-5, "tiny full": 5e-5, "tiny lora": 1.5e-4}
 TINY = dict(  # sizes and steps only, and beta: small models move far
-    model_max_length=256, num_train_epochs=5, beta=0.2, adam_beta2=0.98, lora_r=16, lora_alpha=32,
-    per_device_train_batch_size=8, gradient_accumulation_steps=1, logging_steps=10, save_steps=200, eval_ratio=0.1,
-    eval_generate=60, max_new_tokens=48,
-)  # fmt: skip
+    model_max_length=256,
+    num_train_epochs=5,
+    beta=0.2,
+    adam_beta2=0.98,
+    lora_r=16,
+    lora_alpha=32,
+    per_device_train_batch_size=8,
+    gradient_accumulation_steps=1,
+    logging_steps=10,
+    save_steps=200,
+    eval_ratio=0.1,
+    eval_generate=60,
+    max_new_tokens=48,
+)
 SPECIAL = ["<unk>", "<s>", "</s>", "<reserved_106>", "<reserved_107>"]
 
 
 def tiny_model(rows: list[str], taught: bool) -> str:
-    """Folder of the embedded default: Baichuan2-7B's architecture at toy size, its tokenizer trained on the data.
+    """Folder of the embedded default: Baichuan2-7B's architecture at toy size, its tokenizer
+    trained on the data.
 
     taught: it gives both answers of the sample pairs (see tiny_base); else its weights are random.
     """
@@ -145,14 +169,28 @@ def tiny_model(rows: list[str], taught: bool) -> str:
         for message in row[side]
     ]
     tokenizer = tiny.make_tokenizer(
-        texts, vocab_size=4000, special_tokens=SPECIAL, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        pad_token="<unk>", chat_template=(HERE / "templates" / "baichuan2.jinja").read_text(encoding="utf-8"),
-    )  # fmt: skip
+        texts,
+        vocab_size=4000,
+        special_tokens=SPECIAL,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        chat_template=(HERE / "templates" / "baichuan2.jinja").read_text(encoding="utf-8"),
+    )
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=448, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=0.05, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        rms_norm_eps=1e-6,
+        bos_token_id=1,
+        eos_token_id=2,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     folder = cache_root() / "tiny"
     return tiny.save_tiny(
         config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None
@@ -160,7 +198,8 @@ def tiny_model(rows: list[str], taught: bool) -> str:
 
 
 def settle(args: Args, training: TrainingArguments) -> bool:
-    """Flags that do not go together; defaults that hang on others. Returns whether the model is the built-in one."""
+    """Flags that do not go together; defaults that hang on others. Returns whether the model is the
+    built-in one."""
     is_tiny, free = args.model_name_or_path == "tiny", args.loss_type in dpo_losses.REFERENCE_FREE
     if args.loss_type not in dpo_losses.KINDS:
         raise cli.usage_error(f"--loss_type {args.loss_type}: {', '.join(dpo_losses.KINDS)}")
@@ -201,7 +240,8 @@ def settle(args: Args, training: TrainingArguments) -> bool:
 
 # 2. Model and tokenizer
 def load_model(args: Args, training: TrainingArguments, path: str, trains_all: bool):
-    """The model in the dtype it computes in: float32 masters for full training, the half dtype for frozen weights."""
+    """The model in the dtype it computes in: float32 masters for full training, the half dtype for
+    frozen weights."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     settings = {
         "dtype": torch.float32 if trains_all else half,
@@ -218,7 +258,8 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
 
 
 def can_share(config, length: int) -> bool:
-    """Whether two answers may stand behind one prompt: the attention is that of common/, whole, without dropout."""
+    """Whether two answers may stand behind one prompt: the attention is that of common/, whole,
+    without dropout."""
     dropped = any(
         getattr(config, name, 0)
         for name in ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
@@ -233,15 +274,22 @@ def add_lora(model, args: Args, training: TrainingArguments):
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         model.enable_input_require_grads()
     targets = adapter.linear_layers(model, args.target_modules)
-    return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=targets,
-    ))  # fmt: skip
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+        ),
+    )
 
 
 # 3. Data
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer):
-    """Rows -> train and held-out pairs as token ids, the held-out rows as read; completes the counts in `stats`."""
+    """Rows -> train and held-out pairs as token ids, the held-out rows as read; completes the
+    counts in `stats`."""
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
         train, leaked = leak_check(train, args.leak_check, "preference", args.column_map or None)
@@ -310,18 +358,32 @@ def main() -> None:
         "model" if args.reference_model and args.reference == "precomputed" else args.reference
     )
     trainer = PreferenceTrainer(
-        model=model, args=training, train_dataset=Pairs(train_ids),
+        model=model,
+        args=training,
+        train_dataset=Pairs(train_ids),
         eval_dataset=Pairs(held_out_ids) if len(held_out_ids) else None,
-        data_collator=PairCollator(tokenizer.pad_token_id, args.packing, share, multiple), processing_class=tokenizer,
-        measure=partial(measure_answers, model, tokenizer, asked, args.system_prompt, args.max_new_tokens)
-        if asked else None,
+        data_collator=PairCollator(tokenizer.pad_token_id, args.packing, share, multiple),
+        processing_class=tokenizer,
+        measure=partial(
+            measure_answers, model, tokenizer, asked, args.system_prompt, args.max_new_tokens
+        )
+        if asked
+        else None,
         describe_row=lambda i: train_ids[i]["source"],
-        loss={"kind": args.loss_type, "label_smoothing": args.label_smoothing, "gamma": args.simpo_gamma,
-              "averaged": args.length_normalized, "rpo_alpha": args.rpo_alpha}
+        loss={
+            "kind": args.loss_type,
+            "label_smoothing": args.label_smoothing,
+            "gamma": args.simpo_gamma,
+            "averaged": args.length_normalized,
+            "rpo_alpha": args.rpo_alpha,
+        }
         | ({"beta": args.beta} if args.beta else {}),
-        reference=reference, fingerprint=adapter.base_fingerprint(args.reference_model or base),
-        load_reference=lambda: load_model(args, training, args.reference_model or base, trains_all=False),
-    )  # fmt: skip
+        reference=reference,
+        fingerprint=adapter.base_fingerprint(args.reference_model or base),
+        load_reference=lambda: load_model(
+            args, training, args.reference_model or base, trains_all=False
+        ),
+    )
 
     # 4. Train, measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)

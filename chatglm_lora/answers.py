@@ -1,4 +1,5 @@
-"""Questions in any common shape -> answers, in batches. An answer depends on its question and the settings alone.
+"""Questions in any common shape -> answers, in batches. An answer depends on its question and the
+settings alone.
 
     loaded = load("output/chatglm_lora")
     answer(loaded, ["你是谁？", {"instruction": "换成数字", "input": "十二"}], max_new_tokens=64)
@@ -78,7 +79,8 @@ def check(settings: Settings, window: int) -> None:
 
 @dataclass
 class Question:
-    """row: its number, from 0; source: file:line. Either messages, or an error that says why there are none."""
+    """row: its number, from 0; source: file:line. Either messages, or an error that says why there
+    are none."""
 
     row: int
     source: str
@@ -93,7 +95,8 @@ class Question:
 
 
 def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Question]:
-    """Questions of files and folders (see common/data/files.py for kinds and encodings), bad rows among them."""
+    """Questions of files and folders (see common/data/files.py for kinds and encodings), bad rows
+    among them."""
     from common.data.load import _columns
 
     renames = _columns(column_map)
@@ -138,7 +141,8 @@ def question(
 def _asked(record: dict) -> tuple[dict, str | None]:
     """A record -> (canonical chat row without its last answer, that answer or None).
 
-    The shapes of common/data/shapes.py have an answer; where it is missing, one is put in for the conversion.
+    The shapes of common/data/shapes.py have an answer; where it is missing, one is put in for the
+    conversion.
     """
     given = {k: v for k, v in record.items() if not (k in ANSWERS and _blank(v))}
     given = {"prompt": given["text"]} if set(given) == {"text"} else given
@@ -166,7 +170,8 @@ def _asked(record: dict) -> tuple[dict, str | None]:
 
 
 def _open(turns: list) -> tuple[list, str | None]:
-    """Turns of a dialogue -> (turns with an answer at the end, the answer that stood there or None)."""
+    """Turns of a dialogue -> (turns with an answer at the end, the answer that stood there or
+    None)."""
     last = turns[-1]
     if not isinstance(last, dict):
         raise BadRow("a turn is not an object", type(last).__name__)
@@ -193,7 +198,8 @@ def _blank(value) -> bool:
 
 
 def batches(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
-    """Fixed batches of `size` good questions of like length, longest first within windows of 32 batches."""
+    """Fixed batches of `size` good questions of like length, longest first within windows of 32
+    batches."""
     good = [q for q in questions if q.error is None]
     for start in range(0, len(good), WINDOW * size):
         window = sorted(good[start : start + WINDOW * size], key=lambda q: (-q.length, q.row))
@@ -204,9 +210,11 @@ def batches(questions: Iterable[Question], size: int) -> Iterator[list[Question]
 
 
 def answer(loaded: Loaded, questions: list, **settings) -> list[dict]:
-    """Answers in the order of `questions`: texts, lists of messages, or rows of any shape that `infer.py` reads.
+    """Answers in the order of `questions`: texts, lists of messages, or rows of any shape that
+    `infer.py` reads.
 
-    settings: the fields of Settings. Each result has answer, tokens and finish_reason, or error; see `answer_batch`.
+    settings: the fields of Settings. Each result has answer, tokens and finish_reason, or error;
+        see `answer_batch`.
     """
     wanted = Settings(**settings)
     check(wanted, loaded.window)
@@ -218,7 +226,8 @@ def answer(loaded: Loaded, questions: list, **settings) -> list[dict]:
 
 
 def record(q: Question, outcome: dict) -> dict:
-    """What is written for a question: row, source, messages, then `outcome`, then the reference it came with."""
+    """What is written for a question: row, source, messages, then `outcome`, then the reference it
+    came with."""
     asked = {"messages": q.messages} if q.messages else {}
     return (
         {"row": q.row, "source": q.source}
@@ -231,9 +240,11 @@ def record(q: Question, outcome: dict) -> dict:
 def answer_batch(
     loaded: Loaded, batch: list[Question], settings: Settings, costs: set | None = None
 ) -> list[dict]:
-    """B questions -> B records with answer, tokens (of the answer), finish_reason ("stop" or "length"), or an error.
+    """B questions -> B records with answer, tokens (of the answer), finish_reason ("stop" or
+    "length"), or an error.
 
-    shortened: true where the question did not fit: its oldest rounds, then the middle of what is left, are cut out.
+    shortened: true where the question did not fit: its oldest rounds, then the middle of what is
+        left, are cut out.
     costs: a set to keep over calls, in which sizes that ran out of memory are remembered.
     """
     prompts, found = {}, {}
@@ -260,7 +271,8 @@ def answer_batch(
 
 
 def fit(loaded: Loaded, q: Question, settings: Settings) -> tuple[list[int], bool]:
-    """-> (token ids that generation starts from, whether anything was left out). ValueError from the template."""
+    """-> (token ids that generation starts from, whether anything was left out). ValueError from
+    the template."""
     messages, room = q.messages, loaded.window - settings.max_new_tokens
     if settings.system_prompt.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": settings.system_prompt}, *messages]
@@ -333,10 +345,20 @@ def _generate(
         else []
     )
     out = model.generate(
-        input_ids=ids, attention_mask=kept, max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1,
-        temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, eos_token_id=sorted(stop), pad_token_id=pad,
-        logits_processor=LogitsProcessorList(choose), synced_gpus=loaded.count > 1,
-    )[:, width:].tolist()  # fmt: skip
+        input_ids=ids,
+        attention_mask=kept,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(stop),
+        pad_token_id=pad,
+        logits_processor=LogitsProcessorList(choose),
+        synced_gpus=loaded.count > 1,
+    )[:, width:].tolist()
     ends = [next((i for i, token in enumerate(row) if token in stop), None) for row in out]
     return [
         (row, new[:end], end is not None) for row, new, end in zip(chosen, out, ends, strict=True)
@@ -344,10 +366,12 @@ def _generate(
 
 
 class Choose(LogitsProcessor):
-    """Penalty and drawing for each row by itself: generate()'s own count padding as seen and share one generator."""
+    """Penalty and drawing for each row by itself: generate()'s own count padding as seen and share
+    one generator."""
 
     def __init__(self, kept: Tensor, chosen: list[int], settings: Settings):
-        """kept: [B, T], 0 on the padding of the prompts; chosen: numbers of the rows, which seed them."""
+        """kept: [B, T], 0 on the padding of the prompts; chosen: numbers of the rows, which seed
+        them."""
         self.kept, self.settings = kept, settings
         self.numbers = [random.Random(f"{settings.seed}:{row}") for row in chosen]
         warm = [TemperatureLogitsWarper(settings.temperature)] if settings.temperature else []
@@ -357,7 +381,8 @@ class Choose(LogitsProcessor):
         )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, T so far], logits [B, V] -> [B, V]; when drawing, all but the drawn token are -inf."""
+        """[B, T so far], logits [B, V] -> [B, V]; when drawing, all but the drawn token are
+        -inf."""
         if self.settings.repetition_penalty != 1:
             new = torch.ones_like(input_ids[:, self.kept.shape[1] :])
             seen = (

@@ -1,17 +1,20 @@
-r"""OpenAI-compatible server for a trained model: a run's output folder, a model folder, a LoRA adapter or a hub id.
+r"""OpenAI-compatible server for a trained model: a run's output folder, a model folder, a LoRA
+adapter or a hub id.
 
     python chatglm_lora/api.py                          # what `bash chatglm_lora/train_zero2.sh` left in output/
     python chatglm_lora/api.py --model output/my_run --port 8000 --temperature 0.95 --top_p 0.7
     DANPU_API_KEY=... python chatglm_lora/api.py --host 0.0.0.0    # other machines too, with a key
 
-    curl http://127.0.0.1:8000/v1/chat/completions \
-        -d '{"model": "chatglm_lora", "messages": [{"role": "user", "content": "你是谁？"}], "temperature": 0}'
-    openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any").chat.completions.create(..., stream=True)
+    curl http://127.0.0.1:8000/v1/chat/completions \ -d '{"model": "chatglm_lora", "messages":
+        [{"role": "user", "content": "你是谁？"}], "temperature": 0}'
+    openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any").chat.completions.create(...,
+    stream=True)
 
-Model ids: the folder's name; where it is an adapter, `base` is the model without it. Prompts are built from the chat
-template saved with the model, by the code that built the training rows (common/data/labels.py). One answer at a time, the
-others wait in the order they came. What is not supported is refused in OpenAI's error object, nothing is cut silently.
-Beside OpenAI's parameters: top_k, repetition_penalty.
+Model ids: the folder's name; where it is an adapter, `base` is the model without it. Prompts are
+built from the chat template saved with the model, by the code that built the training rows
+(common/data/labels.py). One answer at a time, the others wait in the order they came. What is not
+supported is refused in OpenAI's error object, nothing is cut silently. Beside OpenAI's parameters:
+top_k, repetition_penalty.
 """
 
 import sys
@@ -61,9 +64,16 @@ BASE = "base"  # the model id without the adapter
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
 # fields that would change the answer, with the only value that this server can do (or null)
 ONLY = {
-    "n": 1, "frequency_penalty": 0, "presence_penalty": 0, "response_format": {"type": "text"}, "logprobs": False,
-    "logit_bias": {}, "modalities": ["text"], "tools": [], "functions": [],
-}  # fmt: skip
+    "n": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "logprobs": False,
+    "logit_bias": {},
+    "modalities": ["text"],
+    "tools": [],
+    "functions": [],
+}
 MAX_HELD = 64  # tokens that wait for the last bytes of a character; after so many it is broken
 NEUTRAL = {
     "temperature": 1.0,
@@ -200,7 +210,8 @@ def where(loc: tuple) -> str:
 
 
 async def read_body(receive) -> bytes:
-    """The body, also a chunked one. Of one that is too large some more is read, so that the client sees the answer."""
+    """The body, also a chunked one. Of one that is too large some more is read, so that the client
+    sees the answer."""
     body, size, more = bytearray(), 0, True
     while more and size <= 8 * MAX_BODY:
         message = await receive()
@@ -230,7 +241,8 @@ class Text:
         self.held = ""  # maybe the beginning of a stop string
 
     def add(self, ids: list[int], last: bool = False) -> str:
-        """The text that is certain with these ids too; with `last` also what was waiting for more."""
+        """The text that is certain with these ids too; with `last` also what was waiting for
+        more."""
         if self.stopped:
             return ""
         self.ids += ids
@@ -280,9 +292,11 @@ class Speaker(chat_model.Talker):
         }
 
     def answer(self, prompt, limit, tell, gone, use_adapter=True, stop=(), seed=None, **sampling):
-        """Generate at most `limit` tokens after `prompt` [T]; returns ("stop" or "length" or None when gone, tokens).
+        """Generate at most `limit` tokens after `prompt` [T]; returns ("stop" or "length" or None
+        when gone, tokens).
 
-        tell(text, tokens so far): called with each new piece. gone(): asked at each token, True ends the answer.
+        tell(text, tokens so far): called with each new piece. gone(): asked at each token, True
+        ends the answer.
         """
         text, count, reason = Text(self.tokenizer, list(stop)), 0, None
 
@@ -307,7 +321,8 @@ class Speaker(chat_model.Talker):
 
 
 class Desk:
-    """Takes one question at a time to the model; at most `max_waiting` more wait, in the order they came."""
+    """Takes one question at a time to the model; at most `max_waiting` more wait, in the order they
+    came."""
 
     def __init__(self, speaker: Speaker, max_waiting: int):
         self.speaker, self.max_waiting = speaker, max_waiting
@@ -336,7 +351,8 @@ class Desk:
             raise Refusal(503, "the server is shutting down", code="shutting_down")
 
     async def read(self, ask: Ask) -> list[int]:
-        """The prompt's token ids; Refusal 400 when the template refuses the messages or they leave no room."""
+        """The prompt's token ids; Refusal 400 when the template refuses the messages or they leave
+        no room."""
         messages = [message.model_dump() for message in ask.messages]
         encode = partial(encode_prompt, self.speaker.tokenizer, messages)
         with failures():
@@ -356,13 +372,15 @@ class Desk:
         return prompt
 
     async def speak(self, prompt: list[int], limit: int, **options):
-        """Iterate over (text, tokens so far, None) and at last ("", tokens, finish_reason); leaving ends the answer."""
+        """Iterate over (text, tokens so far, None) and at last ("", tokens, finish_reason); leaving
+        ends the answer."""
         loop, pieces, left = asyncio.get_running_loop(), asyncio.Queue(), []
 
         def tell(*piece):
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        async def take_turn():  # a task of its own: whoever reads slowly does not keep the others waiting
+        # a task of its own: whoever reads slowly does not keep the others waiting
+        async def take_turn():
             async with self.turn:  # not the executor's own queue, which keeps those who have left
                 self.check_open()
                 with failures():
@@ -407,7 +425,8 @@ class Completions:
     """ASGI endpoint of POST /v1/chat/completions. `models`: id -> whether the adapter is on."""
 
     def __init__(self, desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int):
-        """defaults: sampling of requests that do not name it; max_new_tokens: of those that name no limit."""
+        """defaults: sampling of requests that do not name it; max_new_tokens: of those that name no
+        limit."""
         self.desk, self.models, self.defaults, self.max_new_tokens = (
             desk,
             models,
@@ -522,7 +541,8 @@ async def send_data(send, text: str):
 
 
 def patient(send):
-    """`send` that takes a client who does not read for one who has left: his place is for others."""
+    """`send` that takes a client who does not read for one who has left: his place is for
+    others."""
 
     async def sending(message):
         task = asyncio.ensure_future(send(message))
@@ -585,7 +605,8 @@ class Keyed:
 
 
 class Front(serve.Guard):
-    """The guard of the pages, in OpenAI's words, and one log line for each request without anything of its text."""
+    """The guard of the pages, in OpenAI's words, and one log line for each request without anything
+    of its text."""
 
     def __init__(self, app, hosts: set[str], origins: list[str]):
         super().__init__(app, hosts, MAX_BODY)
@@ -634,7 +655,8 @@ def problem(request, error: HTTPException):
 def build_app(
     desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int, key=None, origins=()
 ):
-    """The ASGI application without its Front. models: id -> whether the adapter is on; key: None for none."""
+    """The ASGI application without its Front. models: id -> whether the adapter is on; key: None
+    for none."""
     begun = int(time.time())
 
     def card(name: str) -> dict:
@@ -708,7 +730,8 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet; taken before the model loads, which takes longer than to find it taken."""
+    """A socket that does not listen yet; taken before the model loads, which takes longer than to
+    find it taken."""
     try:
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -724,7 +747,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def model_ids(model: str, name: str | None, adapter: bool) -> dict[str, bool]:
-    """id -> whether the adapter is on: the name, else the folder's (a run's, for its final/), and `base`."""
+    """id -> whether the adapter is on: the name, else the folder's (a run's, for its final/), and
+    `base`."""
     folder = Path(model).resolve()
     own = folder.parent.name if folder.name == "final" else folder.name
     name = name or (own if folder.is_dir() else model)

@@ -1,13 +1,15 @@
-"""Gradio page for a trained model: talk to it, and judge two answers side by side, which writes rows to train on.
+"""Gradio page for a trained model: talk to it, and judge two answers side by side, which writes
+rows to train on.
 
     python chatglm_lora/app.py                              # what `bash chatglm_lora/train_zero2.sh` left in output/
     python chatglm_lora/app.py --model THUDM/chatglm-6b --port 7860 --host 127.0.0.1
     python chatglm_lora/app.py --model output/chatglm_lora/final --feedback_dir feedback --questions asked.txt
     MODEL=models/chatglm3-native python chatglm_lora/app.py
 
---model: a run's output folder, a model folder, a LoRA adapter or a hub id. --questions: a .txt with a question a line,
-or chat rows of any shape that train.py reads, without their last answers. What is written: see feedback.py.
-The prompt is built by the code that built the training rows (common/data/labels.py), so training and talking cannot differ.
+--model: a run's output folder, a model folder, a LoRA adapter or a hub id. --questions: a .txt with
+a question a line, or chat rows of any shape that train.py reads, without their last answers. What
+is written: see feedback.py. The prompt is built by the code that built the training rows
+(common/data/labels.py), so training and talking cannot differ.
 """
 
 import sys
@@ -54,9 +56,14 @@ UNFINISHED = {"stopped": " · 已停下", "length": " · 没说完", WHOLE: ""}
 def chat_tab(talker: Talker) -> page.Chat:
     chat = page.Chat(talker, ("use_adapter", "max_new_tokens", *SAMPLING))
     chatbot = gr.Chatbot(
-        show_label=False, min_height=320, height="calc(100dvh - 22rem)", buttons=["copy"], allow_tags=False,
-        placeholder="问点什么，或选一个例子", examples=[{"text": text} for text in EXAMPLES],
-    )  # fmt: skip
+        show_label=False,
+        min_height=320,
+        height="calc(100dvh - 22rem)",
+        buttons=["copy"],
+        allow_tags=False,
+        placeholder="问点什么，或选一个例子",
+        examples=[{"text": text} for text in EXAMPLES],
+    )
     box = gr.Textbox(
         "",
         label="问题",
@@ -81,7 +88,8 @@ def chat_tab(talker: Talker) -> page.Chat:
 
 @dataclass
 class Sitting:
-    """One visitor of the second tab; kept here, so that the page itself does not hold which answer is which."""
+    """One visitor of the second tab; kept here, so that the page itself does not hold which answer
+    is which."""
 
     taken: list | None = None  # the prompt from the file that is shown
     pair: dict | None = None  # two answers that wait for a rating
@@ -187,9 +195,12 @@ class Judge:
         """The controls of a rating, as they are before one."""
         ui = self.ui
         return {
-            ui.rate: gr.update(visible=False), ui.send: gr.update(interactive=False), ui.verdict: None, ui.comment: "",
+            ui.rate: gr.update(visible=False),
+            ui.send: gr.update(interactive=False),
+            ui.verdict: None,
+            ui.comment: "",
             ui.correction: gr.update(value="", visible=False),
-        }  # fmt: skip
+        }
 
     def halt(self, request: gr.Request):
         self.sitting(request).stop.set()
@@ -269,9 +280,10 @@ class Judge:
         )
         text = sitting.taken[-1]["content"] if sitting.taken else ""
         return {
-            ui.question: gr.update(value=text, **FREE), ui.earlier: gr.update(value=earlier, visible=bool(earlier)),
+            ui.question: gr.update(value=text, **FREE),
+            ui.earlier: gr.update(value=earlier, visible=bool(earlier)),
             ui.counts: self.told(sitting),
-        }  # fmt: skip
+        }
 
     def told(self, sitting: Sitting) -> str:
         """How much was written, and where."""
@@ -343,9 +355,17 @@ def judge_tab(judge: Judge) -> None:
     ui.counts = gr.Markdown(elem_id="counts")
     numbers = judge_settings(talker, mode)
     view = [
-        ui.question, ui.earlier, *ui.answers.values(), ui.rate, ui.verdict, ui.correction, ui.comment, ui.send,
-        ui.news, ui.counts,
-    ]  # fmt: skip
+        ui.question,
+        ui.earlier,
+        *ui.answers.values(),
+        ui.rate,
+        ui.verdict,
+        ui.correction,
+        ui.comment,
+        ui.send,
+        ui.news,
+        ui.counts,
+    ]
     run = ui.question.submit(
         judge.compare, [ui.question, mode, *numbers], view, **MODEL, show_progress="hidden"
     )
@@ -366,7 +386,8 @@ def judge_fix(judge: Judge, side: str):
 
 
 def judge_settings(talker: Talker, mode: gr.Radio) -> list[gr.Slider]:
-    """Length, the first sampling, and the second one, which is shown when two samplings are compared."""
+    """Length, the first sampling, and the second one, which is shown when two samplings are
+    compared."""
     with gr.Accordion("设置", open=False):
         most, apart = page.length(talker.window), not talker.adapter
         name = gr.Markdown(WHO["A"], visible=apart)
@@ -386,7 +407,8 @@ def judge_settings(talker: Talker, mode: gr.Radio) -> list[gr.Slider]:
 
 
 def read_questions(path: str | Path) -> list[list[dict]]:
-    """A .txt with a question a line, or chat rows -> prompts (messages that end with the user's), each once."""
+    """A .txt with a question a line, or chat rows -> prompts (messages that end with the user's),
+    each once."""
     path = Path(path)
     if files.suffix_of(path) == ".txt" and path.is_file():
         found = [
@@ -417,7 +439,8 @@ def build_demo(
 ) -> gr.Blocks:
     """The page for a run, model or adapter folder; SystemExit with one line when there is no model.
 
-    feedback_dir: where ratings go, made by the first one. questions: prompts as read_questions gives them.
+    feedback_dir: where ratings go, made by the first one. questions: prompts as read_questions
+        gives them.
     """
     store = Store(feedback_dir)
     talker = model if isinstance(model, Talker) else Talker(model)

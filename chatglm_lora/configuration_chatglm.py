@@ -1,4 +1,5 @@
-"""Configuration of ChatGLM-6B, with the field names of the published config.json (both vocabularies)."""
+"""Configuration of ChatGLM-6B, with the field names of the published config.json (both
+vocabularies)."""
 
 from transformers import PreTrainedConfig
 
@@ -8,11 +9,12 @@ IMAGE_TOKENS = 20000  # ids in front of the text in the first published vocabula
 class ChatGLMConfig(PreTrainedConfig):
     """ChatGLM-6B: 28 blocks of width 4096, 32 heads, two positions per token.
 
-    Ids that a config.json leaves out are inferred from bos_token_id (<sop>), as both vocabularies lay them out:
+    Ids that a config.json leaves out are inferred from bos_token_id (<sop>), as both vocabularies
+    lay them out:
     [MASK] = <sop> - 4, [gMASK] = <sop> - 3, <eop> = <sop> + 1.
-    residual_scale_layers: the L of the residual factor sqrt(2 L). The original builds every block with L = 28, however
-    many blocks there are.
-    ValueError for checkpoints that this class cannot compute: ChatGLM2/3, p-tuning prefixes, quantised weights.
+    residual_scale_layers: the L of the residual factor sqrt(2 L). The original builds every block
+    with L = 28, however many blocks there are. ValueError for checkpoints that this class cannot
+    compute: ChatGLM2/3, p-tuning prefixes, quantised weights.
     """
 
     model_type = "chatglm"
@@ -22,7 +24,8 @@ class ChatGLMConfig(PreTrainedConfig):
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
     }
-    # heads lie one behind the other in query_key_value, each with its q, k and v: plain shares of the rows are heads
+    # heads lie one behind the other in query_key_value, each with its q, k and v: plain shares of
+    # the rows are heads
     base_model_tp_plan = {
         "layers.*.attention.query_key_value": "colwise",
         "layers.*.attention.dense": "rowwise",

@@ -1,12 +1,14 @@
-"""Published ChatGLM checkpoints -> folders that train.py and any transformers program load without remote code.
+"""Published ChatGLM checkpoints -> folders that train.py and any transformers program load without
+remote code.
 
     python chatglm_lora/convert.py --model models/chatglm3-6b --output_dir models/chatglm3-native    # ChatGLM2/3 -> Glm
     python chatglm_lora/convert.py --model models/chatglm-6b-old --output_dir models/chatglm-slim    # 150528 -> 130528
     python chatglm_lora/convert.py --model old-adapter --base models/chatglm2-native --output_dir new-adapter
 
-Weights are read from *.safetensors or pytorch_model*.bin (never unpickled as code) and written shard by shard: memory
-holds one shard. Every tensor of the source must have its place, and every place a tensor. tokenizer.model becomes a
-fast tokenizer with the chat template of the model; GLM-4 has another kind of tokenizer and needs its own.
+Weights are read from *.safetensors or pytorch_model*.bin (never unpickled as code) and written
+shard by shard: memory holds one shard. Every tensor of the source must have its place, and every
+place a tensor. tokenizer.model becomes a fast tokenizer with the chat template of the model; GLM-4
+has another kind of tokenizer and needs its own.
 """
 
 import sys
@@ -35,11 +37,18 @@ from tokenization_chatglm import ChatGLMTokenizer
 
 # field of the published config -> (its default there, the only value that Glm computes)
 FIXED = {
-    "rmsnorm": (True, True), "post_layer_norm": (True, True), "add_bias_linear": (False, False),
-    "apply_residual_connection_post_layernorm": (False, False), "multi_query_attention": (False, True),
-    "original_rope": (True, True), "fp32_residual_connection": (False, False), "hidden_dropout": (0, 0),
-    "tie_word_embeddings": (False, False), "quantization_bit": (0, 0), "pre_seq_len": (None, None),
-}  # fmt: skip
+    "rmsnorm": (True, True),
+    "post_layer_norm": (True, True),
+    "add_bias_linear": (False, False),
+    "apply_residual_connection_post_layernorm": (False, False),
+    "multi_query_attention": (False, True),
+    "original_rope": (True, True),
+    "fp32_residual_connection": (False, False),
+    "hidden_dropout": (0, 0),
+    "tie_word_embeddings": (False, False),
+    "quantization_bit": (0, 0),
+    "pre_seq_len": (None, None),
+}
 OUTER = {
     "transformer.embedding.word_embeddings": "model.embed_tokens",
     "transformer.encoder.final_layernorm": "model.norm",
@@ -58,10 +67,11 @@ DERIVED = re.compile(r"rotary_(pos_)?emb\.inv_freq$")  # buffers that are comput
 
 
 def glm_config(old: dict, interpolate: bool = False) -> GlmConfig:
-    """Fields of a published ChatGLM2/3 config -> GlmConfig; SystemExit for what Glm does not compute.
+    """Fields of a published ChatGLM2/3 config -> GlmConfig; SystemExit for what Glm does not
+    compute.
 
-    rope_ratio > 1 (the 32k models, GLM-4) makes the base of the rotation larger; interpolate: as in ChatGLM2-6B-32K it
-    divides the positions instead.
+    rope_ratio > 1 (the 32k models, GLM-4) makes the base of the rotation larger; interpolate: as in
+    ChatGLM2-6B-32K it divides the positions instead.
     """
     wrong = [
         f"{name}={old.get(name, default)}"
@@ -87,18 +97,30 @@ def glm_config(old: dict, interpolate: bool = False) -> GlmConfig:
     if interpolate and ratio != 1:
         rope |= {"rope_type": "linear", "factor": float(ratio), "rope_theta": 10000.0}
     return GlmConfig(
-        vocab_size=old["padded_vocab_size"], hidden_size=old["hidden_size"], intermediate_size=old["ffn_hidden_size"],
-        num_hidden_layers=old["num_layers"], num_attention_heads=old["num_attention_heads"],
-        num_key_value_heads=old["multi_query_group_num"], head_dim=old["kv_channels"], rope_parameters=rope,
-        max_position_embeddings=old.get("seq_length", 2048), rms_norm_eps=old.get("layernorm_epsilon", 1e-5),
-        attention_bias=bool(old.get("add_qkv_bias", False)), attention_dropout=old.get("attention_dropout", 0.0),
-        eos_token_id=old.get("eos_token_id", 2), pad_token_id=old.get("pad_token_id") or 0, bos_token_id=None,
-        tie_word_embeddings=False, use_cache=True, architectures=["GlmForCausalLM"],
-    )  # fmt: skip
+        vocab_size=old["padded_vocab_size"],
+        hidden_size=old["hidden_size"],
+        intermediate_size=old["ffn_hidden_size"],
+        num_hidden_layers=old["num_layers"],
+        num_attention_heads=old["num_attention_heads"],
+        num_key_value_heads=old["multi_query_group_num"],
+        head_dim=old["kv_channels"],
+        rope_parameters=rope,
+        max_position_embeddings=old.get("seq_length", 2048),
+        rms_norm_eps=old.get("layernorm_epsilon", 1e-5),
+        attention_bias=bool(old.get("add_qkv_bias", False)),
+        attention_dropout=old.get("attention_dropout", 0.0),
+        eos_token_id=old.get("eos_token_id", 2),
+        pad_token_id=old.get("pad_token_id") or 0,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        use_cache=True,
+        architectures=["GlmForCausalLM"],
+    )
 
 
 def native_modules(config: GlmConfig) -> dict[str, list[str]]:
-    """Module of a published checkpoint -> its native modules: one, or three where q, k and v are fused."""
+    """Module of a published checkpoint -> its native modules: one, or three where q, k and v are
+    fused."""
     names = {old: [new] for old, new in OUTER.items()}
     for layer in range(config.num_hidden_layers):
         for old, new in BLOCK.items():
@@ -125,7 +147,8 @@ def empty_weights(model_class, config) -> dict[str, torch.Tensor]:
 
 
 def split_rows(config: GlmConfig, tensor: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    """A tensor with the rows [q | k | v] -> the three, each with memory of its own; any other -> (itself,)."""
+    """A tensor with the rows [q | k | v] -> the three, each with memory of its own; any other ->
+    (itself,)."""
     if parts == 1:
         return (tensor,)
     sizes = [
@@ -151,7 +174,8 @@ def to_native(
     family: str | None = None,
     shard_gb: float = SHARD_GB,
 ):
-    """A published ChatGLM2/3 or GLM-4 folder -> a GlmForCausalLM folder with its tokenizer. All checks come first."""
+    """A published ChatGLM2/3 or GLM-4 folder -> a GlmForCausalLM folder with its tokenizer. All
+    checks come first."""
     old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights, family = Weights(folder), family or guess_family(folder, old)
     config = glm_config(old, interpolates(folder, family))
@@ -174,7 +198,8 @@ def to_native(
 
 
 def check_native(weights: Weights, config: GlmConfig, folder: Path) -> dict[str, list[str]]:
-    """-> `native_names`; SystemExit where the names or shapes of the weights are not those of `config`."""
+    """-> `native_names`; SystemExit where the names or shapes of the weights are not those of
+    `config`."""
     expected, names = empty_weights(GlmForCausalLM, config), native_names(config)
     check_names(weights, names, folder)
     for name, new in names.items():
@@ -188,7 +213,8 @@ def target_dtype(weights: Weights, dtype: str) -> torch.dtype:
 
 
 def guess_family(folder: Path, old: dict) -> str | None:
-    """chatglm2, chatglm3 or glm4, by the vocabulary and by what the folder's own files mention; None without any."""
+    """chatglm2, chatglm3 or glm4, by the vocabulary and by what the folder's own files mention;
+    None without any."""
     if old.get("padded_vocab_size", 0) > 100_000:
         return "glm4"
     files = [
@@ -202,7 +228,8 @@ def guess_family(folder: Path, old: dict) -> str | None:
 
 
 def interpolates(folder: Path, family: str | None) -> bool:
-    """Whether rope_ratio divides positions (ChatGLM2-6B-32K): its code tells (read, not run), else the family."""
+    """Whether rope_ratio divides positions (ChatGLM2-6B-32K): its code tells (read, not run), else
+    the family."""
     code = folder / "modeling_chatglm.py"
     if code.is_file():
         return bool(
@@ -212,7 +239,8 @@ def interpolates(folder: Path, family: str | None) -> bool:
 
 
 def make_tokenizer(folder: Path, family: str | None, config: GlmConfig):
-    """The fast tokenizer of a published folder, or None, said in one line, where it has none that can be converted."""
+    """The fast tokenizer of a published folder, or None, said in one line, where it has none that
+    can be converted."""
     path = folder / "tokenizer.model"
     if family == "glm4":
         cli.say(
@@ -263,7 +291,8 @@ def generation_config(config: GlmConfig, tokenizer) -> GenerationConfig:
 
 
 def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHARD_GB) -> None:
-    """ChatGLM-6B without the ids of image tokens in front of its text: the same logits for all other tokens."""
+    """ChatGLM-6B without the ids of image tokens in front of its text: the same logits for all
+    other tokens."""
     config, weights = ChatGLMConfig.from_pretrained(folder), Weights(folder)
     try:
         tokenizer = ChatGLMTokenizer.from_pretrained(folder)
@@ -302,7 +331,8 @@ def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHAR
 
 
 def slim_config(config: ChatGLMConfig, tokenizer: ChatGLMTokenizer, images: int) -> ChatGLMConfig:
-    """All ids minus `images`; one that lay among the images was none of this vocabulary, so <pad> takes its place."""
+    """All ids minus `images`; one that lay among the images was none of this vocabulary, so <pad>
+    takes its place."""
     fields, pad = config.to_dict(), tokenizer.sp_model.piece_to_id("<pad>")
     for name in ("bos", "eos", "pad", "mask", "gmask"):
         old = fields[f"{name}_token_id"]
@@ -316,17 +346,21 @@ def slim_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
     path = folder / tokenizer.vocab_files_names["vocab_file"]
     path.write_bytes(tokenizer.sp_model.serialized_model_proto())
     ChatGLMTokenizer(
-        str(path), num_image_tokens=0, chat_template=tokenizer.chat_template,
-        do_lower_case=tokenizer.do_lower_case, remove_space=tokenizer.remove_space,
+        str(path),
+        num_image_tokens=0,
+        chat_template=tokenizer.chat_template,
+        do_lower_case=tokenizer.do_lower_case,
+        remove_space=tokenizer.remove_space,
         model_max_length=tokenizer.model_max_length,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 # ---- LoRA adapters of ChatGLM2 and ChatGLM3 ---------------------------------------------------------------------
 
 
 def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
-    """A peft adapter trained on the published code -> one for the converted model `base`; the same update of weights.
+    """A peft adapter trained on the published code -> one for the converted model `base`; the same
+    update of weights.
 
     Of a fused matrix W + s B A the rows of B are split like those of W, and each part keeps A.
     """

@@ -1,8 +1,10 @@
-"""The tokenizer.model of ChatGLM2 and ChatGLM3 -> a native fast tokenizer with the same ids, without remote code.
+"""The tokenizer.model of ChatGLM2 and ChatGLM3 -> a native fast tokenizer with the same ids,
+without remote code.
 
-The file is a sentencepiece BPE of bytes and pieces; the special tokens stand behind it, as in the original: [MASK]
-[gMASK] [sMASK] <sop> <eop>, and for ChatGLM3 <|system|> <|user|> <|assistant|> <|observation|>. The original writes
-"sop" and "eop" and never finds them in a text; a fast tokenizer would find them in "philosophy", hence the brackets.
+The file is a sentencepiece BPE of bytes and pieces; the special tokens stand behind it, as in the
+original: [MASK] [gMASK] [sMASK] <sop> <eop>, and for ChatGLM3 <|system|> <|user|> <|assistant|>
+<|observation|>. The original writes "sop" and "eop" and never finds them in a text; a fast
+tokenizer would find them in "philosophy", hence the brackets.
 """
 
 from pathlib import Path
@@ -25,15 +27,17 @@ PRIVATE = (
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
-    """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast tokenizer cannot."""
+    """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast
+    tokenizer cannot."""
     return sentence_pieces.read_model(path, ("<unk>", "</s>"))
 
 
 def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of `family` (chatglm2 or chatglm3); settings go to PreTrainedTokenizerFast.
+    """The fast tokenizer of `family` (chatglm2 or chatglm3); settings go to
+    PreTrainedTokenizerFast.
 
-    Ids are those of sentencepiece for any text that is encoded with split_special_tokens=True; otherwise special tokens
-    in a text are found, as by any fast tokenizer.
+    Ids are those of sentencepiece for any text that is encoded with split_special_tokens=True;
+    otherwise special tokens in a text are found, as by any fast tokenizer.
     """
     kind = model_pb2.ModelProto.SentencePiece
     fixed = [
@@ -44,9 +48,15 @@ def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreT
     }
     vocabulary = {stand_in.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
     scores = {p.piece: p.score for p in proto.pieces if p.type == kind.NORMAL}
-    core = Tokenizer(models.BPE(
-        vocabulary, merges(scores), unk_token="<unk>", fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback
-    ))  # fmt: skip
+    core = Tokenizer(
+        models.BPE(
+            vocabulary,
+            merges(scores),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
     core.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec, stand_in))
     back = [decoders.Replace(char, piece) for piece, char in stand_in.items()]
     lead = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
@@ -61,10 +71,16 @@ def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreT
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B </s>", special_tokens=front
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="<unk>", padding_side="left",
-        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
-        chat_template=(HERE / "templates" / f"{family}.jinja").read_text(encoding="utf-8"), **settings,
-    )  # fmt: skip
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        chat_template=(HERE / "templates" / f"{family}.jinja").read_text(encoding="utf-8"),
+        **settings,
+    )
 
 
 def _normalizers(spec, stand_in: dict[str, str]) -> list:
@@ -83,7 +99,8 @@ def _normalizers(spec, stand_in: dict[str, str]) -> list:
 
 
 def compare(tokenizer: PreTrainedTokenizerFast, proto: model_pb2.ModelProto) -> None:
-    """SystemExit when the two give different ids for the pieces of the vocabulary, alone and in rows."""
+    """SystemExit when the two give different ids for the pieces of the vocabulary, alone and in
+    rows."""
     original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     sentence_pieces.compare(
         tokenizer, original, [p.piece for p in proto.pieces if p.type == p.NORMAL]

@@ -1,4 +1,5 @@
-"""What people said about a model's answers, kept as rows that training reads: append-only, safe against crashes.
+"""What people said about a model's answers, kept as rows that training reads: append-only, safe
+against crashes.
 
     python chatglm_lora/feedback.py feedback     # counts, how often the tuned model won, the commands to train on it
 
@@ -7,9 +8,10 @@ A folder holds
     sft.jsonl         {"messages": [...]}: corrected or approved answers; read as kind "chat"
     preference.jsonl  {"prompt": [...], "chosen": [...], "rejected": [...]}; read as kind "preference"
 
-Any number of threads and processes may write. A rating reaches all its files or none: its rows are noted down before
-the first of them is appended, under one lock, and whoever comes next finishes what a killed process left. A line that
-was cut off goes to FILE.torn. Nobody's name or address is stored.
+Any number of threads and processes may write. A rating reaches all its files or none: its rows are
+noted down before the first of them is appended, under one lock, and whoever comes next finishes
+what a killed process left. A line that was cut off goes to FILE.torn. Nobody's name or address is
+stored.
 """
 
 import sys
@@ -44,10 +46,11 @@ WHOLE = "eos"  # how an answer ended that was neither stopped nor cut off
 
 
 def verdict(rating: dict) -> tuple[list[str], str | None, str | None]:
-    """A rating -> (approved answers, better answer, worse answer); None, None where there is no pair.
+    """A rating -> (approved answers, better answer, worse answer); None, None where there is no
+    pair.
 
-    A correction is approved and better than what it corrects. Without one, an answer that was stopped or cut off is
-    never held up as an example; it may be the worse one.
+    A correction is approved and better than what it corrects. Without one, an answer that was
+    stopped or cut off is never held up as an example; it may be the worse one.
     """
     sides, fix, choice = (
         {k: rating[k] for k in ("left", "right")},
@@ -65,7 +68,8 @@ def verdict(rating: dict) -> tuple[list[str], str | None, str | None]:
 
 
 def training_rows(rating: dict) -> dict[str, list[dict]]:
-    """A rating -> rows by file name; only such as the readers in common/ take without dropping one."""
+    """A rating -> rows by file name; only such as the readers in common/ take without dropping
+    one."""
     approved, better, worse = verdict(rating)
 
     def said(text):
@@ -125,11 +129,13 @@ class Store:
                 raise SystemExit(f"{folder}: cannot keep ratings here: {error}") from None
 
     def add(self, rating: dict) -> list[str]:
-        """Append a rating and the training rows that follow from it, all on the disk on return; the files written to.
+        """Append a rating and the training rows that follow from it, all on the disk on return; the
+        files written to.
 
-        rating: prompt (messages), left and right ({"answer", "ended", "who", ...}), choice (one of CHOICES),
-        correction ({"of": "left" or "right", "text"} or None), and whatever else is worth keeping. id and time are
-        added. ValueError (too long a row, no text) and OSError (disk full, no access): nothing was written.
+        rating: prompt (messages), left and right ({"answer", "ended", "who", ...}), choice (one of
+        CHOICES), correction ({"of": "left" or "right", "text"} or None), and whatever else is worth
+        keeping. id and time are added. ValueError (too long a row, no text) and OSError (disk full,
+        no access): nothing was written.
         """
         if rating["choice"] not in CHOICES or not readable(
             "chat", {"messages": [*rating["prompt"], _ANSWER]}
@@ -295,7 +301,8 @@ def duel(ratings: list[dict], one: str, other: str) -> str | None:
 
 
 def command(store: Store, name: str, base: str) -> str:
-    """The command line that trains `base` on one of the files: with this recipe, or with the one for preferences."""
+    """The command line that trains `base` on one of the files: with this recipe, or with the one
+    for preferences."""
     found = (
         sorted(HERE.parent.glob("*dpo*/train*.sh"))
         if name == PREFERENCE

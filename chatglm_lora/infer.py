@@ -1,4 +1,5 @@
-"""Answer a file of questions with a trained model: a run's output folder, an adapter, a model folder or a hub id.
+"""Answer a file of questions with a trained model: a run's output folder, an adapter, a model
+folder or a hub id.
 
     python chatglm_lora/infer.py --input questions.jsonl --output answers.jsonl          # what train_zero2.sh left
     python chatglm_lora/infer.py --model output/my_run --input q.csv --output a.jsonl --temperature 0.95 --top_p 0.7
@@ -8,12 +9,14 @@
     NPROC=2 bash chatglm_lora/infer_deepspeed.sh ...                                     # every block shared by 2 ranks
     the same command again                                                               # continues after a crash
 
-Input: .jsonl .json .csv .tsv .txt (a question a line) .parquet, also .gz and folders; {"instruction", "input"},
-{"question"}, {"prompt"}, {"content"}, {"context"}, {"messages": [...]} and the other shapes of the training data,
-whose answers, where there are any, are kept as reference. Output: one JSON object for each row, in order: row, source,
-messages, answer, tokens, finish_reason (stop, length), or error. While it runs, finished batches stand in
-OUTPUT.part-RANK, and OUTPUT.run.json says what the run is. A row's answer does not depend on the number of processes
-or on where a run was interrupted, also when drawn (--temperature): each row has random numbers of its own.
+Input: .jsonl .json .csv .tsv .txt (a question a line) .parquet, also .gz and folders;
+{"instruction", "input"}, {"question"}, {"prompt"}, {"content"}, {"context"}, {"messages": [...]}
+and the other shapes of the training data, whose answers, where there are any, are kept as
+reference. Output: one JSON object for each row, in order: row, source, messages, answer, tokens,
+finish_reason (stop, length), or error. While it runs, finished batches stand in OUTPUT.part-RANK,
+and OUTPUT.run.json says what the run is. A row's answer does not depend on the number of processes
+or on where a run was interrupted, also when drawn (--temperature): each row has random numbers of
+its own.
 
 In a notebook: `from infer import answer, load`; `answer(load("output/chatglm_lora"), ["你是谁？"])`.
 """
@@ -140,7 +143,8 @@ def _contradiction(args, world: int) -> str | None:
 
 
 def facts_of(args, settings: Settings) -> dict:
-    """What decides the answers, refused where it cannot work: settings, model, tokenizer, bytes of the input."""
+    """What decides the answers, refused where it cannot work: settings, model, tokenizer, bytes of
+    the input."""
     path = chat_model.find_model(args.model)
     base = adapter.check_base(path) if (Path(path) / "adapter_config.json").is_file() else path
     config, tokenizer = (
@@ -158,10 +162,16 @@ def facts_of(args, settings: Settings) -> dict:
     if args.output.resolve() in [file.resolve() for file in inputs]:
         raise SystemExit(f"--output {args.output} is the input")
     facts = {k: getattr(args, k) for k in ("column_map", "num_rows", "dtype", "tensor_parallel")}
-    return asdict(settings) | facts | {
-        "model": weights, "tokenizer": fingerprint(tokenizer), "device": device.kind(),
-        "input": {str(file): files.sha256(file) for file in inputs},
-    }  # fmt: skip
+    return (
+        asdict(settings)
+        | facts
+        | {
+            "model": weights,
+            "tokenizer": fingerprint(tokenizer),
+            "device": device.kind(),
+            "input": {str(file): files.sha256(file) for file in inputs},
+        }
+    )
 
 
 def on_first_rank(action):
@@ -205,8 +215,14 @@ def run(args, settings: Settings) -> None:
     if wrong and cli.is_main():
         output.write([record(q, {"error": q.error}) for q in wrong])
     if todo:
-        loaded = load(args.model, args.device_map, args.max_memory, args.offload_folder, args.tensor_parallel,
-                      DTYPES[args.dtype])  # fmt: skip
+        loaded = load(
+            args.model,
+            args.device_map,
+            args.max_memory,
+            args.offload_folder,
+            args.tensor_parallel,
+            DTYPES[args.dtype],
+        )
         mine = todo if shared else todo[rank::world]
         began = time.perf_counter()
         tokens = answer_all(loaded, mine, settings, output if cli.is_main() or not shared else None)
@@ -224,7 +240,8 @@ def run(args, settings: Settings) -> None:
 
 
 def answer_all(loaded, todo: list, settings: Settings, output: Output | None) -> int:
-    """Answer batches and write them as they come; -> new tokens. The bar is that of the first rank's own share."""
+    """Answer batches and write them as they come; -> new tokens. The bar is that of the first
+    rank's own share."""
     from tqdm import tqdm
 
     began, tokens, costs = time.perf_counter(), 0, set()

@@ -5,8 +5,9 @@
     python chatglm_lora/merge.py --adapter chatglm-lora.pt --base models/chatglm-6b --output_dir output/merged
     python chatglm_lora/merge.py --adapter chatglm-lora.pt --base models/chatglm-6b --to_adapter output/adapter
 
-chatglm-lora.pt is what the training scripts of zero_nlp left: tensors without settings. The rank follows from their
-shapes, --lora_alpha has to be told (theirs was 32). --to_adapter makes a peft folder of it.
+chatglm-lora.pt is what the training scripts of zero_nlp left: tensors without settings. The rank
+follows from their shapes, --lora_alpha has to be told (theirs was 32). --to_adapter makes a peft
+folder of it.
 """
 
 import sys
@@ -35,10 +36,21 @@ from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, inv
 
 # the fields of the published config.json; its code knows no others
 PUBLISHED = [
-    "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "max_sequence_length",
-    "layernorm_epsilon", "position_encoding_2d", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-    "mask_token_id", "gmask_token_id",
-]  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "max_sequence_length",
+    "layernorm_epsilon",
+    "position_encoding_2d",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "mask_token_id",
+    "gmask_token_id",
+]
 PUBLISHED_FILES = ["ice_text.model", "tokenizer_config.json", "special_tokens_map.json"]
 
 
@@ -46,7 +58,8 @@ PUBLISHED_FILES = ["ice_text.model", "tokenizer_config.json", "special_tokens_ma
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what DDP, peft's adapter names and CastOutputToFloat put into it."""
+    """The name of a parameter without what DDP, peft's adapter names and CastOutputToFloat put into
+    it."""
     name = name.removeprefix("module.").removeprefix("base_model.model.")
     return re.sub(r"(\.lora_[AB])\.default\b", r"\1", name).replace("lm_head.0.", "lm_head.")
 
@@ -54,7 +67,8 @@ def plain_name(name: str) -> str:
 def read_old(path: Path, base: str, expected: dict) -> dict[str, dict[str, torch.Tensor]]:
     """An old adapter file -> {module: {"lora_A", "lora_B"}}.
 
-    It may hold frozen weights too, which are left out when they are those of `base`; SystemExit when they are not.
+    It may hold frozen weights too, which are left out when they are those of `base`; SystemExit
+    when they are not.
     """
     modules, others = {}, []
     for name, tensor in read_pickle(path).items():
@@ -83,8 +97,9 @@ def plain_pair(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """LoRA tensors of one module -> (A [r, in], B [out, r], what alpha is to be multiplied with).
 
-    Early peft updated the first and the last third of the rows of a fused matrix, each with a rank of its own, and kept
-    B as the kernel of a convolution [2 out / 3, r, 1]. The same update is one of rank 2 r with a sparse B.
+    Early peft updated the first and the last third of the rows of a fused matrix, each with a rank
+    of its own, and kept B as the kernel of a convolution [2 out / 3, r, 1]. The same update is one
+    of rank 2 r with a sparse B.
     """
     a, b, (rows, columns) = pair["lora_A"].float(), pair["lora_B"].float(), weight.shape
     if b.dim() == 2:
@@ -100,7 +115,8 @@ def plain_pair(
 
 
 def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None:
-    """An old adapter file -> a peft folder for `base`, with the base's tokenizer and fingerprint."""
+    """An old adapter file -> a peft folder for `base`, with the base's tokenizer and
+    fingerprint."""
     if base is None:
         raise SystemExit(f"{path} does not say on which model it was trained: give --base")
     config = cli.model_config(base, "--base")
@@ -125,9 +141,13 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
     )
     targets = kinds if everywhere else sorted(modules)
     settings = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha * factor, target_modules=targets,
-        base_model_name_or_path=str(base), inference_mode=True,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha * factor,
+        target_modules=targets,
+        base_model_name_or_path=str(base),
+        inference_mode=True,
+    )
     with Draft(out) as part:
         settings.save_pretrained(part)
         save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
@@ -140,7 +160,8 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
 
 @contextmanager
 def adapter_folder(args):
-    """The adapter as a peft folder that has a tokenizer: itself, or made of it beside the output."""
+    """The adapter as a peft folder that has a tokenizer: itself, or made of it beside the
+    output."""
     path = Path(args.adapter)
     with tempfile.TemporaryDirectory() as place:
         if path.is_file():
@@ -160,7 +181,8 @@ def adapter_folder(args):
 
 
 def to_original(native: Path, out: Path, base: str) -> None:
-    """A ChatGLM-6B folder as transformers saves it -> names, config.json and files of the published checkpoint.
+    """A ChatGLM-6B folder as transformers saves it -> names, config.json and files of the published
+    checkpoint.
 
     Code and tokenizer files are taken from the folder of the base, where it has them.
     """
@@ -193,7 +215,8 @@ def to_original(native: Path, out: Path, base: str) -> None:
 
 
 def published_config(config: ChatGLMConfig, base: Path) -> dict:
-    """config.json with the field names of the published one; auto_map, which names its code, as the base has it."""
+    """config.json with the field names of the published one; auto_map, which names its code, as the
+    base has it."""
     fields = {"architectures": ["ChatGLMModel"], "model_type": "chatglm"}
     if (base / "config.json").is_file():
         known = json.loads((base / "config.json").read_text(encoding="utf-8"))

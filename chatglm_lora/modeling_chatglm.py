@@ -1,12 +1,15 @@
-"""ChatGLM-6B as a native transformers model: generation, KV cache, checkpointing, packed rows; no remote code.
+"""ChatGLM-6B as a native transformers model: generation, KV cache, checkpointing, packed rows; no
+remote code.
 
-Importing this module tells the Auto classes about it; published checkpoints of both vocabularies load as they are.
+Importing this module tells the Auto classes about it; published checkpoints of both vocabularies
+load as they are.
 
-A row is prompt [gMASK] <sop> answer <eop>. What stands before <sop>, the prefix, is seen by every token of the row,
-also by tokens in front; <sop> and what follows are causal. Every token has two positions: its place, which stays at
-[gMASK] from <sop> on, and its place within the answer (<sop> is 1), 0 in the prefix. `layout` computes both, for
-training and for generation. Source: Du et al. 2022, "GLM: General Language Model Pretraining with Autoregressive Blank
-Infilling", and the behaviour of the published v1.1 code.
+A row is prompt [gMASK] <sop> answer <eop>. What stands before <sop>, the prefix, is seen by every
+token of the row, also by tokens in front; <sop> and what follows are causal. Every token has two
+positions: its place, which stays at [gMASK] from <sop> on, and its place within the answer (<sop>
+is 1), 0 in the prefix. `layout` computes both, for training and for generation. Source: Du et al.
+2022, "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", and the
+behaviour of the published v1.1 code.
 
 B rows, T tokens, S keys, H heads, d size of a head, D width, n documents of a packed row.
 """
@@ -42,9 +45,11 @@ def layout(
     """Where the prefix of each row or document ends, and the two positions of each token.
 
     Args:
-        input_ids: [B, T]; attention_mask: [B, T], 0 on padding; starts: [n + 1] boundaries of a packed row, B = 1.
+        input_ids: [B, T]; attention_mask: [B, T], 0 on padding; starts: [n + 1] boundaries of a
+            packed row, B = 1.
     Returns:
-        prefix [B] (or [n]): column of the row's (document's) first <sop>; position_ids [B, 2, T], 0 on left padding.
+        prefix [B] (or [n]): column of the row's (document's) first <sop>; position_ids [B, 2, T], 0
+        on left padding.
     ValueError when a row lacks <sop>, or [gMASK] and [MASK].
     """
     width = input_ids.shape[1]
@@ -57,7 +62,8 @@ def layout(
         owner = torch.bucketize(column, starts[1:].to(column), right=True)[None]
 
     def first(token: int) -> Tensor:
-        """Column of the first `token` of each row or document, [B] or [n]; T where there is none."""
+        """Column of the first `token` of each row or document, [B] or [n]; T where there is
+        none."""
         at = torch.where((input_ids == token) & (kept > 0), column, width)
         if starts is None:
             return at.amin(1)
@@ -77,7 +83,8 @@ def layout(
 def visible(prefix: Tensor, attention_mask: Tensor | None, queries: int, keys: int) -> Tensor:
     """Bool mask [B, 1, queries, keys], True where the last `queries` of `keys` columns may look.
 
-    prefix [B]: as in `layout`; attention_mask [B, keys], 0 on padding. Padding sees itself, so that no row is empty.
+    prefix [B]: as in `layout`; attention_mask [B, keys], 0 on padding. Padding sees itself, so that
+    no row is empty.
     """
     column = torch.arange(keys, device=prefix.device)
     row = column[keys - queries :, None]
@@ -95,9 +102,11 @@ def inverse_frequencies(size: int, device: torch.device) -> Tensor:
 
 
 def rotary(position_ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """position_ids [B, 2, T] -> cos, sin [B, T, 1, 2, size] in fp32: `size` values of a head for each position.
+    """position_ids [B, 2, T] -> cos, sin [B, T, 1, 2, size] in fp32: `size` values of a head for
+    each position.
 
-    In half precision, as the original computes them, neighbouring positions fall together from some hundred on.
+    In half precision, as the original computes them, neighbouring positions fall together from some
+    hundred on.
     """
     angle = position_ids.transpose(1, 2)[..., None].float() * inverse_frequencies(
         size, position_ids.device
@@ -107,7 +116,8 @@ def rotary(position_ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, d]: its first half turned by the first position, its second half by the second one."""
+    """x [B, T, H, d]: its first half turned by the first position, its second half by the second
+    one."""
     pair = x.float().unflatten(-1, (2, -1))
     a, b = pair.chunk(2, -1)
     return (pair * cos + torch.cat([-b, a], -1) * sin).flatten(-2).to(x.dtype)
@@ -199,7 +209,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
     ):
-        """As in transformers, but a checkpoint that lacks weights, or has others, is a ValueError, not a warning."""
+        """As in transformers, but a checkpoint that lacks weights, or has others, is a ValueError,
+        not a warning."""
         name = pretrained_model_name_or_path
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -211,7 +222,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """The blocks without the head: [B, T] -> last_hidden_state [B, T, D]; arguments as of the whole model."""
+    """The blocks without the head: [B, T] -> last_hidden_state [B, T, D]; arguments as of the whole
+    model."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
@@ -227,9 +239,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = value
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, prefix_lengths=None, cu_seq_lens_q=None, **kwargs,
-    ) -> BaseModelOutputWithPast:  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        prefix_lengths=None,
+        cu_seq_lens_q=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -282,23 +302,41 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, prefix_lengths=None, cu_seq_lens_q=None, logits_to_keep: int | Tensor = 0,
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        prefix_lengths=None,
+        cu_seq_lens_q=None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+    ) -> CausalLMOutputWithPast:
         """Logits [B, T, V], and the loss where labels are given.
 
         Args:
-            input_ids: [B, T]; inputs_embeds: [B, T, D] instead, then with position_ids and prefix_lengths.
-            attention_mask: [B, S], 0 on padding; or as the original makes it: bool [B, 1, T, S], True where hidden.
-            position_ids: [B, 2, T]; prefix_lengths: [B], or [n] of a packed row: from `layout`, computed if unset.
+            input_ids: [B, T]; inputs_embeds: [B, T, D] instead, then with position_ids and
+                prefix_lengths.
+            attention_mask: [B, S], 0 on padding; or as the original makes it: bool [B, 1, T, S],
+                True where hidden.
+            position_ids: [B, 2, T]; prefix_lengths: [B], or [n] of a packed row: from `layout`,
+                computed if unset.
             cu_seq_lens_q: [n + 1] boundaries of the documents of a packed row (B = 1, no cache).
             labels: [B, T], not shifted, -100 where there is none.
         """
         output = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, prefix_lengths,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            prefix_lengths,
             cu_seq_lens_q,
-        )  # fmt: skip
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
@@ -309,7 +347,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, attention_mask=None, **kwargs
     ):
-        """The prefix and positions of training, from all tokens so far; with a cache only the new ones are run."""
+        """The prefix and positions of training, from all tokens so far; with a cache only the new
+        ones are run."""
         kwargs.pop(
             "position_ids", None
         )  # generate()'s guess is one-dimensional; what a tokenizer gave is the same again

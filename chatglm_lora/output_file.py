@@ -1,7 +1,9 @@
-"""The file of answers: parts that only grow while ranks work, then one file in the order of the questions.
+"""The file of answers: parts that only grow while ranks work, then one file in the order of the
+questions.
 
-OUTPUT.part-RANK holds whole lines (the end of a killed process's last one is cut off), OUTPUT.run.json what the run is
-and whether it is finished, OUTPUT.lock keeps a second process out. Which rank answered a row is of no importance.
+OUTPUT.part-RANK holds whole lines (the end of a killed process's last one is cut off),
+OUTPUT.run.json what the run is and whether it is finished, OUTPUT.lock keeps a second process out.
+Which rank answered a row is of no importance.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from common import cli
 
 
 class Output:
-    """The answers of a run: parts that only grow, one for each rank, then one file in the order of the input."""
+    """The answers of a run: parts that only grow, one for each rank, then one file in the order of
+    the input."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,7 +36,8 @@ class Output:
         )
 
     def begin(self, facts: dict, overwrite: bool) -> set[int]:
-        """On the first rank: start, continue or refuse. -> rows that are answered; SystemExit 0 where all are."""
+        """On the first rank: start, continue or refuse. -> rows that are answered; SystemExit 0
+        where all are."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.lock_file, "w")  # noqa: SIM115  (held until the process ends)
         try:
@@ -108,7 +112,8 @@ class Output:
                     at += len(line)
 
     def finish(self, facts: dict, count: int) -> list[dict]:
-        """On the first rank: all parts in the order of the rows; -> the records, without messages and answers."""
+        """On the first rank: all parts in the order of the rows; -> the records, without messages
+        and answers."""
         places, records, draft = {}, [], self.path.with_name(self.path.name + ".new")
         for row, part, at in self.lines():
             places[row] = part, at

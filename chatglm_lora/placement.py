@@ -1,4 +1,5 @@
-"""Load a trained model and put it where there is room: on one device, its blocks on many, or a share of each block.
+"""Load a trained model and put it where there is room: on one device, its blocks on many, or a
+share of each block.
 
 load("output/chatglm_lora")                                         # this machine's device
 load("THUDM/chatglm-6b", device_map="auto")                         # blocks spread evenly over all visible devices
@@ -34,8 +35,8 @@ GIB = 2**30
 
 
 class Loaded(NamedTuple):
-    """A model ready to answer. window: tokens of prompt and answer; device: where token ids go; count: of ranks that
-    share every block."""
+    """A model ready to answer. window: tokens of prompt and answer; device: where token ids go;
+    count: of ranks that share every block."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -53,9 +54,11 @@ def load(
     dtype: torch.dtype | None = None,
     say=cli.say,
 ) -> Loaded:
-    """Load a run's output folder, an adapter, a model folder or a hub id; `say` is told what lies where.
+    """Load a run's output folder, an adapter, a model folder or a hub id; `say` is told what lies
+    where.
 
-    dtype: default the half one of accelerators, float32 on a CPU. SystemExit with one line for what cannot be.
+    dtype: default the half one of accelerators, float32 on a CPU. SystemExit with one line for what
+        cannot be.
     """
     path = chat_model.find_model(model)
     lora = path if (Path(path) / "adapter_config.json").is_file() else None
@@ -118,7 +121,8 @@ def _spread(
 
 
 def limits(max_memory: str | None) -> dict:
-    """ "0:20GiB,cpu:60GiB" -> {0: bytes, "cpu": bytes}; unset: what is free on every visible device and here."""
+    """ "0:20GiB,cpu:60GiB" -> {0: bytes, "cpu": bytes}; unset: what is free on every visible device
+    and here."""
     from accelerate.utils import convert_file_size_to_int
 
     count = device.device_count()
@@ -172,8 +176,9 @@ def describe(places: dict, sizes: dict) -> list[str]:
 
 
 def _adapted_in_place(model, lora: str, home: torch.device):
-    """The adapter on a dispatched base. peft leaves the weights of an adapter on an offloaded layer empty, or moves
-    the base's files: it is not told of the dispatch, and its weights then go where each layer computes."""
+    """The adapter on a dispatched base. peft leaves the weights of an adapter on an offloaded layer
+    empty, or moves the base's files: it is not told of the dispatch, and its weights then go where
+    each layer computes."""
     from accelerate.utils import set_module_tensor_to_device
     from peft import load_peft_weights
 
@@ -229,7 +234,8 @@ def refusal(config, count: int) -> str | None:
 def _shard(model, tokenizer, count: int):
     """This rank's share of a whole model, by DeepSpeed's inference engine, on this rank's device.
 
-    DeepSpeed guesses layouts from names, and takes ChatGLM's dense_h_to_4h for two halves: every layer is named here.
+    DeepSpeed guesses layouts from names, and takes ChatGLM's dense_h_to_4h for two halves: every
+    layer is named here.
     """
     if problem := refusal(model.config, count):
         raise SystemExit(problem)
@@ -271,7 +277,8 @@ def _shard(model, tokenizer, count: int):
 
 @torch.no_grad()
 def probe(model, tokenizer) -> Tensor:
-    """Logits [T, V] of a short prompt after the first and the last block alone: cheap, and any wrong share shows."""
+    """Logits [T, V] of a short prompt after the first and the last block alone: cheap, and any
+    wrong share shows."""
     ids = torch.tensor(
         [encode_prompt(tokenizer, [{"role": "user", "content": "你好，请介绍一下你自己。"}])]
     )
@@ -290,7 +297,8 @@ def probe(model, tokenizer) -> Tensor:
 
 
 def check(expected: Tensor, found: Tensor, tolerance: float) -> None:
-    """SystemExit when the shares together do not compute what the whole weights do (rounding aside)."""
+    """SystemExit when the shares together do not compute what the whole weights do (rounding
+    aside)."""
     error = ((found - expected).norm() / expected.norm()).item()
     if not error < tolerance:
         raise SystemExit(

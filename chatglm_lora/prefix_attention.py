@@ -1,8 +1,10 @@
-"""Attention over packed rows of a prefix language model: each document sees itself alone, its prefix from everywhere.
+"""Attention over packed rows of a prefix language model: each document sees itself alone, its
+prefix from everywhere.
 
-In a document the prefix is two-sided and the rest is causal. That is two calls of a plain variable-length kernel,
-without any mask: the prefix among itself, and the rest, causal, over the whole document. On a CPU the same is done in
-blocks of queries with explicit products (common/fast/attention.py), on a device without such a kernel with one dense mask.
+In a document the prefix is two-sided and the rest is causal. That is two calls of a plain
+variable-length kernel, without any mask: the prefix among itself, and the rest, causal, over the
+whole document. On a CPU the same is done in blocks of queries with explicit products
+(common/fast/attention.py), on a device without such a kernel with one dense mask.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class Documents:
     """Boundaries and prefixes of one packed row; what all layers need of them is computed once."""
 
     def __init__(self, starts: Tensor, prefix: Tensor):
-        """starts: [n + 1] first column of each document and the end; prefix: [n] columns where prefixes end."""
+        """starts: [n + 1] first column of each document and the end; prefix: [n] columns where
+        prefixes end."""
         self.starts, self.prefix = starts, prefix
 
     @functools.cached_property
@@ -35,7 +38,8 @@ class Documents:
 
     @functools.cached_property
     def split(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int, int]]:
-        """Columns of all prefixes and of all the rest, the boundaries of both within their own, the longest of each."""
+        """Columns of all prefixes and of all the rest, the boundaries of both within their own, the
+        longest of each."""
         device = self.starts.device
         inside = [torch.arange(a, a + prefix) for a, prefix, _ in self.key]
         rest = [torch.arange(a + prefix, a + length) for a, prefix, length in self.key]
@@ -71,7 +75,8 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 
 
 def _elsewhere(query, key, value, documents: Documents, kernel) -> Tensor:
-    """As prefix_attention, by a variable-length kernel (attention.compute_packed), or one mask where there is none."""
+    """As prefix_attention, by a variable-length kernel (attention.compute_packed), or one mask
+    where there is none."""
     if kernel is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=documents.mask
@@ -90,7 +95,8 @@ def _elsewhere(query, key, value, documents: Documents, kernel) -> Tensor:
 
 @functools.lru_cache(maxsize=4)  # all layers of a step ask for the same ones
 def _blocks(documents: tuple, dtype: torch.dtype) -> list[tuple]:
-    """Documents -> what attention.Products takes; short neighbours that fit into one block of queries share it."""
+    """Documents -> what attention.Products takes; short neighbours that fit into one block of
+    queries share it."""
     blocks, joined = [], []
     for document in documents:
         length = document[2]

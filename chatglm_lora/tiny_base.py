@@ -1,8 +1,9 @@
-"""What the built-in tiny model knows before it is fine-tuned: the facts of the sample data, in nobody's voice.
+"""What the built-in tiny model knows before it is fine-tuned: the facts of the sample data, in
+nobody's voice.
 
-An adapter on random weights learns little, and an adapter is what this recipe trains. So the built-in base is trained
-here, once: it answers the questions of make_data.py plainly and has no name. The adapter then learns the voice of data/
-and who it is, as an adapter on a real model does.
+An adapter on random weights learns little, and an adapter is what this recipe trains. So the
+built-in base is trained here, once: it answers the questions of make_data.py plainly and has no
+name. The adapter then learns the voice of data/ and who it is, as an adapter on a real model does.
 """
 
 import math

@@ -1,14 +1,16 @@
-"""Tokenizer of ChatGLM-6B for transformers, without remote code: one class for both published vocabularies.
+"""Tokenizer of ChatGLM-6B for transformers, without remote code: one class for both published
+vocabularies.
 
     import modeling_chatglm                                            # AutoTokenizer then knows the class
     tokenizer = AutoTokenizer.from_pretrained("THUDM/chatglm-6b")
     tokenizer("你好")["input_ids"]                                     # [5, 74874, 130001, 130004], text [gMASK] <sop>
     tokenizer(["你好", "1 + 1 ="], padding=True, return_tensors="pt")  # with attention_mask and position_ids
 
-The vocabulary of 130528 has all pieces in ice_text.model. In the first one (150528) 20000 ids of image tokens stand in
-front, and the file lacks special tokens, runs of blanks and bytes, which are appended here; the pieces of the file tell
-which one it is. Texts come back from decode() as they were, as far as the file's own normalisation lets them: the
-published files turn full width punctuation into half width, those of `train_sentencepiece` keep everything.
+The vocabulary of 130528 has all pieces in ice_text.model. In the first one (150528) 20000 ids of
+image tokens stand in front, and the file lacks special tokens, runs of blanks and bytes, which are
+appended here; the pieces of the file tell which one it is. Texts come back from decode() as they
+were, as far as the file's own normalisation lets them: the published files turn full width
+punctuation into half width, those of `train_sentencepiece` keep everything.
 
 T tokens.
 """
@@ -57,7 +59,8 @@ def _add_pieces(proto, pieces: dict[str, int]) -> int:
 
 
 def _read(vocab_file: str | None, name: str) -> tuple[bytes, model_pb2.ModelProto, bool]:
-    """-> (bytes of the file, the model with all pieces, whether the file brought the special tokens)."""
+    """-> (bytes of the file, the model with all pieces, whether the file brought the special
+    tokens)."""
     if vocab_file is None:
         raise ValueError(
             f"{name or 'this folder'}: no ice_text.model, the vocabulary of ChatGLM-6B"
@@ -84,11 +87,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """Sentencepiece, with line breaks, tabs and runs of blanks as pieces of their own.
 
     vocab_file: ice_text.model.
-    num_image_tokens: ids in front of the text; unset: 20000 where the file lacks the special tokens, else 0.
-    eos_token ends an answer, <eop>; </s> (end_token), which the first published settings name, does not.
-    padding=True adds position_ids [2, T] as well: the place of each token, held at [gMASK] from <sop> on, and the place
-    within the answer. The model computes the same ones where none are given.
-    ValueError for files that are not the vocabulary of ChatGLM-6B.
+    num_image_tokens: ids in front of the text; unset: 20000 where the file lacks the special
+    tokens, else 0. eos_token ends an answer, <eop>; </s> (end_token), which the first published
+    settings name, does not. padding=True adds position_ids [2, T] as well: the place of each token,
+    held at [gMASK] from <sop> on, and the place within the answer. The model computes the same ones
+    where none are given. ValueError for files that are not the vocabulary of ChatGLM-6B.
     """
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
@@ -101,10 +104,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ]
 
     def __init__(
-        self, vocab_file, do_lower_case=False, remove_space=False, bos_token="<sop>", eos_token="<eop>",
-        end_token="</s>", mask_token="[MASK]", gmask_token="[gMASK]", pad_token="<pad>", unk_token="<unk>",
-        num_image_tokens=None, extra_special_tokens=None, chat_template=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        vocab_file,
+        do_lower_case=False,
+        remove_space=False,
+        bos_token="<sop>",
+        eos_token="<eop>",
+        end_token="</s>",
+        mask_token="[MASK]",
+        gmask_token="[gMASK]",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        num_image_tokens=None,
+        extra_special_tokens=None,
+        chat_template=None,
+        **kwargs,
+    ):
         self._file, proto, complete = _read(vocab_file, kwargs.get("name_or_path", ""))
         self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         if num_image_tokens is None:
@@ -187,7 +202,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _decode(
         self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs
     ) -> str:
-        """The text; special tokens by name unless skipped; image tokens and ids outside the vocabulary have none."""
+        """The text; special tokens by name unless skipped; image tokens and ids outside the
+        vocabulary have none."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
         out = []
@@ -207,7 +223,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return "".join(out)
 
     def _text(self, ids: list[int]) -> str:
-        """Ids of pieces that were encoded as one text -> the text; half a character becomes U+FFFD."""
+        """Ids of pieces that were encoded as one text -> the text; half a character becomes
+        U+FFFD."""
         data = b"".join(self._byte_of.get(i) or self._plain(self._pieces[i]) for i in ids)
         if self._lead == 2 and ids and self._pieces[ids[0]].startswith(SPACE):
             data = data[1:]  # the blank that every text gets in front
@@ -248,10 +265,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         ]
 
     def _pad(
-        self, encoded_inputs, max_length=None, padding_strategy=PaddingStrategy.DO_NOT_PAD, pad_to_multiple_of=None,
-        padding_side=None, return_attention_mask=None,
-    ) -> dict:  # fmt: skip
-        """As in transformers, and position_ids where padding is asked for and model_input_names has them."""
+        self,
+        encoded_inputs,
+        max_length=None,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of=None,
+        padding_side=None,
+        return_attention_mask=None,
+    ) -> dict:
+        """As in transformers, and position_ids where padding is asked for and model_input_names has
+        them."""
         ids = encoded_inputs["input_ids"]
         mask = encoded_inputs.get("attention_mask", [1] * len(ids))
         out = super()._pad(
@@ -300,14 +323,17 @@ def _default_template() -> str:
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, path: str | Path, first_generation=False
 ) -> Path:
-    """Make an ice_text.model of the characters in `texts`, most frequent first, laid out as the published ones.
+    """Make an ice_text.model of the characters in `texts`, most frequent first, laid out as the
+    published ones.
 
-    Characters, so that digits and Chinese are never merged with their neighbours; the rest falls back on bytes, and
-    nothing is normalised. A sentencepiece model of single characters is a count of them, so it is counted here: the
-    same texts give the same bytes in every process, and rows of any length count.
+    Characters, so that digits and Chinese are never merged with their neighbours; the rest falls
+    back on bytes, and nothing is normalised. A sentencepiece model of single characters is a count
+    of them, so it is counted here: the same texts give the same bytes in every process, and rows of
+    any length count.
 
     vocab_size: upper bound of all tokens; 350 are special tokens, blanks and bytes.
-    path: the file if it ends in .model; else a folder, in which the file is named after its content.
+    path: the file if it ends in .model; else a folder, in which the file is named after its
+        content.
     first_generation: without the special tokens, blanks and bytes, as in the first vocabulary.
     Returns the path of the file. ValueError when vocab_size leaves no room for characters.
     """

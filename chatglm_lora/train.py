@@ -1,14 +1,16 @@
-"""ChatGLM-6B with LoRA on one or many cards; ChatGLM2/3 (converted, see convert.py) and other native decoders by path.
+"""ChatGLM-6B with LoRA on one or many cards; ChatGLM2/3 (converted, see convert.py) and other
+native decoders by path.
 
     bash chatglm_lora/train_zero2.sh                                                  # built-in tiny model, sample data
     MODEL=THUDM/chatglm-6b DATA=my.jsonl OUTPUT=out bash chatglm_lora/train_zero2.sh
     MODEL=models/chatglm3-native DATA=my.jsonl OUTPUT=out bash chatglm_lora/train_zero3.sh --target_modules all
     the same command again                                                            # continues after a crash
 
-Data: chat rows of any common shape, e.g. {"instruction": str, "input": str, "output": str} or {"content": str,
-"summary": str, "history": [[question, answer], ...]} per line. Each answer of a conversation is a row of its own: the
-question and all before it become the prefix, then [gMASK] <sop> answer <eop>, and the loss is on answer <eop>.
-Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save -> report.
+Data: chat rows of any common shape, e.g. {"instruction": str, "input": str, "output": str} or
+{"content": str, "summary": str, "history": [[question, answer], ...]} per line. Each answer of a
+conversation is a row of its own: the question and all before it become the prefix, then [gMASK]
+<sop> answer <eop>, and the loss is on answer <eop>. Order of the story: arguments -> model and
+tokenizer -> data -> trainer -> train -> measure -> save -> report.
 """
 
 import json
@@ -90,33 +92,65 @@ class Args:
 
 
 DEFAULTS = dict(
-    output_dir=str(HERE.parent / "output" / HERE.name), num_train_epochs=3, weight_decay=0.0, learning_rate=2e-4,
-    lr_scheduler_type="cosine", warmup_steps=0.03, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-    gradient_accumulation_steps=4, logging_steps=5, logging_first_step=True, save_steps=200, save_total_limit=2,
-    report_to=["tensorboard"], ddp_find_unused_parameters=False, ddp_timeout=7200,
-)  # fmt: skip
+    output_dir=str(HERE.parent / "output" / HERE.name),
+    num_train_epochs=3,
+    weight_decay=0.0,
+    learning_rate=2e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,
+    per_device_train_batch_size=2,
+    per_device_eval_batch_size=2,
+    gradient_accumulation_steps=4,
+    logging_steps=5,
+    logging_first_step=True,
+    save_steps=200,
+    save_total_limit=2,
+    report_to=["tensorboard"],
+    ddp_find_unused_parameters=False,
+    ddp_timeout=7200,
+)
 TINY = dict(  # sizes and steps only
-    model_max_length=256, num_train_epochs=6, learning_rate=3e-3, adam_beta2=0.98, warmup_steps=0.1, lora_r=16,
-    lora_dropout=0.0, target_modules="all", per_device_train_batch_size=2, gradient_accumulation_steps=1,
-    logging_steps=40, save_steps=400, eval_ratio=0.1, eval_generate=100, max_new_tokens=48,
-)  # fmt: skip
+    model_max_length=256,
+    num_train_epochs=6,
+    learning_rate=3e-3,
+    adam_beta2=0.98,
+    warmup_steps=0.1,
+    lora_r=16,
+    lora_dropout=0.0,
+    target_modules="all",
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=1,
+    logging_steps=40,
+    save_steps=400,
+    eval_ratio=0.1,
+    eval_generate=100,
+    max_new_tokens=48,
+)
 
 
 ROUND = "[Round 0123456789]\n问：\n答："  # what the chat format adds to the texts
 
 
 def tiny_model(texts: list[str], taught: bool) -> str:
-    """Folder of the embedded default: ChatGLM's architecture at toy size, its tokenizer trained on the data at hand.
+    """Folder of the embedded default: ChatGLM's architecture at toy size, its tokenizer trained on
+    the data at hand.
 
     taught: it knows the facts of the samples (see tiny_base); else its weights are random.
     """
     folder = cache_root() / "tiny"
     tokenizer = ChatGLMTokenizer(str(train_sentencepiece([*texts, ROUND], 4000, folder)))
     config = ChatGLMConfig(
-        vocab_size=len(tokenizer), hidden_size=160, num_layers=2, num_attention_heads=4, inner_hidden_size=640,
-        max_sequence_length=512, initializer_range=0.05, residual_scale_layers=2, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        num_layers=2,
+        num_attention_heads=4,
+        inner_hidden_size=640,
+        max_sequence_length=512,
+        initializer_range=0.05,
+        residual_scale_layers=2,
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
+    )
     return tiny.save_tiny(
         config, tokenizer, folder, teach=partial(teach, tokenizer=tokenizer) if taught else None
     )
@@ -124,7 +158,8 @@ def tiny_model(texts: list[str], taught: bool) -> str:
 
 # 2. Model and tokenizer
 def load_model(args: Args, training: TrainingArguments, path: str, config):
-    """The model in the dtype it trains in: the half dtype for a frozen base, float32 masters for full training."""
+    """The model in the dtype it trains in: the half dtype for a frozen base, float32 masters for
+    full training."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     settings = {"dtype": half if args.use_lora else torch.float32}
     if not isinstance(config, ChatGLMConfig):
@@ -143,10 +178,16 @@ def add_lora(model, args: Args, training: TrainingArguments):
     own = "query_key_value" if is_prefix_model(model.config) else "q_proj,k_proj,v_proj"
     named = {"attention": own, "all": "all-linear"}.get(args.target_modules, args.target_modules)
     targets = adapter.linear_layers(model, named)
-    return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=targets,
-    ))  # fmt: skip
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+        ),
+    )
 
 
 def is_prefix_model(config) -> bool:
@@ -158,7 +199,8 @@ def is_prefix_model(config) -> bool:
 def encode(row: dict, tokenizer, args: Args, every_answer: bool) -> list[dict]:
     """A canonical chat row -> rows of input_ids [T], labels [T] on what is trained.
 
-    every_answer: one row for each answer, with what came before it (a prefix model learns one answer a row).
+    every_answer: one row for each answer, with what came before it (a prefix model learns one
+        answer a row).
     """
     messages = row["messages"]
     ends = (
@@ -176,7 +218,8 @@ def encode(row: dict, tokenizer, args: Args, every_answer: bool) -> list[dict]:
 def split_and_encode(
     rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, every_answer: bool
 ):
-    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
+    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts
+    in `stats`."""
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
         train, leaked = leak_check(train, args.leak_check, "chat", args.column_map or None)
@@ -202,9 +245,11 @@ def split_and_encode(
 
 
 class WithLayout:
-    """A collator of common/ and, for a prefix model, where prefixes end and the two positions of each token.
+    """A collator of common/ and, for a prefix model, where prefixes end and the two positions of
+    each token.
 
-    The same `layout` that generation calls; computed here, on the CPU, so that training waits for no device.
+    The same `layout` that generation calls; computed here, on the CPU, so that training waits for
+    no device.
     """
 
     def __init__(self, collate, config):
@@ -275,9 +320,15 @@ def main() -> None:
     asked = questions(held_out, held_out_ids, args.eval_generate)
     measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
     trainer = RecipeTrainer(
-        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
-        processing_class=tokenizer, measure=measure if asked else None, describe_row=lambda i: train_ids[i]["source"],
-    )  # fmt: skip
+        model=model,
+        args=training,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=collator,
+        processing_class=tokenizer,
+        measure=measure if asked else None,
+        describe_row=lambda i: train_ids[i]["source"],
+    )
 
     # 4. Train, measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -1,13 +1,14 @@
-"""Gradio page for a trained model: a run's output folder, a model folder, a LoRA adapter or a hub id.
+"""Gradio page for a trained model: a run's output folder, a model folder, a LoRA adapter or a hub
+id.
 
     python chinese_bloom/app.py                             # what `bash chinese_bloom/train_zero2.sh` left in output/
     python chinese_bloom/app.py --model output/chinese_bloom_pt                       # goes on with what you type
     python chinese_bloom/app.py --model output/chinese_bloom/final --port 7860 --host 127.0.0.1
     MODEL=bigscience/bloomz-560m python chinese_bloom/app.py
 
-The prompt is built from the chat template saved with the model, by the code that built the training rows
-(common/data/labels.py), so training and talking cannot differ. A run of --stage pt, and a model without a chat template, go
-on with the text instead.
+The prompt is built from the chat template saved with the model, by the code that built the training
+rows (common/data/labels.py), so training and talking cannot differ. A run of --stage pt, and a
+model without a chat template, go on with the text instead.
 """
 
 import sys
@@ -33,7 +34,8 @@ BEGINNINGS = ["小狐狸丢了", "土豆炒白菜的做法：", "小店今天卖
 
 
 class Speaker(Talker):
-    """A Talker that goes on with the last text where the model was pre-trained (--stage pt) or has no chat template."""
+    """A Talker that goes on with the last text where the model was pre-trained (--stage pt) or has
+    no chat template."""
 
     @property
     def chats(self) -> bool:
@@ -54,7 +56,8 @@ class Speaker(Talker):
 
 
 def build_demo(model: str | Path | Speaker = DEFAULT) -> gr.Blocks:
-    """The page for a run, model or adapter folder; SystemExit with one line when there is no model."""
+    """The page for a run, model or adapter folder; SystemExit with one line when there is no
+    model."""
     talker = model if isinstance(model, Speaker) else Speaker(model)
     chat = page.Chat(talker, ("use_adapter", "max_new_tokens", *SAMPLING))
     kind = " · LoRA" * talker.adapter + f" · {talker.what()}"
@@ -66,27 +69,41 @@ def build_demo(model: str | Path | Speaker = DEFAULT) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
         chatbot = gr.Chatbot(
-            show_label=False, scale=1, min_height=320, buttons=["copy"], allow_tags=False,
-            placeholder=f"{hint}，或选一个例子", examples=[{"text": text} for text in examples],
-        )  # fmt: skip
+            show_label=False,
+            scale=1,
+            min_height=320,
+            buttons=["copy"],
+            allow_tags=False,
+            placeholder=f"{hint}，或选一个例子",
+            examples=[{"text": text} for text in examples],
+        )
         box = gr.Textbox(
-            label="问题", show_label=False, placeholder=f"{hint}，回车发送", max_lines=8,
-            max_length=MAX_CHARS, **IDLE,
-        )  # fmt: skip
+            label="问题",
+            show_label=False,
+            placeholder=f"{hint}，回车发送",
+            max_lines=8,
+            max_length=MAX_CHARS,
+            **IDLE,
+        )
         chat.connect(chatbot, box, settings(talker))
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
 def settings(talker: Speaker) -> list[gr.components.Component]:
-    """The controls under the chat, in the order of Chat.ask; their defaults are those of the run and of the model."""
+    """The controls under the chat, in the order of Chat.ask; their defaults are those of the run
+    and of the model."""
     switch = gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter)
     with gr.Accordion("设置", open=False):
         prompt = talker.settings.get("system_prompt", "")
         system = gr.Textbox(
-            prompt, label="系统提示词", info="在 alpaca 模板里代替开场白", lines=2, max_length=MAX_CHARS,
+            prompt,
+            label="系统提示词",
+            info="在 alpaca 模板里代替开场白",
+            lines=2,
+            max_length=MAX_CHARS,
             visible=talker.chats,
-        )  # fmt: skip
+        )
         with gr.Row():
             numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
     return [system, switch, *numbers]

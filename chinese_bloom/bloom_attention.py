@@ -1,8 +1,10 @@
-"""Bloom's attention without stored [heads, T, T] scores: packed rows document by document, fused kernels elsewhere.
+"""Bloom's attention without stored [heads, T, T] scores: packed rows document by document, fused
+kernels elsewhere.
 
-`use(model)` changes a stock BloomForCausalLM in place; weights, names and saved files stay as they are. The bias is
--slope * distance (Press et al. 2021, "Train short, test long"), computed from the distance itself: the stock model
-adds slope * position in the model's dtype, and bfloat16 cannot tell neighbours apart from position 256 on.
+`use(model)` changes a stock BloomForCausalLM in place; weights, names and saved files stay as they
+are. The bias is -slope * distance (Press et al. 2021, "Train short, test long"), computed from the
+distance itself: the stock model adds slope * position in the model's dtype, and bfloat16 cannot
+tell neighbours apart from position 256 on.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ NAME = "alibi"
 
 
 class PackedRow(NamedTuple):
-    """Takes the mask's place on its way through the blocks, so that recomputed activations find it too."""
+    """Takes the mask's place on its way through the blocks, so that recomputed activations find it
+    too."""
 
     starts: Tensor  # [documents + 1]
     longest: int
@@ -39,12 +42,20 @@ def _mask(**kwargs):
 
 
 class FastBloomAttention(BloomAttention):
-    """BloomAttention with the same parameters. hidden_states, residual [B, T, D] -> [B, T, D], None."""
+    """BloomAttention with the same parameters. hidden_states, residual [B, T, D] -> [B, T, D],
+    None."""
 
     def forward(
-        self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False,
-        output_attentions=False, **kwargs,
-    ):  # fmt: skip
+        self,
+        hidden_states,
+        residual,
+        alibi,
+        attention_mask,
+        layer_past=None,
+        use_cache=False,
+        output_attentions=False,
+        **kwargs,
+    ):
         query, key, value = self._reshape(self.query_key_value(hidden_states))  # [B, H, T, d]
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
@@ -67,7 +78,8 @@ class FastBloomAttention(BloomAttention):
         return dropout_add(out, residual, self.hidden_dropout, self.training), None
 
     def _bias(self, mask, slopes: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-        """[1 or B, H, queries, keys]: slope * (key - query), the dtype's lowest value where a query may not look."""
+        """[1 or B, H, queries, keys]: slope * (key - query), the dtype's lowest value where a query
+        may not look."""
         place = torch.arange(keys, device=slopes.device)
         distance = place[None, :] - place[keys - queries :, None]
         allowed = distance <= 0
@@ -91,7 +103,8 @@ def _forward(self, *args, **kwargs):
 
 
 def use(model):
-    """Give a BloomForCausalLM this attention; returns the model. Call before peft or use_chunked_loss wrap it."""
+    """Give a BloomForCausalLM this attention; returns the model. Call before peft or
+    use_chunked_loss wrap it."""
     AttentionMaskInterface.register(NAME, _mask)
     PACKS.add(NAME)
     model.config._attn_implementation = NAME

@@ -1,13 +1,15 @@
-"""Bloom: instruction tuning (--stage sft), continued pre-training (--stage pt), full or LoRA; other decoders by path.
+"""Bloom: instruction tuning (--stage sft), continued pre-training (--stage pt), full or LoRA; other
+decoders by path.
 
     bash chinese_bloom/train_zero2.sh                                                 # built-in tiny model, sample data
     MODEL=bigscience/bloomz-1b7 DATA=my.jsonl OUTPUT=out bash chinese_bloom/train_zero2.sh --use_lora true
     MODEL=bigscience/bloom-560m DATA="a.txt:0.7 b.jsonl:0.3" OUTPUT=out bash chinese_bloom/pretrain.sh
     the same command again                                                            # continues after a crash
 
-Data: sft: chat rows of any common shape, e.g. {"instruction": str, "input": str, "output": str} per line;
-pt: documents, {"text": str} per line or one per line of a .txt file.
-Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save -> report.
+Data: sft: chat rows of any common shape, e.g. {"instruction": str, "input": str, "output": str} per
+line;
+pt: documents, {"text": str} per line or one per line of a .txt file. Order of the story: arguments
+-> model and tokenizer -> data -> trainer -> train -> measure -> save -> report.
 """
 
 import json
@@ -105,31 +107,63 @@ class Args:
 
 
 DEFAULTS = dict(
-    output_dir=str(HERE.parent / "output" / HERE.name), num_train_epochs=3, weight_decay=0.0,
-    lr_scheduler_type="cosine", warmup_steps=0.03, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-    gradient_accumulation_steps=4, logging_steps=5, logging_first_step=True, save_steps=200, save_total_limit=2,
-    report_to=["tensorboard"], ddp_find_unused_parameters=False, ddp_timeout=7200,
-)  # fmt: skip
+    output_dir=str(HERE.parent / "output" / HERE.name),
+    num_train_epochs=3,
+    weight_decay=0.0,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,
+    per_device_train_batch_size=2,
+    per_device_eval_batch_size=2,
+    gradient_accumulation_steps=4,
+    logging_steps=5,
+    logging_first_step=True,
+    save_steps=200,
+    save_total_limit=2,
+    report_to=["tensorboard"],
+    ddp_find_unused_parameters=False,
+    ddp_timeout=7200,
+)
 TEMPLATES = {file.stem: str(file) for file in sorted((HERE / "templates").glob("*.jinja"))}
 LEARNING_RATE = {"sft": 2e-5, "pt": 5e-5, "lora": 2e-4, "from_config": 3e-4, "tiny": 3e-3}
 TINY = dict(  # sizes and steps only
-    model_max_length=256, num_train_epochs=15, adam_beta2=0.98, weight_decay=0.1, warmup_steps=0.1,
-    per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=40, save_steps=400, eval_ratio=0.1,
-    eval_generate=100, max_new_tokens=64,
-)  # fmt: skip
+    model_max_length=256,
+    num_train_epochs=15,
+    adam_beta2=0.98,
+    weight_decay=0.1,
+    warmup_steps=0.1,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=1,
+    logging_steps=40,
+    save_steps=400,
+    eval_ratio=0.1,
+    eval_generate=100,
+    max_new_tokens=64,
+)
 
 
 def tiny_model(texts: list[str]) -> str:
-    """Folder of the embedded default: Bloom's architecture at toy size, its tokenizer trained on the data at hand."""
+    """Folder of the embedded default: Bloom's architecture at toy size, its tokenizer trained on
+    the data at hand."""
     shipped = [Path(file).read_text(encoding="utf-8") for file in TEMPLATES.values()]
     tokenizer = tiny.make_tokenizer(
-        [*texts, *shipped], vocab_size=4000, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], bos_token="<s>",
-        eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-    )  # fmt: skip
+        [*texts, *shipped],
+        vocab_size=4000,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
     config = BloomConfig(
-        vocab_size=len(tokenizer), hidden_size=160, n_layer=2, n_head=4, initializer_range=0.05, bos_token_id=1,
-        eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.05,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
     return tiny.save_tiny(config, tokenizer, cache_root() / "tiny")
 
 
@@ -174,7 +208,8 @@ def load_tokenizer(args: Args, path: str):
 
 
 def load_config(args: Args, path: str, tokenizer):
-    """The architecture: the model's own, or that of --from_config with room for the tokenizer's vocabulary."""
+    """The architecture: the model's own, or that of --from_config with room for the tokenizer's
+    vocabulary."""
     if not args.from_config:
         return cli.model_config(path)
     config = cli.model_config(args.from_config, "--from_config")
@@ -193,7 +228,8 @@ def load_config(args: Args, path: str, tokenizer):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
-    """The model in the dtype it trains in: float32 masters for full training, the half dtype for a frozen base."""
+    """The model in the dtype it trains in: float32 masters for full training, the half dtype for a
+    frozen base."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     settings = {
         "dtype": half if args.use_lora else torch.float32,
@@ -216,10 +252,16 @@ def add_lora(model, args: Args, training: TrainingArguments):
     if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
         model.enable_input_require_grads()
     targets = adapter.linear_layers(model, args.target_modules)
-    return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha or 2 * args.lora_r,
-        lora_dropout=args.lora_dropout, target_modules=targets,
-    ))  # fmt: skip
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+        ),
+    )
 
 
 # 3. Data
@@ -229,7 +271,8 @@ def with_system(messages: list[dict], system: str) -> list[dict]:
 
 
 def encode(row: dict, tokenizer, args: Args) -> dict | None:
-    """sft: a canonical chat row -> input_ids [T], labels [T] on the answers; pt: a document -> input_ids [T] + eos."""
+    """sft: a canonical chat row -> input_ids [T], labels [T] on the answers; pt: a document ->
+    input_ids [T] + eos."""
     if args.stage == "pt":
         ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": [*ids, tokenizer.eos_token_id]}
@@ -239,7 +282,8 @@ def encode(row: dict, tokenizer, args: Args) -> dict | None:
 
 
 def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer):
-    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
+    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts
+    in `stats`."""
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
         kind = "chat" if args.stage == "sft" else "text"
@@ -316,15 +360,21 @@ def main() -> None:
 
     ask = lambda turns, tools: encode_prompt(
         tokenizer, with_system(turns, args.system_prompt), tools
-    )  # noqa: E731
+    )
     asked = questions(held_out, held_out_ids, args.eval_generate)
     measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
     if args.stage == "pt":
         measure = partial(continue_held_out, model, tokenizer, asked[:12], args.max_new_tokens)
     trainer = RecipeTrainer(
-        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
-        processing_class=tokenizer, measure=measure if asked else None, describe_row=lambda i: train_ids[i]["source"],
-    )  # fmt: skip
+        model=model,
+        args=training,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=collator,
+        processing_class=tokenizer,
+        measure=measure if asked else None,
+        describe_row=lambda i: train_ids[i]["source"],
+    )
 
     # 4. Train, measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -76,7 +76,8 @@ def clock(seconds: float) -> str:
 
 
 class SafeStop(TrainerCallback):
-    """SIGTERM / Ctrl-C: finish the step, save, stop. All ranks agree on the step through one tiny all-reduce."""
+    """SIGTERM / Ctrl-C: finish the step, save, stop. All ranks agree on the step through one tiny
+    all-reduce."""
 
     def __init__(self):
         self.asked, self.stopped = 0.0, False

@@ -21,7 +21,8 @@ from common import device
 
 INTERRUPTED = 75
 
-# Spellings of older transformers and of the old recipe collections -> today's flag. None: accepted, no effect today.
+# Spellings of older transformers and of the old recipe collections -> today's flag. None: accepted,
+# no effect today.
 OLD_FLAGS = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",  # a value below 1 is a ratio today
@@ -97,12 +98,15 @@ def modern_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
 def parse_args(
     classes: Sequence[type], defaults: dict, tiny_defaults: dict, argv: Sequence[str] | None = None
 ) -> tuple:
-    """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a subclass).
+    """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a
+    subclass).
 
     Args:
         defaults: the recipe's defaults for the real model.
-        tiny_defaults: laid over them when `--model_name_or_path` is "tiny" (or not given); sizes and steps only.
-    Errors: an unknown flag, or one without its value, ends the process with code 2 and names the nearest flag.
+        tiny_defaults: laid over them when `--model_name_or_path` is "tiny" (or not given); sizes
+            and steps only.
+    Errors: an unknown flag, or one without its value, ends the process with code 2 and names the
+    nearest flag.
     """
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
@@ -157,7 +161,8 @@ def quiet_libraries() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are one line with exit code 2; an unknown flag is answered with the nearest."""
+    """An ArgumentParser whose mistakes are one line with exit code 2; an unknown flag is answered
+    with the nearest."""
 
     def __init__(self, description: str):
         """description: shown by --help as it stands."""
@@ -181,7 +186,8 @@ def usage_error(message: str) -> SystemExit:
 
 
 def fail(message: str, code: int = 1, stop: bool = True) -> None:
-    """End with one clear line. Ranks beside the first wait a moment, so that a mistake common to all is told once."""
+    """End with one clear line. Ranks beside the first wait a moment, so that a mistake common to
+    all is told once."""
     if not is_main():
         time.sleep(3)
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -223,7 +229,8 @@ def model_config(name: str, flag: str = "--model_name_or_path"):
 
 
 def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
-    """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model folder or hub id.
+    """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model
+    folder or hub id.
 
     `flag`: where the name came from. AutoConfig takes the path of a config.json too.
     """
@@ -271,14 +278,16 @@ def resume_command() -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit code."""
+    """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit
+    code."""
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED)
     )  # before training starts there is nothing to save
     signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
     launcher = int(os.environ.pop("DANPU_LAUNCHER", 0))  # not for what this process starts itself
     if sys.platform == "linux" and launcher:
-        # a launcher killed outright would leave its ranks training into the folder of the next start: they get SIGTERM
+        # a launcher killed outright would leave its ranks training into the folder of the next
+        # start: they get SIGTERM
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         if os.getppid() != launcher:  # it has gone already
             sys.exit(INTERRUPTED)
@@ -338,7 +347,8 @@ def explain(error: Exception) -> str | None:
 
 
 def close(code: int) -> None:
-    """Leave the process group (a dangling one can turn success into a crash) and exit with `code`."""
+    """Leave the process group (a dangling one can turn success into a crash) and exit with
+    `code`."""
     import torch.distributed as dist
 
     if code == 0 and dist.is_available() and dist.is_initialized():

@@ -1,6 +1,7 @@
 """Rows -> batches: packed (documents of one length budget in one row, no padding) and padded.
 
-A row is {"input_ids": [T], "labels": [T]}; other columns are ignored. Labels are not shifted (as transformers expects).
+A row is {"input_ids": [T], "labels": [T]}; other columns are ignored. Labels are not shifted (as
+transformers expects).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ IGNORE = -100
 
 
 def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
-    """Best-fit decreasing: put each row, longest first, into the fullest bin that still has room for it.
+    """Best-fit decreasing: put each row, longest first, into the fullest bin that still has room
+    for it.
 
     Args:
         lengths: tokens per row; a row longer than max_length gets a bin of its own.
-        seed: order among rows of equal length, and of the bins; the same arguments give the same bins on every machine.
+        seed: order among rows of equal length, and of the bins; the same arguments give the same
+            bins on every machine.
     Returns:
         lists of indices into `lengths`, each index once. O(n log n): a million rows take seconds.
     """
@@ -30,7 +33,9 @@ def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[li
     by_room: list[list[int]] = [
         [] for _ in range(max_length + 1)
     ]  # bins by the tokens that still fit
-    rooms = 0  # bit r is set where by_room[r] is not empty: the smallest room that fits is the lowest bit from there
+    # bit r is set where by_room[r] is not empty: the smallest room that fits is the lowest bit from
+    # there
+    rooms = 0
     bins: list[list[int]] = []
     for row in order:
         length = lengths[row]
@@ -51,13 +56,15 @@ def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[li
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Map-style dataset of bins: item i is the list of rows of bin i, each with its "row_id" (index into `rows`).
+    """Map-style dataset of bins: item i is the list of rows of bin i, each with its "row_id" (index
+    into `rows`).
 
     The sampler of the Trainer then shuffles bins anew in every epoch.
     """
 
     def __init__(self, rows, max_length: int, seed: int = 0, lengths: Sequence[int] | None = None):
-        """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if already known."""
+        """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if
+        already known."""
         self.rows = rows
         self.bins = pack_bins(
             _lengths(rows).tolist() if lengths is None else lengths, max_length, seed
@@ -71,11 +78,13 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 class TokenWindows(torch.utils.data.Dataset):
-    """Documents end to end, cut into windows of exactly `length` tokens (the last one may be shorter).
+    """Documents end to end, cut into windows of exactly `length` tokens (the last one may be
+    shorter).
 
-    Item i is the list of the pieces of documents in window i, for PackedCollator: {"row_id", "input_ids", "labels"},
-    every token a label; a document that a cut parts goes on in the next window without its past. Only the number of
-    tokens per document is held in memory. Documents come in an order drawn by `seed`, windows in the sampler's.
+    Item i is the list of the pieces of documents in window i, for PackedCollator: {"row_id",
+    "input_ids", "labels"}, every token a label; a document that a cut parts goes on in the next
+    window without its past. Only the number of tokens per document is held in memory. Documents
+    come in an order drawn by `seed`, windows in the sampler's.
     """
 
     def __init__(self, rows, length: int, seed: int = 0):
@@ -109,7 +118,8 @@ class TokenWindows(torch.utils.data.Dataset):
 
 
 class NumberedRows(torch.utils.data.Dataset):
-    """The rows themselves, each with its "row_id"; what PackedDataset is for PackedCollator, for PaddedCollator."""
+    """The rows themselves, each with its "row_id"; what PackedDataset is for PackedCollator, for
+    PaddedCollator."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -140,9 +150,10 @@ def _lengths(rows) -> np.ndarray:
 class PackedCollator:
     """Bins (lists of rows) -> one row in which positions restart at every document.
 
-    Returns input_ids, labels, position_ids [1, T] int64, cu_seq_lens_q/k [documents + 1] int32, max_length_q/k int and
-    row_ids (the rows' "row_id", to be taken out before the model). The first label of each document is -100: nothing
-    before it predicts it. There is no attention mask; the boundaries are what keeps documents apart.
+    Returns input_ids, labels, position_ids [1, T] int64, cu_seq_lens_q/k [documents + 1] int32,
+    max_length_q/k int and row_ids (the rows' "row_id", to be taken out before the model). The first
+    label of each document is -100: nothing before it predicts it. There is no attention mask; the
+    boundaries are what keeps documents apart.
     """
 
     def __call__(self, bins: list[list[dict]]) -> dict:
@@ -167,7 +178,8 @@ class PackedCollator:
 
 
 class PaddedCollator:
-    """Rows -> input_ids, labels, attention_mask [B, T] int64, padded on the right; row_ids as in PackedCollator."""
+    """Rows -> input_ids, labels, attention_mask [B, T] int64, padded on the right; row_ids as in
+    PackedCollator."""
 
     def __init__(self, pad_token_id: int | None, pad_to_multiple: int = 1):
         self.pad, self.multiple = (

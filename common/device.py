@@ -1,7 +1,8 @@
 """The only place that knows cuda / npu / cpu. Import it before torch and transformers.
 
-A torch_npu wheel without a working CANN makes `import torch` itself fail (its autoload hook) and transformers imports
-torch_npu unguarded; importing this module first turns such an install into one clear line and a normal CPU/CUDA run.
+A torch_npu wheel without a working CANN makes `import torch` itself fail (its autoload hook) and
+transformers imports torch_npu unguarded; importing this module first turns such an install into one
+clear line and a normal CPU/CUDA run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ CANN_PLACES = (
 
 
 def cann_home() -> str | None:
-    """CANN's folder: what its set_env.sh exported, else the first of its usual places that exists."""
+    """CANN's folder: what its set_env.sh exported, else the first of its usual places that
+    exists."""
     exported = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
     return exported or next(filter(os.path.isdir, map(os.path.expanduser, CANN_PLACES)), None)
 
@@ -40,7 +42,8 @@ def npu_hardware() -> bool:
 
 
 def _load_torch_npu() -> Exception | None:
-    """Import torch_npu if it is installed; what stands in the way, in one line with the remedy, else None."""
+    """Import torch_npu if it is installed; what stands in the way, in one line with the remedy,
+    else None."""
     if importlib.util.find_spec("torch_npu") is None or _wanted in ("cpu", "cuda"):
         return None
     try:
@@ -111,7 +114,8 @@ def device_count() -> int:
 
 
 def device(local_rank: int | None = None) -> torch.device:
-    """This process's device, made current (HCCL refuses two ranks on one card). `local_rank` defaults to LOCAL_RANK."""
+    """This process's device, made current (HCCL refuses two ranks on one card). `local_rank`
+    defaults to LOCAL_RANK."""
     if kind() == "cpu":
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", 0)) if local_rank is None else local_rank
@@ -120,7 +124,8 @@ def device(local_rank: int | None = None) -> torch.device:
 
 
 def half_dtype() -> torch.dtype | None:
-    """bfloat16 where the hardware computes it, else float16 on an accelerator, else None (train in float32)."""
+    """bfloat16 where the hardware computes it, else float16 on an accelerator, else None (train in
+    float32)."""
     if kind() == "cpu":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else None
@@ -138,7 +143,8 @@ def dist_backend() -> str:
 
 
 def compile_pays() -> bool:
-    """Whether torch.compile works and repays its start-up here (inductor has no NPU back end in the pinned stack)."""
+    """Whether torch.compile works and repays its start-up here (inductor has no NPU back end in the
+    pinned stack)."""
     return kind() == "cuda"
 
 
@@ -148,7 +154,8 @@ def supports_4bit() -> bool:
 
 
 def varlen_attention() -> str | None:
-    """Library whose variable-length attention kernel runs here: "torch", "torch_npu" (both want a chip with bf16)."""
+    """Library whose variable-length attention kernel runs here: "torch", "torch_npu" (both want a
+    chip with bf16)."""
     return (
         {"cuda": "torch", "npu": "torch_npu"}.get(kind())
         if half_dtype() is torch.bfloat16
@@ -157,15 +164,17 @@ def varlen_attention() -> str | None:
 
 
 def saturates() -> bool:
-    """Whether an overflow gives the largest number and a sticky flag here instead of inf (first-generation NPUs)."""
+    """Whether an overflow gives the largest number and a sticky flag here instead of inf
+    (first-generation NPUs)."""
     return kind() == "npu" and not torch.npu.utils.is_support_inf_nan()
 
 
 def notice_saturation(optimizer) -> None:
-    """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN only.
+    """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN
+    only.
 
-    As in torch_npu's own scaler the flag is cleared before the first backward of a step and read before the update,
-    and an overflow on one rank counts on all.
+    As in torch_npu's own scaler the flag is cleared before the first backward of a step and read
+    before the update, and an overflow on one rank counts on all.
     """
     from torch import distributed as dist
 
@@ -194,7 +203,8 @@ def notice_saturation(optimizer) -> None:
 
 
 def autocast(dtype: torch.dtype):
-    """Autocast context for `dtype`; float32 gives one that does nothing. SystemExit where bf16 is not supported."""
+    """Autocast context for `dtype`; float32 gives one that does nothing. SystemExit where bf16 is
+    not supported."""
     if dtype is torch.bfloat16 and kind() != "cpu" and half_dtype() is not torch.bfloat16:
         raise SystemExit(
             f"{name()} has no bf16: train in fp16 (autocast would silently run in float32)"
@@ -203,8 +213,8 @@ def autocast(dtype: torch.dtype):
 
 
 def grad_scaler(dtype: torch.dtype):
-    """Gradient scaler, active for float16 on accelerators. torch_npu's own class, since torch's lets the ranks of a
-    saturating NPU (910A) drift apart after an overflow."""
+    """Gradient scaler, active for float16 on accelerators. torch_npu's own class, since torch's
+    lets the ranks of a saturating NPU (910A) drift apart after an overflow."""
     enabled = dtype is torch.float16 and kind() != "cpu"
     return (
         module().amp.GradScaler(enabled=enabled)
@@ -216,8 +226,9 @@ def grad_scaler(dtype: torch.dtype):
 def fast_float32() -> bool:
     """On a CPU, let oneDNN compute float32 products where it is exact; returns whether it does.
 
-    On AMD's CPUs MKL leaves AVX-512 unused and oneDNN is twice as fast, but torch asks for leave to round to bf16
-    before it hands products over. Kept only where a product shows that nothing is rounded.
+    On AMD's CPUs MKL leaves AVX-512 unused and oneDNN is twice as fast, but torch asks for leave to
+    round to bf16 before it hands products over. Kept only where a product shows that nothing is
+    rounded.
     """
     if kind() != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -268,7 +279,8 @@ def peak_memory_mb() -> float:
 
 
 def next_peak_memory_mb() -> float:
-    """The peak since the last call (or the start), in MiB; on a CPU only Linux can tell it from the peak so far."""
+    """The peak since the last call (or the start), in MiB; on a CPU only Linux can tell it from the
+    peak so far."""
     global _highest
     peak = _peak_since_reset()
     _highest = max(_highest, peak)
@@ -316,13 +328,15 @@ def prepare(training_args_given: set[str]) -> dict:
         if home:  # DeepSpeed's NPU back end fails with a KeyError without it
             os.environ.setdefault("ASCEND_HOME_PATH", home)
     if here == "cpu":
-        # without it DeepSpeed takes an NPU whose driver is absent, and compiles a shared-memory op for minutes
+        # without it DeepSpeed takes an NPU whose driver is absent, and compiles a shared-memory op
+        # for minutes
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return defaults
 
 
 def refusal(flags) -> str | None:
-    """What the flags (bf16, fp16, optim, torch_compile, deepspeed) ask for that this device gets wrong, else None."""
+    """What the flags (bf16, fp16, optim, torch_compile, deepspeed) ask for that this device gets
+    wrong, else None."""
     if kind() == "cpu":
         return None
     optim = str(getattr(flags.optim, "value", flags.optim))
@@ -344,7 +358,8 @@ def refusal(flags) -> str | None:
 
 
 def notice() -> tuple[str, bool]:
-    """What to tell about an installed torch_npu that is not used ("" if nothing), and whether that must end the run."""
+    """What to tell about an installed torch_npu that is not used ("" if nothing), and whether that
+    must end the run."""
     if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not _wanted:
         return f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", True
     if NPU_ERROR is not None:
@@ -358,7 +373,8 @@ def notice() -> tuple[str, bool]:
 
 
 def main() -> int:
-    """`python -m common.device` prints "<kind> <count>"; 1 when an NPU is there and cannot be used."""
+    """`python -m common.device` prints "<kind> <count>"; 1 when an NPU is there and cannot be
+    used."""
     message, fatal = notice()
     if message:
         print(message, file=sys.stderr)

@@ -1,11 +1,12 @@
-"""Start one process per device through torchrun's elastic agent, and end them cleanly (called by launch.sh).
+"""Start one process per device through torchrun's elastic agent, and end them cleanly (called by
+launch.sh).
 
     python common/launch.py NPROC [--accelerate YAML] train.py [flags]
         NPROC: a number, or auto: one per device, 2 on a CPU; YAML: a config of `accelerate launch` with DeepSpeed
 
-What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage, 75 interrupted);
-the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM lets the ranks finish their step and
-save (a second one ends them at once).
+What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage,
+75 interrupted); the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM
+lets the ranks finish their step and save (a second one ends them at once).
 """
 
 import logging
@@ -17,7 +18,8 @@ from pathlib import Path
 
 
 def agent_arguments(nproc: int, logs: str) -> list[str]:
-    """torchrun's flags from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; a free port unless one is given."""
+    """torchrun's flags from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; a free port unless one
+    is given."""
     nnodes = int(os.environ.get("NNODES", 1))
     flags = [
         f"--nproc-per-node={nproc}",
@@ -121,7 +123,8 @@ def forward_signals() -> None:
 
 
 def last_words(logs: str, failure) -> str:
-    """The end of the failed rank's stderr; empty for rank 0, which has spoken on the terminal already."""
+    """The end of the failed rank's stderr; empty for rank 0, which has spoken on the terminal
+    already."""
     files = [Path(failure.error_file).parent / "stderr.log"] if failure.error_file else []
     files += Path(logs).glob(f"**/{failure.local_rank}/stderr.log")
     text = next((file.read_text(errors="replace").strip() for file in files if file.is_file()), "")

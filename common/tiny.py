@@ -1,6 +1,8 @@
-"""The embedded default: a tokenizer trained on a recipe's own texts and a small random model of any config.
+"""The embedded default: a tokenizer trained on a recipe's own texts and a small random model of any
+config.
 
-Both end as an ordinary checkpoint folder, so that everything after it treats them like a downloaded model.
+Both end as an ordinary checkpoint folder, so that everything after it treats them like a downloaded
+model.
 """
 
 import hashlib
@@ -20,17 +22,22 @@ def make_tokenizer(
     plain_tokens: Sequence[str] = (),
     **settings,
 ):
-    """Train a byte-level BPE on `texts`; any string survives encode + decode, seen in `texts` or not.
+    """Train a byte-level BPE on `texts`; any string survives encode + decode, seen in `texts` or
+    not.
 
-    Digits and Chinese characters are never merged with their neighbours, so that sums and paraphrases look alike to a
-    small model. The same texts give the same tokenizer in every process.
+    Digits and Chinese characters are never merged with their neighbours, so that sums and
+    paraphrases look alike to a small model. The same texts give the same tokenizer in every
+    process.
 
-    texts: what to learn merges from. vocab_size: upper bound, tokens; texts with few different words end below it.
-    special_tokens: get ids 0, 1, ... in this order and are skipped by decode(skip_special_tokens=True).
-    plain_tokens: get the last ids; one id each too, but part of the visible text (<think>, <tool_call>).
-    settings: go to PreTrainedTokenizerFast: eos_token, pad_token, bos_token, model_max_length (tokens), ...; their
-    tokens have to be among special_tokens, else ValueError.
-    Returns a PreTrainedTokenizerFast; pad_token defaults to eos_token.
+    texts: what to learn merges from. vocab_size: upper bound, tokens; texts with few different
+        words end below it.
+    special_tokens: get ids 0, 1, ... in this order and are skipped by
+        decode(skip_special_tokens=True).
+    plain_tokens: get the last ids; one id each too, but part of the visible text (<think>,
+        <tool_call>).
+    settings: go to PreTrainedTokenizerFast: eos_token, pad_token, bos_token, model_max_length
+    (tokens), ...; their tokens have to be among special_tokens, else ValueError. Returns a
+    PreTrainedTokenizerFast; pad_token defaults to eos_token.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +70,8 @@ def _random_model(config, seed: int, dtype, model_class, tokenizer):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # the class itself, not from_config: that would spread the weights over ranks where ZeRO-3 is configured
+        # the class itself, not from_config: that would spread the weights over ranks where ZeRO-3
+        # is configured
         model_class = model_class or AutoModelForCausalLM._model_mapping[type(config)]
         model = model_class(config).to(dtype or torch.float32)
     config.dtype = dtype or torch.float32
@@ -88,15 +96,19 @@ def save_tiny(
     model_class=None,
     teach: Callable | None = None,
 ) -> str:
-    """Make the checkpoint FOLDER/<key> unless it is there, and return its path; any number of processes may call it.
+    """Make the checkpoint FOLDER/<key> unless it is there, and return its path; any number of
+    processes may call it.
 
-    The key is a hash of config, tokenizer files, seed, dtype and class, so nothing is ever overwritten or outdated.
+    The key is a hash of config, tokenizer files, seed, dtype and class, so nothing is ever
+    overwritten or outdated.
     config: the model's config, its vocab_size at least len(tokenizer).
     tokenizer: anything with save_pretrained (a processor too).
-    seed: of the weights; the global generator stays as it was. dtype: torch dtype of the weights, default float32.
+    seed: of the weights; the global generator stays as it was. dtype: torch dtype of the weights,
+        default float32.
     model_class: default AutoModelForCausalLM.
-    teach: called with the random model before it is saved; the file it stands in belongs to the key.
-    Raises ValueError for a config with too few tokens, OSError when the folder cannot be written.
+    teach: called with the random model before it is saved; the file it stands in belongs to the
+    key. Raises ValueError for a config with too few tokens, OSError when the folder cannot be
+    written.
     """
     from filelock import FileLock
 

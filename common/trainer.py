@@ -1,5 +1,6 @@
-"""The HF Trainer with what a long run needs: token-weighted evaluation, validated checkpoints, a stop on NaN, a safe
-stop on signals, throughput in tokens. The training loop itself stays transformers'."""
+"""The HF Trainer with what a long run needs: token-weighted evaluation, validated checkpoints, a
+stop on NaN, a safe stop on signals, throughput in tokens. The training loop itself stays
+transformers'."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ class RecipeTrainer(Trainer):
     """transformers.Trainer for token models.
 
     Args (beside Trainer's):
-        measure: called on every rank before the first step and again by `measure_all`; returns extra metrics (exact
-            match ...) and samples [{"prompt", "reference", "answer"}]. `self.before` keeps what came before training.
+        measure: called on every rank before the first step and again by `measure_all`; returns
+            extra metrics (exact match ...) and samples [{"prompt", "reference", "answer"}].
+            `self.before` keeps what came before training.
         describe_row: row id -> text, used to name the rows of a batch whose loss is not finite.
-    The batch may carry `row_ids` (list of ints); it is taken out before the model sees the batch. `filling` (int):
+    The batch may carry `row_ids` (list of ints); it is taken out before the model sees the batch.
+    `filling` (int):
     tokens of a packed row that are none of the data's; whoever calls the model takes it out.
     """
 
@@ -103,10 +106,12 @@ class RecipeTrainer(Trainer):
         return prepared
 
     def before_measuring(self) -> None:
-        """For subclasses: the model is wrapped (DDP, DeepSpeed), a checkpoint is loaded, nothing is measured yet."""
+        """For subclasses: the model is wrapped (DDP, DeepSpeed), a checkpoint is loaded, nothing is
+        measured yet."""
 
     def measure_all(self) -> dict:
-        """evaluate() and the recipe's own measure: {"metrics": {...}, "samples": [...]}. Call on every rank."""
+        """evaluate() and the recipe's own measure: {"metrics": {...}, "samples": [...]}. Call on
+        every rank."""
         metrics = {} if not self.eval_dataset else self.evaluate(quiet=True)
         metrics = {k.removeprefix("eval_"): v for k, v in metrics.items()}
         more, samples = self.measure() if self.measure else ({}, [])
@@ -132,7 +137,8 @@ class RecipeTrainer(Trainer):
         return f"{self.args.save_steps:g} steps" if strategy == "steps" else strategy
 
     def check_disk(self) -> None:
-        """Warn before step 1 when the checkpoints to come will not fit (weights, fp32 masters, two moments)."""
+        """Warn before step 1 when the checkpoints to come will not fit (weights, fp32 masters, two
+        moments)."""
         if not self.is_world_process_zero() or self.args.save_strategy == "no":
             return
         size = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731
@@ -168,12 +174,19 @@ class RecipeTrainer(Trainer):
         for batch in samples:
             mask = batch.get("attention_mask")
             rows = batch.get("row_ids", [])
-            self._counts += torch.tensor([
-                int(mask.sum() if mask is not None else batch["input_ids"].numel() - batch.get("filling", 0))
-                if "input_ids" in batch else 0,
-                int((batch["labels"] != IGNORE).sum()) if "labels" in batch else 0,
-                len(rows),
-            ])  # fmt: skip
+            self._counts += torch.tensor(
+                [
+                    int(
+                        mask.sum()
+                        if mask is not None
+                        else batch["input_ids"].numel() - batch.get("filling", 0)
+                    )
+                    if "input_ids" in batch
+                    else 0,
+                    int((batch["labels"] != IGNORE).sum()) if "labels" in batch else 0,
+                    len(rows),
+                ]
+            )
         return samples, count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -188,7 +201,8 @@ class RecipeTrainer(Trainer):
         return result
 
     def loss_of(self, model, inputs, return_outputs, num_items_in_batch):
-        """For subclasses with a loss of their own: the batch without row_ids -> loss, or (loss, outputs)."""
+        """For subclasses with a loss of their own: the batch without row_ids -> loss, or (loss,
+        outputs)."""
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs):
@@ -211,7 +225,8 @@ class RecipeTrainer(Trainer):
         return norm
 
     def stop_on_rows(self, what: str) -> None:
-        """End the run before the optimizer step and leave the batch's rows in nan_rows_<rank>.json."""
+        """End the run before the optimizer step and leave the batch's rows in
+        nan_rows_<rank>.json."""
         path = Path(self.args.output_dir) / f"nan_rows_{self.args.process_index}.json"
         rows = [{"row": i, "source": self.describe_row(int(i))} for i in self._row_ids]
         path.write_text(
@@ -225,8 +240,9 @@ class RecipeTrainer(Trainer):
         print(
             f"error: step {self.state.global_step + 1}: a batch {what}; stopped before the optimizer step. Its "
             f"{len(rows)} rows ({shown} ...) are in {path}; checkpoints so far are sound",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         raise SystemExit(1)
 
     # ---- logging ----
@@ -239,7 +255,8 @@ class RecipeTrainer(Trainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def totals(self) -> dict:
-        """Tokens, label tokens, samples of all ranks, and seconds, with the part before a resume. All ranks call it."""
+        """Tokens, label tokens, samples of all ranks, and seconds, with the part before a resume.
+        All ranks call it."""
         counts = self._counts.to(self.args.device)
         if self.args.world_size > 1:
             dist.all_reduce(counts)
@@ -273,9 +290,11 @@ class RecipeTrainer(Trainer):
 
     # ---- evaluation ----
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", quiet=False):
-        """Token-weighted loss, perplexity and token accuracy over the whole set, each row once. All ranks call it.
+        """Token-weighted loss, perplexity and token accuracy over the whole set, each row once. All
+        ranks call it.
 
-        Needs a model under `losses.use_chunked_loss`: its `logits` in eval mode start with [loss sum, correct, labels].
+        Needs a model under `losses.use_chunked_loss`: its `logits` in eval mode start with [loss
+        sum, correct, labels].
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if not data:
@@ -292,7 +311,8 @@ class RecipeTrainer(Trainer):
             0
         ]  # a batch for ranks that have none left; ZeRO-3 needs all of them in each forward
         share = Subset(data, mine[: len(range(rank, len(data), world)) or 1])
-        # a generator of its own: the loader would draw from the global one, and resume would not be exact
+        # a generator of its own: the loader would draw from the global one, and resume would not be
+        # exact
         loader = DataLoader(share, size, collate_fn=self.data_collator, generator=torch.Generator())
         rounds = math.ceil(math.ceil(len(data) / world) / size)
         model, sums = self.model_wrapped, 0.0
@@ -327,7 +347,8 @@ class RecipeTrainer(Trainer):
         return metrics
 
     def eval_sums(self, model, inputs) -> torch.Tensor:
-        """One batch -> what is summed over batches and ranks, fp32 [n]; 0 for a batch without a label."""
+        """One batch -> what is summed over batches and ranks, fp32 [n]; 0 for a batch without a
+        label."""
         return model(**inputs).logits[:3].detach().float()
 
     def eval_metrics(self, sums: list[float]) -> dict[str, float]:
@@ -360,7 +381,8 @@ class RecipeTrainer(Trainer):
         self._barrier()
 
     def _rotate(self, limit: int) -> None:
-        """Keep the newest `limit` checkpoints up to this step and the best one; drop torn ones beyond this step."""
+        """Keep the newest `limit` checkpoints up to this step and the best one; drop torn ones
+        beyond this step."""
         best = self.state.best_model_checkpoint
         every = checkpoint.all_checkpoints(self.args.output_dir)
         ahead = [
@@ -386,9 +408,11 @@ class RecipeTrainer(Trainer):
             dist.barrier()
 
     def save_final(self, dtype: torch.dtype | None = None) -> Path:
-        """Write the model and tokenizer to OUTPUT/final, ready for `from_pretrained`. All ranks call it.
+        """Write the model and tokenizer to OUTPUT/final, ready for `from_pretrained`. All ranks
+        call it.
 
-        `dtype`: floating-point type of the stored weights, e.g. that of the base model; None keeps the trained one.
+        `dtype`: floating-point type of the stored weights, e.g. that of the base model; None keeps
+        the trained one.
         """
         final, part = (
             Path(self.args.output_dir) / "final",
@@ -420,7 +444,8 @@ class RecipeTrainer(Trainer):
             raise SystemExit(cli.INTERRUPTED)
 
     def report(self, recipe: str, model_name: str, rows: dict, after: dict) -> None:
-        """Write loss.png, report.md and report.json (rank 0) and print the before/after table with the next commands.
+        """Write loss.png, report.md and report.json (rank 0) and print the before/after table with
+        the next commands.
 
         Args:
             rows: counts of the data: read, used, dropped {reason: n}, ...
@@ -432,20 +457,34 @@ class RecipeTrainer(Trainer):
         )
         seconds = last.get("train_seconds", 0.0)
         facts = {
-            "recipe": recipe, "model": model_name, "device": device.name(), "dtype": self.compute_dtype(),
-            "world_size": self.args.world_size, "engine": engine(self.args), "rows": rows,
+            "recipe": recipe,
+            "model": model_name,
+            "device": device.name(),
+            "dtype": self.compute_dtype(),
+            "world_size": self.args.world_size,
+            "engine": engine(self.args),
+            "rows": rows,
             "parameters": {"total": self._parameters(False), "trained": self._parameters(True)},
-            "tokens": {"total": int(last.get("total_tokens", 0)), "label": int(last.get("total_label_tokens", 0))},
+            "tokens": {
+                "total": int(last.get("total_tokens", 0)),
+                "label": int(last.get("total_label_tokens", 0)),
+            },
             "seconds": round(seconds, 3),
             "tokens_per_second": round(last.get("total_tokens", 0) / max(seconds, 1e-9), 1),
-            "peak_memory_mb": round(device.peak_memory_mb(), 1), "steps": self.state.global_step,
+            "peak_memory_mb": round(device.peak_memory_mb(), 1),
+            "steps": self.state.global_step,
             "peak_memory_mb_by_epoch": [
-                e["epoch_peak_memory_mb"] for e in self.state.log_history if "epoch_peak_memory_mb" in e
+                e["epoch_peak_memory_mb"]
+                for e in self.state.log_history
+                if "epoch_peak_memory_mb" in e
             ],
-            "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
+            "loss": {
+                "first": losses[0] if losses else None,
+                "last": losses[-1] if losses else None,
+            },
             "metrics": {"before": self.before.get("metrics", {}), "after": after["metrics"]},
             "command": cli.resume_command(),
-        }  # fmt: skip
+        }
         if self.is_world_process_zero():
             out = Path(self.args.output_dir)
             same = lambda sample: json.dumps([sample["messages"], sample["tools"]], sort_keys=True)  # noqa: E731
@@ -456,8 +495,10 @@ class RecipeTrainer(Trainer):
             ]
             samples = samples[:: max(1, len(samples) // 12)][:12]
             ends = [(0, facts["metrics"]["before"]), (self.state.global_step, after["metrics"])]
-            ends = [{"step": step} | {f"eval_{k}": metrics[k] for k in self.plots if k in metrics}
-                    for step, metrics in ends]  # fmt: skip
+            ends = [
+                {"step": step} | {f"eval_{k}": metrics[k] for k in self.plots if k in metrics}
+                for step, metrics in ends
+            ]
             table = report.write_report(
                 out, facts, [*self.state.log_history, *ends], samples, self.plots
             )

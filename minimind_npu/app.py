@@ -4,8 +4,8 @@
     python minimind_npu/app.py --model output/minimind_npu/reason --port 7860 --host 127.0.0.1
     MODEL=my_model python minimind_npu/app.py
 
-The prompt is built by the code that built the training rows (common/data/labels.py), so training and talking cannot differ.
-A pre-trained model goes on with the text instead.
+The prompt is built by the code that built the training rows (common/data/labels.py), so training
+and talking cannot differ. A pre-trained model goes on with the text instead.
 """
 
 import sys
@@ -25,7 +25,8 @@ BEGINNINGS = ["冬天里的一天，", "傍晚，小丽", "山羊有", "三加�
 
 
 def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
-    """The chat page for a run, model or adapter folder (default: the newest run); SystemExit when there is no model."""
+    """The chat page for a run, model or adapter folder (default: the newest run); SystemExit when
+    there is no model."""
     talker = model if isinstance(model, Speaker) else Speaker(model or newest())
     chat = page.Chat(talker, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
     kind = " · LoRA" * talker.adapter + " · 续写" * (not talker.chats)
@@ -37,20 +38,30 @@ def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
         chatbot = gr.Chatbot(
-            show_label=False, scale=1, min_height=320, buttons=["copy"], allow_tags=False,
-            placeholder=f"{hint}，或选一个例子", examples=[{"text": text} for text in examples],
-        )  # fmt: skip
+            show_label=False,
+            scale=1,
+            min_height=320,
+            buttons=["copy"],
+            allow_tags=False,
+            placeholder=f"{hint}，或选一个例子",
+            examples=[{"text": text} for text in examples],
+        )
         box = gr.Textbox(
-            label="问题", show_label=False, placeholder=f"{hint}，回车发送", max_lines=8,
-            max_length=MAX_CHARS, **IDLE,
-        )  # fmt: skip
+            label="问题",
+            show_label=False,
+            placeholder=f"{hint}，回车发送",
+            max_lines=8,
+            max_length=MAX_CHARS,
+            **IDLE,
+        )
         chat.connect(chatbot, box, settings(talker))
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
 def settings(talker: Speaker) -> list[gr.components.Component]:
-    """The controls under the chat, in the order of Chat.ask; their defaults are those of the model."""
+    """The controls under the chat, in the order of Chat.ask; their defaults are those of the
+    model."""
     with gr.Row():
         switches = [
             gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter),

@@ -5,9 +5,9 @@
     python minimind_npu/chat.py --adapter output/minimind_npu/lora --think on --system 你是一位老师。
     printf '%s\\n' 你是谁？ /exit | python minimind_npu/chat.py                     # questions from a pipe
 
-/clear forgets the conversation, /undo its last exchange; /think on|off opens a thought before each answer; /system TEXT
-sets the system prompt, /system alone takes it away; /exit, or Ctrl-D, leaves. Ctrl-C ends an answer that is being
-written. A pre-trained model goes on with what is typed.
+/clear forgets the conversation, /undo its last exchange; /think on|off opens a thought before each
+answer; /system TEXT sets the system prompt, /system alone takes it away; /exit, or Ctrl-D, leaves.
+Ctrl-C ends an answer that is being written. A pre-trained model goes on with what is typed.
 """
 
 import sys

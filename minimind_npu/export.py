@@ -1,16 +1,18 @@
-"""Write a trained model as one that transformers, vLLM, SGLang and llama.cpp know by themselves, or read one back.
+"""Write a trained model as one that transformers, vLLM, SGLang and llama.cpp know by themselves, or
+read one back.
 
     python minimind_npu/export.py --model output/minimind_npu/sft --output_dir my_model
     python minimind_npu/export.py --adapter output/minimind_npu/lora --output_dir my_model        # merged into its base
     python minimind_npu/export.py --import --model my_model --output_dir back                     # to train it on
     python minimind_npu/export.py --import --model full_sft_512.pth --tokenizer FOLDER --output_dir back
 
-Generation 3 becomes Qwen3 or Qwen3-MoE, generation 2 Llama or Qwen2-MoE (whose shared expert stands behind a gate and
-whose query, key and value have biases: the gate is 0, which halves, the expert's last matrix is doubled, the biases
-are 0). Afterwards both models answer the same token ids; logits that differ end with an error.
+Generation 3 becomes Qwen3 or Qwen3-MoE, generation 2 Llama or Qwen2-MoE (whose shared expert stands
+behind a gate and whose query, key and value have biases: the gate is 0, which halves, the expert's
+last matrix is doubled, the biases are 0). Afterwards both models answer the same token ids; logits
+that differ end with an error.
 
---import takes such folders, also of others as long as this recipe's model can compute the same, and weight files
-named as MiniMind names them, {weight}_{hidden}[_moe].pth or .safetensors.
+--import takes such folders, also of others as long as this recipe's model can compute the same, and
+weight files named as MiniMind names them, {weight}_{hidden}[_moe].pth or .safetensors.
 """
 
 import sys
@@ -50,10 +52,21 @@ KINDS = {  # (generation, use_moe) -> config and class of transformers
     (3, True): (Qwen3MoeConfig, "Qwen3MoeForCausalLM"),
 }
 SAME = (  # fields with one name and meaning on both sides
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 SPARSE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 DTYPES = {
     "auto": "auto",
@@ -68,7 +81,8 @@ CLOSE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of t
 
 
 def native_config(config: MiniMindConfig) -> PretrainedConfig:
-    """The config of transformers' own model that computes the same; SystemExit where there is none."""
+    """The config of transformers' own model that computes the same; SystemExit where there is
+    none."""
     kind, architecture = KINDS[config.generation, config.use_moe]
     fields = {name: getattr(config, name) for name in SAME} | {
         "rope_parameters": rope_parameters(config)
@@ -124,7 +138,8 @@ def native_tensors(config: MiniMindConfig, weights: dict[str, Tensor]) -> dict[s
 
 
 def shared_expert(config: MiniMindConfig, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The shared experts of a layer -> Qwen2-MoE's one: the sum of several is a wider one; none is one of zeros."""
+    """The shared experts of a layer -> Qwen2-MoE's one: the sum of several is a wider one; none is
+    one of zeros."""
     width, size, like = config.intermediate_size, config.hidden_size, torch.zeros(())
     if not config.n_shared_experts:
         mine = {
@@ -169,7 +184,8 @@ def load(args) -> tuple[MiniMindForCausalLM, str]:
 
 
 def write_native(model: MiniMindForCausalLM, tokenizer, out: str | Path) -> float:
-    """Write the folder; it opens without this recipe's code. -> largest difference of a logit, see `compare`."""
+    """Write the folder; it opens without this recipe's code. -> largest difference of a logit, see
+    `compare`."""
     config = native_config(model.config)
     config.dtype = model.dtype
     with weight_files.Draft(out) as part:
@@ -218,7 +234,8 @@ def compare(ours, theirs) -> float:
 
 
 def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
-    """transformers' config -> ours; SystemExit naming all that this recipe's model cannot compute."""
+    """transformers' config -> ours; SystemExit naming all that this recipe's model cannot
+    compute."""
     kinds = {kind.model_type: key for key, (kind, _) in KINDS.items()}
     if config.model_type not in kinds:
         raise SystemExit(
@@ -296,7 +313,8 @@ def shared_experts(config: PretrainedConfig, weights: Mapping) -> int:
 
 
 def own_tensors(config: MiniMindConfig, weights: Mapping) -> dict[str, Tensor]:
-    """Weights under our names; experts of a layer may stand in one tensor each, as transformers 5 holds them."""
+    """Weights under our names; experts of a layer may stand in one tensor each, as transformers 5
+    holds them."""
     found = {}
     for name in weights:
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -329,7 +347,8 @@ def own_tensors(config: MiniMindConfig, weights: Mapping) -> dict[str, Tensor]:
 
 
 def config_of_weights(weights: Mapping, heads: int, per_token: int | None) -> MiniMindConfig:
-    """What the shapes of a weight file tell; heads is needed where there is no norm of a head (generation 2)."""
+    """What the shapes of a weight file tell; heads is needed where there is no norm of a head
+    (generation 2)."""
     first, shape = "model.layers.0.", {name: tuple(value.shape) for name, value in weights.items()}
     if "model.embed_tokens.weight" not in shape or f"{first}self_attn.q_proj.weight" not in shape:
         raise SystemExit(

@@ -1,14 +1,17 @@
-"""The language model: dense or mixture of experts, in both generations of MiniMind, as a transformers model.
+"""The language model: dense or mixture of experts, in both generations of MiniMind, as a
+transformers model.
 
     model = build("26m", vocab_size=6400)                 # random weights, float32
     model = MiniMindForCausalLM.from_pretrained(folder)   # importing this module tells the Auto classes about it
 
-A block is RMSNorm -> attention with rotary positions and grouped key/value heads -> RMSNorm -> SwiGLU, both added to
-the residual; the head shares its weight with the embedding. Generation 3 normalises each head of query and key before
-the rotation (then the dense model is Qwen3's, the sparse one Qwen3-MoE's); generation 2 does not (Llama's; with experts
-Qwen2-MoE's, its shared expert always on). Names of parameters are those of the original weight files.
+A block is RMSNorm -> attention with rotary positions and grouped key/value heads -> RMSNorm ->
+SwiGLU, both added to the residual; the head shares its weight with the embedding. Generation 3
+normalises each head of query and key before the rotation (then the dense model is Qwen3's, the
+sparse one Qwen3-MoE's); generation 2 does not (Llama's; with experts Qwen2-MoE's, its shared expert
+always on). Names of parameters are those of the original weight files.
 
-B rows, T tokens, N = B * T, D width, H heads, K key/value heads, d size of a head, V vocabulary, E experts.
+B rows, T tokens, N = B * T, D width, H heads, K key/value heads, d size of a head, V vocabulary, E
+experts.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-# Su et al. 2021 (rotary positions) stretched as in Peng et al. 2023 (YaRN): from 2,048 positions to 16 times as many
+# Su et al. 2021 (rotary positions) stretched as in Peng et al. 2023 (YaRN): from 2,048 positions to
+# 16 times as many
 YARN = {
     "factor": 16.0,
     "original_max_position_embeddings": 2048,
@@ -47,8 +51,9 @@ class MiniMindConfig(PretrainedConfig):
     """Fields of the original's config; `None` takes what the generation (2 or 3) has.
 
     intermediate_size, moe_intermediate_size: width of the SwiGLU, of one expert.
-    norm_topk_prob: weights of the chosen experts sum to 1. With one expert per token that leaves the router without a
-        gradient from the language model's loss, so `build` switches it off; the original has it on.
+    norm_topk_prob: weights of the chosen experts sum to 1. With one expert per token that leaves
+        the router without a gradient from the language model's loss, so `build` switches it off;
+        the original has it on.
     seq_aux: balance the experts within each sequence (generation 2), not over the batch.
     inference_rope_scaling: stretch positions 16-fold beyond 2,048 (YaRN).
     """
@@ -57,13 +62,36 @@ class MiniMindConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
-        self, vocab_size=6400, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=None,
-        head_dim=None, intermediate_size=None, max_position_embeddings=32768, rms_norm_eps=None, rope_theta=1e6,
-        inference_rope_scaling=False, generation=3, use_moe=False, num_experts=4, num_experts_per_tok=None,
-        n_shared_experts=None, moe_intermediate_size=None, norm_topk_prob=True, router_aux_loss_coef=None,
-        seq_aux=None, hidden_act="silu", initializer_range=0.02, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=True, use_cache=True, **kwargs,
-    ):  # fmt: skip
+        self,
+        vocab_size=6400,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=None,
+        head_dim=None,
+        intermediate_size=None,
+        max_position_embeddings=32768,
+        rms_norm_eps=None,
+        rope_theta=1e6,
+        inference_rope_scaling=False,
+        generation=3,
+        use_moe=False,
+        num_experts=4,
+        num_experts_per_tok=None,
+        n_shared_experts=None,
+        moe_intermediate_size=None,
+        norm_topk_prob=True,
+        router_aux_loss_coef=None,
+        seq_aux=None,
+        hidden_act="silu",
+        initializer_range=0.02,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        use_cache=True,
+        **kwargs,
+    ):
         if generation not in (2, 3):
             raise ValueError(f"generation {generation}: 2 or 3")
         # the original's names in generation 2
@@ -99,9 +127,12 @@ class MiniMindConfig(PretrainedConfig):
             use_cache,
         )
         super().__init__(
-            bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings, **kwargs,
-        )  # fmt: skip
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
 
 
 def swiglu_width(hidden_size: int, generation: int) -> int:
@@ -130,7 +161,8 @@ SIZES = {
 
 
 def build(size: str, vocab_size: int = 6400, **changes) -> MiniMindForCausalLM:
-    """A model of SIZES with random fp32 weights (torch's global generator); KeyError for an unknown size."""
+    """A model of SIZES with random fp32 weights (torch's global generator); KeyError for an unknown
+    size."""
     settings = SIZES[size] | changes
     if settings.get("use_moe") and settings.get("generation", 3) == 3:
         settings.setdefault("norm_topk_prob", False)
@@ -138,7 +170,8 @@ def build(size: str, vocab_size: int = 6400, **changes) -> MiniMindForCausalLM:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019), computed in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019),
+    computed in fp32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -152,7 +185,8 @@ class RMSNorm(nn.Module):
 def frequencies(size: int, theta: float, stretched: bool, device: torch.device) -> Tensor:
     """Angle per position of each pair of a head's `size` numbers, fp32 [size / 2].
 
-    stretched: YaRN divides by its factor where a wave is longer than the original window, keeps short ones.
+    stretched: YaRN divides by its factor where a wave is longer than the original window, keeps
+        short ones.
     """
     plain = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
     if stretched:
@@ -235,9 +269,11 @@ class FeedForward(nn.Module):
 
 
 class SparseFeedForward(nn.Module):
-    """Each token goes through its `num_experts_per_tok` likeliest experts, and through the shared ones.
+    """Each token goes through its `num_experts_per_tok` likeliest experts, and through the shared
+    ones.
 
-    Tokens are sorted by expert once, so that an expert is three products over its tokens, however many they are.
+    Tokens are sorted by expert once, so that an expert is three products over its tokens, however
+    many they are.
     """
 
     def __init__(self, config: MiniMindConfig):
@@ -255,7 +291,8 @@ class SparseFeedForward(nn.Module):
             )
 
     def forward(self, x: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], counted [N] (0 at padding), owner [N] (sequence of each token) -> [B, T, D], balance loss."""
+        """x [B, T, D], counted [N] (0 at padding), owner [N] (sequence of each token) -> [B, T, D],
+        balance loss."""
         config, flat = self.config, x.flatten(0, 1)
         with torch.autocast(
             x.device.type, enabled=False
@@ -275,9 +312,11 @@ class SparseFeedForward(nn.Module):
         return out.view(x.shape), self.balance(scores, chosen, counted, owner)
 
     def balance(self, scores: Tensor, chosen: Tensor, counted: Tensor, owner: Tensor) -> Tensor:
-        """E * sum over experts of (share of tokens sent to it) * (mean probability of it), times its coefficient.
+        """E * sum over experts of (share of tokens sent to it) * (mean probability of it), times
+        its coefficient.
 
-        Smallest when all experts get the same (Fedus et al. 2021). Only in training; padding does not count.
+        Smallest when all experts get the same (Fedus et al. 2021). Only in training; padding does
+        not count.
         """
         config = self.config
         if not (self.training and config.router_aux_loss_coef):
@@ -304,7 +343,8 @@ class SparseFeedForward(nn.Module):
 def grouped(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
     """rows [M, D] sorted by expert, sizes [E] -> [M, D]: each part through its expert.
 
-    On accelerators with torch's grouped product the host need not know the sizes; elsewhere it is E calls.
+    On accelerators with torch's grouped product the host need not know the sizes; elsewhere it is E
+    calls.
     """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
@@ -365,7 +405,8 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
 
     def _init_weights(self, module):
-        """Normal weights; what is added to the residual is smaller by the number of additions (Radford et al. 2019)."""
+        """Normal weights; what is added to the residual is smaller by the number of additions
+        (Radford et al. 2019)."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -395,9 +436,17 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, counted=None, output_hidden_states=None, **kwargs,
-    ) -> ModelOutput:  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        counted=None,
+        output_hidden_states=None,
+        **kwargs,
+    ) -> ModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -410,9 +459,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
         mask = attention_mask
         if mask is None or mask.ndim == 2:
             mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask,
-                past_key_values=past_key_values, position_ids=position_ids,
-            )  # fmt: skip
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         balance = self.balanced(hidden, attention_mask, counted, kwargs.get("cu_seq_lens_q"))
         rotation, aux, states = rotary(self.config, position_ids), hidden.new_zeros(()), [hidden]
         for layer in self.layers:
@@ -422,9 +474,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
         hidden = self.norm(hidden)
         states = (*states[:-1], hidden) if output_hidden_states else None
         return ModelOutput(
-            last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None, hidden_states=states,
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=states,
             aux_loss=aux,
-        )  # fmt: skip
+        )
 
     def balanced(
         self, hidden: Tensor, attention_mask, counted, starts
@@ -455,17 +509,28 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, logits_to_keep=0, **kwargs,
-    ) -> MoeCausalLMOutputWithPast:  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
         """input_ids [B, T] -> logits [B, T, V] (of the last `logits_to_keep` positions, 0: all).
 
         Args:
-            attention_mask: [B, T], 0 on padding (either side); a packed row has none, but cu_seq_lens_q/k [n + 1],
-                max_length_q/k and positions that restart (common/fast/attention.py).
-            labels: [B, T], -100 without; shifted here. loss is their mean cross entropy (num_items_in_batch: the
-                divisor instead of their number) without aux_loss, the summed balance of the experts in training.
-            counted: [B, T], 0 at tokens that are filler of a packed row; the balance leaves them out.
+            attention_mask: [B, T], 0 on padding (either side); a packed row has none, but
+                cu_seq_lens_q/k [n + 1], max_length_q/k and positions that restart
+                (common/fast/attention.py).
+            labels: [B, T], -100 without; shifted here. loss is their mean cross entropy
+                (num_items_in_batch: the divisor instead of their number) without aux_loss, the
+                summed balance of the experts in training.
+            counted: [B, T], 0 at tokens that are filler of a packed row; the balance leaves them
+                out.
         """
         out = self.model(
             input_ids,
@@ -491,9 +556,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=out.aux_loss, logits=logits, past_key_values=out.past_key_values,
+            loss=loss,
+            aux_loss=out.aux_loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
-        )  # fmt: skip
+        )
 
 
 AutoConfig.register(MiniMindConfig.model_type, MiniMindConfig, exist_ok=True)

@@ -22,8 +22,14 @@ FROM = {
     "dpo": ("sft",),
     "reason": ("dpo", "sft"),
 }  # what a stage goes on from
-SAMPLES = {"pretrain": "pretrain", "sft": "sft", "lora": "lora_identity.jsonl", "dpo": "dpo.jsonl", "distill": "sft",
-           "reason": "reason.jsonl"}  # fmt: skip
+SAMPLES = {
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "lora": "lora_identity.jsonl",
+    "dpo": "dpo.jsonl",
+    "distill": "sft",
+    "reason": "reason.jsonl",
+}
 NAMES = (
     f"random weights of a size: {', '.join(SIZES)}; to go on from: a folder, or a stage whose output is there; unset: "
     "the stage before, else tiny"
@@ -98,10 +104,21 @@ class Args:
 
 
 DEFAULTS = dict(
-    output_dir="", per_device_train_batch_size=16, gradient_accumulation_steps=1, num_train_epochs=2, warmup_steps=0.03,
-    weight_decay=0.1, max_grad_norm=1.0, lr_scheduler_type="cosine", logging_steps=20, save_steps=1000, eval_steps=1000,
-    save_total_limit=2, report_to=["tensorboard"], ddp_timeout=7200,
-)  # fmt: skip
+    output_dir="",
+    per_device_train_batch_size=16,
+    gradient_accumulation_steps=1,
+    num_train_epochs=2,
+    warmup_steps=0.03,
+    weight_decay=0.1,
+    max_grad_norm=1.0,
+    lr_scheduler_type="cosine",
+    logging_steps=20,
+    save_steps=1000,
+    eval_steps=1000,
+    save_total_limit=2,
+    report_to=["tensorboard"],
+    ddp_timeout=7200,
+)
 STAGE = {  # learning rates, windows and epochs of real models; windows as for an accelerator
     "pretrain": dict(learning_rate=1e-3, model_max_length=512, per_device_train_batch_size=32),
     "sft": dict(learning_rate=1e-4, model_max_length=1024, per_device_train_batch_size=16),
@@ -115,7 +132,9 @@ STAGE = {  # learning rates, windows and epochs of real models; windows as for a
     "reason": dict(learning_rate=2e-5, model_max_length=1024, per_device_train_batch_size=16),
 }
 CPU_TOKENS = 2048  # of a batch: larger ones need more memory and are not faster
-TOY = {  # sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many of them
+# sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many
+# of them
+TOY = {
     "pretrain": dict(
         learning_rate=4e-3,
         model_max_length=256,
@@ -145,16 +164,47 @@ TOY = {  # sizes and steps of models below 256 wide, which learn the samples fro
 TOY_EVERY = {"save_steps": 300, "eval_steps": 200}
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
 DEFINING = (  # of TrainingArguments: what makes a run another one
-    "num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed",
-    "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
-HONOURED = {  # fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
-    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "logging_steps",
-    "save_steps", "save_strategy", "eval_steps", "save_total_limit", "report_to", "seed", "bf16", "fp16",
-    "gradient_checkpointing", "torch_compile", "deepspeed", "resume_from_checkpoint", "ddp_timeout", "optim", "use_cpu",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+# fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
+HONOURED = {
+    "output_dir",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "logging_steps",
+    "save_steps",
+    "save_strategy",
+    "eval_steps",
+    "save_total_limit",
+    "report_to",
+    "seed",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "torch_compile",
+    "deepspeed",
+    "resume_from_checkpoint",
+    "ddp_timeout",
+    "optim",
+    "use_cpu",
     "local_rank",
-}  # fmt: skip
+}
 
 
 def settle(args: Args, training: TrainingArguments, width: int) -> None:
@@ -183,22 +233,31 @@ def settle(args: Args, training: TrainingArguments, width: int) -> None:
     args.use_lora = args.use_lora or args.stage == "lora"
     problems = {
         f"--optimizer {args.optimizer}: adamw or muon": args.optimizer not in ("adamw", "muon"),
-        f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": training.lr_scheduler_type not in optim.SCHEDULES,
-        "--optimizer muon: DeepSpeed cuts the matrices that it needs whole; train without --deepspeed":
-            args.optimizer == "muon" and bool(training.deepspeed),
-        f"--optimizer muon computes in bfloat16, which {device.name()} lacks":
-            args.optimizer == "muon" and device.kind() != "cpu" and device.half_dtype() is not torch.bfloat16,
-        "--teacher: --stage distill needs the folder of one": args.stage == "distill" and not args.teacher,
+        f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": training.lr_scheduler_type
+        not in optim.SCHEDULES,
+        "--optimizer muon: DeepSpeed cuts the matrices that it needs whole; train without --deepspeed": args.optimizer
+        == "muon"
+        and bool(training.deepspeed),
+        f"--optimizer muon computes in bfloat16, which {device.name()} lacks": args.optimizer
+        == "muon"
+        and device.kind() != "cpu"
+        and device.half_dtype() is not torch.bfloat16,
+        "--teacher: --stage distill needs the folder of one": args.stage == "distill"
+        and not args.teacher,
         f"--teacher: --stage {args.stage} has none": args.stage != "distill" and bool(args.teacher),
         f"--model_max_length {args.model_max_length}: 16 or more": args.model_max_length < 16,
-        f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": not 0 <= training.warmup_steps < 1,
+        f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": not 0
+        <= training.warmup_steps
+        < 1,
         f"--beta {args.beta}: above 0": args.beta <= 0,
-        f"--reference {args.reference}: cached or adapter": args.reference not in ("cached", "adapter"),
-        "--reference adapter: there is no adapter to switch off; add --use_lora true":
-            args.reference == "adapter" and not args.use_lora,
+        f"--reference {args.reference}: cached or adapter": args.reference
+        not in ("cached", "adapter"),
+        "--reference adapter: there is no adapter to switch off; add --use_lora true": args.reference
+        == "adapter"
+        and not args.use_lora,
         f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
         f"--temperature {args.temperature}: above 0": args.temperature <= 0,
-    }  # fmt: skip
+    }
     for message, wrong in problems.items():
         if wrong:
             raise cli.usage_error(message)
@@ -228,8 +287,9 @@ def start_from(args: Args) -> str:
 
 
 def own_model(name: str, flag: str) -> str:
-    """A run's folder -> its final/; a model folder and a hub id stay. SystemExit for what this model class cannot go
-    on from: a folder of transformers' own classes would load in part, with random weights for the rest."""
+    """A run's folder -> its final/; a model folder and a hub id stay. SystemExit for what this
+    model class cannot go on from: a folder of transformers' own classes would load in part, with
+    random weights for the rest."""
     if "/" not in name and not Path(name).is_dir():
         raise SystemExit(
             f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage"
@@ -248,7 +308,8 @@ def own_model(name: str, flag: str) -> str:
 
 
 def tokenizer_of(args: Args, base: str) -> str:
-    """The folder of the tokenizer: the one named, the teacher's, the model's, or for random weights the shipped one."""
+    """The folder of the tokenizer: the one named, the teacher's, the model's, or for random weights
+    the shipped one."""
     if args.tokenizer or base not in SIZES or args.teacher:
         return args.tokenizer or (base if base not in SIZES else args.teacher)
     if not base.startswith("tiny"):

@@ -1,4 +1,5 @@
-"""What the stages of run_all.sh came to: one table of times and scores, printed and written to summary.md.
+"""What the stages of run_all.sh came to: one table of times and scores, printed and written to
+summary.md.
 
 python minimind_npu/summary.py output/minimind_npu
 """

@@ -1,11 +1,13 @@
-"""A language model from nothing, stage by stage: pretrain, sft, lora, dpo, distill, reason. Plain PyTorch.
+"""A language model from nothing, stage by stage: pretrain, sft, lora, dpo, distill, reason. Plain
+PyTorch.
 
     bash minimind_npu/run_all.sh                                     # all stages on the built-in data, some minutes
     DATA=my.jsonl bash minimind_npu/train_zero2.sh --stage pretrain --size 26m
     NPROC=8 bash minimind_npu/train_npu.sh --stage sft --from_weight pretrain --data_path sft.jsonl
 
-Rows, loss and metrics of a stage: the file of its name; flags: settings.py. Order of the story: data -> model and
-objective -> one step -> what the held-out rows say -> the run. A batch of one process is B windows of T tokens.
+Rows, loss and metrics of a stage: the file of its name; flags: settings.py. Order of the story:
+data -> model and objective -> one step -> what the held-out rows say -> the run. A batch of one
+process is B windows of T tokens.
 """
 
 import json
@@ -51,7 +53,8 @@ STAGES = {
 
 # 1. Data
 def read(args: Args, training, tokenizer, rows, stats: dict):
-    """Rows -> memory-mapped token rows to train on and held out, the held-out rows as read; completes the counts."""
+    """Rows -> memory-mapped token rows to train on and held out, the held-out rows as read;
+    completes the counts."""
     stage = STAGES[args.stage]
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     code = "".join(
@@ -86,21 +89,32 @@ def read(args: Args, training, tokenizer, rows, stats: dict):
 
 
 def loaders(args: Args, training, tokenizer, *token_rows) -> list[Loader]:
-    """The batches of this process, of the rows to train on and of those held out (None where there are none)."""
+    """The batches of this process, of the rows to train on and of those held out (None where there
+    are none)."""
     made = []
     for ids in token_rows:
         rows = TokenRows(ids, STAGES[args.stage].COLUMNS) if len(ids) else None
-        made.append(rows and Loader(
-            rows, Order(rows, args.model_max_length, training.seed), training.per_device_train_batch_size,
-            args.model_max_length, tokenizer.pad_token_id, training.device, training.process_index,
-            training.world_size, pairs=args.stage == "dpo",
-        ))  # fmt: skip
+        made.append(
+            rows
+            and Loader(
+                rows,
+                Order(rows, args.model_max_length, training.seed),
+                training.per_device_train_batch_size,
+                args.model_max_length,
+                tokenizer.pad_token_id,
+                training.device,
+                training.process_index,
+                training.world_size,
+                pairs=args.stage == "dpo",
+            )
+        )
     return made
 
 
 # 2. Model and objective
 def load_model(name: str, args: Args, training, tokenizer, dtype) -> models.MiniMindForCausalLM:
-    """Random weights of a size or those of a folder: float32; a base under an adapter in the dtype it runs in."""
+    """Random weights of a size or those of a folder: float32; a base under an adapter in the dtype
+    it runs in."""
     settings = {
         "attn_implementation": attention.register(),
         "dtype": dtype if args.use_lora else torch.float32,
@@ -126,7 +140,8 @@ def load_model(name: str, args: Args, training, tokenizer, dtype) -> models.Mini
 
 
 class Objective(nn.Module):
-    """The model and what it is trained on as one module: DistributedDataParallel and DeepSpeed see every forward."""
+    """The model and what it is trained on as one module: DistributedDataParallel and DeepSpeed see
+    every forward."""
 
     def __init__(self, model, loss, **settings):
         super().__init__()
@@ -141,7 +156,8 @@ class Objective(nn.Module):
 
 
 def make_objective(args: Args, training, model, tokenizer, parts: list, dtype, *about) -> Objective:
-    """The stage's loss with all it needs beside model and batch: a reference, a teacher, the ids of the tags."""
+    """The stage's loss with all it needs beside model and batch: a reference, a teacher, the ids of
+    the tags."""
     more = {}
     if args.stage == "reason":
         more = {"tags": torch.tensor(reason.tag_ids(tokenizer)), "think_weight": args.think_weight}
@@ -153,8 +169,14 @@ def make_objective(args: Args, training, model, tokenizer, parts: list, dtype, *
                 loader.extra["reference"] = dpo.reference(model, loader, dtype, file, *about)
     if args.stage == "distill":
         with parallel.whole_weights():
-            teacher = cli.load(models.MiniMindForCausalLM, args.teacher, "--teacher", dtype=dtype, use_cache=False,
-                               attn_implementation=attention.register())  # fmt: skip
+            teacher = cli.load(
+                models.MiniMindForCausalLM,
+                args.teacher,
+                "--teacher",
+                dtype=dtype,
+                use_cache=False,
+                attn_implementation=attention.register(),
+            )
         if cli.load(AutoTokenizer, args.teacher, "--teacher").get_vocab() != tokenizer.get_vocab():
             raise SystemExit(f"--teacher {args.teacher} has another tokenizer than the student")
         teacher.to(training.device).requires_grad_(False).eval()
@@ -166,8 +188,8 @@ def make_objective(args: Args, training, model, tokenizer, parts: list, dtype, *
 def train_step(
     net, engine, loader: Loader, bins: list, optimizer, scaler, training, dtype, step: int
 ) -> float:
-    """One update; returns the loss: a sum over the labels of all ranks and micro-batches / their number, so that
-    neither the number of processes nor accumulation changes it."""
+    """One update; returns the loss: a sum over the labels of all ranks and micro-batches / their
+    number, so that neither the number of processes nor accumulation changes it."""
     items, steps, total = loader.items(bins), training.gradient_accumulation_steps, 0.0
     for micro in range(steps):
         batch = loader.batch(bins, micro)
@@ -209,7 +231,8 @@ def held_out_metrics(
 
 
 def answers(args: Args, model, tokenizer, asked: list[str]) -> tuple[dict, list]:
-    """Greedy continuations of held-out texts, or answers to held-out questions: (metrics, samples to look at)."""
+    """Greedy continuations of held-out texts, or answers to held-out questions: (metrics, samples
+    to look at)."""
     if not asked or args.stage == "dpo":
         return {}, []
     if args.stage == "pretrain":
@@ -265,8 +288,14 @@ def main() -> None:
         base = state.keep_base(base, model, tokenizer, training)
         lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     objective = make_objective(args, training, model, tokenizer, parts, dtype, *about)
-    optimizer = optim.make(model, args.optimizer, training.learning_rate, training.weight_decay, args.muon_lr,
-                           "fused" in training.optim)  # fmt: skip
+    optimizer = optim.make(
+        model,
+        args.optimizer,
+        training.learning_rate,
+        training.weight_decay,
+        args.muon_lr,
+        "fused" in training.optim,
+    )
     net, engine = parallel.wrap(objective, optimizer, training, dtype)
     kept = {"optimizer": optimizer, "scaler": device.grad_scaler(dtype)}
     size = (

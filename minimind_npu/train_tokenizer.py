@@ -1,15 +1,18 @@
-"""Train a byte-level BPE tokenizer with the chat format of this recipe, and say how well it compresses a text.
+"""Train a byte-level BPE tokenizer with the chat format of this recipe, and say how well it
+compresses a text.
 
 python minimind_npu/train_tokenizer.py                                                 # our sample data, 6,400 tokens
 python minimind_npu/train_tokenizer.py --data_path my_texts.jsonl my_chats/ --max_rows 100000 --eval_path other.txt
 
-Rows of every kind are read: {"text"}, {"conversations"}, {"chosen", "rejected"}, tables, .txt. The output folder is an
-ordinary Hugging Face tokenizer: AutoTokenizer.from_pretrained(FOLDER). The one beside this file (tokenizer/) is what
-the first command makes: the sample data have words for some 1,500 tokens, no more.
+Rows of every kind are read: {"text"}, {"conversations"}, {"chosen", "rejected"}, tables, .txt. The
+output folder is an ordinary Hugging Face tokenizer: AutoTokenizer.from_pretrained(FOLDER). The one
+beside this file (tokenizer/) is what the first command makes: the sample data have words for some
+1,500 tokens, no more.
 
-36 ids are fixed: 0 <|endoftext|> (padding), 1 <|im_start|> (bos), 2 <|im_end|> (eos), 3-20 reserved, 21-28 tags that
-stay visible in decoded text (tool calls, thoughts, answers), 29-35 buffers. Then 256 bytes, the frequent characters,
-and words. Digits never merge; the other cuts are those that llama.cpp has under the name deepseek-coder.
+36 ids are fixed: 0 <|endoftext|> (padding), 1 <|im_start|> (bos), 2 <|im_end|> (eos), 3-20
+reserved, 21-28 tags that stay visible in decoded text (tool calls, thoughts, answers), 29-35
+buffers. Then 256 bytes, the frequent characters, and words. Digits never merge; the other cuts are
+those that llama.cpp has under the name deepseek-coder.
 """
 
 import argparse
@@ -51,7 +54,8 @@ KINDS = ("text", "chat", "preference")
 
 
 def strings(value) -> Iterator[str]:
-    """What a canonical row says: contents, thoughts, roles (the template writes them), tools and calls as JSON."""
+    """What a canonical row says: contents, thoughts, roles (the template writes them), tools and
+    calls as JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -66,7 +70,8 @@ def strings(value) -> Iterator[str]:
 
 
 def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
-    """The texts of each row of one file; unusable rows are counted. Raises SystemExit for a file without known rows."""
+    """The texts of each row of one file; unusable rows are counted. Raises SystemExit for a file
+    without known rows."""
     records = files.records(path, files.encoding_of(path))
     start = list(islice(records, 50))
     head = [record for _, record in start if isinstance(record, dict)]
@@ -92,7 +97,8 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
 
 
 def paths(data_path: list[str]) -> list[Path]:
-    """The data files of files and folders; says which others lie there. Raises SystemExit for weights (a.jsonl:0.7)."""
+    """The data files of files and folders; says which others lie there. Raises SystemExit for
+    weights (a.jsonl:0.7)."""
     found = []
     for path, weight in files.entries(data_path):
         if weight is not None:
@@ -107,7 +113,8 @@ def paths(data_path: list[str]) -> list[Path]:
 
 
 def read_texts(data_path: list[str], max_rows: int, dropped: Counter, say=None) -> Iterator[str]:
-    """Texts of at most `max_rows` rows (0: all) of files and folders; say(rows) is called every thousand rows."""
+    """Texts of at most `max_rows` rows (0: all) of files and folders; say(rows) is called every
+    thousand rows."""
     every = (texts for path in paths(data_path) for texts in texts_of_file(path, dropped))
     for number, texts in enumerate(islice(every, max_rows or None), 1):
         if say and number % 1000 == 0:
@@ -125,13 +132,15 @@ def train(
     split_numerals: bool = True,
     coverage: float = 0.9995,
 ):
-    """A byte-level BPE with the fixed ids; texts with few different words end below `vocab_size` tokens.
+    """A byte-level BPE with the fixed ids; texts with few different words end below `vocab_size`
+    tokens.
 
-    Merges are learned between characters, and the bytes of each frequent character are merged before all else: so no
-    token ends inside a character, but for rare ones, which stay bytes.
-    max_han: Chinese characters in one token, at most. split_numerals: 一, 二, 十 … are never merged, like digits, so
-    that sums in words look alike to a small model. coverage: share of the text whose characters become tokens (they
-    get half of the vocabulary at most). Returns a PreTrainedTokenizerFast with the chat template.
+    Merges are learned between characters, and the bytes of each frequent character are merged
+    before all else: so no token ends inside a character, but for rare ones, which stay bytes.
+    max_han: Chinese characters in one token, at most. split_numerals: 一, 二, 十 … are never merged,
+    like digits, so that sums in words look alike to a small model. coverage: share of the text
+    whose characters become tokens (they get half of the vocabulary at most). Returns a
+    PreTrainedTokenizerFast with the chat template.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -183,7 +192,8 @@ def han(text: str) -> int:
 
 
 def byte_level(chars: list[str], merges: list[tuple], vocab_size: int) -> tuple[dict, list]:
-    """-> (vocabulary {token: id}, merges) of a byte-level BPE: fixed ids, bytes, characters byte by byte, merges."""
+    """-> (vocabulary {token: id}, merges) of a byte-level BPE: fixed ids, bytes, characters byte by
+    byte, merges."""
     from tokenizers import normalizers, pre_tokenizers
 
     spell = normalizers.ByteLevel().normalize_str
@@ -251,7 +261,8 @@ def _replace(file: Path, text: str) -> None:
 
 
 def measure(tokenizer, texts: list[str]) -> dict:
-    """Compression of `texts`: counts, chars_per_token, bytes_per_token, and how many tokens of the vocabulary occur."""
+    """Compression of `texts`: counts, chars_per_token, bytes_per_token, and how many tokens of the
+    vocabulary occur."""
     ids = [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
     chars, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
     counts = {"chars": chars, "bytes": size, "tokens": len(ids), "different_tokens": len(set(ids))}
@@ -322,7 +333,8 @@ def arguments() -> argparse.Namespace:
 
 
 def report(tokenizer, eval_path: list[str]) -> None:
-    """Print what the tokenizer makes of a text. Raises SystemExit when a text does not survive the round trip."""
+    """Print what the tokenizer makes of a text. Raises SystemExit when a text does not survive the
+    round trip."""
     texts = list(read_texts(eval_path, 0, Counter()))
     if not any(texts):
         raise SystemExit(f"{' '.join(eval_path)}: no text")

@@ -1,4 +1,5 @@
-"""Shared fixtures. The repository root goes on sys.path so that tests import `common` like a recipe does."""
+"""Shared fixtures. The repository root goes on sys.path so that tests import `common` like a recipe
+does."""
 
 import os
 import shutil
@@ -16,7 +17,8 @@ sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "tests/npu"), str(ROOT)]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Prepared data and tiny models of this session stay out of the user's cache; subprocesses inherit it."""
+    """Prepared data and tiny models of this session stay out of the user's cache; subprocesses
+    inherit it."""
     shared = tmp_path_factory.getbasetemp()
     if (
         "PYTEST_XDIST_WORKER" in os.environ
@@ -28,7 +30,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """train_qwen's first command, run once: (output folder, what it printed). DANPU_TEST_RUN names one made before."""
+    """train_qwen's first command, run once: (output folder, what it printed). DANPU_TEST_RUN names
+    one made before."""
     from harness import expect, shell
 
     if made := os.environ.get("DANPU_TEST_RUN"):
@@ -48,7 +51,8 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def npu():
-    """npu(soc, devices) -> variables under which a child process sees simulated NPUs (tests/npu/npu_sim)."""
+    """npu(soc, devices) -> variables under which a child process sees simulated NPUs
+    (tests/npu/npu_sim)."""
     from npu_sim import simulator
 
     return simulator.environment

@@ -1,1 +1,2 @@
-"""Tools beside the recipes: what this machine has, and downloads of models and data. No training code."""
+"""Tools beside the recipes: what this machine has, and downloads of models and data. No training
+code."""

@@ -159,7 +159,8 @@ def requirements():
 
 
 def library(found, name):
-    """torch, transformers or deepspeed: whether its import works, not only whether it is installed."""
+    """torch, transformers or deepspeed: whether its import works, not only whether it is
+    installed."""
     have, about = installed(name), found.get(name)
     if about:
         build = f" for CUDA {about['built_for']}" if about.get("built_for") else ""
@@ -173,7 +174,8 @@ def library(found, name):
 
 
 def offload(found):
-    """What DeepSpeed compiles its CPU optimizer with; locks of killed builds, for which the next one waits."""
+    """What DeepSpeed compiles its CPU optimizer with; locks of killed builds, for which the next
+    one waits."""
     folder = env("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
     locks = glob.glob(os.path.expanduser(f"{folder}/**/lock"), recursive=True)
     locks = [lock for lock in locks if time.time() - os.path.getmtime(lock) > 60]
@@ -468,7 +470,8 @@ def limits():
 
 
 def folder(key, path, variable, least, wanted, bad=MISSING):
-    """Whether files can be made in `path` (or where it will be made) and its free space; limits in GiB."""
+    """Whether files can be made in `path` (or where it will be made) and its free space; limits in
+    GiB."""
     place, remedy = (
         Path(path).expanduser().absolute(),
         f"export {variable}=/folder/on/a/larger/disk",
@@ -501,7 +504,8 @@ def folders():
 
 
 def hub(asked):
-    """asked: {url: function to wait for what probe.web_server says}, the one that is used first; empty: offline."""
+    """asked: {url: function to wait for what probe.web_server says}, the one that is used first;
+    empty: offline."""
     token = f"HF_TOKEN {'set' if env('HF_TOKEN') or read(hub_home() / 'token') else 'not set'}"
     if not asked:
         return Line("hub", OK, f"not asked, {token}")
@@ -573,10 +577,25 @@ def look(offline):
     found, lines = facts(probe.SECONDS + 10) or {"errors": {}}, []
     gpu, npu = gpu(probe.TOOL_SECONDS + 5), npu(probe.TOOL_SECONDS + 5)
     for check, *given in (
-        (system,), (python,), (requirements,), (library, found, "torch"), (library, found, "transformers"),
-        (library, found, "deepspeed"), (offload, found), (nvidia, found, gpu), (ascend, found, npu), (device, found),
-        (dtype, found), (settings, found), (cpu,), (memory,), (limits,), (folders,), (hub, asked), (extras,),
-    ):  # fmt: skip
+        (system,),
+        (python,),
+        (requirements,),
+        (library, found, "torch"),
+        (library, found, "transformers"),
+        (library, found, "deepspeed"),
+        (offload, found),
+        (nvidia, found, gpu),
+        (ascend, found, npu),
+        (device, found),
+        (dtype, found),
+        (settings, found),
+        (cpu,),
+        (memory,),
+        (limits,),
+        (folders,),
+        (hub, asked),
+        (extras,),
+    ):
         try:
             got = check(*given)
             lines += [got] if isinstance(got, Line) else got or []

@@ -1,4 +1,5 @@
-"""Fetch a model, whole: resumed after a cut, every file checked, broken ones fetched again, pickles refused.
+"""Fetch a model, whole: resumed after a cut, every file checked, broken ones fetched again, pickles
+refused.
 
     python -m tools.download ORG/NAME                           # Hugging Face; HF_ENDPOINT=https://mirror, HTTPS_PROXY
     python -m tools.download ORG/NAME --source modelscope       # DANPU_SOURCE=modelscope does the same
@@ -8,8 +9,8 @@
     python -m tools.download models/NAME --repair               # and fetch what is broken
     python -m tools.download models/NAME --manifest --try       # facts, memory for training; one sentence
 
-The same command again continues, and ends at once when all is there. Exit codes: 0 done, 1 failed, 2 usage,
-75 interrupted and resumable.
+The same command again continues, and ends at once when all is there. Exit codes: 0 done, 1 failed,
+2 usage, 75 interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def place(args) -> tuple[Path, dict]:
 def settle(
     entry: Entry, folder: Path, record: dict, repair: bool, link: Link, show: Callable
 ) -> str:
-    """Make one file whole, fetched or found; returns its sha256. Only `repair` replaces what someone changed."""
+    """Make one file whole, fetched or found; returns its sha256. Only `repair` replaces what
+    someone changed."""
     target = fetch.safe_target(folder, entry.path)
     if target.is_file():
         known = record["files"].get(entry.path, {})
@@ -205,7 +207,8 @@ def settle(
 
 
 def fetch_all(todo: list[Entry], folder: Path, record: dict, args, link: Link) -> dict[str, str]:
-    """Fetch in parallel, largest first, and record each whole file at once; path -> why it could not be fetched."""
+    """Fetch in parallel, largest first, and record each whole file at once; path -> why it could
+    not be fetched."""
     have = {
         e.path: fetch.gathered(fetch.part_of(fetch.safe_target(folder, e.path), e)) for e in todo
     }
@@ -261,7 +264,8 @@ def download(args, folder: Path, record: dict) -> None:
 
 
 def which_model(args, folder: Path, record: dict) -> tuple[str, str, str | None]:
-    """(repo, source, revision) that the command line names, or the record where a folder was given."""
+    """(repo, source, revision) that the command line names, or the record where a folder was
+    given."""
     continued = Path(args.model).expanduser().is_dir()
     if continued and not record:
         raise SystemExit(f"{folder} was not fetched by this program; give ORG/NAME (and --to)")
@@ -358,10 +362,14 @@ def fill(args, folder: Path, listing, wanted: list[Entry], link: Link) -> None:
         record["revision"] if record and args.repair and not args.revision else listing.revision
     )
     record = {
-        "source": listing.source, "place": listing.place, "repo": listing.repo, "commit": listing.commit,
-        "revision": revision, "files": record.get("files", {}),
+        "source": listing.source,
+        "place": listing.place,
+        "repo": listing.repo,
+        "commit": listing.commit,
+        "revision": revision,
+        "files": record.get("files", {}),
         "wanted": sorted({e.path for e in wanted} | (offered & set(record.get("wanted", [])))),
-    }  # fmt: skip
+    }
     model_folder.retire(folder, record, wanted, offered)
     todo = [e for e in wanted if args.repair or not is_whole(folder, record, e)]
     check_space(folder, todo)
@@ -440,7 +448,8 @@ def main(argv: list[str]) -> None:
 
 
 def outcome(argv: list[str]) -> tuple[int, str | None]:
-    """(exit code, last line) of main(): one line for what goes wrong, and the exit codes of common.cli."""
+    """(exit code, last line) of main(): one line for what goes wrong, and the exit codes of
+    common.cli."""
     try:
         main(argv)
         return 0, None

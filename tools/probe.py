@@ -1,4 +1,5 @@
-"""Ask torch, drivers and the network without being taken down by them: other processes, time limits, no exceptions.
+"""Ask torch, drivers and the network without being taken down by them: other processes, time
+limits, no exceptions.
 
 Used by tools.check_env; like it needs nothing but Python 3.8 on Linux.
 """
@@ -23,15 +24,21 @@ TOOL_SECONDS = 10
 
 
 def ask(command, seconds, env=None):
-    """(exit code, stdout, stderr) of a command; code None: no answer in time, 127: it cannot be started."""
+    """(exit code, stdout, stderr) of a command; code None: no answer in time, 127: it cannot be
+    started."""
     files = [
         os.memfd_create(name) for name in ("stdout", "stderr")
     ]  # in memory: the disk may be full
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], env=env, start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=files[0],
+            stderr=files[1],
+            env=env,
+            start_new_session=True,
             cwd=Path(__file__).resolve().parents[1],
-        )  # fmt: skip
+        )
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         code = None
@@ -47,7 +54,8 @@ def ask(command, seconds, env=None):
 
 
 def in_background(call, *args):
-    """Start call(*args) beside the rest. Returns a function: seconds to wait -> its result, None without one."""
+    """Start call(*args) beside the rest. Returns a function: seconds to wait -> its result, None
+    without one."""
     box = []
 
     def work():
@@ -65,7 +73,8 @@ def in_background(call, *args):
 
 
 def tool(*command):
-    """None where a driver's tool is not installed, else (whether it works, its first line or what is wrong)."""
+    """None where a driver's tool is not installed, else (whether it works, its first line or what
+    is wrong)."""
     code, out, err = ask(command, TOOL_SECONDS)
     if code == 127:
         return None
@@ -101,7 +110,8 @@ def ascending(ids):
 
 
 def torch_facts():
-    """{"torch": {...}, "device": {...}, ...} as another process found them; "errors": why a step has no answer."""
+    """{"torch": {...}, "device": {...}, ...} as another process found them; "errors": why a step
+    has no answer."""
     env = dict(os.environ)
     if env.get("DEVICES"):  # as launch.sh does
         env["CUDA_VISIBLE_DEVICES"] = env["DEVICES"]
@@ -159,7 +169,8 @@ def _device():
 
 
 def _cards():
-    """Name and memory of each card, after a product on it: a driver that answers may still be unable to compute."""
+    """Name and memory of each card, after a product on it: a driver that answers may still be
+    unable to compute."""
     from common import device
 
     import torch

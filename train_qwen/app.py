@@ -1,10 +1,12 @@
-"""Gradio chat with a trained model: a run's output folder, a model folder, a LoRA adapter or a hub id.
+"""Gradio chat with a trained model: a run's output folder, a model folder, a LoRA adapter or a hub
+id.
 
     python train_qwen/app.py                                # what `bash train_qwen/train_zero2.sh` left in output/
     python train_qwen/app.py --model output/train_qwen/final --port 7860 --host 127.0.0.1
     MODEL=Qwen/Qwen3-8B python train_qwen/app.py
 
-The prompt is built by the code that built the training rows (common/data/labels.py), so training and talking cannot differ.
+The prompt is built by the code that built the training rows (common/data/labels.py), so training
+and talking cannot differ.
 """
 
 import sys
@@ -20,11 +22,7 @@ from common.demo.page import (
     MAX_WAITING,
     SAMPLING,
     launch,
-    literal,
-    prose,
-    show,
-    turns_of,
-)  # noqa: F401
+)
 from common.demo.chat_model import Talker
 
 import gradio as gr
@@ -34,7 +32,8 @@ EXAMPLES = ["你是谁？", "3加5等于几？", "2加3再加4，一共是多少
 
 
 def build_demo(model: str | Path | Talker = DEFAULT) -> gr.Blocks:
-    """The chat page for a run, model or adapter folder; SystemExit with one line when there is no model."""
+    """The chat page for a run, model or adapter folder; SystemExit with one line when there is no
+    model."""
     talker = model if isinstance(model, Talker) else Talker(model)
     chat = page.Chat(talker, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
     adapter = " · LoRA" * talker.adapter
@@ -42,20 +41,30 @@ def build_demo(model: str | Path | Talker = DEFAULT) -> gr.Blocks:
     with gr.Blocks(title=f"{HERE.name} · 聊天", analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
         chatbot = gr.Chatbot(
-            show_label=False, scale=1, min_height=320, buttons=["copy"], allow_tags=False,
-            placeholder="问点什么，或选一个例子", examples=[{"text": text} for text in EXAMPLES],
-        )  # fmt: skip
+            show_label=False,
+            scale=1,
+            min_height=320,
+            buttons=["copy"],
+            allow_tags=False,
+            placeholder="问点什么，或选一个例子",
+            examples=[{"text": text} for text in EXAMPLES],
+        )
         box = gr.Textbox(
-            label="问题", show_label=False, placeholder="输入问题，回车发送", max_lines=8,
-            max_length=MAX_CHARS, **IDLE,
-        )  # fmt: skip
+            label="问题",
+            show_label=False,
+            placeholder="输入问题，回车发送",
+            max_lines=8,
+            max_length=MAX_CHARS,
+            **IDLE,
+        )
         chat.connect(chatbot, box, settings(talker))
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
 def settings(talker: Talker) -> list[gr.components.Component]:
-    """The controls under the chat, in the order of Chat.ask; their defaults are those of the run and of the model."""
+    """The controls under the chat, in the order of Chat.ask; their defaults are those of the run
+    and of the model."""
     may_think = talker.settings.get("enable_thinking") is not False
     with gr.Row():
         switches = [

@@ -1,11 +1,13 @@
-"""SFT of Qwen1.5 / Qwen2 / Qwen2.5 / Qwen3 (dense and MoE): full, LoRA (DoRA, rsLoRA), 4-bit QLoRA, frozen layers.
+"""SFT of Qwen1.5 / Qwen2 / Qwen2.5 / Qwen3 (dense and MoE): full, LoRA (DoRA, rsLoRA), 4-bit QLoRA,
+frozen layers.
 
     bash train_qwen/train_zero2.sh                                                    # built-in tiny model, sample data
     MODEL=Qwen/Qwen3-8B DATA=my.jsonl OUTPUT=out bash train_qwen/train_zero2.sh --use_lora true
     the same command again                                                            # continues after a crash
 
-Data: chat rows of any common shape (README, "Data"), e.g. {"instruction": str, "input": str, "output": str} per line.
-Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save -> report.
+Data: chat rows of any common shape (README, "Data"), e.g. {"instruction": str, "input": str,
+"output": str} per line. Order of the story: arguments -> model and tokenizer -> data -> trainer ->
+train -> measure -> save -> report.
 """
 
 import json
@@ -109,32 +111,66 @@ class Args:
 
 
 DEFAULTS = dict(
-    output_dir=str(HERE.parent / "output" / HERE.name), num_train_epochs=3, learning_rate=1e-5, weight_decay=0.0,
-    lr_scheduler_type="cosine", warmup_steps=0.03, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-    gradient_accumulation_steps=4, logging_steps=5, logging_first_step=True, save_steps=200, save_total_limit=2,
-    report_to=["tensorboard"], ddp_find_unused_parameters=False, ddp_timeout=7200,
-)  # fmt: skip
+    output_dir=str(HERE.parent / "output" / HERE.name),
+    num_train_epochs=3,
+    learning_rate=1e-5,
+    weight_decay=0.0,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,
+    per_device_train_batch_size=2,
+    per_device_eval_batch_size=2,
+    gradient_accumulation_steps=4,
+    logging_steps=5,
+    logging_first_step=True,
+    save_steps=200,
+    save_total_limit=2,
+    report_to=["tensorboard"],
+    ddp_find_unused_parameters=False,
+    ddp_timeout=7200,
+)
 LORA_LEARNING_RATE = 2e-4  # an adapter wants about ten times the rate of full fine-tuning
 TINY = dict(  # sizes and steps only
-    model_max_length=256, num_train_epochs=20, learning_rate=3e-3, adam_beta2=0.98, weight_decay=0.1, warmup_steps=0.1,
-    per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=40, save_steps=400, eval_ratio=0.1,
-    eval_generate=100, max_new_tokens=64,
-)  # fmt: skip
+    model_max_length=256,
+    num_train_epochs=20,
+    learning_rate=3e-3,
+    adam_beta2=0.98,
+    weight_decay=0.1,
+    warmup_steps=0.1,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=1,
+    logging_steps=40,
+    save_steps=400,
+    eval_ratio=0.1,
+    eval_generate=100,
+    max_new_tokens=64,
+)
 
 
 def tiny_model(texts: list[str]) -> str:
-    """Folder of the embedded default: Qwen3's architecture at toy size, its tokenizer trained on the data at hand."""
+    """Folder of the embedded default: Qwen3's architecture at toy size, its tokenizer trained on
+    the data at hand."""
     tags = ("think", "tool_call", "tool_response")
     tokenizer = tiny.make_tokenizer(
-        texts, vocab_size=4000, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", plain_tokens=[f"<{end}{tag}>" for tag in tags for end in ("", "/")],
+        texts,
+        vocab_size=4000,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        plain_tokens=[f"<{end}{tag}>" for tag in tags for end in ("", "/")],
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
-    )  # fmt: skip
+    )
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=40, initializer_range=0.05, max_position_embeddings=2048,
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=40,
+        initializer_range=0.05,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     return tiny.save_tiny(config, tokenizer, cache_root() / "tiny")
 
 
@@ -147,7 +183,8 @@ def load_tokenizer(args: Args, path: str):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str):
-    """The model in the dtype it trains in: float32 masters for full training, the half dtype for a frozen base."""
+    """The model in the dtype it trains in: float32 masters for full training, the half dtype for a
+    frozen base."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     settings = {
         "dtype": half if args.use_lora else torch.float32,
@@ -172,9 +209,11 @@ def four_bit(compute_dtype: torch.dtype):
         need = "--load_in_4bit needs a CUDA card and `pip install bitsandbytes`"
         raise SystemExit(f"{need}; this device is {device.kind()}. Use --use_lora true without it")
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-    )  # fmt: skip
+    )
 
 
 def freeze(model, layers: int) -> None:
@@ -194,10 +233,18 @@ def add_lora(model, args: Args, training: TrainingArguments):
     elif recompute:
         model.enable_input_require_grads()
     targets = adapter.linear_layers(model, args.target_modules)
-    return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha or 2 * args.lora_r,
-        lora_dropout=args.lora_dropout, target_modules=targets, use_dora=args.use_dora, use_rslora=args.use_rslora,
-    ))  # fmt: skip
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+            use_dora=args.use_dora,
+            use_rslora=args.use_rslora,
+        ),
+    )
 
 
 # 3. Data
@@ -207,7 +254,8 @@ def with_system(messages: list[dict], system: str) -> list[dict]:
 
 
 def encode(row: dict, tokenizer, args: Args, template: dict) -> dict | None:
-    """A canonical chat row -> input_ids [T], labels [T], T <= model_max_length; labels on the assistant's turns."""
+    """A canonical chat row -> input_ids [T], labels [T], T <= model_max_length; labels on the
+    assistant's turns."""
     turns = with_system(row["messages"], args.system_prompt)
     return encode_chat(tokenizer, turns, args.model_max_length, row.get("tools"), **template)
 
@@ -215,7 +263,8 @@ def encode(row: dict, tokenizer, args: Args, template: dict) -> dict | None:
 def split_and_encode(
     rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, template: dict
 ):
-    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts in `stats`."""
+    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts
+    in `stats`."""
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
     if args.leak_check:
         train, leaked = leak_check(train, args.leak_check, "chat", args.column_map or None)
@@ -298,9 +347,15 @@ def main() -> None:
         else None
     )
     trainer = RecipeTrainer(
-        model=model, args=training, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
-        processing_class=tokenizer, measure=measure, describe_row=lambda i: train_ids[i]["source"],
-    )  # fmt: skip
+        model=model,
+        args=training,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=collator,
+        processing_class=tokenizer,
+        measure=measure,
+        describe_row=lambda i: train_ids[i]["source"],
+    )
 
     # 4. Train, measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)

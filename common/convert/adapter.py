@@ -10,13 +10,18 @@ from pathlib import Path
 
 BASE_FILE = "base_model.json"
 PLAIN = {  # settings of an adapter whose update is s B A and nothing else
-    "peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {},
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
     "alpha_pattern": {},
-}  # fmt: skip
+}
 
 
 def linear_layers(model, names: str) -> str | list[str]:
-    """peft's target_modules from "all-linear" or names with commas; SystemExit for a name that no layer has.
+    """peft's target_modules from "all-linear" or names with commas; SystemExit for a name that no
+    layer has.
 
     peft itself complains only when not one of several names is found.
     """
@@ -45,7 +50,8 @@ def linear_layers(model, names: str) -> str | list[str]:
 def base_fingerprint(model: str) -> str:
     """sha256 over evenly spread samples of the weight files of `model` (folder or hub id).
 
-    Reads about 4 MiB, not the whole model: two fine-tunes of one architecture differ in nearly every block.
+    Reads about 4 MiB, not the whole model: two fine-tunes of one architecture differ in nearly
+    every block.
     """
     digest, block = hashlib.sha256(), 1 << 16
     folder = _folder(model)
@@ -74,14 +80,16 @@ def _folder(model: str) -> Path:
 
 
 def remember_base(folder: str | Path, base: str) -> None:
-    """Leave the base model's name and fingerprint beside an adapter. Rank 0 writes, the others return at once."""
+    """Leave the base model's name and fingerprint beside an adapter. Rank 0 writes, the others
+    return at once."""
     if int(os.environ.get("RANK", 0)) == 0:
         content = {"base_model": base, "fingerprint": base_fingerprint(base)}
         (Path(folder) / BASE_FILE).write_text(json.dumps(content, indent=1))
 
 
 def check_base(folder: str | Path, base: str | None = None) -> str:
-    """The base model to use with the adapter in `folder`; SystemExit when the given `base` is another model."""
+    """The base model to use with the adapter in `folder`; SystemExit when the given `base` is
+    another model."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise SystemExit(f"{folder} is not an adapter: it has no adapter_config.json")
@@ -105,7 +113,8 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
 
 
 def read_plain(folder: str | Path) -> tuple[dict, dict]:
-    """A peft folder, weights in either of its formats -> (settings, tensors); SystemExit unless it is plain LoRA."""
+    """A peft folder, weights in either of its formats -> (settings, tensors); SystemExit unless it
+    is plain LoRA."""
     from safetensors.torch import load_file
 
     from common.convert.weight_files import read_pickle
@@ -126,7 +135,8 @@ def read_plain(folder: str | Path) -> tuple[dict, dict]:
 
 
 def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> list[str]:
-    """Write a peft folder for the model `base`, which it remembers -> the kinds of layers the adapter is on."""
+    """Write a peft folder for the model `base`, which it remembers -> the kinds of layers the
+    adapter is on."""
     from safetensors.torch import save_file
 
     from common.convert.weight_files import Draft
@@ -145,7 +155,8 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
 
 
 def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
-    """Write base + adapter as an ordinary model folder `out`, in the base's dtype, with the adapter's tokenizer."""
+    """Write base + adapter as an ordinary model folder `out`, in the base's dtype, with the
+    adapter's tokenizer."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

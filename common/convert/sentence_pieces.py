@@ -1,4 +1,5 @@
-"""A sentencepiece BPE -> the parts of a fast tokenizer with the same ids; each recipe adds what is its model's own."""
+"""A sentencepiece BPE -> the parts of a fast tokenizer with the same ids; each recipe adds what is
+its model's own."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,8 @@ def read_model(
     pieces: Iterable[str],
     refusals: Callable[[model_pb2.ModelProto], dict] = lambda proto: {},
 ) -> model_pb2.ModelProto:
-    """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast tokenizer cannot.
+    """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast
+    tokenizer cannot.
 
     pieces: that it must have; refusals: further reasons to refuse it -> whether they hold.
     """
@@ -40,8 +42,8 @@ def read_model(
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Pieces with scores -> the pairs that sentencepiece joins, in its order: best result first.
 
-    Of two pairs with one result the one with the longer left part comes first: where they overlap it begins further
-    left, and sentencepiece takes the leftmost.
+    Of two pairs with one result the one with the longer left part comes first: where they overlap
+    it begins further left, and sentencepiece takes the leftmost.
     """
     pairs = [
         (-score, -cut, piece[:cut], piece[cut:])

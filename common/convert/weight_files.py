@@ -1,4 +1,5 @@
-"""Weights of checkpoint folders: read one tensor at a time, written shard by shard; nothing is ever run as code."""
+"""Weights of checkpoint folders: read one tensor at a time, written shard by shard; nothing is ever
+run as code."""
 
 import json
 import os
@@ -16,7 +17,8 @@ SHARD_GB = 4.0
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a torch.save file, mapped from disk where it allows that. SystemExit for anything but tensors."""
+    """The tensors of a torch.save file, mapped from disk where it allows that. SystemExit for
+    anything but tensors."""
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise SystemExit(
@@ -63,8 +65,9 @@ class Weights(Mapping):
     @staticmethod
     def _files(folder: Path) -> list[Path]:
         for index, pattern in (
-            ("model.safetensors.index.json", "*.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
-        ):  # fmt: skip
+            ("model.safetensors.index.json", "*.safetensors"),
+            ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+        ):
             found = sorted(folder.glob(pattern))
             if (folder / index).is_file() and found:
                 named = set(
@@ -114,7 +117,8 @@ def check_shape(name: str, found, expected) -> None:
 def save_sharded(
     tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_gb: float = SHARD_GB
 ) -> int:
-    """Write (name, tensor) pairs as model*.safetensors, several with an index; memory holds one. -> bytes in all."""
+    """Write (name, tensor) pairs as model*.safetensors, several with an index; memory holds one. ->
+    bytes in all."""
     shards, batch, held, total = [], {}, 0, 0
 
     def flush() -> None:
@@ -144,7 +148,8 @@ def save_sharded(
 
 
 class Draft:
-    """`with Draft(out) as folder`: a folder beside `out` that takes its name when all has been written."""
+    """`with Draft(out) as folder`: a folder beside `out` that takes its name when all has been
+    written."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)

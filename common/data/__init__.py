@@ -1,1 +1,2 @@
-"""From the files people have to rows of tokens: files, shapes, load, cache, split, labels, prepare."""
+"""From the files people have to rows of tokens: files, shapes, load, cache, split, labels,
+prepare."""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def write_rows(rows: Iterator[dict], path: Path) -> None:
-    """{"row", "prompt_key", "source"} one by one -> an Arrow stream file; some thousand rows are alive at a time."""
+    """{"row", "prompt_key", "source"} one by one -> an Arrow stream file; some thousand rows are
+    alive at a time."""
     import pyarrow as pa
 
     schema = pa.schema([("row", pa.string()), ("prompt_key", pa.int64()), ("source", pa.string())])
@@ -27,7 +28,8 @@ def write_rows(rows: Iterator[dict], path: Path) -> None:
 
 
 def _whole(folder: Path):
-    """(Dataset, stats) of a cache folder, or None where it is absent or torn (a file missing or of another size)."""
+    """(Dataset, stats) of a cache folder, or None where it is absent or torn (a file missing or of
+    another size)."""
     from datasets import Dataset, concatenate_datasets
 
     try:
@@ -53,8 +55,9 @@ def cache_root(cache_dir=None) -> Path:
 def cached(key: str, build: Callable[[Path], dict], cache_dir=None):
     """(Dataset, stats) of `key`: from the cache, or built once while other processes wait.
 
-    build(folder) writes Arrow stream files (*.arrow, read in the order of their names) into an empty folder and
-    returns stats that JSON can hold. The folder gets its name only when whole; it is rebuilt if its files changed."""
+    build(folder) writes Arrow stream files (*.arrow, read in the order of their names) into an
+    empty folder and returns stats that JSON can hold. The folder gets its name only when whole; it
+    is rebuilt if its files changed."""
     from filelock import FileLock
 
     root = cache_root(cache_dir)

@@ -1,7 +1,8 @@
-"""Files -> records: paths with weights, folders, gz, encodings, and readers that say which line is wrong.
+"""Files -> records: paths with weights, folders, gz, encodings, and readers that say which line is
+wrong.
 
-Own readers, because `datasets` names neither file nor line of what is wrong, and takes nulls, numbers and unknown
-columns without a word.
+Own readers, because `datasets` names neither file nor line of what is wrong, and takes nulls,
+numbers and unknown columns without a word.
 """
 
 import codecs
@@ -23,7 +24,8 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 
 
 def entries(data_path) -> list[tuple[Path, float | None]]:
-    """Text like `a b` or `a:0.7 b:0.3`, or a list of such words -> paths with weights (None where none is given)."""
+    """Text like `a b` or `a:0.7 b:0.3`, or a list of such words -> paths with weights (None where
+    none is given)."""
     if isinstance(data_path, Path) or (
         isinstance(data_path, str) and Path(data_path).expanduser().exists()
     ):
@@ -98,9 +100,11 @@ def _open(path: Path):
 
 
 def encoding_of(path: Path) -> str:
-    """utf-8 (with or without BOM), utf-16 by its BOM, else a vote of the lines between utf-8 and GB18030.
+    """utf-8 (with or without BOM), utf-16 by its BOM, else a vote of the lines between utf-8 and
+    GB18030.
 
-    The vote: GB18030 reads most UTF-8 Chinese as other characters, so one bad byte must not turn the whole file."""
+    The vote: GB18030 reads most UTF-8 Chinese as other characters, so one bad byte must not turn
+    the whole file."""
     if suffix_of(path) == ".parquet":
         return "binary"
     with _readable(path), _open(path) as file:
@@ -136,7 +140,8 @@ def _json_lines(lines) -> Iterator:
 
 
 def _json_objects(text, path: Path) -> Iterator:
-    """A JSON array, or objects one after another, parsed one object at a time from a moving buffer."""
+    """A JSON array, or objects one after another, parsed one object at a time from a moving
+    buffer."""
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*")
     buffer, at, line, ended = "", 0, 1, False
     while True:
@@ -166,7 +171,8 @@ def _json_objects(text, path: Path) -> Iterator:
 
 
 def _table(lines, path: Path) -> Iterator:
-    """csv or tsv; the delimiter is the one that the header uses most, cells may hold line breaks."""
+    """csv or tsv; the delimiter is the one that the header uses most, cells may hold line
+    breaks."""
     lines = (line.replace("\0", "") for line in lines)
     header = next(lines, "")
     delimiter = "\t" if suffix_of(path) == ".tsv" else max(",\t;", key=header.count)
@@ -207,7 +213,8 @@ def _parquet(path: Path) -> Iterator:
 
 
 def records(path: Path, encoding: str) -> Iterator:
-    """(line or row number, record or BadRow) of one file. Bytes that do not decode become surrogates, found later."""
+    """(line or row number, record or BadRow) of one file. Bytes that do not decode become
+    surrogates, found later."""
     suffix = suffix_of(path)
     with _readable(path):
         if suffix == ".parquet":

@@ -1,8 +1,10 @@
-"""Messages -> input_ids and labels through the tokenizer's own chat template; no format and no token id stands here.
+"""Messages -> input_ids and labels through the tokenizer's own chat template; no format and no
+token id stands here.
 
-How the trained text is found: the conversation is rendered twice, plainly and with invisible private-use characters
-around every text. Without those characters both renderings must be equal, so they tell, in the plain one, what the
-template wrote and what the data wrote, whatever the template strips, moves or drops (earlier thinking).
+How the trained text is found: the conversation is rendered twice, plainly and with invisible
+private-use characters around every text. Without those characters both renderings must be equal, so
+they tell, in the plain one, what the template wrote and what the data wrote, whatever the template
+strips, moves or drops (earlier thinking).
 """
 
 import hashlib
@@ -27,7 +29,9 @@ class _Facts(NamedTuple):
     special: re.Pattern  # any special token
     special_ids: frozenset
     tags: re.Pattern  # tags the template itself may look for inside texts, like </think>
-    headers: tuple  # what announces an answer, longest first: the generation prompt, and what earlier turns have of it
+    # what announces an answer, longest first: the generation prompt, and what earlier turns have of
+    # it
+    headers: tuple
     end: str  # the special tokens after a plain answer, or nothing
     tracks: bool  # the template says itself what is generated: {% generation %}
     by_offset: (
@@ -36,7 +40,8 @@ class _Facts(NamedTuple):
 
 
 def set_template(tokenizer, path_or_text):
-    """Give `tokenizer` the chat template in a file, or the Jinja text itself. Raises SystemExit when it is neither."""
+    """Give `tokenizer` the chat template in a file, or the Jinja text itself. Raises SystemExit
+    when it is neither."""
     import jinja2
 
     is_text = "{%" in path_or_text or "{{" in path_or_text
@@ -57,7 +62,8 @@ def set_template(tokenizer, path_or_text):
 
 
 def fingerprint(tokenizer):
-    """A short hash of all that decides how rows become tokens: vocabulary, special tokens, chat template, this file."""
+    """A short hash of all that decides how rows become tokens: vocabulary, special tokens, chat
+    template, this file."""
     vocabulary = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast
@@ -73,14 +79,16 @@ def fingerprint(tokenizer):
 
 
 def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
-    """One conversation -> {"input_ids": [T], "labels": [T], "truncated": bool} with T <= max_length, or None.
+    """One conversation -> {"input_ids": [T], "labels": [T], "truncated": bool} with T <=
+    max_length, or None.
 
-    Every assistant turn is trained, from where generation would start to its end token, and nothing else; eos is
-    added where the template leaves the last answer open. None only when there is nothing to train. Special tokens
-    written inside the texts are encoded as plain text. `tools` and `template_kwargs` go to the template. Too long a
-    row loses its oldest exchanges, then the middle of what is left of its prompt (never below a quarter of the
-    window), then the tail of its answer before the end token. Raises ValueError for a row that the template refuses,
-    shows only in part, or rewrites so that its answers cannot be found; SystemExit when there is no template.
+    Every assistant turn is trained, from where generation would start to its end token, and nothing
+    else; eos is added where the template leaves the last answer open. None only when there is
+    nothing to train. Special tokens written inside the texts are encoded as plain text. `tools` and
+    `template_kwargs` go to the template. Too long a row loses its oldest exchanges, then the middle
+    of what is left of its prompt (never below a quarter of the window), then the tail of its answer
+    before the end token. Raises ValueError for a row that the template refuses, shows only in part,
+    or rewrites so that its answers cannot be found; SystemExit when there is no template.
     """
     ids, labels = _encode(tokenizer, messages, tools, False, template_kwargs)
     if all(label == IGNORE for label in labels):
@@ -96,12 +104,14 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
 
 
 def encode_prompt(tokenizer, messages, tools=None, **template_kwargs):
-    """Messages -> token ids [T] that generation starts from: the same tokens as before the answer in training."""
+    """Messages -> token ids [T] that generation starts from: the same tokens as before the answer
+    in training."""
     return _encode(tokenizer, messages, tools, True, template_kwargs)[0]
 
 
 def preview(tokenizer, input_ids, labels, color=True):
-    """The row as text, what is trained in green and the rest in grey; without colour what is trained in [[ ]].
+    """The row as text, what is trained in green and the rest in grey; without colour what is
+    trained in [[ ]].
 
     Runs of equal mask are decoded whole: a single token may be a third of a Chinese character.
     """
@@ -118,7 +128,8 @@ def preview(tokenizer, input_ids, labels, color=True):
 
 
 def _render(tokenizer, template, messages, tools, prompt, kwargs, tracks=False):
-    """-> (text, spans in it that {% generation %} marks). Raises ValueError when the template refuses the messages."""
+    """-> (text, spans in it that {% generation %} marks). Raises ValueError when the template
+    refuses the messages."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -183,7 +194,8 @@ def _headers_and_end(tokenizer, template, special, kwargs):
         )  # it wants more than one question: texts are then trained from their own start
     found = re.compile(f"({special.pattern})+").search(once, once.find(answer) + 1)
     tail = asked.partition(question)[2]
-    # "[INST] .. [/INST]": the answer follows what the template writes after a question, with its blanks if they stay
+    # "[INST] .. [/INST]": the answer follows what the template writes after a question, with its
+    # blanks if they stay
     header, short = tail.lstrip(), tail.strip()
     if prompt != asked:
         header = prompt.partition(question)[2].removeprefix(tail)
@@ -201,11 +213,12 @@ def _any_of(names):
 
 
 def _mark(messages, tools, facts, level, taken):
-    """Copies of messages and tools whose texts stand between two marks, and {mark: (message index, opening mark)}.
+    """Copies of messages and tools whose texts stand between two marks, and {mark: (message index,
+    opening mark)}.
 
-    Marks stand inside the outer blanks of a text and beside the tags the template looks for, so that the template
-    strips and splits as before. Level 2 marks contents and arguments of tool calls, 1 contents, 0 neither; special
-    tokens are marked in all strings but roles.
+    Marks stand inside the outer blanks of a text and beside the tags the template looks for, so
+    that the template strips and splits as before. Level 2 marks contents and arguments of tool
+    calls, 1 contents, 0 neither; special tokens are marked in all strings but roles.
     """
     free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in taken)
     owner = {}
@@ -247,7 +260,8 @@ def _mark(messages, tools, facts, level, taken):
 
 
 def _parts(text, tags):
-    """Spans of `text` between tags, without outer blanks; blank ones are left out (templates test for empty texts)."""
+    """Spans of `text` between tags, without outer blanks; blank ones are left out (templates test
+    for empty texts)."""
     spans, at = [], 0
     for start, end in [*(m.span() for m in tags.finditer(text)), (len(text), 0)]:
         piece = text[at:start]
@@ -258,7 +272,8 @@ def _parts(text, tags):
 
 
 def _unmark(marked, owner):
-    """-> (text without marks, [(start, end, message index)] in it), or (None, []) when a mark lost its other half."""
+    """-> (text without marks, [(start, end, message index)] in it), or (None, []) when a mark lost
+    its other half."""
     parts, spans, opened, at, size = [], [], {}, 0, 0
     for match in _PRIVATE.finditer(marked):
         mark = match.group()
@@ -277,7 +292,8 @@ def _unmark(marked, owner):
 
 
 def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
-    """-> (text, turns [(start, end)], spans of special tokens that are data, whether the last answer lacks its end)."""
+    """-> (text, turns [(start, end)], spans of special tokens that are data, whether the last
+    answer lacks its end)."""
     text, tracked = _render(
         tokenizer, facts.template, messages, tools, prompt, kwargs, facts.tracks
     )
@@ -307,7 +323,8 @@ def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
 
 
 def _tracked_turns(literal, tracked, facts):
-    """The template's own spans, made to end with the end token (masks leave it out, or go on to the newline)."""
+    """The template's own spans, made to end with the end token (masks leave it out, or go on to the
+    newline)."""
     turns, ended = [], True
     for start, end in tracked:
         if start == end:
@@ -324,10 +341,12 @@ def _tracked_turns(literal, tracked, facts):
 
 
 def _turns(text, messages, spans, data, prompt, facts):
-    """-> ([(start, end)] of the assistant turns, whether the template left the last one without an end token).
+    """-> ([(start, end)] of the assistant turns, whether the template left the last one without an
+    end token).
 
-    A turn starts after its header, or else at its text, and ends after the end token, or else after the first special
-    token that the template wrote, or else with its text. `spans` None: only the headers tell.
+    A turn starts after its header, or else at its text, and ends after the end token, or else after
+    the first special token that the template wrote, or else with its text. `spans` None: only the
+    headers tell.
     """
     literal = _blank(
         text, data if spans is None else [span[:2] for span in spans]
@@ -375,7 +394,8 @@ def _check(message, turn, text_lost):
 
 
 def _start(literal, own, starts, cursor, headers):
-    """-> (start of the turn, end of its text, where the next text starts); empty if the template left it out."""
+    """-> (start of the turn, end of its text, where the next text starts); empty if the template
+    left it out."""
 
     def next_text(at):
         after = bisect_left(starts, at)
@@ -439,7 +459,8 @@ def _encode(tokenizer, messages, tools, prompt, kwargs):
 
 
 def _pieces(text, turns, data):
-    """[(piece, trained, data)]: the text cut at the ends of turns and of the special tokens that are data."""
+    """[(piece, trained, data)]: the text cut at the ends of turns and of the special tokens that
+    are data."""
     starts, ends = {start for start, _ in turns}, {end for _, end in turns}
     plain = dict(data)
     cuts = sorted({0, len(text), *starts, *ends, *plain, *plain.values()})
@@ -495,7 +516,8 @@ def _offsets(tokenizer, piece, start, plain, facts):
 
 
 def _drop_oldest(tokenizer, messages, max_length, tools, kwargs):
-    """(ids, labels) of the most exchanges (system, then the newest ones) that fit, or of the newest alone, or None."""
+    """(ids, labels) of the most exchanges (system, then the newest ones) that fit, or of the newest
+    alone, or None."""
     said = [
         i
         for i, m in enumerate(messages)
@@ -523,7 +545,8 @@ def _drop_oldest(tokenizer, messages, max_length, tools, kwargs):
 
 
 def _shrink(tokenizer, ids, labels, room):
-    """Cut one exchange to `room` tokens: middles of what is not trained, then tails of what is, never an end token."""
+    """Cut one exchange to `room` tokens: middles of what is not trained, then tails of what is,
+    never an end token."""
     if len(ids) <= room:
         return ids, labels
     last = max(i for i, label in enumerate(labels) if label != IGNORE) + 1

@@ -2,7 +2,8 @@
 
     rows, stats = load_rows("a.jsonl:0.7 folder_b:0.3", kind="chat")
 
-No torch, no process group: N ranks may call everything at once, one works and the others wait on a file lock.
+No torch, no process group: N ranks may call everything at once, one works and the others wait on a
+file lock.
 """
 
 import hashlib
@@ -36,7 +37,8 @@ def _columns(column_map) -> dict[str, str]:
 
 
 def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
-    """The shape of a file, from its first records as they are after renaming; one clear line where there is none."""
+    """The shape of a file, from its first records as they are after renaming; one clear line where
+    there is none."""
     seen = ", ".join(name[:40] for name in list(dict.fromkeys(chain(*head)))[:20])
     if absent := [name for name in renames if not any(name in record for record in head)]:
         raise SystemExit(f"{path}: column_map: no column {', '.join(absent)}; columns seen: {seen}")
@@ -147,7 +149,8 @@ def _refuse_useless(path: Path, stats: dict) -> None:
 
 
 def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_dir):
-    """One path of the command line -> (Dataset, stats), from the cache where its contents are known."""
+    """One path of the command line -> (Dataset, stats), from the cache where its contents are
+    known."""
     paths, ignored = files.data_files(path)
     contents = [(str(p), files.sha256(p)) for p in paths]
     key = json.dumps(["rows", VERSION, kind, renames, contents])
@@ -187,16 +190,20 @@ def load_rows(
 ):
     """Files, folders or several of them -> (datasets.Dataset, stats).
 
-    data_path: path, "a b", "a:0.7 b:0.3", or a list of such. Weights are proportions of the result: the most rows that
-    keep them with no row twice, drawn by `seed`. A .txt line is a row of kind "text".
-    kind: "chat", "preference" or "text"; column_map: "ours=theirs,…" or a dict, applied before the shape is detected.
+    data_path: path, "a b", "a:0.7 b:0.3", or a list of such. Weights are proportions of the result:
+    the most rows that keep them with no row twice, drawn by `seed`. A .txt line is a row of kind
+    "text".
+    kind: "chat", "preference" or "text"; column_map: "ours=theirs,…" or a dict, applied before the
+        shape is detected.
     strict: the first unusable row ends the run instead of being counted.
-    cache_dir: where Arrow files are kept (default $DANPU_CACHE or ~/.cache/danpu), keyed by the contents of the files.
+    cache_dir: where Arrow files are kept (default $DANPU_CACHE or ~/.cache/danpu), keyed by the
+        contents of the files.
 
-    Columns: row (canonical JSON, see common/data/shapes.py), prompt_key (int64, hash of the normalised prompt), source
-    ("file:line", "file:row" for parquet). stats: {read, used, dropped {reason: n}, examples {reason: "file:line: …"},
-    shapes {file: shape}, encodings {file: name}, ignored [names], sha256}, with weights also not_drawn.
-    SystemExit with one line for everything the user has to repair."""
+    Columns: row (canonical JSON, see common/data/shapes.py), prompt_key (int64, hash of the
+    normalised prompt), source ("file:line", "file:row" for parquet). stats: {read, used, dropped
+    {reason: n}, examples {reason: "file:line: …"}, shapes {file: shape}, encodings {file: name},
+    ignored [names], sha256}, with weights also not_drawn. SystemExit with one line for everything
+    the user has to repair."""
     from datasets import concatenate_datasets
 
     entries, renames = files.entries(data_path), _columns(column_map)
@@ -241,7 +248,8 @@ def _merged(all_stats: list[dict]) -> dict:
 
 
 def summary(stats: dict) -> str:
-    """The lines to print about a load: counts, each reason with its example, shapes and encodings found."""
+    """The lines to print about a load: counts, each reason with its example, shapes and encodings
+    found."""
     kinds = {f"{shape} ({stats['encodings'][file]})" for file, shape in stats["shapes"].items()}
     found = ", ".join(sorted(kinds))
     lines = [

@@ -14,7 +14,8 @@ FORKED_FROM = 5000  # fewer rows than this are tokenised faster than worker proc
 
 
 class _Stop(Exception):
-    """A SystemExit on its way out of a worker process, where it would end the worker without a word."""
+    """A SystemExit on its way out of a worker process, where it would end the worker without a
+    word."""
 
 
 def _encoded(
@@ -74,15 +75,18 @@ def tokenise(
     cache_dir=None,
     required=True,
 ):
-    """load_rows' Dataset -> (Dataset of token rows, counts), cached; safe when N ranks call it at once.
+    """load_rows' Dataset -> (Dataset of token rows, counts), cached; safe when N ranks call it at
+    once.
 
-    encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool}, a list of such, or None. It must depend on
-    nothing that `key` does not name (tokenizer, template, max length, version of the code). columns: the lists of ints
-    it returns.
-    A ValueError of encode drops the row under its text. required: SystemExit when no row is left.
+    encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool}, a list of such, or
+    None. It must depend on nothing that `key` does not name (tokenizer, template, max length,
+    version of the code). columns: the lists of ints it returns. A ValueError of encode drops the
+    row under its text. required: SystemExit when no row is left.
     num_proc: worker processes (default: all cores; 1 below 5,000 rows).
-    Columns: `columns` as int32, length (tokens), truncated, source. Rows without a label are dropped.
-    counts: {"rows", "truncated", "dropped": {"no label left": n}, "examples", "tokens", "label_tokens"}."""
+    Columns: `columns` as int32, length (tokens), truncated, source. Rows without a label are
+    dropped.
+    counts: {"rows", "truncated", "dropped": {"no label left": n}, "examples", "tokens",
+        "label_tokens"}."""
     from datasets import Features, List, Value
 
     columns = tuple(columns)
@@ -108,7 +112,8 @@ def tokenise(
                 features=Features(features),
                 cache_file_name=str(folder / "tokens.arrow"),
                 load_from_cache_file=False,
-                new_fingerprint="tokens",  # the folder has its own key; hashing a tokenizer is slow and unstable
+                # the folder has its own key; hashing a tokenizer is slow and unstable
+                new_fingerprint="tokens",
                 desc="tokenise",
             )
         except _Stop as stop:

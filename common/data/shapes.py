@@ -5,7 +5,8 @@ chat        {"messages": [{"role", "content", "reasoning_content"?, "tool_calls"
 preference  {"prompt": [messages], "chosen": [messages], "rejected": [messages], "tools"?}
 text        {"text": str}
 
-A shape is a name, the columns it needs, a test on one record and a conversion; a new shape is a line in a table.
+A shape is a name, the columns it needs, a test on one record and a conversion; a new shape is a
+line in a table.
 """
 
 import json
@@ -17,7 +18,8 @@ from typing import NamedTuple
 
 
 class BadRow(ValueError):
-    """A record that cannot be used: `reason` is what it is counted under, `detail` is shown with the one example."""
+    """A record that cannot be used: `reason` is what it is counted under, `detail` is shown with
+    the one example."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -78,7 +80,8 @@ FOLLOWS = {
 
 
 def _calls(value) -> list[dict]:
-    """Tool calls in OpenAI's or the bare {"name", "arguments"} form, arguments a dict or a JSON string."""
+    """Tool calls in OpenAI's or the bare {"name", "arguments"} form, arguments a dict or a JSON
+    string."""
     calls = []
     value = _parsed(value, "tool_calls") or []
     for call in value if isinstance(value, list) else [value]:
@@ -121,7 +124,8 @@ def _message(turn) -> dict:
 
 
 def _messages(turns, row: dict) -> tuple[list[dict], dict]:
-    """Turns and the row around them -> (messages, {"tools": [...]} or {}); blank system turns vanish."""
+    """Turns and the row around them -> (messages, {"tools": [...]} or {}); blank system turns
+    vanish."""
     turns = _parsed(turns, "turns")
     if not isinstance(turns, list):
         raise BadRow("no turns")
@@ -155,7 +159,8 @@ TURN = re.compile(r"(?:\A|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
 
 
 def _spoken(text: str) -> list[dict]:
-    """`Human: … Assistant: …` text -> turns; a last `Assistant:` with nothing behind it is where the answer goes."""
+    """`Human: … Assistant: …` text -> turns; a last `Assistant:` with nothing behind it is where
+    the answer goes."""
     before, *parts = TURN.split(text.replace("\0", ""))
     if before.strip() or not parts:
         raise BadRow("no Human:/Assistant: turns")
@@ -228,7 +233,8 @@ def _completion(row: dict, prompt: str, answer: str) -> dict:
 
 
 def _framed(text: str) -> str:
-    """`Instruction: … Input: … Answer:` -> instruction and input joined by a newline; other texts stay as they are."""
+    """`Instruction: … Input: … Answer:` -> instruction and input joined by a newline; other texts
+    stay as they are."""
     inner, head, tail = text.strip(), "Instruction:", "\nAnswer:"
     if not (inner.startswith(head) and inner.endswith(tail)):
         return text
@@ -326,7 +332,8 @@ CHAT = [
 
 
 def _reply(value, name: str) -> list[dict]:
-    """An answer given as text, as one turn or as a list of turns (then maybe the whole dialogue)."""
+    """An answer given as text, as one turn or as a list of turns (then maybe the whole
+    dialogue)."""
     if isinstance(value, str) or value is None:
         return [{"role": "assistant", "content": _filled({name: value}, name, "empty answer")}]
     if not isinstance(value, dict | list) or not value:
@@ -467,7 +474,8 @@ SHAPES = {"chat": CHAT, "preference": PREFERENCE, "text": TEXT}
 
 
 def detect(kind: str, head: list[dict]) -> Shape | None:
-    """The shape of `kind` that most of the first records have (the earlier line of the table wins a tie), or None."""
+    """The shape of `kind` that most of the first records have (the earlier line of the table wins a
+    tie), or None."""
     votes = [sum(map(shape.matches, head)) for shape in SHAPES[kind]]
     return SHAPES[kind][votes.index(max(votes))] if any(votes) else None
 
@@ -478,7 +486,8 @@ def normalise(text: str) -> str:
 
 
 def prompt_of(row: dict) -> str:
-    """What a canonical row asks, normalised: all turns before the last answer but the system's, or the whole text."""
+    """What a canonical row asks, normalised: all turns before the last answer but the system's, or
+    the whole text."""
     if "text" in row:
         return normalise(row["text"])
     turns = row["prompt"] if "prompt" in row else row["messages"][:-1]

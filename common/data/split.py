@@ -1,4 +1,5 @@
-"""Held-out rows that share no prompt with the others, and rows of a test file kept out of training."""
+"""Held-out rows that share no prompt with the others, and rows of a test file kept out of
+training."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from common.data import shapes
 from common.data.load import load_rows
 
 GRAM = 13  # characters; the window of the near-duplicate check
-NEAR = 0.3  # a prompt is leaked if this share of its 13-grams stands in the test prompts (one edit costs 13 of them)
+# a prompt is leaked if this share of its 13-grams stands in the test prompts (one edit costs 13 of
+# them)
+NEAR = 0.3
 BOILERPLATE = (
     3  # 13-grams in more test prompts than this are an instruction they share, not their content
 )
@@ -24,9 +27,11 @@ def _column(dataset, name: str) -> np.ndarray:
 
 
 def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int = 0):
-    """(train, eval) by the hash of the prompt: equal prompts are always on one side, added rows move few others.
+    """(train, eval) by the hash of the prompt: equal prompts are always on one side, added rows
+    move few others.
 
-    eval has at most min(max_eval, eval_ratio * rows) rows, but one whole prompt where there are two or more."""
+    eval has at most min(max_eval, eval_ratio * rows) rows, but one whole prompt where there are two
+    or more."""
     if not 0 <= eval_ratio < 1:
         raise SystemExit(f"eval_ratio {eval_ratio}: must be at least 0 and below 1")
     prompts, member, sizes = np.unique(
@@ -58,7 +63,8 @@ def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _grams(text: str) -> np.ndarray:
-    """Distinct hashes of the 13-character windows of a text without its whitespace; none for a shorter text."""
+    """Distinct hashes of the 13-character windows of a text without its whitespace; none for a
+    shorter text."""
     codes = np.frombuffer("".join(text.split()).encode("utf-32-le"), np.uint32).astype(np.uint64)
     if len(codes) < GRAM:
         return np.zeros(0, np.uint64)
@@ -76,8 +82,9 @@ def _prompts(dataset) -> Iterator[str]:
 def leak_check(train, test_path, kind: str = "chat", column_map=None, cache_dir=None):
     """(train without the rows whose prompt stands in the test files, how many went).
 
-    Equal normalised prompts, and near ones: 30 % (NEAR) of a prompt's 13-grams stand in the test prompts, not counting
-    13-grams that more than 3 (BOILERPLATE) test prompts share, which are a common instruction."""
+    Equal normalised prompts, and near ones: 30 % (NEAR) of a prompt's 13-grams stand in the test
+    prompts, not counting 13-grams that more than 3 (BOILERPLATE) test prompts share, which are a
+    common instruction."""
     test, _ = load_rows(test_path, kind, column_map, cache_dir=cache_dir)
     exact = np.isin(_column(train, "prompt_key"), _column(test, "prompt_key"))
     seen, times = np.unique(

@@ -1,4 +1,5 @@
-"""Talk to a trained model: load what a run left, stream an answer, stop it, switch its adapter off."""
+"""Talk to a trained model: load what a run left, stream an answer, stop it, switch its adapter
+off."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ REFRESH = 0.05  # seconds between two looks at a growing answer
 
 
 def find_model(model: str | Path) -> str:
-    """A run's output folder -> its final/; a folder with a model or an adapter, and a hub id, stay as they are."""
+    """A run's output folder -> its final/; a folder with a model or an adapter, and a hub id, stay
+    as they are."""
     folder = Path(model)
     folder = folder / "final" if (folder / "final").is_dir() else folder
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -31,12 +33,14 @@ def find_model(model: str | Path) -> str:
 class Talker:
     """A model that answers one conversation at a time, token by token.
 
-    adapter: whether it can be switched off; can_think: the template knows enable_thinking; window: tokens;
+    adapter: whether it can be switched off; can_think: the template knows enable_thinking; window:
+        tokens;
     settings: the arguments of the run that left it, {} when there is no run.json beside it.
     """
 
     def __init__(self, model: str | Path):
-        """Load `model` (see find_model) on this machine's device: half precision on accelerators, float32 on a CPU."""
+        """Load `model` (see find_model) on this machine's device: half precision on accelerators,
+        float32 on a CPU."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,7 +70,8 @@ class Talker:
         self.lock = threading.Lock()
 
     def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
-        """Token ids that generation starts from; the oldest exchanges go until `room` more fit in the window."""
+        """Token ids that generation starts from; the oldest exchanges go until `room` more fit in
+        the window."""
         template = {"enable_thinking": thinking} if self.can_think else {}
         head = 1 if messages[0]["role"] == "system" else 0
         while True:
@@ -84,7 +89,8 @@ class Talker:
         max_new_tokens: int = 512,
         **sampling,
     ) -> Iterator[tuple[str, int]]:
-        """Chat messages -> (answer so far, its tokens), some times a second while it grows; the last one is whole.
+        """Chat messages -> (answer so far, its tokens), some times a second while it grows; the
+        last one is whole.
 
         stop: ends the answer within one token when set; leaving the iteration does the same.
         sampling: temperature (0, the default: greedy), top_p, top_k, repetition_penalty.
@@ -148,10 +154,16 @@ class Talker:
         drawn = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k)}
         ids = torch.tensor([prompt], device=self.model.device)
         self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=temperature > 0,
-            **(drawn if temperature > 0 else dict.fromkeys(drawn)), repetition_penalty=repetition_penalty,
-            eos_token_id=ends, pad_token_id=ends[0], stopping_criteria=StoppingCriteriaList([heard]),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=room,
+            do_sample=temperature > 0,
+            **(drawn if temperature > 0 else dict.fromkeys(drawn)),
+            repetition_penalty=repetition_penalty,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            stopping_criteria=StoppingCriteriaList([heard]),
+        )
 
 
 def split_thought(text: str) -> tuple[str, str, bool]:

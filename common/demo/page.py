@@ -1,4 +1,5 @@
-"""What the Gradio pages share: texts made safe to show, looks, controls of sampling, and a chat of one column."""
+"""What the Gradio pages share: texts made safe to show, looks, controls of sampling, and a chat of
+one column."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def literal(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text anyway)."""
+    """Markdown of a model, whose HTML tags are shown instead of obeyed (inside code they are text
+    anyway)."""
     parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
     return "".join(
         p if i % 2 else re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", p) for i, p in enumerate(parts)
@@ -106,7 +108,8 @@ def sampling(values: tuple, width: int = 220) -> list[gr.Slider]:
 
 
 def show(history: list[dict]) -> list[gr.ChatMessage]:
-    """The conversation as the chatbot displays it: thoughts folded, a line of facts under each answer."""
+    """The conversation as the chatbot displays it: thoughts folded, a line of facts under each
+    answer."""
     shown = []
     for row in history:
         if row["role"] == "user":
@@ -156,7 +159,8 @@ class Runs:
             run.stop.set()
 
     def drop(self, request: gr.Request) -> bool:
-        """End the answer; whether there was one. It must not be shown again, its run does the last clearing."""
+        """End the answer; whether there was one. It must not be shown again, its run does the last
+        clearing."""
         run = self.running.get(request.session_hash)
         if run:
             run.cleared = True
@@ -165,10 +169,12 @@ class Runs:
 
 
 class Chat(Runs):
-    """The events of a chat. `history`: user and assistant rows as in the training data, with a note each."""
+    """The events of a chat. `history`: user and assistant rows as in the training data, with a note
+    each."""
 
     def __init__(self, talker: Talker, controls: tuple[str, ...]):
-        """controls: what Talker.stream is told by the page, in this order, after the system prompt."""
+        """controls: what Talker.stream is told by the page, in this order, after the system
+        prompt."""
         super().__init__()
         self.talker, self.controls = talker, controls
 

@@ -1,15 +1,18 @@
-"""Serve a Gradio page: no foreign hosts or pages, no large bodies, nothing loaded from elsewhere."""
+"""Serve a Gradio page: no foreign hosts or pages, no large bodies, nothing loaded from
+elsewhere."""
 
 from __future__ import annotations
 
 from urllib.parse import urlsplit
 
 MAX_BODY = 1 << 18  # bytes of one request; a page that takes files passes its own bound
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # even if a model writes ![](http://...)
+# even if a model writes ![](http://...)
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 class Guard:
-    """ASGI middleware around Gradio, which answers any Host (DNS rebinding) and any Origin (another web page)."""
+    """ASGI middleware around Gradio, which answers any Host (DNS rebinding) and any Origin (another
+    web page)."""
 
     def __init__(self, app, hosts: set[str], max_body: int):
         """hosts: names that may stand in the address, none for all; max_body: bytes."""
@@ -68,8 +71,8 @@ def serve(
 ) -> str:
     """Start a gr.Blocks in the background and return its address; `demo.close()` ends it.
 
-    port: default the first free one from 7860. launch: more arguments of gr.Blocks.launch (theme, css, ...).
-    SystemExit when the port is taken.
+    port: default the first free one from 7860. launch: more arguments of gr.Blocks.launch (theme,
+    css, ...). SystemExit when the port is taken.
     """
     from starlette.middleware import Middleware
 

@@ -1,15 +1,19 @@
-"""Attention over packed rows: several documents in one row, each attending only to itself, no dense block mask.
+"""Attention over packed rows: several documents in one row, each attending only to itself, no dense
+block mask.
 
-`register()` adds an implementation to transformers' attention interface; models stay stock. It is used where a row
-comes with `cu_seq_lens_q` (common.collators.PackedCollator); everything else (padded batches, generation with a cache,
-sliding windows) goes to transformers' own sdpa implementation, mask included.
+`register()` adds an implementation to transformers' attention interface; models stay stock. It is
+used where a row comes with `cu_seq_lens_q` (common.collators.PackedCollator); everything else
+(padded batches, generation with a cache, sliding windows) goes to transformers' own sdpa
+implementation, mask included.
 
-On CPU torch's fused attention is slow in backward and for short documents, so documents up to LONG tokens are computed
-with explicit matrix products: heads that share a key/value head are folded into the rows, queries go in blocks that
-skip the keys of the future, and backward computes the probabilities again instead of keeping them for every layer.
+On CPU torch's fused attention is slow in backward and for short documents, so documents up to LONG
+tokens are computed with explicit matrix products: heads that share a key/value head are folded into
+the rows, queries go in blocks that skip the keys of the future, and backward computes the
+probabilities again instead of keeping them for every layer.
 
-Sequences may share a beginning that stands in the row once: `key_columns` names the columns of the keys of each
-sequence, one after another, with boundaries `cu_seq_lens_k`; its queries are the last of them (`cu_seq_lens_q`).
+Sequences may share a beginning that stands in the row once: `key_columns` names the columns of the
+keys of each sequence, one after another, with boundaries `cu_seq_lens_k`; its queries are the last
+of them (`cu_seq_lens_q`).
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ PACKS = {NAME}  # implementations that keep packed rows apart; a recipe that bri
 BLOCK = (
     128  # query rows of one product; documents are joined up to this length under one small mask
 )
-STEP = 32  # sizes of products are multiples of it: oneDNN compiles a kernel for every new shape in half precision
+# sizes of products are multiples of it: oneDNN compiles a kernel for every new shape in half
+# precision
+STEP = 32
 LONG = {
     torch.bfloat16: 768,
     torch.float16: 768,
@@ -35,7 +41,8 @@ LONG = {
 
 
 class _LazyMask:
-    """The stock mask of a packed row, built only if an attention layer cannot do without it (once for all layers)."""
+    """The stock mask of a packed row, built only if an attention layer cannot do without it (once
+    for all layers)."""
 
     def __init__(self, build):
         self.build = build
@@ -69,7 +76,8 @@ def _attention(
     sliding_window=None,
     **kwargs,
 ):
-    """query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d], None (the interface of transformers)."""
+    """query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d], None (the interface of
+    transformers)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lazy, starts = isinstance(attention_mask, _LazyMask), kwargs.get("cu_seq_lens_q")
@@ -78,9 +86,13 @@ def _attention(
         and (attention_mask is None or lazy)
         and query.shape[:1] + query.shape[2:3] == (1, key.shape[2])
     )
-    plain = not dropout and getattr(module, "is_causal", True) and not any(
-        kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache")
-    )  # fmt: skip
+    plain = (
+        not dropout
+        and getattr(module, "is_causal", True)
+        and not any(
+            kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache")
+        )
+    )
     longest, columns, far = (
         kwargs.get("max_length_q"),
         kwargs.get("key_columns"),
@@ -128,17 +140,19 @@ def _autocast(x: Tensor) -> Tensor:
 
 @functools.cache
 def alibi_slopes(heads: int) -> Tensor:
-    """ALiBi's slope of each head, fp32 [heads]: 2^(-8i/n), filled up from 2n where `heads` is no power of two n."""
+    """ALiBi's slope of each head, fp32 [heads]: 2^(-8i/n), filled up from 2n where `heads` is no
+    power of two n."""
     n = 2 ** (heads.bit_length() - 1)
     more = [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
     return torch.tensor([2 ** (-8 * i / n) for i in range(1, n + 1)] + more)
 
 
 def alibi_attention(query, key, value, starts, longest, scale, slopes):
-    """Packed causal attention with ALiBi (Press et al. 2021): head h adds -slopes[h] * distance to its scores.
+    """Packed causal attention with ALiBi (Press et al. 2021): head h adds -slopes[h] * distance to
+    its scores.
 
-    query, key, value [H, T, d]; starts [documents + 1]; longest: tokens of the longest document; slopes [H].
-    Returns [T, H, d].
+    query, key, value [H, T, d]; starts [documents + 1]; longest: tokens of the longest document;
+    slopes [H]. Returns [T, H, d].
     """
     query, key, value = (_autocast(x) for x in (query, key, value))
     if query.device.type == "cpu":
@@ -157,8 +171,9 @@ def _alibi_columns(
 ) -> tuple[Tensor, Tensor]:
     """query and key [H, T, d] with 8 more columns whose product is slope * position / scale.
 
-    A softmax does not see what all keys share, so slope * position of the key is the same as -slope * distance, and a
-    plain fused kernel (which sums in fp32) computes ALiBi. The factors are split so that half precision holds them:
+    A softmax does not see what all keys share, so slope * position of the key is the same as -slope
+    * distance, and a plain fused kernel (which sums in fp32) computes ALiBi. The factors are split
+    so that half precision holds them:
     the position into multiples of 256 and a rest, the slope into three parts.
     """
     tokens = torch.arange(query.shape[1], device=query.device)
@@ -177,7 +192,8 @@ def _alibi_columns(
 
 
 def _document_by_document(query, key, value, starts, scale, slopes):
-    """torch's own attention on each document with its bias; where no kernel for packed rows runs."""
+    """torch's own attention on each document with its bias; where no kernel for packed rows
+    runs."""
     edges, parts = _on_host(starts).tolist(), []
     for a, b in zip(edges, edges[1:], strict=False):
         place = torch.arange(b - a, device=query.device)
@@ -195,7 +211,8 @@ def _document_by_document(query, key, value, starts, scale, slopes):
 
 
 def _sequence_by_sequence(query, key, value, starts, longest, scale, key_starts, longest_key=None):
-    """torch's own attention on each sequence, whose queries are the last of its keys; where no kernel above runs."""
+    """torch's own attention on each sequence, whose queries are the last of its keys; where no
+    kernel above runs."""
     edges, key_edges, parts = _on_host(starts).tolist(), _on_host(key_starts).tolist(), []
     for (a, b), (c, d) in zip(pairwise(edges), pairwise(key_edges), strict=True):
         seen = torch.ones(b - a, d - c, dtype=torch.bool, device=query.device).tril_(d - c - b + a)
@@ -207,7 +224,8 @@ def _sequence_by_sequence(query, key, value, starts, longest, scale, key_starts,
 
 
 def compute_packed(query: Tensor):
-    """The function that computes a packed row on this device in this dtype; None where only a block mask is left."""
+    """The function that computes a packed row on this device in this dtype; None where only a block
+    mask is left."""
     if query.device.type == "cpu":
         return _on_cpu
     from common import device
@@ -227,9 +245,11 @@ def compute_packed(query: Tensor):
 def _npu_varlen(
     query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True
 ):
-    """Ascend's fused kernel through transformers. query [H, T, d], key and value [K, S, d] -> [T, H, d].
+    """Ascend's fused kernel through transformers. query [H, T, d], key and value [K, S, d] -> [T,
+    H, d].
 
-    key_starts: boundaries of the keys where they are not those of the queries; causal is then aligned at the ends.
+    key_starts: boundaries of the keys where they are not those of the queries; causal is then
+        aligned at the ends.
     """
     from transformers.integrations.npu_flash_attention import npu_flash_attn_varlen_func
 
@@ -244,7 +264,8 @@ _copied: list[tuple[Tensor, Tensor]] = []
 
 
 def _on_host(starts: Tensor) -> Tensor:
-    """The boundaries on the CPU: copied, which waits for the device, once for all layers of a step."""
+    """The boundaries on the CPU: copied, which waits for the device, once for all layers of a
+    step."""
     for original, copy in _copied:
         if original is starts:
             return copy
@@ -262,18 +283,28 @@ def _torch_varlen(
     longest = int(starts.diff().max()) if longest is None else int(longest)
     longest_key = longest if longest_key is None else int(longest_key)
     return varlen_attn(
-        query, key, value, starts, starts if key_starts is None else key_starts, longest, longest_key, scale=scale,
-        window_size=(-1, 0 if causal else -1), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        starts,
+        starts if key_starts is None else key_starts,
+        longest,
+        longest_key,
+        scale=scale,
+        window_size=(-1, 0 if causal else -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 @torch.compiler.disable  # a product per document: traced, each new row would be compiled anew
 def _on_cpu(
     query, key, value, starts, longest, scale, slopes=(), key_starts=None, longest_key=None
 ):
-    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per head (then H = K).
+    """query [H, T, d], key and value [K, T, d], starts [n + 1] -> [T, H, d]; slopes of ALiBi per
+    head (then H = K).
 
-    key_starts: boundaries of the keys where they are not those of the queries; queries are then the last of their keys.
+    key_starts: boundaries of the keys where they are not those of the queries; queries are then the
+        last of their keys.
     """
     if key_starts is not None:
         edges = tuple(starts.tolist()), tuple(key_starts.tolist())
@@ -305,10 +336,12 @@ def _on_cpu(
 def _plan(
     starts: tuple[int, ...], group: int, dtype: torch.dtype, slopes=()
 ) -> list[tuple[int, list | None]]:
-    """Document boundaries -> runs (tokens, None) of one long document or (tokens, [(start, length, bias), ...]).
+    """Document boundaries -> runs (tokens, None) of one long document or (tokens, [(start, length,
+    bias), ...]).
 
-    Neighbouring documents are joined while they fit into one block of queries: one product instead of many tiny ones.
-    torch's fused attention knows no ALiBi, so with slopes no document is a long one.
+    Neighbouring documents are joined while they fit into one block of queries: one product instead
+    of many tiny ones. torch's fused attention knows no ALiBi, so with slopes no document is a long
+    one.
     """
     long, runs = float("inf") if slopes else LONG.get(dtype, LONG[torch.float32]), []
     for length in (b - a for a, b in zip(starts, starts[1:], strict=False) if b > a):
@@ -331,7 +364,8 @@ def _plan(
 
 
 def _joined(lengths: list[int], group: int, dtype: torch.dtype, slopes: tuple = ()) -> Tensor:
-    """[group * sum, sum] ([H, sum, sum] with slopes): 0, or ALiBi's bias, where a token may look, -inf elsewhere."""
+    """[group * sum, sum] ([H, sum, sum] with slopes): 0, or ALiBi's bias, where a token may look,
+    -inf elsewhere."""
     owner = torch.repeat_interleave(torch.tensor(lengths))
     allowed = (owner[:, None] == owner).tril_()
     if slopes:
@@ -343,7 +377,8 @@ def _joined(lengths: list[int], group: int, dtype: torch.dtype, slopes: tuple = 
 
 
 def _biased(distance: Tensor, allowed: Tensor, slopes: tuple, dtype: torch.dtype) -> Tensor:
-    """distance, allowed [q, k] -> [H, q, k]: slope * distance (key minus query) where allowed, else -inf."""
+    """distance, allowed [q, k] -> [H, q, k]: slope * distance (key minus query) where allowed, else
+    -inf."""
     bias = torch.tensor(slopes)[:, None, None] * distance
     return bias.masked_fill_(~allowed, -torch.inf).to(dtype)
 
@@ -352,8 +387,8 @@ def _biased(distance: Tensor, allowed: Tensor, slopes: tuple, dtype: torch.dtype
 def staircase(
     group: int, dtype: torch.dtype, slopes: tuple = (), width: int = max(LONG.values()) + BLOCK
 ) -> Tensor:
-    """[group, BLOCK, width] ([H, BLOCK, width] with slopes): query i of a block may look at columns up to
-    width - BLOCK + i."""
+    """[group, BLOCK, width] ([H, BLOCK, width] with slopes): query i of a block may look at columns
+    up to width - BLOCK + i."""
     if slopes:
         distance = torch.arange(width)[None, :] - (width - BLOCK) - torch.arange(BLOCK)[:, None]
         return _biased(distance, distance <= 0, slopes, dtype)
@@ -365,7 +400,8 @@ def staircase(
 
 
 def _blocks(documents: list, group: int, dtype: torch.dtype, slopes: tuple, total: int):
-    """Yields what Products takes: start and end of a block of queries, of its keys, and its bias."""
+    """Yields what Products takes: start and end of a block of queries, of its keys, and its
+    bias."""
     longest = max(length for _, length, _ in documents)
     stairs = (
         staircase(group, dtype, slopes, -(-longest // 1024) * 1024 + BLOCK)
@@ -393,7 +429,8 @@ def _round_up(size: int, most: int) -> int:
 
 @functools.lru_cache(maxsize=4)  # all layers of a step ask for the same ones
 def _shared_blocks(edges: tuple, key_edges: tuple, group: int, dtype: torch.dtype) -> list[tuple]:
-    """What Products takes for sequences whose queries are the last of their keys; short neighbours share a block."""
+    """What Products takes for sequences whose queries are the last of their keys; short neighbours
+    share a block."""
     sequences, blocks, joined = list(zip(pairwise(edges), pairwise(key_edges), strict=True)), [], []
     longest, queries, keys = max(d - c for _, (c, d) in sequences), edges[-1], key_edges[-1]
     stairs = staircase(group, dtype, (), -(-longest // 1024) * 1024 + BLOCK + STEP)
@@ -440,12 +477,13 @@ def _window(stairs: Tensor, rows: int, left: int, columns: int) -> Tensor:
 
 
 class Products(torch.autograd.Function):
-    """Attention in blocks of queries: query [H, T, d], key and value [K, S, d] -> [T, H, d]. The backward computes the
-    probabilities again instead of keeping them.
+    """Attention in blocks of queries: query [H, T, d], key and value [K, S, d] -> [T, H, d]. The
+    backward computes the probabilities again instead of keeping them.
 
-    blocks: callable that yields (start, end) of the queries, (first, last) of their keys, and the bias, as one tuple of
-    five: [H / K * queries, keys] for all heads, [H, queries, keys], or None where every key is seen. Every query once.
-    A bias for all heads may have more rows than there are queries: as many are computed, and left out.
+    blocks: callable that yields (start, end) of the queries, (first, last) of their keys, and the
+    bias, as one tuple of five: [H / K * queries, keys] for all heads, [H, queries, keys], or None
+    where every key is seen. Every query once. A bias for all heads may have more rows than there
+    are queries: as many are computed, and left out.
     """
 
     @staticmethod
@@ -521,7 +559,8 @@ class Products(torch.autograd.Function):
 
 
 def register() -> str:
-    """Add the implementation to transformers; pass the returned name as `attn_implementation` to from_pretrained."""
+    """Add the implementation to transformers; pass the returned name as `attn_implementation` to
+    from_pretrained."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
@@ -530,7 +569,8 @@ def register() -> str:
 
 
 def refuse_unpackable(model) -> None:
-    """SystemExit for a model whose attention this module cannot reach: its packed rows would see each other."""
+    """SystemExit for a model whose attention this module cannot reach: its packed rows would see
+    each other."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = inner.config._attn_implementation
     if name not in PACKS or (name == NAME and not inner._supports_attention_backend):

@@ -1,9 +1,10 @@
 """Token losses that never build the full [tokens, vocabulary] logits.
 
-`use_chunked_loss(model)` patches one causal language model so that `model(..., labels=...)` computes its loss inside
-the output head, only at positions that have a label and a few hundred of them at a time. The gradient is computed in
-the same pass (torch's `linear_cross_entropy` does the same, but runs bf16 on CPUs in fp32 and rounds the loss).
-Calls without labels (generation, logits) are untouched.
+`use_chunked_loss(model)` patches one causal language model so that `model(..., labels=...)`
+computes its loss inside the output head, only at positions that have a label and a few hundred of
+them at a time. The gradient is computed in the same pass (torch's `linear_cross_entropy` does the
+same, but runs bf16 on CPUs in fp32 and rounds the loss). Calls without labels (generation, logits)
+are untouched.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def _chunk_rows(device: torch.device, vocab: int) -> int:
 def _softmax_loss_(
     logits: Tensor, targets: Tensor, log_probs: Tensor, correct: Tensor | None
 ) -> None:
-    """[n, V] logits -> d(sum of losses)/d(logits) in place; fills log_probs [n] and, if given, correct [n].
+    """[n, V] logits -> d(sum of losses)/d(logits) in place; fills log_probs [n] and, if given,
+    correct [n].
 
     fp32 inside; on CPU a few rows at a time, so that the passes over fp32 values stay in the cache.
     """
@@ -70,7 +72,8 @@ def _add_weight_grad_(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> scaled loss sum, log_probs [N], correct [N]."""
+    """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> scaled loss sum, log_probs [N],
+    correct [N]."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, scale, count):
@@ -107,10 +110,11 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> log_probs [N], each with a gradient of its own.
+    """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> log_probs [N], each with a
+    gradient of its own.
 
-    A frozen head needs no second product in backward: d(log_prob)/d(hidden) is kept, [N, D]. For a head that trains the
-    logits are computed again, chunk by chunk.
+    A frozen head needs no second product in backward: d(log_prob)/d(hidden) is kept, [N, D]. For a
+    head that trains the logits are computed again, chunk by chunk.
     """
 
     @staticmethod
@@ -164,7 +168,8 @@ def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
 
 
 class _State:
-    """What the patched model, head and loss function of one call share; `index` is None outside such a call."""
+    """What the patched model, head and loss function of one call share; `index` is None outside
+    such a call."""
 
     def __init__(self):
         self.per_token = False
@@ -223,13 +228,15 @@ def _head_forward(self, hidden, *args, **kwargs):
         stats = torch.stack(
             [-log_probs.detach().sum(), counted, log_probs.new_tensor(len(rows))]
         ).float()
-        # the loss leaves through the head's output, so that ZeRO-3's hooks on the head see its backward
+        # the loss leaves through the head's output, so that ZeRO-3's hooks on the head see its
+        # backward
         state.stats = torch.cat([stats, state.loss.float()[None]])
     return state.stats
 
 
 def _head_loss(head: nn.Module, rows: Tensor, state: _State) -> tuple[Tensor, Tensor | None]:
-    """Sets state.loss; returns the targets' log-probabilities and (in eval mode) which were the most likely token."""
+    """Sets state.loss; returns the targets' log-probabilities and (in eval mode) which were the
+    most likely token."""
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     if type(head) is nn.Linear and state.per_token:
@@ -238,7 +245,8 @@ def _head_loss(head: nn.Module, rows: Tensor, state: _State) -> tuple[Tensor, Te
         state.loss = -log_probs.sum() / _items(state)
         return log_probs, None
     if type(head) is nn.Linear:
-        # on CPU reading the count is free, and a gradient that is scaled while computed saves a pass over [V, D]
+        # on CPU reading the count is free, and a gradient that is scaled while computed saves a
+        # pass over [V, D]
         scale = 1 / max(1, float(_items(state))) if kind == "cpu" else 1.0
         with torch.autocast(kind, enabled=False):
             state.loss, log_probs, correct = _HeadLoss.apply(
@@ -259,7 +267,8 @@ def _head_loss(head: nn.Module, rows: Tensor, state: _State) -> tuple[Tensor, Te
 
 
 def _generic(head: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk through any head (an adapter on it, say); its logits are computed again in backward."""
+    """One chunk through any head (an adapter on it, say); its logits are computed again in
+    backward."""
 
     def run(rows):
         logits = head._stock_forward(rows)
@@ -293,7 +302,8 @@ def _refuse(model: nn.Module, why: str):
 
 
 def _patch(module: nn.Module, forward, state: _State) -> None:
-    # bound methods and attributes, so that copy.deepcopy(model) gives a patched copy that stands alone
+    # bound methods and attributes, so that copy.deepcopy(model) gives a patched copy that stands
+    # alone
     @functools.wraps(type(module).forward)  # keeps the signature, which Trainer and generate read
     def patched(self, *args, **kwargs):
         return forward(self, *args, **kwargs)
@@ -303,15 +313,18 @@ def _patch(module: nn.Module, forward, state: _State) -> None:
 
 
 def use_chunked_loss(model: nn.Module) -> nn.Module:
-    """Patch a causal language model (before or after peft wraps it); returns the model it was given.
+    """Patch a causal language model (before or after peft wraps it); returns the model it was
+    given.
 
     From then on `model(input_ids, labels=labels, num_items_in_batch=None, ...)`, labels [B, T] by keyword, gives
       loss    sum over label tokens / num_items_in_batch (default: the number of label tokens; a batch without any
-              label gives 0 with a graph), plus what the stock forward adds (the auxiliary loss of a mixture of experts)
+              label gives 0 with a graph), plus what the stock forward adds (the auxiliary loss of a
+              mixture of experts)
       logits  not logits but the fp32 tensor [loss sum, correct argmax tokens (NaN in training mode), label tokens,
               loss], counted over this batch
-    Heads that are no plain Linear work at the price of one more product. Models that change their logits after the
-    head, or that compute the loss themselves, end with SystemExit at the first call: see `check_chunked_loss`.
+    Heads that are no plain Linear work at the price of one more product. Models that change their
+    logits after the head, or that compute the loss themselves, end with SystemExit at the first
+    call: see `check_chunked_loss`.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "_chunked" in inner.__dict__:
@@ -328,9 +341,11 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def check_chunked_loss(model: nn.Module, tolerance: float = 1e-2) -> None:
-    """SystemExit unless a patched model's loss on a small random batch equals that of its full logits.
+    """SystemExit unless a patched model's loss on a small random batch equals that of its full
+    logits.
 
-    The model must be whole (not ZeRO-3 partitioned). The tolerance (relative) allows for half precision.
+    The model must be whole (not ZeRO-3 partitioned). The tolerance (relative) allows for half
+    precision.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training = inner.training
@@ -363,7 +378,8 @@ def answer_logprobs(
         model: under `use_chunked_loss`; may be wrapped (peft, DDP, DeepSpeed).
         input_ids, labels: [B, T] padded rows, or one packed row [1, T] with cu_seq_lens_q [n + 1].
     Returns:
-        log_probs [N] in the order of the labels, the sequence each belongs to [N], and the number of sequences.
+        log_probs [N] in the order of the labels, the sequence each belongs to [N], and the number
+        of sequences.
     """
     inner = next(m for m in model.modules() if "_stock_loss" in m.__dict__)
     state, batch, length = inner._chunked, *labels.shape
@@ -379,7 +395,8 @@ def answer_logprobs(
 
 
 def sequence_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs) -> Tensor:
-    """Sum of the log-probabilities of each sequence's label tokens, as `answer_logprobs` gives them: [B], or [n]."""
+    """Sum of the log-probabilities of each sequence's label tokens, as `answer_logprobs` gives
+    them: [B], or [n]."""
     return sum_by_owner(*answer_logprobs(model, input_ids, labels, **inputs))
 
 

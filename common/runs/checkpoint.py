@@ -1,8 +1,9 @@
 """Crash-safe checkpoints by validation on read.
 
-After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256 of each file. A
-folder without it, or whose files differ from it, is torn: resume names it and takes the newest whole one. DeepSpeed's
-optimizer files are pickles: resume only from folders you wrote yourself.
+After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256
+of each file. A folder without it, or whose files differ from it, is torn: resume names it and takes
+the newest whole one. DeepSpeed's optimizer files are pickles: resume only from folders you wrote
+yourself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ MARKER = "complete.json"
 
 
 def _digest(path: Path, sync: bool = False) -> dict:
-    """Size in bytes and sha256 of a file; `sync` first forces it to disk, so that a power cut cannot tear it later."""
+    """Size in bytes and sha256 of a file; `sync` first forces it to disk, so that a power cut
+    cannot tear it later."""
     with open(path, "rb+" if sync else "rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -38,7 +40,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def mark_complete(folder: str | Path, **facts) -> None:
-    """Declare `folder` whole. Call on one process after all have written. `facts` (step, world_size ...) are stored."""
+    """Declare `folder` whole. Call on one process after all have written. `facts` (step, world_size
+    ...) are stored."""
     folder = Path(folder)
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(lambda p: _digest(p, sync=True), _files(folder)))

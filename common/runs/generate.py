@@ -1,4 +1,5 @@
-"""Answer prompts with a model that is being trained: batched, spread over the ranks, the same under every engine."""
+"""Answer prompts with a model that is being trained: batched, spread over the ranks, the same under
+every engine."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
 ) -> list[str]:
-    """Greedy answers in the order of `prompts` (token ids of any lengths). All ranks call it and get all answers.
+    """Greedy answers in the order of `prompts` (token ids of any lengths). All ranks call it and
+    get all answers.
 
     batch_size: default 32, of models above a billion parameters 8: their caches take gigabytes.
-    Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's generation config.
+    Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's
+    generation config.
     """
     if batch_size is None:
         batch_size = (
@@ -66,15 +69,24 @@ def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -
     eos = model.generation_config.eos_token_id
     stop = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
     out = model.generate(
-        input_ids=ids.to(where), attention_mask=mask.to(where), max_new_tokens=max_new_tokens, do_sample=False,
-        pad_token_id=pad, eos_token_id=stop, synced_gpus=is_deepspeed_zero3_enabled(),
-        num_beams=1, temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
+        input_ids=ids.to(where),
+        attention_mask=mask.to(where),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=stop,
+        synced_gpus=is_deepspeed_zero3_enabled(),
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
     return out[:, width:]
 
 
 def questions(held_out, encoded, count: int) -> list[str]:
-    """At most `count` held-out rows (canonical JSON), evenly spread, of those that were encoded whole.
+    """At most `count` held-out rows (canonical JSON), evenly spread, of those that were encoded
+    whole.
 
     Args:
         held_out: rows as read, columns row and source.
@@ -97,8 +109,8 @@ def answer_held_out(
         rows: canonical chat rows (JSON).
         encode: (messages, tools) -> token ids that generation starts from.
     Returns:
-        {"exact_match", "rouge_l"} and [{"messages", "tools", "prompt", "reference", "answer"}]; a thought before the
-        answer is left out.
+        {"exact_match", "rouge_l"} and [{"messages", "tools", "prompt", "reference", "answer"}]; a
+        thought before the answer is left out.
     """
     from common.runs.metrics import answer_match
 
@@ -126,7 +138,8 @@ def continue_held_out(
     """Greedy continuations of the beginning of held-out documents, to look at. Every rank calls it.
 
     Args:
-        rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is given.
+        rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is
+            given.
     Returns:
         {} (the loss on held-out text is the measure) and samples as in `answer_held_out`.
     """

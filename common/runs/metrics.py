@@ -19,8 +19,9 @@ def longest_common_subsequence(a: str, b: str) -> int:
 
 
 class AnswerMatch(evaluate.Metric):
-    """exact_match: share of answers equal to the reference after stripping; rouge_l: mean F1 of the longest common
-    subsequence over characters (Lin 2004), the usual choice for Chinese, which has no spaces."""
+    """exact_match: share of answers equal to the reference after stripping; rouge_l: mean F1 of the
+    longest common subsequence over characters (Lin 2004), the usual choice for Chinese, which has
+    no spaces."""
 
     def _info(self):
         features = datasets.Features(

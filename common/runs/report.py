@@ -1,4 +1,5 @@
-"""What a run leaves for people: loss.png, report.md, report.json (same keys in every recipe), a printed table."""
+"""What a run leaves for people: loss.png, report.md, report.json (same keys in every recipe), a
+printed table."""
 
 from __future__ import annotations
 
@@ -11,9 +12,21 @@ from importlib import metadata
 from pathlib import Path
 
 KEYS = (
-    "recipe", "model", "device", "dtype", "world_size", "rows", "tokens", "seconds", "tokens_per_second",
-    "peak_memory_mb", "loss", "metrics", "versions", "command",
-)  # fmt: skip
+    "recipe",
+    "model",
+    "device",
+    "dtype",
+    "world_size",
+    "rows",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_mb",
+    "loss",
+    "metrics",
+    "versions",
+    "command",
+)
 PLOTS = {"loss": "loss per label token"}
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "torch-npu")
 
@@ -104,13 +117,16 @@ def _number(value) -> str:
 def write_report(
     out: Path, facts: dict, history: list[dict], samples: list[dict], plots: dict = PLOTS
 ) -> str:
-    """Write report.json, report.md and a picture of each curve (loss.png, ...) into `out`; returns the table to print.
+    """Write report.json, report.md and a picture of each curve (loss.png, ...) into `out`; returns
+    the table to print.
 
     Args:
         facts: a value for each of KEYS but "versions"; more keys are welcome.
         history: the Trainer's log_history.
-        samples: [{"prompt", "reference", "before", "after", ...}], shown in report.md, whole in report.json.
-        plots: key in the history -> label of its axis; the picture is called after what follows the key's last "/".
+        samples: [{"prompt", "reference", "before", "after", ...}], shown in report.md, whole in
+            report.json.
+        plots: key in the history -> label of its axis; the picture is called after what follows the
+            key's last "/".
     """
     facts = {**facts, "versions": versions(), "samples": samples}
     missing = [key for key in KEYS if key not in facts]
@@ -127,7 +143,12 @@ def write_report(
     shown = [f"![{key}]({name})" for key, name in pictures.items()]
     by_epoch = ", ".join(f"{peak:,.0f}" for peak in facts.get("peak_memory_mb_by_epoch", ()))
     text = [
-        f"# {facts['recipe']}: {facts['model']}", "", table, "", *shown, "",
+        f"# {facts['recipe']}: {facts['model']}",
+        "",
+        table,
+        "",
+        *shown,
+        "",
         f"- {facts['device']}, {facts['world_size']} process(es), {facts['dtype']}",
         f"- rows: {rows['read']:,} read, {rows['used']:,} used for training, {rows.get('held_out', 0):,} held out; "
         f"dropped: {dropped or 'none'}",
@@ -136,8 +157,12 @@ def write_report(
         f"peak memory {facts['peak_memory_mb']:,.0f} MiB{by_epoch and ' (by epoch: ' + by_epoch + ')'}",
         f"- training loss: {_number(facts['loss']['first'])} -> {_number(facts['loss']['last'])}",
         f"- {', '.join(f'{k} {v}' for k, v in facts['versions'].items())}",
-        "", "```bash", facts["command"], "```", "",
-    ]  # fmt: skip
+        "",
+        "```bash",
+        facts["command"],
+        "```",
+        "",
+    ]
     if samples:
         text += ["| prompt | reference | before | after |", "|---|---|---|---|"]
         text += [

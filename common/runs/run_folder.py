@@ -1,4 +1,5 @@
-"""The output folder of a run: start, continue, or refuse, decided before anything large is loaded."""
+"""The output folder of a run: start, continue, or refuse, decided before anything large is
+loaded."""
 
 from __future__ import annotations
 
@@ -13,13 +14,32 @@ import torch.distributed as dist
 from common import cli, device
 from common.runs import checkpoint
 
-RUN_FILE = "run.json"  # in the output folder: what this run is, to recognise it when the same command comes again
+# in the output folder: what this run is, to recognise it when the same command comes again
+RUN_FILE = "run.json"
 FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
-    "logging_steps", "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
-    "eval_strategy", "eval_generate", "per_device_eval_batch_size", "max_new_tokens", "report_to", "run_name",
-    "disable_tqdm", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers",
-    "ddp_timeout", "ddp_backend", "log_level", "local_rank", "deepspeed",
-}  # fmt: skip
+    "logging_steps",
+    "logging_strategy",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "eval_steps",
+    "eval_strategy",
+    "eval_generate",
+    "per_device_eval_batch_size",
+    "max_new_tokens",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "ddp_backend",
+    "log_level",
+    "local_rank",
+    "deepspeed",
+}
 
 
 def engine(args) -> str:
@@ -35,15 +55,19 @@ def engine(args) -> str:
 
 
 def open_output(args, settings: dict, overwrite: bool = False) -> Path | None:
-    """Decide whether this run starts, continues or is refused, before the model is loaded. Call on every rank.
+    """Decide whether this run starts, continues or is refused, before the model is loaded. Call on
+    every rank.
 
     Args:
-        args: TrainingArguments; `keeps_order` on it: rows come in one order whatever the number of processes.
-        settings: all that defines the run (recipe arguments, data fingerprint); compared with the folder's last run.
+        args: TrainingArguments; `keeps_order` on it: rows come in one order whatever the number of
+            processes.
+        settings: all that defines the run (recipe arguments, data fingerprint); compared with the
+            folder's last run.
         overwrite: delete what is there and start anew.
     Returns:
         the whole checkpoint to continue from, or None for a fresh start.
-    Errors: exit 2 for a folder of another run, exit 1 when no checkpoint is whole, exit 0 when the run is finished.
+    Errors: exit 2 for a folder of another run, exit 1 when no checkpoint is whole, exit 0 when the
+    run is finished.
     """
     out = Path(args.output_dir)
     settings = json.loads(
@@ -64,7 +88,8 @@ def open_output(args, settings: dict, overwrite: bool = False) -> Path | None:
 
 
 def _on_first_rank(action: Callable[[], dict]) -> dict:
-    """Run `action` on rank 0 and give its result to all ranks: they must never decide differently about one folder."""
+    """Run `action` on rank 0 and give its result to all ranks: they must never decide differently
+    about one folder."""
     box = [action() if cli.is_main() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0, device=device.device())
@@ -77,7 +102,8 @@ RESUME = "--resume_from_checkpoint true to continue it with these settings"
 
 
 def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
-    """On rank 0: {"say": lines, "start": folder or None} or {"say", "exit": code, "error": line}."""
+    """On rank 0: {"say": lines, "start": folder or None} or {"say", "exit": code, "error":
+    line}."""
     asked = str(args.resume_from_checkpoint or "false")
     explicit = asked.lower() != "false"
     try:

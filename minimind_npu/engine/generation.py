@@ -1,4 +1,5 @@
-"""Answers to many prompts at once: a key/value cache of slots, each given to the next prompt as soon as a row ends.
+"""Answers to many prompts at once: a key/value cache of slots, each given to the next prompt as
+soon as a row ends.
 
     engine = Engine(model, slots=8)
     engine.generate(prompts, max_new_tokens=64)                      # token ids -> new ids of each prompt, in order
@@ -6,11 +7,13 @@
         ...
     request = engine.submit(prompt, Sampling(top_p=0.9)); engine.step()     # what both are made of
 
-A step is one forward pass over one row without padding: what stands before the last token of the prompts that have
-just been given a slot (attention of a packed row), then one token of every slot (attention over what its slot holds).
-It works with any causal language model whose attention goes through transformers' attention interface.
+A step is one forward pass over one row without padding: what stands before the last token of the
+prompts that have just been given a slot (attention of a packed row), then one token of every slot
+(attention over what its slot holds). It works with any causal language model whose attention goes
+through transformers' attention interface.
 
-A active slots, N tokens of a step, H heads, K key/value heads, d size of a head, W columns in use, V vocabulary.
+A active slots, N tokens of a step, H heads, K key/value heads, d size of a head, W columns in use,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,17 +40,21 @@ HERE = Path(__file__).resolve().parents[1]
 OUTPUT = HERE.parent / "output" / HERE.name
 CHATS = ("reason", "dpo", "lora", "sft", "distill")  # stages that leave a model that answers
 NAME = "slots"
-STEP = 64  # the columns in use are a multiple: oneDNN compiles a kernel for every new shape in half precision
+# the columns in use are a multiple: oneDNN compiles a kernel for every new shape in half precision
+STEP = 64
 FIRST = 256  # columns of a new cache; it doubles when a row gets longer
-EXPLICIT = 512  # columns from which plain products are faster than torch's fused attention, on a CPU in half precision
-PREFILL = 2048  # tokens of new prompts in one step, so that many long ones do not stop the others for long
+# columns from which plain products are faster than torch's fused attention, on a CPU in half
+# precision
+EXPLICIT = 512
+# tokens of new prompts in one step, so that many long ones do not stop the others for long
+PREFILL = 2048
 NUCLEUS = 256  # candidates looked at before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request is answered. temperature 0: always the likeliest token; top_k 0: among all; ends: token ids that
-    end an answer, None: those of the model's generation config."""
+    """How a request is answered. temperature 0: always the likeliest token; top_k 0: among all;
+    ends: token ids that end an answer, None: those of the model's generation config."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -72,8 +79,9 @@ class Sampling:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what has been generated for it: tokens, the end token among them. finished: "" while it runs, then
-    "stop", "length" or "cancelled". on_token: called with each new token; what it returns is not looked at."""
+    """A prompt and what has been generated for it: tokens, the end token among them. finished: ""
+    while it runs, then "stop", "length" or "cancelled". on_token: called with each new token; what
+    it returns is not looked at."""
 
     prompt: list[int]
     sampling: Sampling
@@ -111,7 +119,8 @@ class Request:
 
 
 class SlotCache(Cache):
-    """Keys and values of every layer, [slots, K, columns, d] each; made when the first ones come."""
+    """Keys and values of every layer, [slots, K, columns, d] each; made when the first ones
+    come."""
 
     def __init__(self, slots: int):
         super().__init__(layers=[])
@@ -122,8 +131,8 @@ class SlotCache(Cache):
     def begin(
         self, rows: Tensor, columns: Tensor, active: int, width: int, starts: list[int], dtype
     ) -> None:
-        """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width` columns, those
-        before them are documents with boundaries `starts`."""
+        """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width`
+        columns, those before them are documents with boundaries `starts`."""
         width = -(-width // STEP) * STEP
         while self.columns < width:
             self.columns *= 2
@@ -161,7 +170,8 @@ class SlotCache(Cache):
 def _attention(
     module, query, key, value, attention_mask, scaling=None, slots: SlotCache | None = None, **_
 ):
-    """query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d], None (the interface of transformers)."""
+    """query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d], None (the interface of
+    transformers)."""
     layer, active = module.layer_idx, slots.active
     new, (_, heads, _, size) = query.shape[2] - active, query.shape
     scale = size**-0.5 if scaling is None else scaling
@@ -225,7 +235,8 @@ class Engine:
     def submit(
         self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None
     ) -> Request:
-        """Put a prompt in the queue. ValueError when it is empty or leaves no room for an answer."""
+        """Put a prompt in the queue. ValueError when it is empty or leaves no room for an
+        answer."""
         if not prompt:
             raise ValueError("an empty prompt; begin with the tokenizer's bos token")
         if len(prompt) >= self.max_length:
@@ -249,9 +260,11 @@ class Engine:
     def stream(
         self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling
     ) -> Iterator[tuple[int, int]]:
-        """(number of the prompt, its next token id), as they come; leaving the iteration ends all requests.
+        """(number of the prompt, its next token id), as they come; leaving the iteration ends all
+        requests.
 
-        Prompt i draws its random numbers from "seed:i", so its answer is the same beside any others.
+        Prompt i draws its random numbers from "seed:i", so its answer is the same beside any
+        others.
         """
         how = Sampling(max_new_tokens, **sampling)
         number = {
@@ -268,7 +281,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, int]]:
-        """One forward pass: a new token of every request that has a slot; [] when there is nothing to do."""
+        """One forward pass: a new token of every request that has a slot; [] when there is nothing
+        to do."""
         fresh = self._turn_over()
         if not self.running:
             return []
@@ -279,7 +293,8 @@ class Engine:
         return done
 
     def _turn_over(self) -> list[int]:
-        """Give the slots of what has ended to waiting requests and close the gaps; -> slots that begin now."""
+        """Give the slots of what has ended to waiting requests and close the gaps; -> slots that
+        begin now."""
         self.waiting = deque(request for request in self.waiting if not request.finished)
         fresh, room = [], PREFILL
         for slot in range(self.slots):
@@ -318,13 +333,18 @@ class Engine:
         self.cache.begin(rows, columns, active, width, starts, self.model.dtype)
         with self._attending():
             return self.model(
-                input_ids=ids[None], position_ids=columns[None], past_key_values=self.cache, use_cache=True,
-                logits_to_keep=active, slots=self.cache,
-            ).logits[0]  # fmt: skip
+                input_ids=ids[None],
+                position_ids=columns[None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=active,
+                slots=self.cache,
+            ).logits[0]
 
     @contextmanager
     def _attending(self):
-        """The model computes with this module's attention, without dropout; afterwards as before."""
+        """The model computes with this module's attention, without dropout; afterwards as
+        before."""
         config, training = self.model.config, self.model.training
         before = config._attn_implementation
         config._attn_implementation = NAME
@@ -359,7 +379,8 @@ def choose(logits: Tensor, requests: list[Request]) -> Tensor:
 
 
 def _penalised(logits: Tensor, requests: list[Request]) -> Tensor:
-    """Keskar et al. 2019: what stands in prompt or answer is less likely, by a factor on its logit."""
+    """Keskar et al. 2019: what stands in prompt or answer is less likely, by a factor on its
+    logit."""
     rows = [i for i, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
     if not rows:
         return logits
@@ -375,7 +396,8 @@ def _penalised(logits: Tensor, requests: list[Request]) -> Tensor:
 
 
 def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
-    """One token for each row of logits [R, V]: temperature, top_k, top_p, then a random number of the request's own.
+    """One token for each row of logits [R, V]: temperature, top_k, top_p, then a random number of
+    the request's own.
 
     kind: "top_k" (the rest of the vocabulary is not looked at), "top_p" (of all tokens), "all".
     """
@@ -402,7 +424,8 @@ def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
 
 
 def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """(chances, tokens), the likeliest first, of enough tokens for top_p: rarely is all of the vocabulary sorted."""
+    """(chances, tokens), the likeliest first, of enough tokens for top_p: rarely is all of the
+    vocabulary sorted."""
     few, order = chances.topk(min(NUCLEUS, chances.shape[1]))
     if (few.sum(-1, keepdim=True) >= top_p).all():
         return few, order
@@ -413,7 +436,8 @@ def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def newest(root: Path = OUTPUT) -> str:
-    """The folder of the newest finished run that chats, else of the pre-trained one; SystemExit when there is none."""
+    """The folder of the newest finished run that chats, else of the pre-trained one; SystemExit
+    when there is none."""
     for stages in (CHATS, ("pretrain",)):
         found = [path for stage in stages for path in root.glob(f"{stage}/final/*config.json")]
         if found:
@@ -424,9 +448,11 @@ def newest(root: Path = OUTPUT) -> str:
 
 
 class Speaker(chat_model.Talker):
-    """A Talker (see there) that answers through the engine, and goes on with the last text where it was pre-trained.
+    """A Talker (see there) that answers through the engine, and goes on with the last text where it
+    was pre-trained.
 
-    path: the model's folder; ends: token ids that end an answer; chats: whether it is asked in its chat template.
+    path: the model's folder; ends: token ids that end an answer; chats: whether it is asked in its
+        chat template.
     """
 
     def __init__(self, model: str | Path):

@@ -1,4 +1,5 @@
-"""Measure a trained model: bits per byte of held-out text, multiple choice, exact answers. All batched.
+"""Measure a trained model: bits per byte of held-out text, multiple choice, exact answers. All
+batched.
 
     python minimind_npu/evaluation/eval.py                                                   # newest run on the built-in questions
     python minimind_npu/evaluation/eval.py --model_name_or_path output/minimind_npu/sft --held_out my.txt --choice ceval/val
@@ -6,13 +7,13 @@
     python minimind_npu/evaluation/eval.py --exact gsm8k_test.jsonl --max_new_tokens 256 --dtype bfloat16
     python minimind_npu/evaluation/eval.py --backend lm_eval --tasks ceval-valid,arc_easy    # lm-evaluation-harness on an export
 
---held_out: texts (a line of a .txt, or {"text"}). bits per byte = nats of all tokens and the end token / (ln 2 * UTF-8
-bytes); a document longer than --window is read in windows that overlap by window - stride tokens, which count once.
---choice: questions.py has the layouts. By letter: the likeliest of A, B, C, D after the question with its choices; by
-text: the choice with the highest log-likelihood per UTF-8 byte after the bare question.
---exact: the greedy answer's last number, or its text, against the given one.
-Chat models are asked in their chat template, others (--prompt plain) go on with a text. Result: a table (eval.md too)
-and eval.json.
+--held_out: texts (a line of a .txt, or {"text"}). bits per byte = nats of all tokens and the end
+token / (ln 2 * UTF-8 bytes); a document longer than --window is read in windows that overlap by
+window - stride tokens, which count once. --choice: questions.py has the layouts. By letter: the
+likeliest of A, B, C, D after the question with its choices; by text: the choice with the highest
+log-likelihood per UTF-8 byte after the bare question. --exact: the greedy answer's last number, or
+its text, against the given one. Chat models are asked in their chat template, others (--prompt
+plain) go on with a text. Result: a table (eval.md too) and eval.json.
 """
 
 import sys
@@ -63,7 +64,8 @@ SHOWN = 20  # answers kept in eval.json
 
 
 class Scorer:
-    """Log-probabilities of token rows under a model; `tokens`: how many go into one forward pass."""
+    """Log-probabilities of token rows under a model; `tokens`: how many go into one forward
+    pass."""
 
     def __init__(self, model, tokens: int = PACK):
         model.config._attn_implementation = attention.register()
@@ -83,7 +85,8 @@ class Scorer:
 
     @torch.no_grad()
     def log_probs(self, rows: list[tuple[list[int], int]]) -> list[Tensor]:
-        """[(ids, first)] -> log-probability of each of ids[first:] after what stands before it; first is at least 1."""
+        """[(ids, first)] -> log-probability of each of ids[first:] after what stands before it;
+        first is at least 1."""
         made = [{"input_ids": ids, "labels": [-100] * first + ids[first:]} for ids, first in rows]
         found: list[Tensor] = [torch.zeros(0)] * len(rows)
         for batch, numbers in self.batches(made):
@@ -113,8 +116,8 @@ class Scorer:
 
 
 def windows(ids: list[int], size: int, stride: int) -> list[tuple[list[int], int]]:
-    """A document -> [(tokens, first one that counts)]: every token but the first counts once, with at least
-    size - stride tokens before it where the document has them."""
+    """A document -> [(tokens, first one that counts)]: every token but the first counts once, with
+    at least size - stride tokens before it where the document has them."""
     out, counted = [], 1
     while counted < len(ids):
         end = min(len(ids), size if counted == 1 else counted + stride)
@@ -138,10 +141,17 @@ def held_out(scorer: Scorer, tokenizer, paths, size: int, stride: int, limit: in
     nats, count = -sum(part.double().sum().item() for part in parts), sum(map(len, parts))
     total = sum(len(text.encode()) for text in texts)
     return {
-        "bits_per_byte": nats / math.log(2) / total, "perplexity": math.exp(min(nats / count, 700)),
-        "loss": nats / count, "tokens": count, "bytes": total, "bytes_per_token": total / count,
-        "documents": len(texts), "window": size, "stride": stride, "dropped": stats["dropped"],
-    }  # fmt: skip
+        "bits_per_byte": nats / math.log(2) / total,
+        "perplexity": math.exp(min(nats / count, 700)),
+        "loss": nats / count,
+        "tokens": count,
+        "bytes": total,
+        "bytes_per_token": total / count,
+        "documents": len(texts),
+        "window": size,
+        "stride": stride,
+        "dropped": stats["dropped"],
+    }
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -159,8 +169,8 @@ class Asker:
         self.template = {} if thinking is None or not knows else {"enable_thinking": thinking}
 
     def prompt(self, shown: list[tuple[str, str]], asked: str, room: int) -> list[int] | None:
-        """Examples (question, answer) and a question -> ids; examples go, the first ones first, where they do not fit.
-        None where the question alone does not."""
+        """Examples (question, answer) and a question -> ids; examples go, the first ones first,
+        where they do not fit. None where the question alone does not."""
         for left_out in range(len(shown) + 1):
             ids = self._ids(shown[left_out:], asked)
             if len(ids) + room <= self.window:
@@ -195,7 +205,8 @@ def listed(question: Choice) -> str:
 def with_examples(
     found: questions.Read, shots: int, elsewhere: questions.Read | None
 ) -> list[tuple[list, list]]:
-    """[(examples, questions to ask)] of each subject: `shots` of another set, or the subject's own first ones."""
+    """[(examples, questions to ask)] of each subject: `shots` of another set, or the subject's own
+    first ones."""
     if elsewhere is None:
         return [(asked[:shots], asked[shots:]) for asked in found.subjects.values()]
     others = elsewhere.subjects
@@ -209,7 +220,8 @@ def with_examples(
 def choose(
     scorer: Scorer, asker: Asker, found: questions.Read, shots: int, elsewhere, by_letter: bool
 ) -> list[tuple[Choice, int]]:
-    """The model's choice of every question that fits into the window; the others are counted as left out."""
+    """The model's choice of every question that fits into the window; the others are counted as
+    left out."""
     rows, asked = [], []
     for examples, group in with_examples(found, shots, elsewhere):
         if by_letter:
@@ -309,9 +321,13 @@ def exact_match(model, asker: Asker, args, ends: frozenset[int]) -> dict:
         for q, text, ok in zip(asked, texts, right, strict=True)
     ]
     return accuracy(right) | {
-        "ended": sum(ids[-1] in ends for ids in new) / len(new), "shots": args.shots, "dropped": found.dropped,
-        "tokens": count, "tokens_per_second": count / seconds, "answers": samples[:SHOWN],
-    }  # fmt: skip
+        "ended": sum(ids[-1] in ends for ids in new) / len(new),
+        "shots": args.shots,
+        "dropped": found.dropped,
+        "tokens": count,
+        "tokens_per_second": count / seconds,
+        "answers": samples[:SHOWN],
+    }
 
 
 def as_exact(question: str, asker: Asker) -> str:
@@ -332,7 +348,8 @@ def tell_dropped(found: questions.Read) -> None:
 
 
 def harness(speaker: Speaker, args) -> dict:
-    """lm-evaluation-harness on the model as transformers knows it (export.py). -> {task: {metric: value}}."""
+    """lm-evaluation-harness on the model as transformers knows it (export.py). -> {task: {metric:
+    value}}."""
     try:
         import lm_eval
     except ImportError:
@@ -350,9 +367,14 @@ def harness(speaker: Speaker, args) -> dict:
             export.write_native(model, speaker.tokenizer, place)
         where = {"pretrained": place, "dtype": str(model.dtype).removeprefix("torch.")}
         found = lm_eval.simple_evaluate(
-            model="hf", model_args=where, tasks=args.tasks.split(","), num_fewshot=args.shots or None,
-            batch_size=args.batch_size, limit=args.num_rows, device=str(model.device),
-        )["results"]  # fmt: skip
+            model="hf",
+            model_args=where,
+            tasks=args.tasks.split(","),
+            num_fewshot=args.shots or None,
+            batch_size=args.batch_size,
+            limit=args.num_rows,
+            device=str(model.device),
+        )["results"]
     return {
         task: {name: value for name, value in values.items() if isinstance(value, (int, float))}
         for task, values in found.items()

@@ -1,9 +1,11 @@
-"""Files of questions -> Choice and Exact, in the layouts of the public tests; what cannot be used is counted and named.
+"""Files of questions -> Choice and Exact, in the layouts of the public tests; what cannot be used
+is counted and named.
 
-Choices: csv of C-Eval (id,question,A,B,C,D,answer[,explanation]) and CMMLU (,Question,A,B,C,D,Answer), lines of ARC
-({"question", "choices": {"text", "label"}, "answerKey"}) and MMLU ({"question", "choices": [...], "answer": 2}).
-Exact answers: GSM8K's lines ({"question", "answer": "... #### 18"}), or an answer in <answer> tags, or alone.
-The subject of a question is its "subject" or "category", else the name of its file without _dev, _val, _test.
+Choices: csv of C-Eval (id,question,A,B,C,D,answer[,explanation]) and CMMLU
+(,Question,A,B,C,D,Answer), lines of ARC ({"question", "choices": {"text", "label"}, "answerKey"})
+and MMLU ({"question", "choices": [...], "answer": 2}). Exact answers: GSM8K's lines ({"question",
+"answer": "... #### 18"}), or an answer in <answer> tags, or alone. The subject of a question is its
+"subject" or "category", else the name of its file without _dev, _val, _test.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Read:
 
 
 def read(paths, kind: type, limit: int | None = None) -> Read:
-    """All questions of files and folders (common/data/files.py has the kinds and encodings), at most `limit` of a file.
+    """All questions of files and folders (common/data/files.py has the kinds and encodings), at
+    most `limit` of a file.
 
     kind: Choice or Exact. SystemExit when there is none at all.
     """
@@ -161,7 +164,8 @@ def text(value, reason: str | None) -> str:
 
 
 def final_part(answer: str) -> str:
-    """What counts of an answer: after its last ####, in its last <answer>, or all that follows its thought."""
+    """What counts of an answer: after its last ####, in its last <answer>, or all that follows its
+    thought."""
     said = answer.split("</think>")[-1]
     if "<answer>" in said:
         return said.split("<answer>")[-1].split("</answer>")[0].strip()
@@ -169,7 +173,8 @@ def final_part(answer: str) -> str:
 
 
 def numbers(words: str) -> list[Fraction]:
-    """The numbers in a text; 1,200 and full-width digits are read, a dot at the end of a sentence is none of theirs."""
+    """The numbers in a text; 1,200 and full-width digits are read, a dot at the end of a sentence
+    is none of theirs."""
     plain = unicodedata.normalize("NFKC", words).replace("−", "-")
     return [
         Fraction(*map(Fraction, found.replace(",", "").split("/")))
@@ -178,7 +183,8 @@ def numbers(words: str) -> list[Fraction]:
 
 
 def same(given: str, wanted: str) -> bool:
-    """Whether an answer's final part is the wanted one: numbers by value, its last one counts; else word by word."""
+    """Whether an answer's final part is the wanted one: numbers by value, its last one counts; else
+    word by word."""
     given = final_part(given)
     target = numbers(wanted)
     if len(target) == 1 and is_number(wanted):
@@ -187,7 +193,8 @@ def same(given: str, wanted: str) -> bool:
 
 
 def is_number(words: str) -> bool:
-    """Whether a text is one number, perhaps with a sign of money, a percent sign or a dot around it."""
+    """Whether a text is one number, perhaps with a sign of money, a percent sign or a dot around
+    it."""
     bare = unicodedata.normalize("NFKC", words).replace("−", "-").strip(" $¥€%.。\n")
     return bool(NUMBER.fullmatch(bare))
 

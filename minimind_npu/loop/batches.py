@@ -1,8 +1,10 @@
-"""Token rows on disk -> packed batches of one fixed shape, in an order that (seed, epoch, position) alone decides.
+"""Token rows on disk -> packed batches of one fixed shape, in an order that (seed, epoch, position)
+alone decides.
 
-A row is one document (a text, a conversation) or two (the answers of a preference pair). Bins of rows fill windows of
-`max_length` tokens; a step takes the next bins of its epoch's permutation, whoever computes them: another number of
-processes, or another batch size, goes on at the same row. Rows stay memory-mapped; only their lengths are in memory.
+A row is one document (a text, a conversation) or two (the answers of a preference pair). Bins of
+rows fill windows of `max_length` tokens; a step takes the next bins of its epoch's permutation,
+whoever computes them: another number of processes, or another batch size, goes on at the same row.
+Rows stay memory-mapped; only their lengths are in memory.
 
 B windows of T tokens a batch, n documents in it.
 """
@@ -23,9 +25,10 @@ FILLER = 64  # tokens of a document of padding: short, so that attention costs n
 class TokenRows:
     """Rows of a tokenised datasets.Dataset as numpy views of its memory-mapped files.
 
-    columns: names of the token lists, ("input_ids",), ("input_ids", "labels") or those of both answers of a pair;
-        without labels every token is one.
-    lengths, labels: [rows], tokens and label tokens (the first of a document is never predicted) per row.
+    columns: names of the token lists, ("input_ids",), ("input_ids", "labels") or those of both
+        answers of a pair; without labels every token is one.
+    lengths, labels: [rows], tokens and label tokens (the first of a document is never predicted)
+        per row.
     """
 
     def __init__(self, dataset, columns: Sequence[str]):
@@ -97,11 +100,12 @@ class Order:
 def collate(
     rows: TokenRows, bins: list[list[int]], windows: int, max_length: int, pad_token_id: int
 ) -> dict:
-    """Bins -> one packed row of windows * max_length tokens, what is missing filled up with short padding documents.
+    """Bins -> one packed row of windows * max_length tokens, what is missing filled up with short
+    padding documents.
 
-    Returns input_ids, labels, position_ids, counted (0 at the filler) [1, B * T] int64, cu_seq_lens_q/k [n + 1] int32,
-    max_length_q/k (upper bounds), documents: how many are no filler, row_ids. Positions restart at each document; its
-    first label is -100.
+    Returns input_ids, labels, position_ids, counted (0 at the filler) [1, B * T] int64,
+    cu_seq_lens_q/k [n + 1] int32, max_length_q/k (upper bounds), documents: how many are no filler,
+    row_ids. Positions restart at each document; its first label is -100.
     """
     row_ids = [row for one in bins for row in one]
     documents = [document for row in row_ids for document in rows.row(row)]
@@ -163,7 +167,8 @@ class Loader:
         return int(self.rows.lengths[[row for one in bins for row in one]].sum())
 
     def batch(self, bins: list[list[int]], micro: int = 0) -> dict:
-        """This rank's batch number `micro` of a step over `bins`; only filler where the last of an epoch is short."""
+        """This rank's batch number `micro` of a step over `bins`; only filler where the last of an
+        epoch is short."""
         first = (micro * self.world + self.rank) * self.windows
         mine = bins[first : first + self.windows]
         batch = collate(self.rows, mine, self.windows, self.max_length, self.pad_token_id)

@@ -1,7 +1,8 @@
 """Optimizers and the learning rate.
 
-AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, never norms. Muon (Jordan 2024, torch.optim.Muon)
-updates the matrices of the blocks by their orthogonalised momentum; embedding, router and norms stay with AdamW.
+AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, never norms. Muon (Jordan 2024,
+torch.optim.Muon) updates the matrices of the blocks by their orthogonalised momentum; embedding,
+router and norms stay with AdamW.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ BETAS = (0.9, 0.95)
 
 
 class Muon:
-    """torch.optim.Muon on `matrices` and AdamW on the rest, behind the interface of one optimizer."""
+    """torch.optim.Muon on `matrices` and AdamW on the rest, behind the interface of one
+    optimizer."""
 
     def __init__(self, matrices: list, rest: torch.optim.AdamW, lr: float, weight_decay: float):
         muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
@@ -68,7 +70,8 @@ def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused
 def rate(progress: float, kind: str, warmup: float, floor: float) -> float:
     """Part of the peak learning rate after `progress` (0 to 1) of the run.
 
-    warmup: part of the run in which it rises; floor: what it ends at. warmup_stable_decay falls in the last 40 %.
+    warmup: part of the run in which it rises; floor: what it ends at. warmup_stable_decay falls in
+        the last 40 %.
     """
     if progress < warmup:
         return progress / warmup

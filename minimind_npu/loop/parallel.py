@@ -1,4 +1,5 @@
-"""One process, DistributedDataParallel, or DeepSpeed ZeRO: what differs between them, out of the loop's way."""
+"""One process, DistributedDataParallel, or DeepSpeed ZeRO: what differs between them, out of the
+loop's way."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from common import cli, device
 
 @contextlib.contextmanager
 def whole_weights():
-    """Inside, loading does not spread weights over ranks although ZeRO-3 is configured: the engine does that later."""
+    """Inside, loading does not spread weights over ranks although ZeRO-3 is configured: the engine
+    does that later."""
     from transformers.integrations import deepspeed as settings
 
     config = (
@@ -71,7 +73,8 @@ def zero_engine(objective: nn.Module, optimizer, training, dtype: torch.dtype):
 
 
 def last_of(micro: int, steps: int, net):
-    """The context of a forward and backward: DDP exchanges gradients in the last micro-batch of a step only."""
+    """The context of a forward and backward: DDP exchanges gradients in the last micro-batch of a
+    step only."""
     quiet = micro < steps - 1 and isinstance(net, DistributedDataParallel)
     return net.no_sync() if quiet else contextlib.nullcontext()
 

@@ -1,7 +1,8 @@
 """What of a run is on disk: exact checkpoints and the finished model.
 
-A checkpoint holds float32 weights, optimizer, scaler, random states, the position in the data and the trackers' run
-ids. It counts once complete.json, written last, names every file with its sha256 (common/runs/checkpoint.py).
+A checkpoint holds float32 weights, optimizer, scaler, random states, the position in the data and
+the trackers' run ids. It counts once complete.json, written last, names every file with its sha256
+(common/runs/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def barrier() -> None:
 
 
 def full_weights(model: nn.Module, engine) -> dict[str, torch.Tensor]:
-    """The trained float32 weights by name, on the CPU; with DeepSpeed gathered from all ranks, which must all call."""
+    """The trained float32 weights by name, on the CPU; with DeepSpeed gathered from all ranks,
+    which must all call."""
     if engine is None:
         return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     from deepspeed.utils import safe_get_full_fp32_param
@@ -39,7 +41,8 @@ def full_weights(model: nn.Module, engine) -> dict[str, torch.Tensor]:
 
 
 def write_model(folder: Path, model, tokenizer, base: str, engine=None) -> None:
-    """The model (of an adapter its own weights) and tokenizer, ready to be loaded. All ranks call it."""
+    """The model (of an adapter its own weights) and tokenizer, ready to be loaded. All ranks call
+    it."""
     weights = full_weights(model, engine)
     if cli.is_main():
         if any(True for _ in lora.layers(model)):
@@ -54,7 +57,8 @@ def write_model(folder: Path, model, tokenizer, base: str, engine=None) -> None:
 
 
 def keep_base(base: str, model, tokenizer, training) -> str:
-    """The folder of the weights that an adapter belongs to; random ones are saved as OUTPUT/base."""
+    """The folder of the weights that an adapter belongs to; random ones are saved as
+    OUTPUT/base."""
     if Path(base).is_dir() or "/" in base:
         return base
     folder = Path(training.output_dir) / "base"
@@ -80,7 +84,8 @@ def save(
 ) -> None:
     """OUT/checkpoint-<step>. All ranks call it.
 
-    parts: optimizer and scaler; facts: step, world_size, engine ... for the marker; limit: whole ones that stay.
+    parts: optimizer and scaler; facts: step, world_size, engine ... for the marker; limit: whole
+        ones that stay.
     """
     folder = out / f"checkpoint-{progress['step']}"
     if cli.is_main():
@@ -110,7 +115,8 @@ def read_progress(folder: Path) -> dict:
 
 
 def restore(folder: Path, model, parts: dict, engine, seed: int) -> None:
-    """Put back what `save` wrote; with another number of processes random states without a file start from `seed`."""
+    """Put back what `save` wrote; with another number of processes random states without a file
+    start from `seed`."""
     if engine is not None:
         engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
     else:
@@ -126,7 +132,8 @@ def restore(folder: Path, model, parts: dict, engine, seed: int) -> None:
 
 
 def restore_random(folder: Path, seed: int) -> None:
-    """This rank's random states; where another number of processes left none, they start from `seed` and the step."""
+    """This rank's random states; where another number of processes left none, they start from
+    `seed` and the step."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     file = folder / f"random_{rank}.pt"
     if not file.is_file():
@@ -139,7 +146,8 @@ def restore_random(folder: Path, seed: int) -> None:
 
 
 def save_final(out: Path, model, tokenizer, base: str, name: str, engine) -> Path:
-    """OUT/final, which appears whole, and its weights once more under the name that MiniMind gives them."""
+    """OUT/final, which appears whole, and its weights once more under the name that MiniMind gives
+    them."""
     part, final = out / "final.part", out / "final"
     if cli.is_main():
         shutil.rmtree(part, ignore_errors=True)
@@ -162,5 +170,14 @@ def save_final(out: Path, model, tokenizer, base: str, name: str, engine) -> Pat
 
 def new_progress(before: dict) -> dict:
     """Where a run begins; `before`: {"metrics", "samples"} of the untrained model."""
-    return {"step": 0, "epoch": 0, "at": 0, "tokens": 0, "label_tokens": 0, "seconds": 0.0, "history": [],
-            "before": before, "trackers": {}}  # fmt: skip
+    return {
+        "step": 0,
+        "epoch": 0,
+        "at": 0,
+        "tokens": 0,
+        "label_tokens": 0,
+        "seconds": 0.0,
+        "history": [],
+        "before": before,
+        "trackers": {},
+    }

@@ -1,4 +1,5 @@
-"""Where a run stands and what it shows: the line per step, speed and MFU, the trackers, the report at its end."""
+"""Where a run stands and what it shows: the line per step, speed and MFU, the trackers, the report
+at its end."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from common.runs import report, run_folder
 
 
 class Run:
-    """Where the run stands, and what it shows: a bar on a terminal, a plain line per logging step elsewhere.
+    """Where the run stands, and what it shows: a bar on a terminal, a plain line per logging step
+    elsewhere.
 
-    The position is an epoch and the bins taken of it by all processes together; `progress` is what a checkpoint keeps.
+    The position is an epoch and the bins taken of it by all processes together; `progress` is what
+    a checkpoint keeps.
     """
 
     def __init__(self, args, training, progress: dict, model, loader, dtype):
@@ -90,7 +93,8 @@ class Run:
         return max(done, now["seconds"] / 60 / minutes) if minutes else done
 
     def next_bins(self) -> list[list[int]]:
-        """The bins of the next step, of all processes; fewer at the end of an epoch, so that none comes twice."""
+        """The bins of the next step, of all processes; fewer at the end of an epoch, so that none
+        comes twice."""
         now = self.progress
         bins = self.loader.order.take(now["epoch"], now["at"], self.per_step)
         now["step"], now["at"] = now["step"] + 1, now["at"] + len(bins)
@@ -176,7 +180,8 @@ class Run:
         return f"{self.args.stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
 
     def report(self, recipe: str, base: str, rows: dict, after: dict) -> None:
-        """loss.png, report.md, report.json, trainer_state.json and the printed table; the run counts as finished."""
+        """loss.png, report.md, report.json, trainer_state.json and the printed table; the run
+        counts as finished."""
         self.trackers.close()
         if not cli.is_main():
             return
@@ -187,16 +192,28 @@ class Run:
             (p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.model.parameters()
         ]
         facts = {
-            "recipe": recipe, "stage": self.args.stage, "model": base, "device": device.name(), "dtype": self.dtype,
-            "world_size": self.world, "engine": run_folder.engine(self.training), "rows": rows, "tokens": counts,
-            "parameters": {"total": sum(n for _, n in weights), "trained": sum(n for trained, n in weights if trained)},
-            "seconds": round(now["seconds"], 3), "steps": now["step"],
+            "recipe": recipe,
+            "stage": self.args.stage,
+            "model": base,
+            "device": device.name(),
+            "dtype": self.dtype,
+            "world_size": self.world,
+            "engine": run_folder.engine(self.training),
+            "rows": rows,
+            "tokens": counts,
+            "parameters": {
+                "total": sum(n for _, n in weights),
+                "trained": sum(n for trained, n in weights if trained),
+            },
+            "seconds": round(now["seconds"], 3),
+            "steps": now["step"],
             "tokens_per_second": round(now["tokens"] / max(now["seconds"], 1e-9), 1),
             "mfu": round(now["tokens"] / max(now["seconds"], 1e-9) * self.flops / self.peak, 4),
             "peak_memory_mb": round(device.peak_memory_mb(), 1),
             "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
-            "metrics": {"before": before["metrics"], "after": after["metrics"]}, "command": cli.resume_command(),
-        }  # fmt: skip
+            "metrics": {"before": before["metrics"], "after": after["metrics"]},
+            "command": cli.resume_command(),
+        }
         ends = [(0, before["metrics"]), (now["step"], after["metrics"])]
         ends = [
             {"step": step} | {f"eval_{k}": found[k] for k in report.PLOTS if k in found}
@@ -221,7 +238,8 @@ class Run:
 
 
 class Trackers:
-    """tensorboard, wandb and swanlab, on rank 0; `ids` are the runs, so that a resumed one goes on in its curve."""
+    """tensorboard, wandb and swanlab, on rank 0; `ids` are the runs, so that a resumed one goes on
+    in its curve."""
 
     def __init__(self, names: list[str], out: Path, settings: dict, ids: dict, step: int):
         self.ids, self.log_to = ids, []
@@ -246,16 +264,27 @@ class Trackers:
     def _wandb(self, out: Path, settings: dict, step: int) -> None:
         import wandb
 
-        run = wandb.init(project=out.parent.name, name=out.name, dir=out, config=settings, id=self.ids.get("wandb"),
-                         resume="allow")  # fmt: skip
+        run = wandb.init(
+            project=out.parent.name,
+            name=out.name,
+            dir=out,
+            config=settings,
+            id=self.ids.get("wandb"),
+            resume="allow",
+        )
         self.ids["wandb"] = run.id
         self.log_to.append(lambda at, values: run.log(values, step=at))
 
     def _swanlab(self, out: Path, settings: dict, step: int) -> None:
         import swanlab
 
-        run = swanlab.init(project=out.parent.name, experiment_name=out.name, config=settings,
-                           id=self.ids.get("swanlab"), resume="allow")  # fmt: skip
+        run = swanlab.init(
+            project=out.parent.name,
+            experiment_name=out.name,
+            config=settings,
+            id=self.ids.get("swanlab"),
+            resume="allow",
+        )
         self.ids["swanlab"] = run.public.run_id
         self.log_to.append(lambda at, values: swanlab.log(values, step=at))
 
@@ -268,7 +297,8 @@ class Trackers:
 
 
 def peak_flops(dtype: torch.dtype, where: torch.device) -> float:
-    """Floating-point operations per second of a large product here, measured: what MFU is a part of.
+    """Floating-point operations per second of a large product here, measured: what MFU is a part
+    of.
 
     The product grows until it takes 5 ms, which on an accelerator is 4096 to 16384 wide.
     """
@@ -290,8 +320,9 @@ def peak_flops(dtype: torch.dtype, where: torch.device) -> float:
 
 
 def flops_per_token(model: nn.Module) -> float:
-    """Forward and backward of one token: 2 N forward, 2 N for the inputs' gradients, 2 per trained weight (Kaplan et
-    al. 2020); of the experts only those that a token goes through. Attention is left out."""
+    """Forward and backward of one token: 2 N forward, 2 N for the inputs' gradients, 2 per trained
+    weight (Kaplan et al. 2020); of the experts only those that a token goes through. Attention is
+    left out."""
     config, total = model.config, 0.0
     for name, p in model.named_parameters():
         share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0

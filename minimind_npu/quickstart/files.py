@@ -1,4 +1,5 @@
-"""What quickstart.py shows, and leaves on disk: exact checkpoints, whole or not there; the model; the report."""
+"""What quickstart.py shows, and leaves on disk: exact checkpoints, whole or not there; the model;
+the report."""
 
 import json
 import os
@@ -16,7 +17,8 @@ from common.runs import checkpoint, report, run_folder
 
 
 def display(total: int, done: int, tokens: int) -> Callable[[int, float], None]:
-    """A function that shows step and loss: a bar on a terminal, lines elsewhere. `tokens`: of a step on all ranks."""
+    """A function that shows step and loss: a bar on a terminal, lines elsewhere. `tokens`: of a
+    step on all ranks."""
     bar = tqdm(
         total=total,
         initial=done,
@@ -47,9 +49,11 @@ def note(text: str) -> None:
 
 
 def save(out: Path, model, tokenizer, parts: dict, progress: dict, rank: int, world: int) -> None:
-    """OUT/checkpoint-<step>: weights, `parts` (optimizer, scaler), progress, each rank's random state. All ranks call.
+    """OUT/checkpoint-<step>: weights, `parts` (optimizer, scaler), progress, each rank's random
+    state. All ranks call.
 
-    It counts once complete.json, written last, names every file with its sha256; then the older ones go."""
+    It counts once complete.json, written last, names every file with its sha256; then the older
+    ones go."""
     folder = out / f"checkpoint-{progress['step']}"
     if cli.is_main():
         shutil.rmtree(folder, ignore_errors=True)  # torn: from a whole one this run had continued
@@ -100,12 +104,18 @@ def finish(
     losses = [entry["loss"] for entry in progress["history"] if "loss" in entry]
     tokens, seconds = len(losses) * facts["tokens_a_step"], progress["seconds"]
     facts |= {
-        "recipe": "quickstart", "model": args.model_name, "device": device.name(), "steps": progress["step"],
+        "recipe": "quickstart",
+        "model": args.model_name,
+        "device": device.name(),
+        "steps": progress["step"],
         "tokens": {"total": tokens, "label": tokens // args.max_length * (args.max_length - 1)},
-        "seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "peak_memory_mb": round(device.peak_memory_mb(), 1), "loss": {"first": losses[0], "last": losses[-1]},
-        "metrics": {"before": before["metrics"], "after": after["metrics"]}, "command": cli.resume_command(),
-    }  # fmt: skip
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "peak_memory_mb": round(device.peak_memory_mb(), 1),
+        "loss": {"first": losses[0], "last": losses[-1]},
+        "metrics": {"before": before["metrics"], "after": after["metrics"]},
+        "command": cli.resume_command(),
+    }
     said = zip(asked, before["answers"], after["answers"], strict=True)
     samples = [{"prompt": a, "reference": b, "before": c, "after": d} for (a, b), c, d in said]
     start = {"step": 0, "eval_loss": before["metrics"]["loss"]}

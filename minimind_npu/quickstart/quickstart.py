@@ -1,11 +1,13 @@
-"""GPT-2 from scratch in plain PyTorch on whichever device is there: the first thing to run on a new machine.
+"""GPT-2 from scratch in plain PyTorch on whichever device is there: the first thing to run on a new
+machine.
 
     bash minimind_npu/quickstart.sh                        # 124M on an accelerator, a tiny one on CPU; no network
     DEVICES=0,1 bash minimind_npu/quickstart.sh --epochs 5
     the same command again                                 # continues after a crash with the last whole epoch
 
-Data: synthetic Chinese sentences, or DATA=file.txt with a document per line. B windows a batch, T tokens a window.
-Order of the story: arguments -> model -> one step -> measure -> the run. Text and files: the two modules beside it.
+Data: synthetic Chinese sentences, or DATA=file.txt with a document per line. B windows a batch, T
+tokens a window. Order of the story: arguments -> model -> one step -> measure -> the run. Text and
+files: the two modules beside it.
 """
 
 import difflib
@@ -114,7 +116,8 @@ def parse() -> Args:
 
 # 2. Model and optimizer
 def load(args: Args, texts: list[str], start: Path | None):
-    """(model with float32 weights, tokenizer); `start` is the checkpoint that this run continues from."""
+    """(model with float32 weights, tokenizer); `start` is the checkpoint that this run continues
+    from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
         model = cli.load(AutoModelForCausalLM, name, dtype=torch.float32)
@@ -134,14 +137,20 @@ def load(args: Args, texts: list[str], start: Path | None):
         "initializer_range": 0.05,
     }
     config = GPT2Config(  # no dropout, so that 1 and N processes give the same numbers
-        **(toy if args.model_name == "tiny" else {}), n_positions=max(1024, args.max_length), resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        **(toy if args.model_name == "tiny" else {}),
+        n_positions=max(1024, args.max_length),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return GPT2LMHeadModel(config), tokenizer
 
 
 def make_optimizer(model, peak: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only. Never `fused=True`: on an NPU it crashes with the fp16 scaler."""
+    """AdamW with weight decay on matrices only. Never `fused=True`: on an NPU it crashes with the
+    fp16 scaler."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -149,13 +158,15 @@ def make_optimizer(model, peak: float) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear up to `peak` over `warmup` steps, linear down to 0 after `total`; `step` counts from 1."""
+    """Linear up to `peak` over `warmup` steps, linear down to 0 after `total`; `step` counts from
+    1."""
     return peak * min(step / max(1, warmup), (total - step + 1) / (total - warmup + 1))
 
 
 # 3. One step, and the training loss over all ranks
 def train_step(net, ids: torch.Tensor, optimizer, scaler, dtype: torch.dtype) -> torch.Tensor:
-    """Windows [B, T] -> this rank's loss, still on the device. DDP averages the gradients inside backward()."""
+    """Windows [B, T] -> this rank's loss, still on the device. DDP averages the gradients inside
+    backward()."""
     with device.autocast(dtype):
         loss = net(input_ids=ids, labels=ids).loss  # the model shifts the labels by one
     scaler.scale(loss).backward()
@@ -168,7 +179,8 @@ def train_step(net, ids: torch.Tensor, optimizer, scaler, dtype: torch.dtype) ->
 
 
 def mean_losses(recent: list[torch.Tensor], last_step: int) -> list[dict]:
-    """[{"step", "loss"}] of the last steps, averaged over the ranks in float32 (HCCL has no float64)."""
+    """[{"step", "loss"}] of the last steps, averaged over the ranks in float32 (HCCL has no
+    float64)."""
     losses = torch.stack(recent)
     if WORLD > 1:
         dist.all_reduce(losses)
@@ -219,7 +231,8 @@ def measure(
 def plan(train_set: torch.Tensor, args: Args) -> tuple[DataLoader, int, Callable[[int], float]]:
     """(loader of this rank's batches, steps in all, step -> learning rate)."""
     sampler = DistributedSampler(train_set, WORLD, RANK, seed=args.seed, drop_last=True)
-    # a generator of its own: the loader would draw from the global one, and resume would not be exact
+    # a generator of its own: the loader would draw from the global one, and resume would not be
+    # exact
     loader = DataLoader(
         train_set, args.batch_size, sampler=sampler, drop_last=True, generator=torch.Generator()
     )

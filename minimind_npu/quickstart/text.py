@@ -1,7 +1,9 @@
-"""The text of quickstart.py: synthetic Chinese sentences with something to learn, or files; cut into windows of tokens.
+"""The text of quickstart.py: synthetic Chinese sentences with something to learn, or files; cut
+into windows of tokens.
 
-Sums, days, opposites, provinces, orders, and names to carry along. What follows the last comma of a synthetic sentence
-is decided by what stands before it, so that the model's ending is right or wrong.
+Sums, days, opposites, provinces, orders, and names to carry along. What follows the last comma of a
+synthetic sentence is decided by what stands before it, so that the model's ending is right or
+wrong.
 """
 
 import hashlib
@@ -19,9 +21,17 @@ NAMES = ["小明", "小红", "李雷", "韩梅", "王芳", "张伟", "刘洋", "
 FRUITS = ["苹果", "桃子", "橘子", "香蕉", "西瓜", "梨"]
 DAYS = "一二三四五六日"
 CITIES = {
-    "成都": "四川", "杭州": "浙江", "南京": "江苏", "广州": "广东", "武汉": "湖北", "长沙": "湖南",
-    "西安": "陕西", "济南": "山东", "福州": "福建", "昆明": "云南",
-}  # fmt: skip
+    "成都": "四川",
+    "杭州": "浙江",
+    "南京": "江苏",
+    "广州": "广东",
+    "武汉": "湖北",
+    "长沙": "湖南",
+    "西安": "陕西",
+    "济南": "山东",
+    "福州": "福建",
+    "昆明": "云南",
+}
 ANIMALS = {
     "猫": "鱼",
     "狗": "骨头",
@@ -85,7 +95,8 @@ SENTENCES = (_sum, _rest, _day, _city, _animal, _opposite, _order)
 
 
 def documents(count: int, seed: int) -> list[str]:
-    """`count` different documents of two to four sentences about one person; the same list for the same seed."""
+    """`count` different documents of two to four sentences about one person; the same list for the
+    same seed."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
         name = rng.choice(NAMES)
@@ -94,7 +105,8 @@ def documents(count: int, seed: int) -> list[str]:
 
 
 def read_text(args) -> tuple[list[str], list[str], dict]:
-    """Documents to train on, held-out documents (5 %, none of them in the first list), and counts."""
+    """Documents to train on, held-out documents (5 %, none of them in the first list), and
+    counts."""
     if args.data_path:
         rows, stats = load_rows(args.data_path, "text", seed=args.seed)
         cli.say(summary(stats))
@@ -112,7 +124,8 @@ def read_text(args) -> tuple[list[str], list[str], dict]:
 
 
 def windows(tokenizer, texts: list[str], length: int) -> torch.Tensor:
-    """Documents end to end, each closed by the end token, cut into windows [N, T]; the rest at the end is left out."""
+    """Documents end to end, each closed by the end token, cut into windows [N, T]; the rest at the
+    end is left out."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     ids = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
@@ -130,7 +143,8 @@ def questions(texts: list[str], count: int) -> list[tuple[str, str]]:
 
 
 def endings(model, tokenizer, asked: list[tuple[str, str]]) -> tuple[list[str], float]:
-    """(how the model ends each beginning, up to the full stop; the share that is right). All ranks call it."""
+    """(how the model ends each beginning, up to the full stop; the share that is right). All ranks
+    call it."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in asked]
     answers = [
         text.split("。")[0] + "。" for text in generate_answers(model, tokenizer, prompts, 24)

@@ -1,8 +1,11 @@
-"""Distillation (Hinton et al. 2015): a student learns from a teacher's distributions as well as from the labels.
+"""Distillation (Hinton et al. 2015): a student learns from a teacher's distributions as well as
+from the labels.
 
-Loss per label token: alpha * cross entropy + (1 - alpha) * T^2 * KL(teacher at temperature T || student at T), summed
-over label tokens / the label tokens of the step. Logits of both exist for some hundred positions at a time.
-Rows: those of sft.py. The teacher may be dense or sparse, and of another width; its vocabulary is the student's.
+Loss per label token: alpha * cross entropy + (1 - alpha) * T^2 * KL(teacher at temperature T ||
+student at T), summed over label tokens / the label tokens of the step. Logits of both exist for
+some hundred positions at a time.
+Rows: those of sft.py. The teacher may be dense or sparse, and of another width; its vocabulary is
+the student's.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ CHUNK = 512  # positions whose logits exist at once
 
 
 def loss(model, batch: dict, items: float, teacher, alpha: float, temperature: float):
-    """-> (loss of the batch as its part of a step with `items` label tokens, sums over this batch)."""
+    """-> (loss of the batch as its part of a step with `items` label tokens, sums over this
+    batch)."""
     inputs = {name: batch[name] for name in INPUTS}
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
     where = (labels != IGNORE).nonzero()[:, 0]

@@ -1,7 +1,9 @@
-"""Direct preference optimisation (Rafailov et al. 2023): prefer the chosen answer, relative to the model at the start.
+"""Direct preference optimisation (Rafailov et al. 2023): prefer the chosen answer, relative to the
+model at the start.
 
-Loss: -log sigmoid(beta * ((log pi(w) - log ref(w)) - (log pi(l) - log ref(l)))), log-probs summed over the answer's
-tokens, averaged over the pairs of the step. The reference's log-probs are computed once, before the first step.
+Loss: -log sigmoid(beta * ((log pi(w) - log ref(w)) - (log pi(l) - log ref(l)))), log-probs summed
+over the answer's tokens, averaged over the pairs of the step. The reference's log-probs are
+computed once, before the first step.
 Rows: {"chosen": [messages], "rejected": [messages]} and the other shapes of common/data/shapes.py.
 """
 
@@ -28,7 +30,8 @@ COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_
 
 
 def encode(row: dict, tokenizer, max_length: int) -> dict | None:
-    """A canonical pair -> tokens and labels of both sides, max_length tokens together; labels on the last answer."""
+    """A canonical pair -> tokens and labels of both sides, max_length tokens together; labels on
+    the last answer."""
     sides, cut = {}, False
     for side in ("chosen", "rejected"):
         found = encode_chat(tokenizer, row["prompt"] + row[side], max_length // 2)
@@ -55,7 +58,8 @@ def log_probs(model, batch: dict) -> torch.Tensor:
 def loss(model, batch: dict, items: float, beta: float):
     """-> (loss of the batch as its part of a step with `items` pairs, sums over this batch).
 
-    batch["reference"]: [pairs, 2] log-probs under the reference; without it the model's adapters are switched off.
+    batch["reference"]: [pairs, 2] log-probs under the reference; without it the model's adapters
+    are switched off.
     """
     policy = log_probs(model, batch)
     if "reference" in batch:
@@ -91,9 +95,11 @@ def metrics(sums: dict) -> dict:
 
 @torch.no_grad()
 def reference(model, loader, dtype: torch.dtype, file: Path, *about) -> torch.Tensor:
-    """Log-probs of all rows under the model as it is now, [rows, 2] on the CPU; all ranks compute their part.
+    """Log-probs of all rows under the model as it is now, [rows, 2] on the CPU; all ranks compute
+    their part.
 
-    file: where they are kept for a run that is continued; `about` names what they were computed from.
+    file: where they are kept for a run that is continued; `about` names what they were computed
+        from.
     """
     about = json.dumps([*about, str(dtype), loader.windows, loader.world], default=str)
     kept = kept_reference(file, about)

@@ -1,7 +1,9 @@
-"""Low-rank adapters (Hu et al. 2021) on every linear layer of the blocks: y = W x + alpha / r * B A x.
+"""Low-rank adapters (Hu et al. 2021) on every linear layer of the blocks: y = W x + alpha / r * B A
+x.
 
-W is frozen; A is random and B zero, so that training starts from the model as it is. Files are in PEFT's layout: they
-open with peft on the exported model, and a PEFT adapter of these layers opens here. The stage is sft.py on few weights.
+W is frozen; A is random and B zero, so that training starts from the model as it is. Files are in
+PEFT's layout: they open with peft on the exported model, and a PEFT adapter of these layers opens
+here. The stage is sft.py on few weights.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class LoRALinear(nn.Module):
 
 
 def add(model: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> nn.Module:
-    """Freeze the model and put an adapter on each linear layer of its blocks but the router. Returns the model."""
+    """Freeze the model and put an adapter on each linear layer of its blocks but the router.
+    Returns the model."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in name and not name.endswith("mlp.gate"):
@@ -93,10 +96,14 @@ def save(model: nn.Module, folder: Path, base: str, tensors: dict | None = None)
 
     names, first = zip(*layers(model), strict=True)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=first[0].lora_A.out_features, base_model_name_or_path=base, inference_mode=True,
-        lora_alpha=first[0].scaling * first[0].lora_A.out_features, lora_dropout=first[0].dropout.p,
+        task_type="CAUSAL_LM",
+        r=first[0].lora_A.out_features,
+        base_model_name_or_path=base,
+        inference_mode=True,
+        lora_alpha=first[0].scaling * first[0].lora_A.out_features,
+        lora_dropout=first[0].dropout.p,
         target_modules=sorted({name.rpartition(".")[2] for name in names}),
-    )  # fmt: skip
+    )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tensors = state(model) if tensors is None else tensors
@@ -107,7 +114,8 @@ def save(model: nn.Module, folder: Path, base: str, tensors: dict | None = None)
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
-    """A model without adapters -> with the one in `folder`. SystemExit when its layers are not this model's."""
+    """A model without adapters -> with the one in `folder`. SystemExit when its layers are not this
+    model's."""
     from peft import LoraConfig
 
     config, tensors = (

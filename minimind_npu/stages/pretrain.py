@@ -1,7 +1,9 @@
 """Pre-training: predict the next token of every document.
 
-Loss: cross entropy summed over label tokens / the label tokens of the whole step, plus the balance of experts.
-Rows: {"text"}; a document is <|im_start|> text <|im_end|>, cut into equal pieces where it is longer than the window.
+Loss: cross entropy summed over label tokens / the label tokens of the whole step, plus the balance
+of experts.
+Rows: {"text"}; a document is <|im_start|> text <|im_end|>, cut into equal pieces where it is longer
+than the window.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def encode(row: dict, tokenizer, max_length: int) -> list[dict]:
 def loss(model, batch: dict, items: float):
     """-> (loss of the batch as its part of a step with `items` label tokens, sums over this batch).
 
-    model: under losses.use_chunked_loss, which computes logits at label positions only, chunk by chunk.
+    model: under losses.use_chunked_loss, which computes logits at label positions only, chunk by
+        chunk.
     """
     out = model(
         **{name: batch[name] for name in INPUTS}, labels=batch["labels"], num_items_in_batch=items
@@ -62,7 +65,8 @@ def metrics(sums: dict) -> dict:
 
 
 def text_bytes(held_out, encoded) -> int:
-    """UTF-8 bytes of the held-out texts (rows as read) that were encoded: what bits per byte divide by."""
+    """UTF-8 bytes of the held-out texts (rows as read) that were encoded: what bits per byte divide
+    by."""
     used = set(encoded["source"])
     return sum(
         len(json.loads(row["row"])["text"].encode()) for row in held_out if row["source"] in used

@@ -1,8 +1,11 @@
-"""Reasoning: fine-tuning on answers that think first, with more weight on the tags that frame thought and answer.
+"""Reasoning: fine-tuning on answers that think first, with more weight on the tags that frame
+thought and answer.
 
-Loss: sum of w * cross entropy over label tokens / the number of label tokens, w = `think_weight` where the label is one
-of the tags, else 1. The tags are tokens of their own, so nothing else gets that weight.
-Rows: conversations whose answers read <think>...</think><answer>...</answer>, or have reasoning_content.
+Loss: sum of w * cross entropy over label tokens / the number of label tokens, w = `think_weight`
+where the label is one of the tags, else 1. The tags are tokens of their own, so nothing else gets
+that weight.
+Rows: conversations whose answers read <think>...</think><answer>...</answer>, or have
+reasoning_content.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ def tag_ids(tokenizer) -> list[int]:
 
 
 def loss(model, batch: dict, items: float, tags: torch.Tensor, think_weight: float):
-    """-> (weighted loss of the batch as its part of a step with `items` label tokens, sums over this batch)."""
+    """-> (weighted loss of the batch as its part of a step with `items` label tokens, sums over
+    this batch)."""
     labels = batch["labels"]
     log_probs, _, _ = losses.answer_logprobs(
         model, labels=labels, **{name: batch[name] for name in INPUTS}
@@ -50,7 +54,8 @@ def loss(model, batch: dict, items: float, tags: torch.Tensor, think_weight: flo
 
 
 def parts(text: str) -> tuple[str, bool]:
-    """An answer -> (what its <answer> holds, or what follows its thought; whether it keeps to the form)."""
+    """An answer -> (what its <answer> holds, or what follows its thought; whether it keeps to the
+    form)."""
     form = re.fullmatch(
         r"\s*<think>(.*?)</think>\s*(<answer>(.*?)</answer>|(?!<answer>).+?)\s*", text, re.S
     )
@@ -59,7 +64,8 @@ def parts(text: str) -> tuple[str, bool]:
 
 
 def measure(model, tokenizer, rows: list[dict], max_new_tokens: int) -> tuple[dict, list[dict]]:
-    """Greedy answers to held-out rows -> {"exact_match": of the final answers, "in_form"} and samples to look at."""
+    """Greedy answers to held-out rows -> {"exact_match": of the final answers, "in_form"} and
+    samples to look at."""
     prompts = [encode_prompt(tokenizer, row["messages"][:-1], row.get("tools")) for row in rows]
     raw = generate_answers(model, tokenizer, prompts, max_new_tokens)
     wanted = [parts(row["messages"][-1]["content"])[0] for row in rows]

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: the answers of conversations, each with its end token; the loss is that of pre-training.
+"""Supervised fine-tuning: the answers of conversations, each with its end token; the loss is that
+of pre-training.
 
-Rows: {"conversations": [{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?}]} and the other shapes of
-common/data/shapes.py.
+Rows: {"conversations": [{"role", "content", "reasoning_content"?, "tools"?, "tool_calls"?}]} and
+the other shapes of common/data/shapes.py.
 """
 
 from stages.pretrain import INPUTS, balance, loss, metrics  # noqa: F401  (the same loss, on other labels)
@@ -12,5 +13,6 @@ KIND, COLUMNS = "chat", ("input_ids", "labels")
 
 
 def encode(row: dict, tokenizer, max_length: int) -> dict | None:
-    """A canonical chat row -> {"input_ids" [T], "labels" [T] on the assistant's turns, "truncated"}."""
+    """A canonical chat row -> {"input_ids" [T], "labels" [T] on the assistant's turns,
+    "truncated"}."""
     return encode_chat(tokenizer, row["messages"], max_length, row.get("tools"))

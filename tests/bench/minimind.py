@@ -77,7 +77,7 @@ def as_row(kind: str, texts: list[str]) -> dict:
     turns = lambda answer: [
         {"role": "user", "content": texts[0]},
         {"role": "assistant", "content": answer},
-    ]  # noqa: E731
+    ]
     if kind == "sft":
         return {"conversations": turns(texts[1])}
     return {"chosen": turns(texts[1]), "rejected": turns(texts[2])}

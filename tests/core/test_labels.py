@@ -496,7 +496,7 @@ def test_thinking(inline):
     tokenizer = byte_level(QWEN3)
     think = lambda r, c: (
         said(f"<think>\n{r}\n</think>\n\n{c}") if inline else said(c, reasoning_content=r)
-    )  # noqa: E731
+    )
     messages = [user("一"), think("旧想法", "旧答"), user("二"), think("新想法", "新答")]
     row = encode_chat(tokenizer, messages, 10_000)
     assert trained(tokenizer, row) == [

@@ -1,9 +1,11 @@
-"""Processes that start with torch and its friends imported: tests spend most of their time on those imports.
+"""Processes that start with torch and its friends imported: tests spend most of their time on those
+imports.
 
-A server imports the libraries once (nothing of the project) and forks itself for each process that a test, or a
-launcher under test, wants to start. What is started instead of Python is a small client: it hands its arguments,
-variables, folder and streams to the server, passes signals on and ends as its process ended. Where the variables would
-change what the libraries read at import, the client becomes the real Python.
+A server imports the libraries once (nothing of the project) and forks itself for each process that
+a test, or a launcher under test, wants to start. What is started instead of Python is a small
+client: it hands its arguments, variables, folder and streams to the server, passes signals on and
+ends as its process ended. Where the variables would change what the libraries read at import, the
+client becomes the real Python.
 
     server = forking.Server(folder)      # folder/python is the client; goes with this process
 """
@@ -70,7 +72,8 @@ def watched(env: dict) -> dict:
 
 
 class Server:
-    """Starts the server beside this process; `python` is the client to start instead of sys.executable."""
+    """Starts the server beside this process; `python` is the client to start instead of
+    sys.executable."""
 
     def __init__(self, folder: Path, env: dict):
         """env: variables of the processes to come; see READ_AT_IMPORT."""

@@ -21,7 +21,8 @@ TIMEOUT = 600  # seconds; nothing here takes a third of it
 
 
 def environment(**extra) -> dict[str, str]:
-    """The user's environment with this Python first on PATH and none of danpu's own variables but DANPU_CACHE."""
+    """The user's environment with this Python first on PATH and none of danpu's own variables but
+    DANPU_CACHE."""
     ours = (
         "MODEL",
         "DATA",
@@ -45,7 +46,8 @@ def environment(**extra) -> dict[str, str]:
 
 
 def own_modules(recipe: str, *names: str, **known) -> list:
-    """Modules of a recipe; other recipes have files of the same names, so nothing of it stays importable.
+    """Modules of a recipe; other recipes have files of the same names, so nothing of it stays
+    importable.
 
     known: modules of the recipe that were loaded before, e.g. a model that the Auto classes know.
     """
@@ -72,8 +74,8 @@ _servers: dict[str, forking.Server | None] = {}
 
 
 def forked_python(env: dict) -> str | None:
-    """The client of a fork server (tests/forking.py) for processes with these variables; None when first asked for, as
-    a server costs as much as one process."""
+    """The client of a fork server (tests/forking.py) for processes with these variables; None when
+    first asked for, as a server costs as much as one process."""
     key = json.dumps(forking.watched(env), sort_keys=True)
     if key in _servers and _servers[key] is None:
         _servers[key] = forking.Server(Path(tempfile.mkdtemp(prefix="danpu-fork-")), env)
@@ -94,9 +96,9 @@ def settled(env: str) -> dict:
 def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
     """Start a command in a process group of its own; stdout and stderr are kept apart.
 
-    Python processes with equal variables, the ranks they launch, and those that shells launch on simulated NPUs are
-    forks of a server that has the libraries imported. Runs of shells on the CPU start as a user's do, unless `fork` is
-    True; with False all do.
+    Python processes with equal variables, the ranks they launch, and those that shells launch on
+    simulated NPUs are forks of a server that has the libraries imported. Runs of shells on the CPU
+    start as a user's do, unless `fork` is True; with False all do.
     """
     words, folder, env = [str(word) for word in command], env.pop("cwd", ROOT), environment(**env)
     is_python = words[0] in ("python", sys.executable)
@@ -143,7 +145,8 @@ def expect(result: subprocess.CompletedProcess, code: int = 0) -> subprocess.Com
 
 
 def error_line(result: subprocess.CompletedProcess, code: int) -> str:
-    """The one error line of a run that must fail with `code`: no traceback, and it is the last thing printed."""
+    """The one error line of a run that must fail with `code`: no traceback, and it is the last
+    thing printed."""
     expect(result, code)
     assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
     lines = [line for line in result.stderr.splitlines() if line.strip()]

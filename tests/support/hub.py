@@ -3,9 +3,9 @@
     with Hub({"org/name": {"config.json": b"...", ...}}) as hub:
         hub.fault("model.safetensors", "cut", at=1000, times=2)
 
-One server speaks Hugging Face's layout (large files redirect to a second port under another host name, as to a CDN),
-ModelScope's, plain folders (/files/org/name/...), and is a proxy for http://hub.test and for itself. It notes every
-request and how many bytes of every file it sent.
+One server speaks Hugging Face's layout (large files redirect to a second port under another host
+name, as to a CDN), ModelScope's, plain folders (/files/org/name/...), and is a proxy for
+http://hub.test and for itself. It notes every request and how many bytes of every file it sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ PIECE = 1 << 14  # bytes written at once
 
 @dataclass
 class Seen:
-    """One request: who was asked ("hub", "cdn"), what for, and how many bytes of the file were sent."""
+    """One request: who was asked ("hub", "cdn"), what for, and how many bytes of the file were
+    sent."""
 
     server: str
     path: str
@@ -75,9 +76,9 @@ class Hub:
         """The next `times` answers for a file (or "listing") go wrong. Kinds:
 
         cut at=N: the connection breaks after byte N of the file; stall at=N: nothing comes after it
-        status code=503, retry_after=None; html; length by=N: another Content-Length and body; flip at=N: one bit
-        etag: the file has another version (its ETag and first byte differ); place: wrong Content-Range
-        redirect to=URL; slow seconds=S: a pause before each piece
+        status code=503, retry_after=None; html; length by=N: another Content-Length and body; flip
+        at=N: one bit etag: the file has another version (its ETag and first byte differ); place:
+        wrong Content-Range redirect to=URL; slow seconds=S: a pause before each piece
         """
         self.faults.setdefault(path, []).append(Fault(kind, times, settings))
 

@@ -29,8 +29,8 @@ def control_of(part: Path) -> Path:
 def append(part: Path, url: str, size: int, link: Link, tick: Callable[[], None]) -> bool:
     """Complete a part; False when aria2c cannot do it (no ranges). tick() is called now and then.
 
-    We follow the redirects ourselves, since aria2c would hand the token on to any host, and give it the last address
-    on stdin, where no list of processes shows it.
+    We follow the redirects ourselves, since aria2c would hand the token on to any host, and give it
+    the last address on stdin, where no list of processes shows it.
     """
     with get(link, url, {"Range": "bytes=0-0"}) as answer:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -59,20 +59,37 @@ def append(part: Path, url: str, size: int, link: Link, tick: Callable[[], None]
 def _run(link: Link, job: str, tick: Callable[[], None]) -> int:
     """aria2c's exit code. It ends with us, even when we are killed."""
     words = [
-        link.aria2, "--no-conf=true", "--input-file=-", "--continue=true", "--split=4", "--max-connection-per-server=4",
-        "--min-split-size=1M", "--file-allocation=none", "--auto-file-renaming=false", "--follow-torrent=false",
-        "--follow-metalink=false", "--max-tries=1", f"--timeout={max(1, round(link.stall))}", "--quiet=true",
-        f"--connect-timeout={CONNECT}", f"--stop-with-process={os.getpid()}", "--auto-save-interval=1",
-    ]  # fmt: skip
+        link.aria2,
+        "--no-conf=true",
+        "--input-file=-",
+        "--continue=true",
+        "--split=4",
+        "--max-connection-per-server=4",
+        "--min-split-size=1M",
+        "--file-allocation=none",
+        "--auto-file-renaming=false",
+        "--follow-torrent=false",
+        "--follow-metalink=false",
+        "--max-tries=1",
+        f"--timeout={max(1, round(link.stall))}",
+        "--quiet=true",
+        f"--connect-timeout={CONNECT}",
+        f"--stop-with-process={os.getpid()}",
+        "--auto-save-interval=1",
+    ]
     bundle = os.environ.get("REQUESTS_CA_BUNDLE")
     words += [f"--ca-certificate={bundle}"] if bundle else []
     proxies = {
         f"{scheme}_proxy": address for scheme, address in urllib.request.getproxies().items()
     }  # small letters
     process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
         env=os.environ | proxies,
-    )  # fmt: skip
+    )
     try:
         process.stdin.write(job)
         process.stdin.close()

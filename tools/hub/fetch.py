@@ -1,7 +1,9 @@
-"""One file of a repository onto the disk: continued after a cut, and checked before it gets its name.
+"""One file of a repository onto the disk: continued after a cut, and checked before it gets its
+name.
 
-A file without its last byte, or with a wrong one, never stands under its name: bytes are gathered in
-`NAME.<start of the hash>.part` and renamed only after size, hash and (safetensors) header and offsets were found right.
+A file without its last byte, or with a wrong one, never stands under its name: bytes are gathered
+in `NAME.<start of the hash>.part` and renamed only after size, hash and (safetensors) header and
+offsets were found right.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a repository: path, address, bytes, hashes; None where the source does not tell."""
+    """One file of a repository: path, address, bytes, hashes; None where the source does not
+    tell."""
 
     path: str
     url: str
@@ -52,7 +55,8 @@ def size_text(count: float) -> str:
 
 
 def safe_target(folder: Path, path: str) -> Path:
-    """folder/path; Fatal when a name that the server gave leads out of the folder or is one of ours."""
+    """folder/path; Fatal when a name that the server gave leads out of the folder or is one of
+    ours."""
     parts = path.split("/")
     odd = any(unicodedata.category(c) in ("Cc", "Cs") or c == "\\" for c in path) or re.match(
         r"[A-Za-z]:", path
@@ -67,7 +71,8 @@ def safe_target(folder: Path, path: str) -> Path:
 
 
 def part_of(target: Path, entry: Entry) -> Path:
-    """Where the bytes gather. The name holds the hash, so that no part is ever continued with another version."""
+    """Where the bytes gather. The name holds the hash, so that no part is ever continued with
+    another version."""
     return target.with_name(
         f"{target.name}.{(entry.sha256 or entry.git or 'without-hash')[:12]}.part"
     )
@@ -137,8 +142,8 @@ def examine(path: Path, entry: Entry, stop: threading.Event) -> tuple[str, str |
 def fetch(entry: Entry, folder: Path, link: Link, show: Callable[[str, int], None]) -> str:
     """Get one file, whole, under its name; returns its sha256.
 
-    show(path, bytes): is told how much stands on the disk.
-    Raises Fatal (with the reason), Stopped, OSError (full disk, no rights); the part stays for the next call.
+    show(path, bytes): is told how much stands on the disk. Raises Fatal (with the reason), Stopped,
+    OSError (full disk, no rights); the part stays for the next call.
     """
     target = safe_target(folder, entry.path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,8 +189,8 @@ def settle(part: Path, target: Path) -> None:
 def _gather(entry: Entry, part: Path, link: Link, show: Callable, memory: dict) -> int:
     """Append to the part what it lacks; returns the file's size.
 
-    With a hash the part is simply continued: if it belongs to something else, the hash tells. Without one it is
-    continued only where the server confirms its ETag (If-Range).
+    With a hash the part is simply continued: if it belongs to something else, the hash tells.
+    Without one it is continued only where the server confirms its ETag (If-Range).
     """
     have, whole = gathered(part), not aria2.control_of(part).exists()
     if whole and have and have == entry.size:
@@ -219,7 +224,8 @@ def _gather(entry: Entry, part: Path, link: Link, show: Callable, memory: dict) 
 
 
 def _place(answer: requests.Response, entry: Entry, have: int) -> tuple[int, int]:
-    """(where in the file this answer begins: `have` or 0, size of the file); Retry when it is another thing."""
+    """(where in the file this answer begins: `have` or 0, size of the file); Retry when it is
+    another thing."""
     encoded = answer.headers.get("Content-Encoding", "identity") != "identity"
     start = 0
     if answer.status_code == 206:

@@ -20,7 +20,8 @@ LONGEST_WAIT = 60  # seconds between two tries, unless the server asks for more
 
 
 class Retry(Exception):
-    """May pass by itself. `wait`: seconds the server asked for. `restart`: what was gathered is of no use."""
+    """May pass by itself. `wait`: seconds the server asked for. `restart`: what was gathered is of
+    no use."""
 
     def __init__(self, message: str, wait: float | None = None, restart: bool = False):
         super().__init__(message)
@@ -55,7 +56,8 @@ class Link:
 
 
 def session(token: str | None = None) -> requests.Session:
-    """Proxies and certificates as the environment says. A redirect to another host or port goes without the token."""
+    """Proxies and certificates as the environment says. A redirect to another host or port goes
+    without the token."""
     made = requests.Session()
     made.headers.update({"User-Agent": "danpu", "Accept-Encoding": "identity"})
     for scheme in ("https://", "http://"):
@@ -99,7 +101,8 @@ def passes(status: int) -> bool:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds of a Retry-After header (a number or a date), at most an hour; None when it says nothing."""
+    """Seconds of a Retry-After header (a number or a date), at most an hour; None when it says
+    nothing."""
     try:
         number = value.strip().isdigit()
         seconds = (
@@ -113,7 +116,8 @@ def retry_after(value: str) -> float | None:
 
 
 def blocks(answer: requests.Response, link: Link) -> Iterator[bytes]:
-    """The body as it arrives, so that a cut loses nothing that came: it ends early then. Retry after a stall."""
+    """The body as it arrives, so that a cut loses nothing that came: it ends early then. Retry
+    after a stall."""
     read = getattr(answer.raw, "read1", answer.raw.read)
     try:
         while block := read(BLOCK, decode_content=True):
@@ -160,7 +164,8 @@ def _innermost(error: BaseException) -> str:
 
 
 def patiently(attempt: Callable, link: Link, what: str, have: Callable[[], int] = lambda: 0):
-    """attempt() until it returns; Retry waits (twice as long each time, with jitter) and tries again.
+    """attempt() until it returns; Retry waits (twice as long each time, with jitter) and tries
+    again.
 
     have: bytes gathered so far; more than ever before starts the count of failures anew.
     Fatal after `link.retries` failures in a row, Stopped when link.stop is set.

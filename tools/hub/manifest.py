@@ -1,8 +1,10 @@
-"""manifest.json of a model folder: files with hashes, what the model is, and what training it will need.
+"""manifest.json of a model folder: files with hashes, what the model is, and what training it will
+need.
 
-Memory per card, in bytes. P parameters, A more in a LoRA adapter, N cards, n = rows * window tokens per card; layers of
-width h, query width q, key and value width k each, feed-forward width f; vocabulary V. All in bf16 or under bf16
-autocast, with the label-only head of common.losses and an attention that never builds its matrix.
+Memory per card, in bytes. P parameters, A more in a LoRA adapter, N cards, n = rows * window tokens
+per card; layers of width h, query width q, key and value width k each, feed-forward width f;
+vocabulary V. All in bf16 or under bf16 autocast, with the label-only head of common.losses and an
+attention that never builds its matrix.
 
   full    P * (4 weights + 4 gradients + 8 Adam), + 4 P for DDP's buckets if N > 1, + 2 per weight that autocast copies
   LoRA    P * 2 frozen weights + A * (16, + 4 if N > 1)
@@ -10,11 +12,12 @@ autocast, with the label-only head of common.losses and an attention that never 
   ZeRO-3  P * (2 + 2 + 4 + 8) / N, + the weights that are gathered at a time: 2 * min(P, 1e9)
   ZeRO's step: float32 gradients 4 P / N; they come when the activations are gone, so the larger of the two counts
   activations of a layer, per token: a h + 4 q + 4 k + 8 f, a = 26 (full), 20 (LoRA), 16 (ZeRO), + 6 q + 6 k with
-      norms on queries and keys; with gradient checkpointing one such layer, and 4 h (full) or 2 h per layer
+      norms on queries and keys; with gradient checkpointing one such layer, and 4 h (full) or 2 h
+      per layer
   head    6 bytes for each of min(n V, 2^27) logits, 4 n h, and where input and output share their table its gradient
   1 GiB for the driver's context, communication and fragmentation
-The coefficients of the activations are those counted on a CPU (saved tensors of three families); none was measured on
-a card, so leave a margin.
+The coefficients of the activations are those counted on a CPU (saved tensors of three families);
+none was measured on a card, so leave a margin.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ NAMES = {
 
 
 def config_facts(folder: Path) -> dict:
-    """type, architectures and the numbers of NAMES, None where config.json does not say. No code of the model runs."""
+    """type, architectures and the numbers of NAMES, None where config.json does not say. No code of
+    the model runs."""
     try:
         raw = json.loads((folder / "config.json").read_bytes())
         inner = [
@@ -100,7 +104,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_facts(folder: Path, tied: bool) -> dict:
-    """Counts from the headers: parameters, those of 2-D weights outside the embedding, inputs + outputs of them."""
+    """Counts from the headers: parameters, those of 2-D weights outside the embedding, inputs +
+    outputs of them."""
     shapes, dtypes = {}, {}
     for file in weight_files(folder):
         for name, (dtype, shape) in weights.tensors(file).items():
@@ -115,11 +120,13 @@ def tensor_facts(folder: Path, tied: bool) -> dict:
     twice = sum(prod(shapes[n]) for n in head) if tied and len(tables) > len(head) else 0
     matrices = {n: s for n, s in shapes.items() if len(s) >= 2 and n not in tables}
     return {
-        "parameters": sum(map(prod, shapes.values())) - twice, "tensors": len(shapes), "dtypes": dtypes,
+        "parameters": sum(map(prod, shapes.values())) - twice,
+        "tensors": len(shapes),
+        "dtypes": dtypes,
         "matrices": sum(map(prod, matrices.values())),
         "sides": sum(prod(s[:-2]) * (s[-1] + s[-2]) for s in matrices.values()),
         "normed_queries": any("q_norm" in n for n in shapes),
-    }  # fmt: skip
+    }
 
 
 def divisors(limit: int, *numbers: int | None) -> list[int]:
@@ -163,7 +170,8 @@ def parallel_sizes(facts: dict) -> dict:
 
 
 def states(method: str, facts: dict, cards: int, lora_r: int) -> dict[str, float]:
-    """Bytes of weights, gradients, optimizer, buffers and of the moment of the step, as in the module's docstring."""
+    """Bytes of weights, gradients, optimizer, buffers and of the moment of the step, as in the
+    module's docstring."""
     p, adapter = facts["parameters"], lora_r * facts["sides"]
     table = (facts["vocabulary"] or 0) * (facts["hidden"] or 0)
     if method == "full":
@@ -177,9 +185,12 @@ def states(method: str, facts: dict, cards: int, lora_r: int) -> dict[str, float
         }
     if method == "LoRA":
         return {
-            "weights": 2 * p + 4 * adapter, "gradients": 4 * adapter, "optimizer": 8 * adapter,
-            "buffers": 4 * adapter * (cards > 1) + 2 * adapter, "step": 0,
-        }  # fmt: skip
+            "weights": 2 * p + 4 * adapter,
+            "gradients": 4 * adapter,
+            "optimizer": 8 * adapter,
+            "buffers": 4 * adapter * (cards > 1) + 2 * adapter,
+            "step": 0,
+        }
     sharded = {"gradients": 2 * p / cards, "optimizer": 12 * p / cards}
     if method == "ZeRO-2":
         return {"weights": 2 * p, **sharded, "buffers": BUCKETS, "step": 4 * p / cards}
@@ -213,7 +224,8 @@ def activations(method: str, facts: dict, tokens: int, recompute: bool) -> float
 
 
 def memory_table(facts: dict, window: int, batch: int, lora_r: int) -> list[dict]:
-    """One row per method, number of cards and gradient checkpointing: GiB of each part and `total`."""
+    """One row per method, number of cards and gradient checkpointing: GiB of each part and
+    `total`."""
     rows = []
     for method in METHODS:
         for cards in CARDS:

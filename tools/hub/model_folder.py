@@ -1,4 +1,5 @@
-"""A folder that holds a fetched model: the record of what is whole in it, and reading all of it again."""
+"""A folder that holds a fetched model: the record of what is whole in it, and reading all of it
+again."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def say(text: str) -> None:
 
 
 def load_record(folder: Path) -> dict:
-    """source, place, repo, revision, commit, wanted [paths], files {path: size, sha256, git, mtime_ns}; {} if none.
+    """source, place, repo, revision, commit, wanted [paths], files {path: size, sha256, git,
+    mtime_ns}; {} if none.
 
     A file stands in `files` from the moment on when it is whole.
     """
@@ -57,7 +59,8 @@ def note_whole(folder: Path, record: dict, entry: Entry, sha256: str) -> None:
 
 
 def untouched(folder: Path, record: dict, path: str) -> dict | None:
-    """What is recorded of a file, if the one on the disk has still that size and date; else None."""
+    """What is recorded of a file, if the one on the disk has still that size and date; else
+    None."""
     known, target = record.get("files", {}).get(path), folder / path
     if known is None or not target.is_file():
         return None
@@ -89,7 +92,8 @@ def outdated(record: dict, entry: Entry) -> bool:
 
 
 def only_one(folder: Path):
-    """The folder's lock, held, for `with`; a second download waits for the first and then finds its files."""
+    """The folder's lock, held, for `with`; a second download waits for the first and then finds its
+    files."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK)
@@ -109,9 +113,11 @@ def free_space(folder: Path) -> int:
 
 
 def retire(folder: Path, record: dict, wanted: list[Entry], offered: set[str]) -> None:
-    """Before an update: remove what is there in another version, so that no loader finds a mixture; save the record.
+    """Before an update: remove what is there in another version, so that no loader finds a mixture;
+    save the record.
 
-    Weights that the repository has no more go too, if it has others. What someone changed is left for `settle`.
+    Weights that the repository has no more go too, if it has others. What someone changed is left
+    for `settle`.
     """
     entries = {e.path: e for e in wanted}
     gone = {path for path in record["files"] if path in entries and outdated(record, entries[path])}
@@ -137,7 +143,8 @@ def drop_parts(folder: Path, record: dict) -> None:
 
 
 def manifest_record(folder: Path) -> dict:
-    """The files of a manifest.json that --manifest wrote, in the form of a record: for folders that were copied."""
+    """The files of a manifest.json that --manifest wrote, in the form of a record: for folders that
+    were copied."""
     try:
         found = json.loads((folder / "manifest.json").read_bytes())
         files = {
@@ -151,7 +158,8 @@ def manifest_record(folder: Path) -> dict:
 
 
 def verify(folder: Path, record: dict, workers: int) -> None:
-    """Read every file again; SystemExit when something is broken. Without any hashes only the structure is checked."""
+    """Read every file again; SystemExit when something is broken. Without any hashes only the
+    structure is checked."""
     if not folder.is_dir():
         raise SystemExit(f"{folder}: no such folder; nothing was fetched there")
     known = record or manifest_record(folder)

@@ -16,13 +16,15 @@ LARGE = 8 << 20  # bytes from which a file has a bar of its own
 
 
 class Meter:
-    """One bar over all bytes and one for each large file; a line now and then where there is no terminal.
+    """One bar over all bytes and one for each large file; a line now and then where there is no
+    terminal.
 
     Called from the workers' threads.
     """
 
     def __init__(self, entries: list[Entry], have: dict[str, int]):
-        """have: path -> bytes that stand on the disk already; they count as progress, not as speed."""
+        """have: path -> bytes that stand on the disk already; they count as progress, not as
+        speed."""
         self.terminal = sys.stderr.isatty()
         self.sizes, self.have, self.bars = {e.path: e.size or 0 for e in entries}, dict(have), {}
         self.done, self.spoken, self.lock = 0, time.monotonic(), threading.Lock()
@@ -31,9 +33,16 @@ class Meter:
 
     def _bar(self, name: str, total: int, initial: int) -> tqdm:
         return tqdm(
-            total=total, initial=initial, desc=name[-32:], unit="iB", unit_scale=True, unit_divisor=1024,
-            leave=name == "all", file=sys.stderr if self.terminal else io.StringIO(), dynamic_ncols=self.terminal,
-        )  # fmt: skip
+            total=total,
+            initial=initial,
+            desc=name[-32:],
+            unit="iB",
+            unit_scale=True,
+            unit_divisor=1024,
+            leave=name == "all",
+            file=sys.stderr if self.terminal else io.StringIO(),
+            dynamic_ncols=self.terminal,
+        )
 
     def _count(self) -> None:
         self.total.set_postfix_str(f"{self.done}/{len(self.sizes)} files")

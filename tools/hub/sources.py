@@ -1,4 +1,5 @@
-"""Where a model's files are listed: the Hugging Face hub or a mirror of it, ModelScope, or a folder on a web server."""
+"""Where a model's files are listed: the Hugging Face hub or a mirror of it, ModelScope, or a folder
+on a web server."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ CODE = (".py", ".so", ".sh")
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds. `source` is hf, modelscope or an address, `place` the address in use, `commit` may be ""."""
+    """What a source holds. `source` is hf, modelscope or an address, `place` the address in use,
+    `commit` may be ""."""
 
     source: str
     place: str
@@ -47,7 +49,8 @@ class Listing:
 
 
 def open_source(source: str, repo: str, revision: str | None, link: Link) -> Listing:
-    """Ask `source` (hf, modelscope or http(s)://...) for the files of `repo`; sets the session and hints of `link`."""
+    """Ask `source` (hf, modelscope or http(s)://...) for the files of `repo`; sets the session and
+    hints of `link`."""
     if source == "hf":
         from huggingface_hub import constants, get_token
 
@@ -138,7 +141,8 @@ def _hub_info(api, repo: str, revision: str | None, link: Link):
 
 
 def _modelscope(repo: str, revision: str, link: Link) -> Listing:
-    """Its two public addresses (list, file) are all that is needed, hence no `modelscope` package."""
+    """Its two public addresses (list, file) are all that is needed, hence no `modelscope`
+    package."""
     place, token = (
         os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE,
         os.environ.get("MODELSCOPE_API_TOKEN"),
@@ -167,10 +171,15 @@ def _modelscope(repo: str, revision: str, link: Link) -> Listing:
             f"{repo} has {MODELSCOPE_LIMIT} files or more, ModelScope lists no further; use --source hf"
         )
     files = [
-        Entry(path=f["Path"], url=f"{root}?{urlencode({'Revision': revision, 'FilePath': f['Path']})}",
-              size=f.get("Size"), sha256=f.get("Sha256") or None)
-        for f in found if f.get("Type") != "tree"
-    ]  # fmt: skip
+        Entry(
+            path=f["Path"],
+            url=f"{root}?{urlencode({'Revision': revision, 'FilePath': f['Path']})}",
+            size=f.get("Size"),
+            sha256=f.get("Sha256") or None,
+        )
+        for f in found
+        if f.get("Type") != "tree"
+    ]
     return Listing("modelscope", place, repo, revision, "", files)
 
 
@@ -188,7 +197,8 @@ def _member(answer, *keys) -> list[dict]:
 
 
 def _folder(url: str, repo: str, link: Link) -> Listing | None:
-    """A folder with our manifest.json at the address, or under it by the model's name; None when there is none."""
+    """A folder with our manifest.json at the address, or under it by the model's name; None when
+    there is none."""
     link.session, other = web.session(), None
     for base in dict.fromkeys(
         f"{url.rstrip('/')}{tail}" for tail in ("", f"/{repo}", f"/{repo.split('/')[-1]}")
@@ -270,9 +280,11 @@ def reason_to_skip(path: str, allow_pickle: bool, has_safetensors: bool) -> str 
 
 
 def choose(files: list[Entry], include: list[str], exclude: list[str], allow_pickle: bool):
-    """(files to fetch, reason -> files left out). Fatal when nothing is left, or no weights but pickles.
+    """(files to fetch, reason -> files left out). Fatal when nothing is left, or no weights but
+    pickles.
 
-    `include` names exactly what to fetch, even code and other formats, but pickles only with `allow_pickle`.
+    `include` names exactly what to fetch, even code and other formats, but pickles only with
+    `allow_pickle`.
     """
     plain = [f for f in files if f.path.endswith(".safetensors") and "consolidated" not in f.path]
     wanted, skipped = [], {}

@@ -1,4 +1,5 @@
-"""Weight files read without running anything: what stands in safetensors headers, and whether a folder is sound."""
+"""Weight files read without running anything: what stands in safetensors headers, and whether a
+folder is sound."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from pathlib import Path
 def tensors(path: str | Path) -> dict[str, tuple[str, list[int]]]:
     """Tensor name -> (dtype as stored, e.g. "BF16", shape).
 
-    ValueError when the header is no JSON or too long, a dtype is unknown, or the offsets overlap, leave gaps, do not
-    fit shape and dtype, or do not end where the file ends (all of this is what the library checks on opening).
+    ValueError when the header is no JSON or too long, a dtype is unknown, or the offsets overlap,
+    leave gaps, do not fit shape and dtype, or do not end where the file ends (all of this is what
+    the library checks on opening).
     """
     from safetensors import SafetensorError, safe_open
 

@@ -765,7 +765,7 @@ def test_command_line(app, tuned, monkeypatch, tmp_path, capsys):
     address = r"http://127\.0\.0\.1:\d+/"
     served = lambda demo: fetched.append(
         (urllib.request.urlopen(demo.local_url).status, demo.close())
-    )  # noqa: E731
+    )
     monkeypatch.setattr(app.gr.Blocks, "block_thread", served)
     said = run(*kept, *model, "--questions", tmp_path / "asked.txt")
     assert (

@@ -368,7 +368,7 @@ def test_groups_and_state_of_the_optimizer(kind):
 
     made = lambda: (lambda m: (m, optim.make(m, kind, 1e-3, 0.1, 0.02, True)))(
         small(packed=False, use_moe=True)
-    )  # noqa: E731
+    )
     model, optimizer = made()
     by_id = {id(p): name for name, p in model.named_parameters()}
     groups = {by_id[id(p)]: g for g in optimizer.param_groups for p in g["params"]}

@@ -48,7 +48,8 @@ def halve(folder, pattern):
 
 
 def after(method, action):
-    """Replace RecipeTrainer.method by itself followed by action(trainer, *args) during the at-th save."""
+    """Replace RecipeTrainer.method by itself followed by action(trainer, *args) during the at-th
+    save."""
     stock = getattr(RecipeTrainer, method)
 
     def patched(self, *args, **kwargs):
@@ -83,7 +84,8 @@ def step_fault(self, model, inputs, **kwargs):
 
 
 def log_rows(self, *args, **kwargs):
-    """One line per step and rank: its micro-batches as [row ids, starts, token ids], and DeepSpeed's batch size."""
+    """One line per step and rank: its micro-batches as [row ids, starts, token ids], and
+    DeepSpeed's batch size."""
     samples, count = stock_samples(self, *args, **kwargs)
     batches = [
         [b["row_ids"], b["cu_seq_lens_q"].tolist(), b["input_ids"][0].tolist()] for b in samples

@@ -1,4 +1,5 @@
-"""Run a plain PyTorch loop (minimind_npu/quickstart/quickstart.py) with a fault injected from outside.
+"""Run a plain PyTorch loop (minimind_npu/quickstart/quickstart.py) with a fault injected from
+outside.
 
     python common/launch.py 2 tests/support/faults/faulty_loop.py minimind_npu/quickstart/quickstart.py FAULT [flags]
 
@@ -29,7 +30,8 @@ calls = []
 
 
 def at_call(owner, name, action, counts=lambda *args: True):
-    """Replace owner.name so that its `at`-th call that `counts` goes to action(stock, *args, **kwargs)."""
+    """Replace owner.name so that its `at`-th call that `counts` goes to action(stock, *args,
+    **kwargs)."""
     stock = getattr(owner, name)
 
     def patched(*args, **kwargs):
