@@ -5,7 +5,7 @@ import json
 from pairs import with_system
 
 from common.data.labels import encode_prompt
-from common.runs.generate import answer_held_out
+from common.runs.generate import answer_eval_rows
 from common.runs.metrics import longest_common_subsequence
 
 
@@ -16,7 +16,7 @@ def measure_answers(
 
     Returns:
         {"exact_match", "rouge_l" (to the chosen answer), "like_chosen" (share closer to it than to
-        the rejected one)} and the samples of common.runs.generate.answer_held_out, with the
+        the rejected one)} and the samples of common.runs.generate.answer_eval_rows, with the
         rejected answer.
     """
     pairs = [
@@ -30,7 +30,7 @@ def measure_answers(
     def ask(messages, tools):
         return encode_prompt(tokenizer, with_system(messages, system), tools)
 
-    metrics, samples = answer_held_out(model, tokenizer, chats, ask, max_new_tokens)
+    metrics, samples = answer_eval_rows(model, tokenizer, chats, ask, max_new_tokens)
     closer = []
     for sample, row in zip(samples, pairs, strict=True):
         sample["rejected"] = row["rejected"][0]["content"]

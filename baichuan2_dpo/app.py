@@ -142,7 +142,7 @@ class Page(shared.Runs):
         self.sides = {"policy": Side(policy)} | ({"reference": reference} if reference else {})
         self.kind = policy.settings.get("loss_type", "sigmoid")
         self.beta = float(policy.settings.get("beta") or dpo_losses.BETA.get(self.kind, 0.1))
-        self.window = min(side.talker.window for side in self.sides.values())
+        self.window = min(side.chat_model.window for side in self.sides.values())
 
     def view(self, history: list[dict], **more) -> dict:
         ui = self.ui
@@ -289,16 +289,18 @@ class Page(shared.Runs):
 
 def about(page: Page, reason: str) -> str:
     """The lines under the title."""
-    talker, reference = page.policy, page.sides.get("reference")
+    chat_model, reference = page.policy, page.sides.get("reference")
     facts = (
-        [talker.name] + ["LoRA"] * talker.adapter + [f"{size(talker.model)} 参数", device.name()]
+        [chat_model.name]
+        + ["LoRA"] * chat_model.adapter
+        + [f"{size(chat_model.model)} 参数", device.name()]
     )
-    facts.append(str(talker.model.dtype).removeprefix("torch."))
+    facts.append(str(chat_model.model.dtype).removeprefix("torch."))
     if reference is None:
         line = f"没有参考，只有一列：{reason}。用 --reference 给出训练前的模型，就有两列。"
     else:
         line = "参考：" + (
-            "关掉适配器的同一个模型" if not reference.use_adapter else reference.talker.name
+            "关掉适配器的同一个模型" if not reference.use_adapter else reference.chat_model.name
         )
         line += (
             f" · 同样的设置、同样的种子 · 隐式奖励 = β (log p 策略 − log p 参考)，β = {page.beta:g}"

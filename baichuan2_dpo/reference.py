@@ -16,14 +16,14 @@ import torch
 
 from common.convert import adapter
 from common.data.labels import IGNORE, encode_chat
-from common.demo.chat_model import Talker, find_model, split_thought
+from common.demo.chat_model import ChatModel, find_model, split_thought
 from common.fast import losses
 
 NO_REFERENCE = "none"
 
 
-class Speaker(Talker):
-    """A Talker that draws with a given seed, and tells how likely an answer is."""
+class Speaker(ChatModel):
+    """A ChatModel that draws with a given seed, and tells how likely an answer is."""
 
     def __init__(self, model: str | Path):
         super().__init__(model)
@@ -52,21 +52,21 @@ class Speaker(Talker):
 class Side:
     """A column of the page: a model, and whether its adapter is on."""
 
-    talker: Speaker
+    chat_model: Speaker
     use_adapter: bool = True
 
     def stream(self, *args, **options):
-        return self.talker.stream(*args, use_adapter=self.use_adapter, **options)
+        return self.chat_model.stream(*args, use_adapter=self.use_adapter, **options)
 
     def log_prob(self, ids, labels) -> float:
-        return self.talker.log_prob(ids, labels, self.use_adapter)
+        return self.chat_model.log_prob(ids, labels, self.use_adapter)
 
 
 def load_reference(policy: Speaker, model: str | Path) -> Speaker:
     """`model`, asked with the policy's tokenizer and template; SystemExit when its vocabulary is
     another one."""
     reference = Speaker(model)
-    theirs, ours = (talker.tokenizer.get_vocab() for talker in (reference, policy))
+    theirs, ours = (chat_model.tokenizer.get_vocab() for chat_model in (reference, policy))
     rows = reference.model.get_input_embeddings().num_embeddings
     if not theirs.items() <= ours.items() or rows < len(policy.tokenizer):
         raise SystemExit(
@@ -137,15 +137,15 @@ def answer_message(said: str) -> dict:
 
 
 def scored_row(
-    talker: Talker, messages: list[dict], said: str, whole: bool, window: int
+    chat_model: ChatModel, messages: list[dict], said: str, whole: bool, window: int
 ) -> tuple[list[int], list[int]] | None:
     """(ids [T], labels [T]) with labels on the last answer alone, its end token too if it is
     `whole`.
 
     None when the conversation does not fit into `window` tokens or nothing would be scored.
     """
-    template = {"enable_thinking": True} if talker.can_think else {}
-    row = encode_chat(talker.tokenizer, [*messages, answer_message(said)], window, **template)
+    template = {"enable_thinking": True} if chat_model.can_think else {}
+    row = encode_chat(chat_model.tokenizer, [*messages, answer_message(said)], window, **template)
     if row is None or row["truncated"]:
         return None
     labels = row["labels"]

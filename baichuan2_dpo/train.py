@@ -41,7 +41,7 @@ from common.data.cache import cache_root
 from common.data.load import load_rows, summary
 from common.data.prepare import tokenise_split
 from common.data.split import leak_check, split_rows
-from common.runs.generate import questions
+from common.runs.generate import pick_eval_rows
 from common.runs.run_folder import open_output
 from pairs import encode
 from preference import COLUMNS, PairCollator, Pairs, PreferenceTrainer
@@ -231,7 +231,7 @@ def settle(args: Args, training: TrainingArguments) -> bool:
             f"--model_max_length {args.model_max_length}: no pair fits; give 32 or more"
         )
     args.data_path = args.data_path or str(HERE / "data")
-    if not cli.typed("learning_rate"):
+    if not cli.given_by_user("learning_rate"):
         training.learning_rate = LEARNING_RATE[
             "tiny " * is_tiny + ("lora" if args.use_lora else "full")
         ]
@@ -299,16 +299,16 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
     encoder = partial(
         encode, tokenizer=tokenizer, max_length=args.model_max_length, system=args.system_prompt
     )
-    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key, columns=COLUMNS)
+    train_ids, eval_ids, counts = tokenise_split(train, held_out, encoder, key, columns=COLUMNS)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
     stats |= {
         "used": len(train_ids),
-        "held_out": len(held_out_ids),
+        "held_out": len(eval_ids),
         "truncated": counts["truncated"],
     }
-    return train_ids, held_out_ids, held_out
+    return train_ids, eval_ids, held_out
 
 
 def main() -> None:
@@ -335,7 +335,7 @@ def main() -> None:
         raise SystemExit(
             f"{base} has no chat template: save one with its tokenizer (tokenizer.chat_template)"
         )
-    train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
+    train_ids, eval_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
     cli.say(
         "split: {used:,} pairs to train on, {held_out:,} held out, {truncated:,} shortened".format(
             **stats
@@ -353,7 +353,7 @@ def main() -> None:
     multiple = (
         128 if device.kind() == "cpu" and training.bf16 else 1
     )  # there each new length compiles new kernels
-    asked = questions(held_out, held_out_ids, args.eval_generate)
+    asked = pick_eval_rows(held_out, eval_ids, args.eval_generate)
     reference = (
         "model" if args.reference_model and args.reference == "precomputed" else args.reference
     )
@@ -361,7 +361,7 @@ def main() -> None:
         model=model,
         args=training,
         train_dataset=Pairs(train_ids),
-        eval_dataset=Pairs(held_out_ids) if len(held_out_ids) else None,
+        eval_dataset=Pairs(eval_ids) if len(eval_ids) else None,
         data_collator=PairCollator(tokenizer.pad_token_id, args.packing, share, multiple),
         processing_class=tokenizer,
         measure=partial(

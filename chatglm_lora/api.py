@@ -23,7 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from common import cli, device  # noqa: I001  (device before torch and transformers)
-from common.demo import serve, chat_model
+from common.demo import serve
+from common.demo.chat_model import ChatModel
 from common.data.labels import encode_prompt
 
 import argparse
@@ -270,8 +271,8 @@ class Text:
         return text[:cut]
 
 
-class Speaker(chat_model.Talker):
-    """A Talker that tells each piece of an answer at once, and why the answer ended."""
+class Speaker(ChatModel):
+    """A ChatModel that tells each piece of an answer at once, and why the answer ended."""
 
     def __init__(self, model: str | Path):
         super().__init__(model)

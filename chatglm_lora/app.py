@@ -22,7 +22,7 @@ from common.data import files
 from common.demo import page
 from common.data.load import load_rows, summary
 from common.demo.page import AT_ONCE, IDLE, MAX_CHARS, MODEL, SAMPLING, literal, size
-from common.demo.chat_model import Talker
+from common.demo.chat_model import ChatModel
 
 import json
 import random
@@ -53,8 +53,8 @@ UNFINISHED = {"stopped": " · 已停下", "length": " · 没说完", WHOLE: ""}
 # ---- talking --------------------------------------------------------------------------------------------------
 
 
-def chat_tab(talker: Talker) -> page.Chat:
-    chat = page.Chat(talker, ("use_adapter", "max_new_tokens", *SAMPLING))
+def chat_tab(chat_model: ChatModel) -> page.Chat:
+    chat = page.Chat(chat_model, ("use_adapter", "max_new_tokens", *SAMPLING))
     chatbot = gr.Chatbot(
         show_label=False,
         min_height=320,
@@ -73,12 +73,15 @@ def chat_tab(talker: Talker) -> page.Chat:
         max_length=MAX_CHARS,
         **IDLE,
     )
-    switch = gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter)
+    switch = gr.Checkbox(True, label="用微调后的权重", visible=chat_model.adapter)
     with gr.Accordion("设置", open=False):
-        knows = "system" in str(talker.tokenizer.chat_template)
+        knows = "system" in str(chat_model.tokenizer.chat_template)
         system = gr.Textbox("", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=knows)
         with gr.Row():
-            numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
+            numbers = [
+                page.length(chat_model.window),
+                *page.sampling(page.own_sampling(chat_model)),
+            ]
     chat.connect(chatbot, box, [system, switch, *numbers])
     return chat
 
@@ -104,18 +107,23 @@ class Judge:
 
     ui: SimpleNamespace
 
-    def __init__(self, talker: Talker, store: Store, prompts: list[list[dict]]):
-        self.talker, self.store, self.sittings, self.lock = talker, store, {}, threading.Lock()
+    def __init__(self, chat_model: ChatModel, store: Store, prompts: list[list[dict]]):
+        self.chat_model, self.store, self.sittings, self.lock = (
+            chat_model,
+            store,
+            {},
+            threading.Lock(),
+        )
         rated = {json.dumps(r["prompt"], ensure_ascii=False) for r in store.ratings() if r}
         self.open = deque(p for p in prompts if json.dumps(p, ensure_ascii=False) not in rated)
         self.asks = bool(prompts)  # questions come from a file
-        model = talker.model
+        model = chat_model.model
         base = (
             model.peft_config["default"].base_model_name_or_path
-            if talker.adapter
+            if chat_model.adapter
             else model.config._name_or_path
         )
-        self.model = {"model": talker.name, "base": base}
+        self.model = {"model": chat_model.name, "base": base}
 
     def sitting(self, request: gr.Request) -> Sitting:
         with self.lock:
@@ -143,7 +151,7 @@ class Judge:
             return
         page.refuse_long(text)
         sitting.turn, sitting.pair, sitting.fixed = sitting.turn + 1, None, None
-        mode = mode if self.talker.adapter else "sampling"
+        mode = mode if self.chat_model.adapter else "sampling"
         turn, prompt = (
             sitting.turn,
             [*(sitting.taken or [])[:-1], {"role": "user", "content": text.strip()}],
@@ -156,7 +164,7 @@ class Judge:
             stop, said, count = threading.Event(), "", 0
             sitting.stop = stop
             try:
-                for said, count in self.talker.stream(prompt, stop, use_adapter, **how):  # noqa: B007
+                for said, count in self.chat_model.stream(prompt, stop, use_adapter, **how):  # noqa: B007
                     yield {ui.answers[side]: said.strip()}
             except Exception as error:
                 raise page.failed(error) from error
@@ -311,10 +319,10 @@ class Judge:
 
 
 def judge_tab(judge: Judge) -> None:
-    talker, ui = judge.talker, SimpleNamespace()
+    chat_model, ui = judge.chat_model, SimpleNamespace()
     judge.ui = ui
-    modes = [("微调前和微调后", "adapter")] * talker.adapter + [("两种采样", "sampling")]
-    mode = gr.Radio(modes, value=modes[0][1], label="比较什么", visible=talker.adapter)
+    modes = [("微调前和微调后", "adapter")] * chat_model.adapter + [("两种采样", "sampling")]
+    mode = gr.Radio(modes, value=modes[0][1], label="比较什么", visible=chat_model.adapter)
     ui.earlier = gr.Textbox(label="前文", interactive=False, visible=False, max_lines=12)
     ui.question = gr.Textbox(
         "",
@@ -353,7 +361,7 @@ def judge_tab(judge: Judge) -> None:
         ui.send = gr.Button("提交", variant="primary", interactive=False, min_width=120)
     ui.news = gr.Markdown(elem_id="news")
     ui.counts = gr.Markdown(elem_id="counts")
-    numbers = judge_settings(talker, mode)
+    numbers = judge_settings(chat_model, mode)
     view = [
         ui.question,
         ui.earlier,
@@ -385,14 +393,14 @@ def judge_fix(judge: Judge, side: str):
     return start
 
 
-def judge_settings(talker: Talker, mode: gr.Radio) -> list[gr.Slider]:
+def judge_settings(chat_model: ChatModel, mode: gr.Radio) -> list[gr.Slider]:
     """Length, the first sampling, and the second one, which is shown when two samplings are
     compared."""
     with gr.Accordion("设置", open=False):
-        most, apart = page.length(talker.window), not talker.adapter
+        most, apart = page.length(chat_model.window), not chat_model.adapter
         name = gr.Markdown(WHO["A"], visible=apart)
         with gr.Row():
-            one = page.sampling(page.own_sampling(talker), 300)
+            one = page.sampling(page.own_sampling(chat_model), 300)
         with gr.Column(visible=apart) as more:
             gr.Markdown(WHO["B"])
             with gr.Row():
@@ -435,7 +443,7 @@ def read_questions(path: str | Path) -> list[list[dict]]:
 
 
 def build_demo(
-    model: str | Path | Talker = DEFAULT, feedback_dir: str | Path = "feedback", questions=()
+    model: str | Path | ChatModel = DEFAULT, feedback_dir: str | Path = "feedback", questions=()
 ) -> gr.Blocks:
     """The page for a run, model or adapter folder; SystemExit with one line when there is no model.
 
@@ -443,21 +451,19 @@ def build_demo(
         gives them.
     """
     store = Store(feedback_dir)
-    talker = model if isinstance(model, Talker) else Talker(model)
-    judge = Judge(talker, store, list(questions))
-    about = (
-        f"{talker.name}{' · LoRA' * talker.adapter} · {size(talker.model)} 参数 · {device.name()}"
-    )
+    chat_model = model if isinstance(model, ChatModel) else ChatModel(model)
+    judge = Judge(chat_model, store, list(questions))
+    about = f"{chat_model.name}{' · LoRA' * chat_model.adapter} · {size(chat_model.model)} 参数 · {device.name()}"
     with gr.Blocks(
         title=f"{HERE.name} · 对话与标注", analytics_enabled=False, fill_height=True
     ) as demo:
         gr.Markdown(
-            f"### {HERE.name}\n{about} · {talker.model.dtype}".replace("torch.", ""),
+            f"### {HERE.name}\n{about} · {chat_model.model.dtype}".replace("torch.", ""),
             elem_id="about",
         )
         with gr.Tabs():
             with gr.Tab("对话"):
-                chat = chat_tab(talker)
+                chat = chat_tab(chat_model)
             with gr.Tab("标注"):
                 judge_tab(judge)
         demo.load(

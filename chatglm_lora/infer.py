@@ -42,7 +42,7 @@ from transformers import AutoConfig, AutoTokenizer
 from answers import Settings, answer, answer_batch, batches, check, options, read, record  # noqa: F401
 from common.convert import adapter
 from common.data import files
-from common.demo import chat_model
+from common.demo.chat_model import find_model
 from common.data.labels import fingerprint
 from output_file import Output
 from placement import MAPS, load, refusal
@@ -145,7 +145,7 @@ def _contradiction(args, world: int) -> str | None:
 def facts_of(args, settings: Settings) -> dict:
     """What decides the answers, refused where it cannot work: settings, model, tokenizer, bytes of
     the input."""
-    path = chat_model.find_model(args.model)
+    path = find_model(args.model)
     base = adapter.check_base(path) if (Path(path) / "adapter_config.json").is_file() else path
     config, tokenizer = (
         cli.load(AutoConfig, base, "--model"),
@@ -281,7 +281,7 @@ def sum_up(records: list[dict]) -> str:
 def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
-    device.prepare(set())
+    device.training_defaults(set())
     try:
         run(args, Settings(**{option.name: getattr(args, option.name) for option in options()}))
     except torch.OutOfMemoryError:

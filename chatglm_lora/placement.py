@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
 from common import cli, device  # noqa: I001  (device before torch and transformers)
 from common.convert import adapter
-from common.demo import chat_model
+from common.demo.chat_model import find_model
 
 import psutil
 import torch
@@ -60,7 +60,7 @@ def load(
     dtype: default the half one of accelerators, float32 on a CPU. SystemExit with one line for what
         cannot be.
     """
-    path = chat_model.find_model(model)
+    path = find_model(model)
     lora = path if (Path(path) / "adapter_config.json").is_file() else None
     base = adapter.check_base(path) if lora else path
     tokenizer = cli.load(AutoTokenizer, path, "--model")

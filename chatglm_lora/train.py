@@ -34,7 +34,7 @@ from common.data.cache import cache_root
 from common.data.load import load_rows, summary
 from common.data.prepare import tokenise_split
 from common.data.split import leak_check, split_rows
-from common.runs.generate import answer_held_out, questions
+from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 from modeling_chatglm import ChatGLMConfig, layout
@@ -227,13 +227,13 @@ def split_and_encode(
     code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
     key = json.dumps([code, fingerprint(tokenizer), args.model_max_length, every_answer])
     encoder = partial(encode, tokenizer=tokenizer, args=args, every_answer=every_answer)
-    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key)
+    train_ids, eval_ids, counts = tokenise_split(train, held_out, encoder, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
     used, kept = (
         len(set(train_ids["source"])),
-        len({row["source"] for row in held_out_ids}),
+        len({row["source"] for row in eval_ids}),
     )  # conversations
     stats |= {
         "used": used,
@@ -241,7 +241,7 @@ def split_and_encode(
         "answers": len(train_ids),
         "truncated": counts["truncated"],
     }
-    return train_ids, held_out_ids, held_out
+    return train_ids, eval_ids, held_out
 
 
 class WithLayout:
@@ -302,7 +302,7 @@ def main() -> None:
             f"warning: --model_max_length above the {config.max_position_embeddings} positions the model has learned"
         )
     prefix = is_prefix_model(config)
-    train_ids, held_out_ids, held_out = split_and_encode(
+    train_ids, eval_ids, held_out = split_and_encode(
         rows, stats, args, training, tokenizer, every_answer=prefix
     )
     told = "split: {used:,} rows ({answers:,} answers) to train on, {held_out:,} held out, {truncated:,} answers shortened"
@@ -312,13 +312,11 @@ def main() -> None:
 
     model = load_model(args, training, base, config)
     train_set, collator = batches(args, training, tokenizer, config, train_ids)
-    eval_set = (
-        batches(args, training, tokenizer, config, held_out_ids)[0] if len(held_out_ids) else None
-    )
+    eval_set = batches(args, training, tokenizer, config, eval_ids)[0] if len(eval_ids) else None
 
     ask = lambda turns, tools: encode_prompt(tokenizer, turns, tools)  # noqa: E731
-    asked = questions(held_out, held_out_ids, args.eval_generate)
-    measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
+    asked = pick_eval_rows(held_out, eval_ids, args.eval_generate)
+    measure = partial(answer_eval_rows, model, tokenizer, asked, ask, args.max_new_tokens)
     trainer = RecipeTrainer(
         model=model,
         args=training,

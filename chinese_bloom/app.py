@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))  # for common/
 from common import device  # noqa: I001  (device before torch and transformers)
 from common.demo import page
 from common.demo.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch
-from common.demo.chat_model import Talker
+from common.demo.chat_model import ChatModel
 
 import gradio as gr
 
@@ -33,8 +33,8 @@ EXAMPLES = [
 BEGINNINGS = ["小狐狸丢了", "土豆炒白菜的做法：", "小店今天卖出", "青石镇"]
 
 
-class Speaker(Talker):
-    """A Talker that goes on with the last text where the model was pre-trained (--stage pt) or has
+class Speaker(ChatModel):
+    """A ChatModel that goes on with the last text where the model was pre-trained (--stage pt) or has
     no chat template."""
 
     @property
@@ -58,14 +58,14 @@ class Speaker(Talker):
 def build_demo(model: str | Path | Speaker = DEFAULT) -> gr.Blocks:
     """The page for a run, model or adapter folder; SystemExit with one line when there is no
     model."""
-    talker = model if isinstance(model, Speaker) else Speaker(model)
-    chat = page.Chat(talker, ("use_adapter", "max_new_tokens", *SAMPLING))
-    kind = " · LoRA" * talker.adapter + f" · {talker.what()}"
-    about = f"{talker.name}{kind} · {page.size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
+    chat_model = model if isinstance(model, Speaker) else Speaker(model)
+    chat = page.Chat(chat_model, ("use_adapter", "max_new_tokens", *SAMPLING))
+    kind = " · LoRA" * chat_model.adapter + f" · {chat_model.what()}"
+    about = f"{chat_model.name}{kind} · {page.size(chat_model.model)} 参数 · {device.name()} · {chat_model.model.dtype}"
     hint, examples = (
-        ("问点什么", EXAMPLES) if talker.chats else ("写个开头，模型接着写", BEGINNINGS)
+        ("问点什么", EXAMPLES) if chat_model.chats else ("写个开头，模型接着写", BEGINNINGS)
     )
-    title = f"{HERE.name} · {'聊天' if talker.chats else '续写'}"
+    title = f"{HERE.name} · {'聊天' if chat_model.chats else '续写'}"
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
         chatbot = gr.Chatbot(
@@ -85,27 +85,30 @@ def build_demo(model: str | Path | Speaker = DEFAULT) -> gr.Blocks:
             max_length=MAX_CHARS,
             **IDLE,
         )
-        chat.connect(chatbot, box, settings(talker))
+        chat.connect(chatbot, box, settings(chat_model))
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
-def settings(talker: Speaker) -> list[gr.components.Component]:
+def settings(chat_model: Speaker) -> list[gr.components.Component]:
     """The controls under the chat, in the order of Chat.ask; their defaults are those of the run
     and of the model."""
-    switch = gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter)
+    switch = gr.Checkbox(True, label="用微调后的权重", visible=chat_model.adapter)
     with gr.Accordion("设置", open=False):
-        prompt = talker.settings.get("system_prompt", "")
+        prompt = chat_model.settings.get("system_prompt", "")
         system = gr.Textbox(
             prompt,
             label="系统提示词",
             info="在 alpaca 模板里代替开场白",
             lines=2,
             max_length=MAX_CHARS,
-            visible=talker.chats,
+            visible=chat_model.chats,
         )
         with gr.Row():
-            numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
+            numbers = [
+                page.length(chat_model.window),
+                *page.sampling(page.own_sampling(chat_model)),
+            ]
     return [system, switch, *numbers]
 
 

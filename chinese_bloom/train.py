@@ -35,7 +35,7 @@ from common.data.cache import cache_root
 from common.data.load import load_rows, summary
 from common.data.prepare import tokenise_split
 from common.data.split import leak_check, split_rows
-from common.runs.generate import answer_held_out, continue_held_out, questions
+from common.runs.generate import answer_eval_rows, continue_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 
@@ -181,7 +181,7 @@ def settle(args: Args, training: TrainingArguments) -> bool:
         )
     is_tiny = args.model_name_or_path == "tiny"
     args.data_path = args.data_path or str(HERE / "data" / args.stage)
-    if not cli.typed("learning_rate"):
+    if not cli.given_by_user("learning_rate"):
         kind = (
             "tiny"
             if is_tiny
@@ -221,7 +221,7 @@ def load_config(args: Args, path: str, tokenizer):
     )
     config.vocab_size = (
         max(config.vocab_size, len(tokenizer))
-        if cli.typed("model_name_or_path")
+        if cli.given_by_user("model_name_or_path")
         else len(tokenizer)
     )
     return config
@@ -295,16 +295,16 @@ def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments,
         [code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage]
     )
     encoder = partial(encode, tokenizer=tokenizer, args=args)
-    train_ids, held_out_ids, counts = tokenise_split(train, held_out, encoder, key, columns=columns)
+    train_ids, eval_ids, counts = tokenise_split(train, held_out, encoder, key, columns=columns)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
     stats |= {
         "used": len(train_ids),
-        "held_out": len(held_out_ids),
+        "held_out": len(eval_ids),
         "truncated": counts["truncated"],
     }
-    return train_ids, held_out_ids, held_out
+    return train_ids, eval_ids, held_out
 
 
 def batches(args: Args, training: TrainingArguments, tokenizer, rows):
@@ -342,7 +342,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
     config = load_config(args, base, tokenizer)
-    train_ids, held_out_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
+    train_ids, eval_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
     cli.say(
         "split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(
             **stats
@@ -356,15 +356,15 @@ def main() -> None:
 
     model = load_model(args, training, base, config)
     train_set, collator = batches(args, training, tokenizer, train_ids)
-    eval_set = batches(args, training, tokenizer, held_out_ids)[0] if len(held_out_ids) else None
+    eval_set = batches(args, training, tokenizer, eval_ids)[0] if len(eval_ids) else None
 
     ask = lambda turns, tools: encode_prompt(
         tokenizer, with_system(turns, args.system_prompt), tools
     )
-    asked = questions(held_out, held_out_ids, args.eval_generate)
-    measure = partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
+    asked = pick_eval_rows(held_out, eval_ids, args.eval_generate)
+    measure = partial(answer_eval_rows, model, tokenizer, asked, ask, args.max_new_tokens)
     if args.stage == "pt":
-        measure = partial(continue_held_out, model, tokenizer, asked[:12], args.max_new_tokens)
+        measure = partial(continue_eval_rows, model, tokenizer, asked[:12], args.max_new_tokens)
     trainer = RecipeTrainer(
         model=model,
         args=training,

@@ -57,7 +57,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def typed(name: str) -> bool:
+def given_by_user(name: str) -> bool:
     """Whether the user gave this flag on the command line."""
     return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in sys.argv[1:])
 
@@ -126,13 +126,13 @@ def parse_args(
                 + (f"; did you mean {near[0]}?" if near else "; see --help")
             )
     parser.error = lambda message: sys.exit(usage_error(message).code)
-    parser.set_defaults(**defaults | device.prepare(given))
+    parser.set_defaults(**defaults | device.training_defaults(given))
     flags = parser.parse_known_args(argv)[0]
     if flags.model_name_or_path == "tiny":
         parser.set_defaults(**tiny_defaults)
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     flags.deepspeed = flags.deepspeed or by_accelerate
-    problem = device.refusal(flags)
+    problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
     if by_accelerate or any(

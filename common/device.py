@@ -163,13 +163,13 @@ def varlen_attention() -> str | None:
     )
 
 
-def saturates() -> bool:
+def overflow_saturates() -> bool:
     """Whether an overflow gives the largest number and a sticky flag here instead of inf
     (first-generation NPUs)."""
     return kind() == "npu" and not torch.npu.utils.is_support_inf_nan()
 
 
-def notice_saturation(optimizer) -> None:
+def patch_overflow_check(optimizer) -> None:
     """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN
     only.
 
@@ -178,7 +178,7 @@ def notice_saturation(optimizer) -> None:
     """
     from torch import distributed as dist
 
-    if not saturates():
+    if not overflow_saturates():
         return
     if not hasattr(optimizer, "has_overflow"):
         raise SystemExit(
@@ -308,7 +308,7 @@ def total_memory_mb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
 
 
-def prepare(training_args_given: set[str]) -> dict:
+def training_defaults(training_args_given: set[str]) -> dict:
     """Settle what libraries guess wrongly, before TrainingArguments are built.
 
     Args:
@@ -334,7 +334,7 @@ def prepare(training_args_given: set[str]) -> dict:
     return defaults
 
 
-def refusal(flags) -> str | None:
+def unsupported_flags(flags) -> str | None:
     """What the flags (bf16, fp16, optim, torch_compile, deepspeed) ask for that this device gets
     wrong, else None."""
     if kind() == "cpu":
@@ -357,7 +357,7 @@ def refusal(flags) -> str | None:
     return None
 
 
-def notice() -> tuple[str, bool]:
+def install_problem() -> tuple[str, bool]:
     """What to tell about an installed torch_npu that is not used ("" if nothing), and whether that
     must end the run."""
     if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not _wanted:
@@ -375,7 +375,7 @@ def notice() -> tuple[str, bool]:
 def main() -> int:
     """`python -m common.device` prints "<kind> <count>"; 1 when an NPU is there and cannot be
     used."""
-    message, fatal = notice()
+    message, fatal = install_problem()
     if message:
         print(message, file=sys.stderr)
     if not fatal:

@@ -98,7 +98,7 @@ class RecipeTrainer(Trainer):
             for k in ("total_tokens", "total_label_tokens", "total_samples", "train_seconds")
         }
         if self.is_deepspeed_enabled and self.args.fp16:
-            device.notice_saturation(self.deepspeed.optimizer)
+            device.patch_overflow_check(self.deepspeed.optimizer)
         self.check_disk()
         self.say_plan(max_steps)
         self.safe_stop.listen()
@@ -388,7 +388,7 @@ class RecipeTrainer(Trainer):
         ahead = [
             p
             for p in every
-            if checkpoint.step_of(p) > self.state.global_step and checkpoint.why_torn(p)
+            if checkpoint.step_of(p) > self.state.global_step and checkpoint.why_incomplete(p)
         ]
         past = [p for p in every if checkpoint.step_of(p) <= self.state.global_step]
         for old in [*ahead, *past[limit:]]:

@@ -27,14 +27,14 @@ BEGINNINGS = ["冬天里的一天，", "傍晚，小丽", "山羊有", "三加�
 def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
     """The chat page for a run, model or adapter folder (default: the newest run); SystemExit when
     there is no model."""
-    talker = model if isinstance(model, Speaker) else Speaker(model or newest())
-    chat = page.Chat(talker, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
-    kind = " · LoRA" * talker.adapter + " · 续写" * (not talker.chats)
-    about = f"{talker.name}{kind} · {page.size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
+    chat_model = model if isinstance(model, Speaker) else Speaker(model or newest())
+    chat = page.Chat(chat_model, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
+    kind = " · LoRA" * chat_model.adapter + " · 续写" * (not chat_model.chats)
+    about = f"{chat_model.name}{kind} · {page.size(chat_model.model)} 参数 · {device.name()} · {chat_model.model.dtype}"
     hint, examples = (
-        ("问点什么", EXAMPLES) if talker.chats else ("写个开头，模型接着写", BEGINNINGS)
+        ("问点什么", EXAMPLES) if chat_model.chats else ("写个开头，模型接着写", BEGINNINGS)
     )
-    title = f"{HERE.name} · {'聊天' if talker.chats else '续写'}"
+    title = f"{HERE.name} · {'聊天' if chat_model.chats else '续写'}"
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
         chatbot = gr.Chatbot(
@@ -54,25 +54,30 @@ def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
             max_length=MAX_CHARS,
             **IDLE,
         )
-        chat.connect(chatbot, box, settings(talker))
+        chat.connect(chatbot, box, settings(chat_model))
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
-def settings(talker: Speaker) -> list[gr.components.Component]:
+def settings(chat_model: Speaker) -> list[gr.components.Component]:
     """The controls under the chat, in the order of Chat.ask; their defaults are those of the
     model."""
     with gr.Row():
         switches = [
-            gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter),
-            gr.Checkbox(False, label="先思考再回答", visible=talker.chats and talker.can_think),
+            gr.Checkbox(True, label="用微调后的权重", visible=chat_model.adapter),
+            gr.Checkbox(
+                False, label="先思考再回答", visible=chat_model.chats and chat_model.can_think
+            ),
         ]
     with gr.Accordion("设置", open=False):
         system = gr.Textbox(
-            "", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=talker.chats
+            "", label="系统提示词", lines=2, max_length=MAX_CHARS, visible=chat_model.chats
         )
         with gr.Row():
-            numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
+            numbers = [
+                page.length(chat_model.window),
+                *page.sampling(page.own_sampling(chat_model)),
+            ]
     return [system, *switches, *numbers]
 
 

@@ -162,7 +162,7 @@ def sampling(args, speaker: Speaker) -> dict:
 def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
-    device.prepare(set())
+    device.training_defaults(set())
     speaker = Speaker(args.adapter or args.model_name_or_path or newest())
     chat = Chat(speaker, args.system, args.think == "on", **sampling(args, speaker))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C at the prompt leaves

@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from common.convert import adapter, weight_files
-from common.demo import chat_model
+from common.demo.chat_model import find_model
 
 KINDS = {  # (generation, use_moe) -> config and class of transformers
     (2, False): (LlamaConfig, "LlamaForCausalLM"),
@@ -162,8 +162,8 @@ def shared_expert(config: MiniMindConfig, mine: dict[str, Tensor]) -> dict[str, 
 
 def load(args) -> tuple[MiniMindForCausalLM, str]:
     """The model, an adapter merged into it, and the folder its tokenizer stands in."""
-    path = chat_model.find_model(args.model) if args.model else None
-    extra = chat_model.find_model(args.adapter) if args.adapter else None
+    path = find_model(args.model) if args.model else None
+    extra = find_model(args.adapter) if args.adapter else None
     if path and (Path(path) / "adapter_config.json").is_file():
         if extra:
             raise cli.usage_error(
@@ -503,7 +503,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
-    device.prepare(set())
+    device.training_defaults(set())
     if args.bring_in:
         cli.say(f"imported: {bring_in(args)} -> {args.output_dir}")
         return

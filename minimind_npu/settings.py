@@ -11,7 +11,7 @@ from model import SIZES, MiniMindConfig
 from transformers import TrainingArguments
 
 from common import cli, device
-from common.demo import chat_model
+from common.demo.chat_model import find_model
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
@@ -213,19 +213,23 @@ def settle(args: Args, training: TrainingArguments, width: int) -> None:
         width < 256
         and args.stage in TOY_MUON
         and not training.deepspeed
-        and not cli.typed("optimizer")
+        and not cli.given_by_user("optimizer")
     ):
         args.optimizer = "muon" if device.half_dtype() is not torch.float16 else "adamw"
     for name, value in (STAGE[args.stage] if width >= 256 else TOY[args.stage] | TOY_EVERY).items():
-        if not cli.typed(name) and not (name == "model_max_length" and cli.typed("max_seq_len")):
+        if not cli.given_by_user(name) and not (
+            name == "model_max_length" and cli.given_by_user("max_seq_len")
+        ):
             setattr(args if hasattr(args, name) else training, name, value)
     split = training.per_device_train_batch_size * args.model_max_length // CPU_TOKENS
-    given = any(map(cli.typed, ("per_device_train_batch_size", "gradient_accumulation_steps")))
+    given = any(
+        map(cli.given_by_user, ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    )
     if device.kind() == "cpu" and split > 1 and not given:  # the same step in smaller batches
         training.per_device_train_batch_size //= split
         training.gradient_accumulation_steps *= split
     for name in (f.name for f in fields(TrainingArguments)):
-        if cli.typed(name) and name not in HONOURED:
+        if cli.given_by_user(name) and name not in HONOURED:
             raise cli.usage_error(
                 f"--{name}: the loop of this recipe does not know it; see --help and settings.py"
             )
@@ -269,7 +273,7 @@ def start_from(args: Args) -> str:
         raise cli.usage_error(f"--stage {args.stage}: {', '.join(STAGES)}")
     name, given = (
         args.model_name_or_path,
-        any(map(cli.typed, ("model_name_or_path", "size", "from_weight"))),
+        any(map(cli.given_by_user, ("model_name_or_path", "size", "from_weight"))),
     )
     choices = (name,) if name in STAGES else () if given else FROM.get(args.stage, ())
     for stage in choices:
@@ -294,7 +298,7 @@ def own_model(name: str, flag: str) -> str:
         raise SystemExit(
             f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage"
         )
-    folder = chat_model.find_model(name)
+    folder = find_model(name)
     if Path(folder, "adapter_config.json").is_file():
         raise SystemExit(
             f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import"

@@ -64,7 +64,7 @@ def read(args: Args, training, tokenizer, rows, stats: dict):
         [code, fingerprint(tokenizer), args.model_max_length]
     )  # an edited `encode` makes new rows
     encode = partial(stage.encode, tokenizer=tokenizer, max_length=args.model_max_length)
-    train_ids, held_out_ids, counts = tokenise_split(
+    train_ids, eval_ids, counts = tokenise_split(
         train, held_out, encode, key, columns=stage.COLUMNS
     )
     stats["dropped"] |= counts["dropped"]
@@ -72,7 +72,7 @@ def read(args: Args, training, tokenizer, rows, stats: dict):
         cli.say(f"  {n:,} dropped: {counts['examples'].get(why, why)}")
     stats |= {
         "used": len(train_ids),
-        "held_out": len(held_out_ids),
+        "held_out": len(eval_ids),
         "truncated": counts["truncated"],
     }
     cli.say(
@@ -85,7 +85,7 @@ def read(args: Args, training, tokenizer, rows, stats: dict):
         for name in (stage.COLUMNS[0], stage.COLUMNS[min(1, len(stage.COLUMNS) - 1)])
     ]
     cli.say(f"first row: {preview(tokenizer, *shown, color=sys.stdout.isatty())}")
-    return train_ids, held_out_ids, held_out
+    return train_ids, eval_ids, held_out
 
 
 def loaders(args: Args, training, tokenizer, *token_rows) -> list[Loader]:
@@ -211,7 +211,7 @@ def train_step(
 
 # 4. What the held-out rows say
 @torch.no_grad()
-def held_out_metrics(
+def eval_metrics_of(
     stage: str, objective: Objective, loader: Loader | None, dtype, text_bytes: int
 ) -> dict:
     """Loss and the stage's other metrics over the held-out rows. All ranks call it."""
@@ -236,7 +236,7 @@ def answers(args: Args, model, tokenizer, asked: list[str]) -> tuple[dict, list]
     if not asked or args.stage == "dpo":
         return {}, []
     if args.stage == "pretrain":
-        return generate.continue_held_out(
+        return generate.continue_eval_rows(
             model, tokenizer, asked[:12], min(48, args.max_new_tokens)
         )
     if args.stage == "reason":
@@ -244,7 +244,7 @@ def answers(args: Args, model, tokenizer, asked: list[str]) -> tuple[dict, list]
             model, tokenizer, [json.loads(row) for row in asked], args.max_new_tokens
         )
     encode = partial(encode_prompt, tokenizer)
-    return generate.answer_held_out(model, tokenizer, asked, encode, args.max_new_tokens)
+    return generate.answer_eval_rows(model, tokenizer, asked, encode, args.max_new_tokens)
 
 
 # 5. The run
@@ -276,8 +276,8 @@ def main() -> None:
     start = run_folder.open_output(training, settings, args.overwrite_output_dir)
 
     tokenizer = cli.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
-    train_ids, held_out_ids, held_out = read(args, training, tokenizer, rows, stats)
-    parts = loader, held_loader = loaders(args, training, tokenizer, train_ids, held_out_ids)
+    train_ids, eval_ids, held_out = read(args, training, tokenizer, rows, stats)
+    parts = loader, held_loader = loaders(args, training, tokenizer, train_ids, eval_ids)
     model = load_model(base, args, training, tokenizer, dtype).to(training.device)
     about = [
         "random" if base in models.SIZES else adapter.base_fingerprint(base),
@@ -299,12 +299,10 @@ def main() -> None:
     net, engine = parallel.wrap(objective, optimizer, training, dtype)
     kept = {"optimizer": optimizer, "scaler": device.grad_scaler(dtype)}
     size = (
-        pretrain.text_bytes(held_out, held_out_ids)
-        if args.stage == "pretrain" and held_loader
-        else 0
+        pretrain.text_bytes(held_out, eval_ids) if args.stage == "pretrain" and held_loader else 0
     )
-    test = partial(held_out_metrics, args.stage, objective, held_loader, dtype, size)
-    asked = generate.questions(held_out, held_out_ids, args.eval_generate) if held_loader else []
+    test = partial(eval_metrics_of, args.stage, objective, held_loader, dtype, size)
+    asked = generate.pick_eval_rows(held_out, eval_ids, args.eval_generate) if held_loader else []
 
     def measure() -> dict:
         metrics, samples = answers(args, model, tokenizer, asked)

@@ -23,7 +23,7 @@ from common.demo.page import (
     SAMPLING,
     launch,
 )
-from common.demo.chat_model import Talker
+from common.demo.chat_model import ChatModel
 
 import gradio as gr
 
@@ -31,13 +31,13 @@ DEFAULT = HERE.parent / "output" / HERE.name
 EXAMPLES = ["你是谁？", "3加5等于几？", "2加3再加4，一共是多少？", "把3千米换算成米。"]
 
 
-def build_demo(model: str | Path | Talker = DEFAULT) -> gr.Blocks:
+def build_demo(model: str | Path | ChatModel = DEFAULT) -> gr.Blocks:
     """The chat page for a run, model or adapter folder; SystemExit with one line when there is no
     model."""
-    talker = model if isinstance(model, Talker) else Talker(model)
-    chat = page.Chat(talker, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
-    adapter = " · LoRA" * talker.adapter
-    about = f"{talker.name}{adapter} · {page.size(talker.model)} 参数 · {device.name()} · {talker.model.dtype}"
+    chat_model = model if isinstance(model, ChatModel) else ChatModel(model)
+    chat = page.Chat(chat_model, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
+    adapter = " · LoRA" * chat_model.adapter
+    about = f"{chat_model.name}{adapter} · {page.size(chat_model.model)} 参数 · {device.name()} · {chat_model.model.dtype}"
     with gr.Blocks(title=f"{HERE.name} · 聊天", analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(f"### {HERE.name}\n{about.replace('torch.', '')}", elem_id="about")
         chatbot = gr.Chatbot(
@@ -57,25 +57,28 @@ def build_demo(model: str | Path | Talker = DEFAULT) -> gr.Blocks:
             max_length=MAX_CHARS,
             **IDLE,
         )
-        chat.connect(chatbot, box, settings(talker))
+        chat.connect(chatbot, box, settings(chat_model))
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 
 
-def settings(talker: Talker) -> list[gr.components.Component]:
+def settings(chat_model: ChatModel) -> list[gr.components.Component]:
     """The controls under the chat, in the order of Chat.ask; their defaults are those of the run
     and of the model."""
-    may_think = talker.settings.get("enable_thinking") is not False
+    may_think = chat_model.settings.get("enable_thinking") is not False
     with gr.Row():
         switches = [
-            gr.Checkbox(True, label="用微调后的权重", visible=talker.adapter),
-            gr.Checkbox(may_think, label="允许思考", visible=talker.can_think),
+            gr.Checkbox(True, label="用微调后的权重", visible=chat_model.adapter),
+            gr.Checkbox(may_think, label="允许思考", visible=chat_model.can_think),
         ]
     with gr.Accordion("设置", open=False):
-        prompt = talker.settings.get("system_prompt", "")
+        prompt = chat_model.settings.get("system_prompt", "")
         system = gr.Textbox(prompt, label="系统提示词", lines=2, max_length=MAX_CHARS)
         with gr.Row():
-            numbers = [page.length(talker.window), *page.sampling(page.own_sampling(talker))]
+            numbers = [
+                page.length(chat_model.window),
+                *page.sampling(page.own_sampling(chat_model)),
+            ]
     return [system, *switches, *numbers]
 
 

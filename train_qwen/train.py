@@ -38,7 +38,7 @@ from common.data.cache import cache_root
 from common.data.load import load_rows, summary
 from common.data.prepare import tokenise_split
 from common.data.split import leak_check, split_rows
-from common.runs.generate import answer_held_out, questions
+from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 
@@ -274,16 +274,16 @@ def split_and_encode(
     key = json.dumps(
         [code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, template]
     )
-    train_ids, held_out_ids, counts = tokenise_split(train, held_out, fn, key)
+    train_ids, eval_ids, counts = tokenise_split(train, held_out, fn, key)
     stats["dropped"] |= counts["dropped"]
     for reason, n in counts["dropped"].items():
         cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
     stats |= {
         "used": len(train_ids),
-        "held_out": len(held_out_ids),
+        "held_out": len(eval_ids),
         "truncated": counts["truncated"],
     }
-    return train_ids, held_out_ids, held_out
+    return train_ids, eval_ids, held_out
 
 
 def main() -> None:
@@ -294,7 +294,7 @@ def main() -> None:
         cli.model_config(
             args.model_name_or_path
         )  # a wrong name is told before anything is read or replaced
-    if args.use_lora and not is_tiny and not cli.typed("learning_rate"):
+    if args.use_lora and not is_tiny and not cli.given_by_user("learning_rate"):
         training.learning_rate = LORA_LEARNING_RATE
 
     rows, stats = load_rows(
@@ -307,7 +307,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
-    train_ids, held_out_ids, held_out = split_and_encode(
+    train_ids, eval_ids, held_out = split_and_encode(
         rows, stats, args, training, tokenizer, template
     )
     cli.say(
@@ -328,21 +328,21 @@ def main() -> None:
         )
     if args.packing:
         train_set = collators.PackedDataset(train_ids, args.model_max_length, training.seed)
-        eval_set = collators.PackedDataset(held_out_ids, args.model_max_length, training.seed)
+        eval_set = collators.PackedDataset(eval_ids, args.model_max_length, training.seed)
         collator = collators.PackedCollator()
     else:
         train_set, eval_set = (
             collators.NumberedRows(train_ids),
-            collators.NumberedRows(held_out_ids),
+            collators.NumberedRows(eval_ids),
         )
         collator = collators.PaddedCollator(tokenizer.pad_token_id)
 
     def ask(turns, tools):
         return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
-    asked = questions(held_out, held_out_ids, args.eval_generate)
+    asked = pick_eval_rows(held_out, eval_ids, args.eval_generate)
     measure = (
-        partial(answer_held_out, model, tokenizer, asked, ask, args.max_new_tokens)
+        partial(answer_eval_rows, model, tokenizer, asked, ask, args.max_new_tokens)
         if asked
         else None
     )

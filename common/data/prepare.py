@@ -148,12 +148,12 @@ def tokenise_split(train, held_out, encode: Callable, key: str, **settings):
     train_ids, counts = tokenise(train, encode, key, **settings)
     if not len(held_out):
         return train_ids, [], counts
-    held_out_ids, more = tokenise(held_out, encode, key, required=False, **settings)
+    eval_ids, more = tokenise(held_out, encode, key, required=False, **settings)
     for reason, n in more["dropped"].items():
         counts["dropped"][reason] = counts["dropped"].get(reason, 0) + n
     counts["examples"] = more["examples"] | counts["examples"]
     counts["truncated"] += more["truncated"]
-    return train_ids, held_out_ids, counts
+    return train_ids, eval_ids, counts
 
 
 def _counts(tokens, columns: tuple[str, ...], refused: list) -> dict:

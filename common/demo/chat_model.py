@@ -30,7 +30,7 @@ def find_model(model: str | Path) -> str:
     raise SystemExit(f"{model}: no trained model here; {remedy}")
 
 
-class Talker:
+class ChatModel:
     """A model that answers one conversation at a time, token by token.
 
     adapter: whether it can be switched off; can_think: the template knows enable_thinking; window:

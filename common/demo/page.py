@@ -15,7 +15,7 @@ from pathlib import Path
 import gradio as gr
 
 from common.demo import serve
-from common.demo.chat_model import Talker, split_thought
+from common.demo.chat_model import ChatModel, split_thought
 
 MAX_CHARS, MAX_NEW_TOKENS, MAX_WAITING = 8000, 2048, 16
 CSS = """
@@ -76,9 +76,9 @@ def facts(count: int, seconds: float, *more: str) -> str:
 # ---- sampling -------------------------------------------------------------------------------------------------
 
 
-def own_sampling(talker: Talker) -> tuple:
+def own_sampling(chat_model: ChatModel) -> tuple:
     """The values of SAMPLING in the model's generation_config."""
-    own = talker.model.generation_config
+    own = chat_model.model.generation_config
     heat = (own.temperature or 0) if own.do_sample else 0
     return heat, own.top_p or 1, own.top_k or 0, own.repetition_penalty or 1
 
@@ -172,11 +172,11 @@ class Chat(Runs):
     """The events of a chat. `history`: user and assistant rows as in the training data, with a note
     each."""
 
-    def __init__(self, talker: Talker, controls: tuple[str, ...]):
-        """controls: what Talker.stream is told by the page, in this order, after the system
+    def __init__(self, chat_model: ChatModel, controls: tuple[str, ...]):
+        """controls: what ChatModel.stream is told by the page, in this order, after the system
         prompt."""
         super().__init__()
-        self.talker, self.controls = talker, controls
+        self.chat_model, self.controls = chat_model, controls
 
     def ask(self, text, history, request: gr.Request, system, *values):
         if not text.strip():
@@ -208,7 +208,7 @@ class Chat(Runs):
     def answer(self, answer: dict, turns: list[dict], stop: threading.Event, how: dict):
         """Let `answer` grow, with a step for each look at it; the last one has its facts."""
         begun, count = time.perf_counter(), 0
-        for said, count in self.talker.stream(turns, stop, **how):  # noqa: B007
+        for said, count in self.chat_model.stream(turns, stop, **how):  # noqa: B007
             answer["reasoning_content"], answer["content"], answer["thought_done"] = split_thought(
                 said
             )

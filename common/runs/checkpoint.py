@@ -54,7 +54,7 @@ def mark_complete(folder: str | Path, **facts) -> None:
     os.replace(part, folder / MARKER)
 
 
-def why_torn(folder: str | Path) -> str | None:
+def why_incomplete(folder: str | Path) -> str | None:
     """None if the checkpoint is whole, else the reason in a few words."""
     folder = Path(folder)
     try:
@@ -94,11 +94,11 @@ def all_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def last_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+def last_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Newest whole checkpoint (or None), and one sentence per folder that was skipped."""
     skipped = []
     for folder in all_checkpoints(output_dir):
-        reason = why_torn(folder)
+        reason = why_incomplete(folder)
         if reason is None:
             return folder, skipped
         skipped.append(f"skipped {folder}: {reason}")

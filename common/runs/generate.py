@@ -84,7 +84,7 @@ def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -
     return out[:, width:]
 
 
-def questions(held_out, encoded, count: int) -> list[str]:
+def pick_eval_rows(held_out, encoded, count: int) -> list[str]:
     """At most `count` held-out rows (canonical JSON), evenly spread, of those that were encoded
     whole.
 
@@ -100,7 +100,7 @@ def questions(held_out, encoded, count: int) -> list[str]:
     return rows[:: max(1, len(rows) // max(1, count))][:count]
 
 
-def answer_held_out(
+def answer_eval_rows(
     model, tokenizer, rows: list[str], encode: Callable, max_new_tokens: int
 ) -> tuple[dict, list[dict]]:
     """Greedy answers to the last turn of chat rows against what stands there. Every rank calls it.
@@ -132,7 +132,7 @@ def answer_held_out(
     return answer_match([s["answer"] for s in samples], [s["reference"] for s in samples]), samples
 
 
-def continue_held_out(
+def continue_eval_rows(
     model, tokenizer, rows: list[str], max_new_tokens: int, share: float = 0.3
 ) -> tuple[dict, list]:
     """Greedy continuations of the beginning of held-out documents, to look at. Every rank calls it.
@@ -141,7 +141,7 @@ def continue_held_out(
         rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is
             given.
     Returns:
-        {} (the loss on held-out text is the measure) and samples as in `answer_held_out`.
+        {} (the loss on held-out text is the measure) and samples as in `answer_eval_rows`.
     """
     samples, prompts = [], []
     for row in rows:

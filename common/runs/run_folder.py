@@ -140,7 +140,7 @@ def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
         return {"say": [], "exit": 2, "error": error}
 
     if asked.lower() in ("true", "1", "false"):
-        start, skipped = checkpoint.last_whole(out)
+        start, skipped = checkpoint.last_complete(out)
         if start is None and skipped and explicit:
             return {
                 "say": skipped,
@@ -149,7 +149,7 @@ def _inspect_output(args, out: Path, settings: dict, overwrite: bool) -> dict:
             }
     else:
         start, skipped = Path(asked), []
-        reason = checkpoint.why_torn(start) if start.is_dir() else "no such folder"
+        reason = checkpoint.why_incomplete(start) if start.is_dir() else "no such folder"
         if reason:
             return {"say": [], "exit": 1, "error": f"cannot resume from {start}: {reason}"}
     say = skipped + (

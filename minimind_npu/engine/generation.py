@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from common.demo import chat_model
+from common.demo.chat_model import ChatModel, find_model
 from common.fast.attention import compute_packed
 
 HERE = Path(__file__).resolve().parents[1]
@@ -447,8 +447,8 @@ def newest(root: Path = OUTPUT) -> str:
     )
 
 
-class Speaker(chat_model.Talker):
-    """A Talker (see there) that answers through the engine, and goes on with the last text where it
+class Speaker(ChatModel):
+    """A ChatModel (see there) that answers through the engine, and goes on with the last text where it
     was pre-trained.
 
     path: the model's folder; ends: token ids that end an answer; chats: whether it is asked in its
@@ -457,7 +457,7 @@ class Speaker(chat_model.Talker):
 
     def __init__(self, model: str | Path):
         super().__init__(model)
-        self.path = chat_model.find_model(model)
+        self.path = find_model(model)
         self.ends = Engine(self.model, 1).ends | {self.tokenizer.eos_token_id} - {None}
         self.chats = (
             self.tokenizer.chat_template is not None and self.settings.get("stage") != "pretrain"

@@ -556,7 +556,7 @@ def share(row: dict) -> str:
 def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
-    device.prepare(set())
+    device.training_defaults(set())
     results = evaluate(args)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

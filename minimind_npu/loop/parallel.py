@@ -68,7 +68,7 @@ def zero_engine(objective: nn.Module, optimizer, training, dtype: torch.dtype):
         model=objective, optimizer=optimizer, model_parameters=parameters, config=config
     )[0]
     if dtype is torch.float16:
-        device.notice_saturation(engine.optimizer)
+        device.patch_overflow_check(engine.optimizer)
     return engine
 
 

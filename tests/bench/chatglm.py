@@ -214,7 +214,7 @@ def step_child(args) -> dict | None:
     rows = make_rows(ROWS_PER_BATCH * 2 * args.steps, model.config, seed=args.round)
     meter = make_meter(collate)
     half = {"bf16": args.dtype == "bfloat16", "fp16": args.dtype == "float16"}
-    own = device.prepare(set(half)) if ours else {"use_cpu": device.kind() == "cpu"}
+    own = device.training_defaults(set(half)) if ours else {"use_cpu": device.kind() == "cpu"}
     training = TrainingArguments(**own | half | {
         "output_dir": args.output, "max_steps": args.steps, "gradient_accumulation_steps": 2, "learning_rate": 1e-4,
         "per_device_train_batch_size": 1 if ours else ROWS_PER_BATCH, "seed": 0, "save_strategy": "no",

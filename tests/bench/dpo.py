@@ -136,7 +136,9 @@ def our_trainer(args, pairs: list[dict], meter, share: bool, reference: str):
     from common import device
 
     model = meter.loaded(load_model(args, ours=True))
-    training = TrainingArguments(**device.prepare({"bf16", "fp16"}) | shared_settings(args))
+    training = TrainingArguments(
+        **device.training_defaults({"bf16", "fp16"}) | shared_settings(args)
+    )
     set_seed(0)  # as TRL does: both adapters begin with the same numbers
     trainer = PreferenceTrainer(
         model=train.add_lora(model, train.Args(lora_r=16, lora_alpha=32), training), args=training,

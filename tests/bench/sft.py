@@ -132,7 +132,7 @@ def build_trainer(args, model, rows, meter):
     if args.variant == "plain":
         training = TrainingArguments(**shared)
         return Trainer(model, training, collators.PaddedCollator(0), rows, callbacks=[meter])
-    training = TrainingArguments(**device.prepare(set(half)) | shared)
+    training = TrainingArguments(**device.training_defaults(set(half)) | shared)
     data = collators.PackedDataset(rows, WINDOW, seed=0)
     return RecipeTrainer(model, training, collators.PackedCollator(), data, callbacks=[meter])
 

@@ -28,7 +28,7 @@ def output(tmp_path):
 
 
 def test_newest_whole_one_is_taken(output):
-    assert checkpoint.last_whole(output) == (output / "checkpoint-10", [])
+    assert checkpoint.last_complete(output) == (output / "checkpoint-10", [])
     assert checkpoint.facts(output / "checkpoint-10") == {
         "step": 10,
         "world_size": 2,
@@ -70,7 +70,7 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_one_is_skipped_with_its_reason(output, what):
     DAMAGE[what](output / "checkpoint-10")
-    found, skipped = checkpoint.last_whole(output)
+    found, skipped = checkpoint.last_complete(output)
     assert found == output / "checkpoint-5"
     assert len(skipped) == 1 and "checkpoint-10" in skipped[0] and ": " in skipped[0]
 
@@ -78,7 +78,7 @@ def test_damaged_one_is_skipped_with_its_reason(output, what):
 def test_none_left(output):
     for folder in checkpoint.all_checkpoints(output):
         _flip(folder / "optimizer.pt")
-    found, skipped = checkpoint.last_whole(output)
+    found, skipped = checkpoint.last_complete(output)
     assert found is None and len(skipped) == 2
 
 
@@ -91,5 +91,5 @@ def test_foreign_folders_are_ignored(output):
 
 def test_steps_are_compared_as_numbers(output):
     os.replace(output / "checkpoint-5", output / "checkpoint-100")
-    assert checkpoint.last_whole(output)[0].name == "checkpoint-100"
+    assert checkpoint.last_complete(output)[0].name == "checkpoint-100"
     assert json.loads((output / "checkpoint-100" / checkpoint.MARKER).read_text())["files"]

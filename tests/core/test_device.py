@@ -47,8 +47,10 @@ def test_seed_makes_numbers_repeat():
 
 def test_precision_is_the_devices_unless_the_user_chose():
     half = device.half_dtype()
-    assert device.prepare(set())["bf16"] == (half is torch.bfloat16)
-    assert "bf16" not in device.prepare({"fp16"}) and "bf16" not in device.prepare({"bf16"})
+    assert device.training_defaults(set())["bf16"] == (half is torch.bfloat16)
+    assert "bf16" not in device.training_defaults(
+        {"fp16"}
+    ) and "bf16" not in device.training_defaults({"bf16"})
 
 
 @pytest.mark.parametrize("name, words", [("tpu", "not one of"), ("npu", "cannot be used")])

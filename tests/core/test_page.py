@@ -11,7 +11,7 @@ VISITOR = SimpleNamespace(session_hash="a")
 
 
 def spoken(turns, stop, use_adapter):
-    """Like Talker.stream: goes on until it is stopped, and its last step is whole."""
+    """Like ChatModel.stream: goes on until it is stopped, and its last step is whole."""
     for count, text in enumerate(ANSWER[:-1], 1):
         if not stop.is_set():
             yield text, count
@@ -57,7 +57,7 @@ def test_what_was_cleared_does_not_come_back(chat, when):
 
 
 def test_an_answer_that_fails_frees_the_page(chat):
-    chat.talker.stream = lambda *_, **__: 1 / 0
+    chat.chat_model.stream = lambda *_, **__: 1 / 0
     with pytest.raises(page.gr.Error, match="ZeroDivisionError"):
         list(chat.ask("问", [], VISITOR, "", True))
     assert not chat.running

@@ -29,12 +29,12 @@ def facts():
     from accelerate import PartialState
     from transformers import TrainingArguments
 
-    defaults = device.prepare(set())
+    defaults = device.training_defaults(set())
     from deepspeed.accelerator import get_accelerator
 
     training = TrainingArguments(output_dir="unused", report_to=[], **defaults)
     refused = {
-        name: device.refusal(SimpleNamespace(**(FLAGS | flags)))
+        name: device.unsupported_flags(SimpleNamespace(**(FLAGS | flags)))
         for name, flags in {
             "bf16": {"bf16": True},
             "fp16 fused": {"fp16": True, "optim": "adamw_torch_fused"},
@@ -52,7 +52,7 @@ def facts():
     show(
         kind=device.kind(), count=device.device_count(), half=device.half_dtype(), backend=device.dist_backend(),
         name=device.name(), varlen=device.varlen_attention(), compile=device.compile_pays(),
-        four_bit=device.supports_4bit(), saturates=device.saturates(), autocast=autocast, refused=refused,
+        four_bit=device.supports_4bit(), saturates=device.overflow_saturates(), autocast=autocast, refused=refused,
         loaded="torch_npu" in sys.modules and sys.modules["torch_npu"] is not None, total=device.total_memory_mb(),
         trainer=str(training.device), accelerate=str(PartialState().device), deepspeed=get_accelerator()._name,
         bf16=training.bf16, fp16=training.fp16, optim=str(training.optim.value),
@@ -123,7 +123,7 @@ def deepspeed_overflow(guarded, config):
         model=model, optimizer=optimizer, config=settings
     )
     if guarded == "guarded":
-        device.notice_saturation(optimizer)
+        device.patch_overflow_check(optimizer)
     skipped = []
     for step in range(4):
         for micro in range(2):
@@ -138,7 +138,7 @@ def deepspeed_overflow(guarded, config):
 
 
 def known_defects():
-    """Faults of the released packages that `device.prepare` and `device.refusal` steer around: are they still there?"""
+    """Faults of the released packages that `device.training_defaults` and `device.unsupported_flags` steer around: are they still there?"""
     from accelerate.utils import get_grad_scaler
 
     here = device.device()

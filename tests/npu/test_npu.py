@@ -329,7 +329,7 @@ def test_deepspeed_sees_an_overflow_of_a_chip_that_saturates(npu, stage):
     if stage == 2:
         said = check("deepspeed_overflow", "stock", config, env=npu(FIRST, 2), nproc=2)
         assert said["skipped"][-1] == 0, (
-            "DeepSpeed sees it by itself now: device.notice_saturation may go"
+            "DeepSpeed sees it by itself now: device.patch_overflow_check may go"
         )
 
 

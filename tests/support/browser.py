@@ -11,20 +11,20 @@ def user(*texts: str) -> list[dict]:
 
 
 class Endless:
-    """Inside, `talker` takes 20 ms a token and never ends an answer by itself."""
+    """Inside, `chat_model` takes 20 ms a token and never ends an answer by itself."""
 
-    def __init__(self, talker):
-        self.talker, self.tokens = talker, 0
+    def __init__(self, chat_model):
+        self.chat_model, self.tokens = chat_model, 0
 
     def __enter__(self):
         def slow(module, inputs, output):
             self.tokens += 1
             time.sleep(0.02)
-            output.logits[..., self.talker.tokenizer.eos_token_id] = -1e9
+            output.logits[..., self.chat_model.tokenizer.eos_token_id] = -1e9
 
-        model = self.talker.model
+        model = self.chat_model.model
         self.hook = (
-            model.get_base_model() if self.talker.adapter else model
+            model.get_base_model() if self.chat_model.adapter else model
         ).register_forward_hook(slow)
         return self
 

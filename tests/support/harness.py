@@ -34,7 +34,7 @@ def environment(**extra) -> dict[str, str]:
         "MASTER_ADDR",
         "MASTER_PORT",
         "HOSTFILE",
-        "DS_ACCELERATOR",  # set in this process by tests that call device.prepare
+        "DS_ACCELERATOR",  # set in this process by tests that call device.training_defaults
     )
     env = {
         k: v

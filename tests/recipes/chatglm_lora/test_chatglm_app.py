@@ -330,7 +330,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(feedback, tmp_path):
 
 @pytest.fixture(scope="module")
 def tuned(app, tmp_path_factory):
-    """A Talker on an adapter that knows two answers; its base knows nothing."""
+    """A ChatModel on an adapter that knows two answers; its base knows nothing."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -373,9 +373,9 @@ def tuned(app, tmp_path_factory):
     told = json.loads(config.read_text()) | {"base_model_name_or_path": str(folder / "base")}
     config.write_text(json.dumps(told))
     adapter.remember_base(folder / "run/final", str(folder / "base"))
-    talker = app.Talker(folder / "run")
-    talker.path = folder / "run"
-    return talker
+    chat_model = app.ChatModel(folder / "run")
+    chat_model.path = folder / "run"
+    return chat_model
 
 
 @pytest.fixture

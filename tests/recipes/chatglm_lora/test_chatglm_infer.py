@@ -533,7 +533,7 @@ import infer, placement, test_chatglm_infer as tests
 
 
 def main():
-    device.prepare(set())
+    device.training_defaults(set())
     for name in ("base", "adapter", "glm"):
         plain = infer.load({models!r} + "/" + name, say=lambda line: None)
         shared = infer.load({models!r} + "/" + name, tensor_parallel=2)

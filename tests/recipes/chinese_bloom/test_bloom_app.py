@@ -79,14 +79,14 @@ def visit(app, browser):
     opened = []
 
     def open_page(run):
-        talker = app.Speaker(run)
-        demo, asked, stream = app.build_demo(talker), [], talker.stream
+        chat_model = app.Speaker(run)
+        demo, asked, stream = app.build_demo(chat_model), [], chat_model.stream
 
         def listening(turns, *args, **options):
-            asked.append((turns, talker.tokenizer.decode(talker.prompt(turns, 64))))
+            asked.append((turns, chat_model.tokenizer.decode(chat_model.prompt(turns, 64))))
             return stream(turns, *args, **options)
 
-        talker.stream = listening
+        chat_model.stream = listening
         opened.append((demo, Visit(browser, app.launch(demo))))
         return SimpleNamespace(tab=opened[-1][1], asked=asked)
 
@@ -103,12 +103,12 @@ def test_the_prompt_is_in_the_template_saved_with_the_model(app, chatty, belle, 
         run / "final", tmp_path / "moved"
     )  # away from run.json: the model's folder is enough
     for folder in (run, tmp_path / "moved"):
-        talker = app.Speaker(folder)
+        chat_model = app.Speaker(folder)
         question = [{"role": "user", "content": QUESTION}]
-        prompt = talker.prompt(question, 64)
-        assert talker.chats and talker.tokenizer.decode(prompt) == PROMPTS[template]
+        prompt = chat_model.prompt(question, 64)
+        assert chat_model.chats and chat_model.tokenizer.decode(prompt) == PROMPTS[template]
         row = encode_chat(
-            talker.tokenizer, [*question, {"role": "assistant", "content": ANSWER}], 256
+            chat_model.tokenizer, [*question, {"role": "assistant", "content": ANSWER}], 256
         )
         assert row["input_ids"][: len(prompt)] == prompt and row["labels"][len(prompt)] != IGNORE
 
@@ -148,8 +148,8 @@ def test_merged_adapter_keeps_its_template(app, belle, tmp_path):
         belle / "final",
     ]
     expect(finish(start(merge)))
-    talker = app.Speaker(tmp_path / "merged")
-    prompt = talker.prompt([{"role": "user", "content": QUESTION}], 64)
-    assert not talker.adapter and talker.tokenizer.decode(prompt) == PROMPTS["belle"]
+    chat_model = app.Speaker(tmp_path / "merged")
+    prompt = chat_model.prompt([{"role": "user", "content": QUESTION}], 64)
+    assert not chat_model.adapter and chat_model.tokenizer.decode(prompt) == PROMPTS["belle"]
     again = finish(start(merge))
     assert again.returncode == 1 and "is not empty" in again.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The chat page and the Talker under it, the guard in front of it, and the page itself in a real Chromium."""
+"""The chat page and the ChatModel under it, the guard in front of it, and the page itself in a real Chromium."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness import ROOT, expect, finish, start
 
 from common import device
 from common.data.labels import encode_chat, encode_prompt
-from common.demo import chat_model
+from common.demo.chat_model import ChatModel, find_model, split_thought
 from common.demo.serve import Guard
 
 RECIPE = ROOT / "train_qwen"
@@ -73,16 +73,16 @@ def adapter_run(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full(run):
-    return chat_model.Talker(run)
+    return ChatModel(run)
 
 
 @pytest.fixture(scope="module")
 def tuned(adapter_run):
-    return chat_model.Talker(adapter_run)
+    return ChatModel(adapter_run)
 
 
-def last(talker, messages, **options) -> str:
-    return list(talker.stream(messages, max_new_tokens=64, **options))[-1][0]
+def last(chat_model, messages, **options) -> str:
+    return list(chat_model.stream(messages, max_new_tokens=64, **options))[-1][0]
 
 
 # ---- the model side ----------------------------------------------------------------------------------------
@@ -165,24 +165,24 @@ def test_sampling_and_errors_reach_the_caller(full, monkeypatch):
 
 
 def test_split_thought():
-    assert chat_model.split_thought("<think>\n先算。\n</think>\n\n答9。") == (
+    assert split_thought("<think>\n先算。\n</think>\n\n答9。") == (
         "先算。",
         "答9。",
         True,
     )
-    assert chat_model.split_thought("<think>\n先") == ("先", "", False)
-    assert chat_model.split_thought("<think>\n\n</think>\n\n答9。") == ("", "答9。", True)
-    assert chat_model.split_thought(" 答9。 ") == ("", "答9。", True)
+    assert split_thought("<think>\n先") == ("先", "", False)
+    assert split_thought("<think>\n\n</think>\n\n答9。") == ("", "答9。", True)
+    assert split_thought(" 答9。 ") == ("", "答9。", True)
 
 
 def test_find_model(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert chat_model.find_model(run) == chat_model.find_model(run / "final") == str(run / "final")
-    assert chat_model.find_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert find_model(run) == find_model(run / "final") == str(run / "final")
+    assert find_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     (tmp_path / "output").mkdir()
     for missing in ("output/none", "output", str(tmp_path), "nothing"):
         with pytest.raises(SystemExit, match="no trained model here; train one first"):
-            chat_model.find_model(missing)
+            find_model(missing)
 
 
 def test_damaged_model_is_one_line(run, tmp_path):
@@ -190,7 +190,7 @@ def test_damaged_model_is_one_line(run, tmp_path):
     weights = tmp_path / "final/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SystemExit, match="final: cannot be loaded: [^\n]+$"):
-        chat_model.Talker(tmp_path)
+        ChatModel(tmp_path)
 
 
 # ---- text on the page, and the guard -----------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
 
 
 def test_thinking_is_folded_and_can_be_forbidden(visit, full):
-    thought, said, _ = chat_model.split_thought(last(full, user(THOUGHTFUL)))
+    thought, said, _ = split_thought(last(full, user(THOUGHTFUL)))
     assert thought, "the tiny run has not learnt to think; train it longer"
     page = visit.page
     page.get_by_label("用微调后的权重").uncheck()
