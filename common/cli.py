@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 from common import device
 
@@ -44,6 +45,71 @@ RENAMED_QUIETLY = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+
+
+@dataclass
+class RunArgs:
+    """Flags of every run. A recipe's `Args` inherits them and redeclares those that differ."""
+
+    model_name_or_path: str = field(
+        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what an earlier run left in --output_dir"}
+    )
+    eval_generate: int = field(
+        default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
+
+
+@dataclass
+class DataArgs:
+    """Flags of reading, splitting and cutting rows (common/data)."""
+
+    data_path: str = field(
+        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
+    )
+    column_map: str = field(
+        default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"}
+    )
+    strict_data: bool = field(
+        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
+    )
+    eval_ratio: float = field(
+        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
+    )
+    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
+    leak_check: str = field(
+        default="", metadata={"help": "a test file; training rows with its prompts are left out"}
+    )
+    model_max_length: int = field(
+        default=1024, metadata={"help": "window in tokens; longer rows are shortened and counted"}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "several rows a window, each blind to the others"}
+    )
+
+
+@dataclass
+class LoraArgs:
+    """Flags of a low-rank adapter (Hu et al. 2021), see peft.LoraConfig."""
+
+    use_lora: bool = field(
+        default=False, metadata={"help": "train an adapter instead of all weights"}
+    )
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale; unset: 2 * lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
+    target_modules: str = field(
+        default="all-linear", metadata={"help": "all-linear or names of layers with commas"}
+    )
+
+
+def recompute(training) -> bool:
+    """Whether activations are computed again in the backward pass (two names of one flag)."""
+    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    return bool(asked)
 
 
 def is_main() -> bool:

@@ -137,6 +137,13 @@ def half_dtype() -> torch.dtype | None:
     return torch.bfloat16 if supported else torch.float16
 
 
+def train_dtype(training) -> torch.dtype:
+    """The dtype a run computes in: what --bf16 and --fp16 say, else float32."""
+    if training.bf16:
+        return torch.bfloat16
+    return torch.float16 if training.fp16 else torch.float32
+
+
 def dist_backend() -> str:
     """torch.distributed backend of this device."""
     return {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[kind()]

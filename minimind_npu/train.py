@@ -35,7 +35,7 @@ from common.fast import attention, losses
 from common.runs import generate, run_folder
 from common.data.labels import encode_prompt, fingerprint, preview
 from common.data.load import load_rows, summary
-from common.data.prepare import tokenise_split
+from common.data.tokens import tokenise_split
 from common.data.split import split_rows
 from common.callbacks import SafeStop
 from stages import distill, dpo, lora, pretrain, reason, sft

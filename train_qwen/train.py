@@ -36,7 +36,7 @@ from common.fast import attention, losses
 from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.cache import cache_root
 from common.data.load import load_rows, summary
-from common.data.prepare import tokenise_split
+from common.data.tokens import tokenise_split
 from common.data.split import leak_check, split_rows
 from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output

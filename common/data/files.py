@@ -11,7 +11,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,35 @@ def entries(data_path) -> list[tuple[Path, float | None]]:
             "data weights: give every path a weight above 0 (a.jsonl:0.7 b.jsonl:0.3) or none of them"
         )
     return found
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """`with atomic_file(path) as part`: write to `part`, which takes the name `path` when the block
+    ends well; a kill never leaves half a file under that name."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """`with atomic_folder(path) as part`: fill the new folder `part`, which takes the place of
+    `path` when the block ends well; an earlier folder stays until then."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def suffix_of(path: Path) -> str:

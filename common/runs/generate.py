@@ -11,6 +11,13 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
+def end_token_ids(model, tokenizer) -> list[int]:
+    """Ids that end an answer: the tokenizer's eos and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
+
+
 @torch.no_grad()
 def generate_answers(
     model,
@@ -66,15 +73,13 @@ def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     where = model.device if model.device.type != "meta" else torch.device("cpu")
-    eos = model.generation_config.eos_token_id
-    stop = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
     out = model.generate(
         input_ids=ids.to(where),
         attention_mask=mask.to(where),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=stop,
+        eos_token_id=end_token_ids(model, tokenizer),
         synced_gpus=is_deepspeed_zero3_enabled(),
         num_beams=1,
         temperature=None,

@@ -18,7 +18,7 @@ from row_shapes import CHATS, HELLO, HI, PAIRS, TEXTS, A, Q, chat
 from common.data import files, shapes
 from common.data.cache import cached
 from common.data.load import load_rows, prompt_key, summary
-from common.data.prepare import tokenise, tokenise_split
+from common.data.tokens import tokenise, tokenise_split
 from common.data.split import leak_check, split_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -756,7 +756,7 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from common.data.cache import cached
 from common.data.load import load_rows, prompt_key, summary
-from common.data.prepare import FORKED_FROM, tokenise, tokenise_split
+from common.data.tokens import FORKED_FROM, tokenise, tokenise_split
 from common.data.split import leak_check, split_rows
 torch.set_num_threads(4)
 big = torch.randn(600, 600)
@@ -792,7 +792,7 @@ sys.path.insert(0, {root!r})
 import datasets, pyarrow, numpy
 from common.data.cache import cached
 from common.data.load import load_rows, prompt_key, summary
-from common.data.prepare import FORKED_FROM, tokenise, tokenise_split
+from common.data.tokens import FORKED_FROM, tokenise, tokenise_split
 from common.data.split import leak_check, split_rows
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 load_rows({small!r})

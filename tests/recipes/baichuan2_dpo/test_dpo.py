@@ -43,7 +43,7 @@ from test_baichuan import tokenizer as baichuan  # noqa: F401
 from common import tiny
 from common.data.labels import encode_prompt
 from common.data.load import load_rows
-from common.data.prepare import tokenise
+from common.data.tokens import tokenise
 from common.fast import attention, losses
 
 RECIPE = ROOT / "baichuan2_dpo"
