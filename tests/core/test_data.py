@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_shapes import CHATS, HELLO, HI, PAIRS, TEXTS, A, Q, chat
 
-from common.data import files, shapes
+from common.data import files, progress, shapes
 from common.data.cache import cached
 from common.data.load import load_rows, prompt_key, summary
-from common.data.tokens import tokenise, tokenise_split
+from common.data.progress import Progress
 from common.data.split import leak_check, split_rows
+from common.data.tokens import tokenise, tokenise_split
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -845,6 +846,55 @@ def test_rows_that_the_template_refuses_are_counted_under_its_words(tmp_path):
     assert counts["examples"]["the template refuses it"].endswith(
         "a.jsonl:2: the template refuses it"
     )
+
+
+# ---- progress -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves: clock[0] is the time in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def count_to_ten(clock, seconds_each, total=10):
+    with Progress("count", total=total, unit="steps") as counter:
+        for _ in range(10):
+            clock[0] += seconds_each
+            counter.update(1000)
+
+
+def test_progress_says_nothing_about_short_work(clock, capsys):
+    count_to_ten(clock, 0.4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_says_a_line_now_and_then(clock, capsys):
+    count_to_ten(clock, 6, total=10_000)
+    assert capsys.readouterr().out.splitlines() == [
+        "count: 1,000 of 10,000 steps, 6 s, about 54 s left",
+        "count: 5,000 of 10,000 steps, 30 s, about 30 s left",
+        "count: 9,000 of 10,000 steps, 54 s, about 6 s left",
+    ]
+    count_to_ten(clock, 10, total=None)
+    assert capsys.readouterr().out.splitlines()[-1] == "count: 9,000 steps, 90 s"
+
+
+def test_progress_of_other_ranks_is_silent(clock, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    count_to_ten(clock, 60)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("count", total=2) as bar:
+        bar.update(2)
+    out, err = capsys.readouterr()
+    assert out == "" and "count: 100%" in err and "2/2" in err
 
 
 # ---- the recipes' samples -----------------------------------------------------------------------------------
