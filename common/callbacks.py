@@ -1,4 +1,5 @@
-"""What people see during training, and a stop that loses nothing."""
+"""Events of transformers' training loop: what the trainer does at them, the line people see, and a
+stop that loses nothing."""
 
 from __future__ import annotations
 
@@ -14,49 +15,81 @@ from transformers import TrainerCallback
 from common import cli
 
 
-class Progress(TrainerCallback):
+class TrainerHooks(TrainerCallback):
+    """Calls the trainer's own methods at transformers' events."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.before_first_step()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_gradients()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.after_epoch()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.complete_checkpoint()
+
+
+class LogWithCheckpoint(TrainerCallback):
+    """A checkpoint knows all losses and tokens up to it. Comes after the callbacks that save."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+
+class ProgressLine(TrainerCallback):
     """One line: a bar on a terminal, a plain line per logging step elsewhere."""
 
     def __init__(self, more: dict[str, str] | None = None):
         """more: logged values to show beside the loss, name -> what to call it."""
-        self.bar, self.more = None, more or {}
+        self.bar = None
+        self.more = more or {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step"
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                unit="step",
             )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(1)
-        control.should_log |= (
-            state.global_step >= state.max_steps
-        )  # a run shorter than logging_steps has a loss too
-        return control
+        # a run shorter than logging_steps has a loss too
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        left = logs["seconds_left"]
-        more = "".join(
-            f"{name} {logs[key]:.3f} | " for key, name in self.more.items() if key in logs
-        )
-        text = (
-            f"loss {logs['loss']:.4f} | {more}lr {logs['learning_rate']:.1e} | "
-            f"{logs['label_tokens_per_second']:,.0f} label tok/s | {logs['tokens_per_second']:,.0f} tok/s | "
-            f"{logs['samples_per_second']:,.1f} samples/s | {logs['memory_mb'] / 1024:.1f} GiB"
-        )
+        text = self.line(logs)
         if self.bar is not None:
             self.bar.set_postfix_str(text)
-        else:
-            share = state.global_step / max(1, state.max_steps)
-            print(
-                f"step {state.global_step}/{state.max_steps} {share:4.0%} | {text} | left {clock(left)}",
-                flush=True,
-            )
+            return
+        share = state.global_step / max(1, state.max_steps)
+        at = f"step {state.global_step}/{state.max_steps} {share:4.0%}"
+        print(f"{at} | {text} | left {clock(logs['seconds_left'])}", flush=True)
+
+    def line(self, logs: dict) -> str:
+        parts = [f"loss {logs['loss']:.4f}"]
+        parts += [f"{name} {logs[key]:.3f}" for key, name in self.more.items() if key in logs]
+        parts += [
+            f"lr {logs['learning_rate']:.1e}",
+            f"{logs['label_tokens_per_second']:,.0f} label tok/s",
+            f"{logs['tokens_per_second']:,.0f} tok/s",
+            f"{logs['samples_per_second']:,.1f} samples/s",
+            f"{logs['memory_mb'] / 1024:.1f} GiB",
+        ]
+        return " | ".join(parts)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -66,13 +99,11 @@ class Progress(TrainerCallback):
 def clock(seconds: float) -> str:
     """Seconds as people read them: 45 s, 12 min, 3 h 05 min."""
     minutes = int(seconds // 60)
-    return (
-        f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes} min"
-        if minutes < 120
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class SafeStop(TrainerCallback):
@@ -80,13 +111,13 @@ class SafeStop(TrainerCallback):
     all-reduce."""
 
     def __init__(self):
-        self.asked, self.stopped = 0.0, False
+        self.asked = 0.0  # when, in seconds since 1970
+        self.stopped = False
 
     def listen(self):
         def handle(number, frame):
-            if (
-                self.asked and time.time() - self.asked > 2
-            ):  # the launcher and the terminal may both send the first one
+            # the launcher and the terminal may both send the first one
+            if self.asked and time.time() - self.asked > 2:
                 os._exit(cli.INTERRUPTED)
             if not self.asked:
                 self.asked = time.time()
@@ -102,5 +133,8 @@ class SafeStop(TrainerCallback):
         if args.world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item() and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-        return control
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+            # the best model is loaded at the real end only
+            args.load_best_model_at_end = False

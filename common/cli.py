@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import difflib
-import errno
 import os
 import shlex
 import signal
@@ -21,30 +20,10 @@ from dataclasses import dataclass, field
 from common import device
 
 INTERRUPTED = 75
+_given: set[str] = set()  # flags of the command line that parse_args has read
 
-# Spellings of older transformers and of the old recipe collections -> today's flag. None: accepted,
-# no effect today.
-OLD_FLAGS = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",  # a value below 1 is a ratio today
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "max_seq_length": "model_max_length",
-    "max_length": "model_max_length",
-    "data": "data_path",
-    "train_data": "data_path",
-    "lora_rank": "lora_r",
-    "save_safetensors": None,
-    "use_deepspeed": None,
-    "logging_dir": None,
-    "fp16_opt_level": None,
-}
-# still the names that everybody types; transformers for Python 3.10 has only these
-RENAMED_QUIETLY = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -106,66 +85,16 @@ class LoraArgs:
     )
 
 
-def recompute(training) -> bool:
-    """Whether activations are computed again in the backward pass (two names of one flag)."""
-    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
-    return bool(asked)
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0, the one that speaks."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(text: str) -> None:
-    """Print on rank 0 only."""
-    if is_main():
-        print(text, flush=True)
-
-
-def given_by_user(name: str) -> bool:
-    """Whether the user gave this flag on the command line."""
-    return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in sys.argv[1:])
-
-
-def modern_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
-    """Translate old spellings to `known` ones, with one warning that names them all."""
-    out, told, skip_value = [], [], False
-    for word, after in zip(argv, [*argv[1:], "--"], strict=False):
-        if skip_value and not word.startswith("--"):
-            skip_value = False
-            continue
-        skip_value = False
-        if not word.startswith("--"):
-            out.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name in OLD_FLAGS:
-            new = OLD_FLAGS[name]
-            told.append(f"--{name} -> {'(no effect)' if new is None else '--' + new}")
-            if new is None:
-                skip_value = not equals
-                continue
-            name = new
-        elif name == "group_by_length":
-            skip_value, value = not equals, value if equals else after
-            strategy = "random" if value.lower() in ("false", "0", "no") else "group_by_length"
-            told.append(f"--group_by_length -> --train_sampling_strategy {strategy}")
-            out += ["--train_sampling_strategy", strategy]
-            continue
-        new = RENAMED_QUIETLY.get(name, name)
-        out.append(f"--{new if new in known else name}{equals}{value}")
-    if told:
-        say("warning: old flags translated: " + ", ".join(told))
-    return out
-
-
 def parse_args(
-    classes: Sequence[type], defaults: dict, tiny_defaults: dict, argv: Sequence[str] | None = None
+    classes: Sequence[type],
+    defaults: dict,
+    tiny_defaults: dict,
+    argv: Sequence[str] | None = None,
 ) -> tuple:
     """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a
     subclass).
+
+    It also imports DeepSpeed where it is asked for, which opens the process group on a CPU.
 
     Args:
         defaults: the recipe's defaults for the real model.
@@ -177,22 +106,21 @@ def parse_args(
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
+    from common.runs import engine, old_flags
+
     quiet_libraries()
     parser = HfArgumentParser(classes, allow_abbrev=False)
-    known = [option for action in parser._actions for option in action.option_strings]
-    argv = modern_flags(
-        sys.argv[1:] if argv is None else argv, {option.lstrip("-") for option in known}
-    )
-    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-    for name in sorted(given):
-        if f"--{name}" not in known:
-            near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.5)
-            raise usage_error(
-                f"unknown flag --{name}"
-                + (f"; did you mean {near[0]}?" if near else "; see --help")
-            )
     parser.error = lambda message: sys.exit(usage_error(message).code)
-    parser.set_defaults(**defaults | device.training_defaults(given))
+    known = [option for action in parser._actions for option in action.option_strings]
+    argv = sys.argv[1:] if argv is None else argv
+    argv = old_flags.translate(argv, {option.lstrip("-") for option in known})
+    _given.clear()
+    _given.update(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    for name in sorted(_given):
+        if f"--{name}" not in known:
+            raise usage_error(unknown_flag(f"--{name}", known))
+
+    parser.set_defaults(**defaults | device.training_defaults(_given))
     flags = parser.parse_known_args(argv)[0]
     if flags.model_name_or_path == "tiny":
         parser.set_defaults(**tiny_defaults)
@@ -201,10 +129,9 @@ def parse_args(
     problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
-    if by_accelerate or any(
-        word == "--deepspeed" or word.startswith("--deepspeed=") for word in argv
-    ):
-        prepare_deepspeed()
+    if by_accelerate or given_by_user("deepspeed"):
+        remove_stale_build_locks()
+        engine.prepare_deepspeed()
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
         for tracker in parsed[-1].report_to:
@@ -214,16 +141,14 @@ def parse_args(
     return parsed
 
 
-def quiet_libraries() -> None:
-    """Progress bars of libraries only on a terminal, and not those of single files."""
-    import datasets
-    import transformers
+def given_by_user(name: str) -> bool:
+    """Whether this flag stood on the command line (old spellings count as the new ones)."""
+    return name in _given
 
-    if os.environ.get("DANPU_VERBOSE") != "1":
-        warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell one another
-        transformers.utils.logging.disable_progress_bar()
-        if not (is_main() and sys.stderr.isatty()):
-            datasets.disable_progress_bars()
+
+def unknown_flag(flag: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+    return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
 class Parser(argparse.ArgumentParser):
@@ -232,17 +157,61 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         """description: shown by --help as it stands."""
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown.startswith("--") and "unrecognized" in message:
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown}" + (
-                f"; did you mean {near[0]}?" if near else "; see --help"
-            )
+            message = unknown_flag(unknown, self._option_string_actions)
         raise usage_error(message)
+
+
+def recompute(training) -> bool:
+    """Whether activations are computed again in the backward pass (two names of one flag)."""
+    asked = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    return bool(asked)
+
+
+def quiet_libraries() -> None:
+    """Progress bars of libraries only on a terminal, and not those of single files."""
+    import datasets
+    import transformers
+
+    if os.environ.get("DANPU_VERBOSE") != "1":
+        # what libraries tell one another
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        transformers.utils.logging.disable_progress_bar()
+        if not (is_main() and sys.stderr.isatty()):
+            datasets.disable_progress_bars()
+
+
+def remove_stale_build_locks() -> None:
+    """A killed build of DeepSpeed's operators leaves a lock that the next start would wait for,
+    for ever. A builder that lives touches its folder at least every minute."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    for folder, _, files in os.walk(os.path.expanduser(root)):
+        lock = os.path.join(folder, "lock")
+        if "lock" in files and time.time() - os.path.getmtime(lock) > 60:
+            os.remove(lock)
+            say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, the one that speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str) -> None:
+    """Print on rank 0 only."""
+    if is_main():
+        print(text, flush=True)
 
 
 def usage_error(message: str) -> SystemExit:
@@ -261,30 +230,26 @@ def fail(message: str, code: int = 1, stop: bool = True) -> None:
         raise SystemExit(code)
 
 
-def prepare_deepspeed() -> None:
-    """Import DeepSpeed so that no start hangs or compiles for minutes on CPU."""
-    lock_age = 60  # seconds; a builder that lives touches its folder more often
-    for root in filter(
-        os.path.isdir,
-        [os.environ.get("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions"))],
-    ):
-        for folder, _, files in os.walk(root):
-            path = os.path.join(folder, "lock")
-            if "lock" in files and time.time() - os.path.getmtime(path) > lock_age:
-                os.remove(path)
-                say(f"removed {path}, left by a killed build; DeepSpeed would wait for it for ever")
-    import logging
+def resume_command() -> str:
+    """The command line that continues this run, for people to paste."""
+    shell = os.environ.get("DANPU_RERUN")
+    skip = {"--overwrite_output_dir"}
+    if shell:
+        skip.add("--deepspeed")  # the first is the shell's own, a second one the user's
+    words = []
+    rest = iter(sys.argv[1:])
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name not in skip:
+            words.append(word)
+            continue
+        if not equals:
+            next(rest, None)
+        skip.discard("--deepspeed")
+    return " ".join([shell or f"python {sys.argv[0]}", shlex.join(words)]).strip()
 
-    import deepspeed
 
-    if os.environ.get("DANPU_VERBOSE") != "1":
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-    if device.kind() == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # an optional op that takes minutes to compile
-        )
-        if int(os.environ.get("WORLD_SIZE", 1)) >= 1 and "RANK" in os.environ:
-            deepspeed.init_distributed(dist_backend="gloo")
+# ---- models --------------------------------------------------------------------------------------
 
 
 def model_config(name: str, flag: str = "--model_name_or_path"):
@@ -306,64 +271,73 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
     if looks_local and not os.path.exists(os.path.expanduser(name)):
         raise SystemExit(f"{flag} {name}: no such folder")
     try:
-        return auto_class.from_pretrained(name, **settings)
+        return _load(auto_class, name, settings)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # many kinds: no config.json, no weights, unknown type, no network, no such id
-        if isinstance(error, KeyError) and settings.get("attn_implementation") in error.args:
-            # an architecture that knows only attention of its own
-            return load(
-                auto_class,
-                name,
-                flag,
-                **{k: v for k, v in settings.items() if k != "attn_implementation"},
-            )
+    except Exception as error:
+        # many kinds: no config.json, no weights, unknown type, no network, no such id
         words = " ".join(str(error).split())[:300]
         raise SystemExit(
-            f"{flag} {name} is not a model that can be loaded ({words}). "
-            "Give a folder with config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
+            f"{flag} {name} is not a model that can be loaded ({words}). Give a folder with "
+            "config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
         ) from None
 
 
-def resume_command() -> str:
-    """The command line that continues this run, for people to paste."""
-    shell = os.environ.get("DANPU_RERUN")
-    words, skip = [], {"--overwrite_output_dir"} | ({"--deepspeed"} if shell else set())
-    rest = iter(sys.argv[1:])
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        if name not in skip:
-            words.append(word)
-            continue
-        if not equals:
-            next(rest, None)
-        skip.discard("--deepspeed")  # the first is the shell's own, a second one the user's
-    return " ".join([shell or f"python {sys.argv[0]}", shlex.join(words)]).strip()
+def _load(auto_class, name: str, settings: dict):
+    """from_pretrained with a line for people where it takes long."""
+    began = time.time()
+    has_weights = "dtype" in settings
+    if has_weights:
+        say(f"loading {name}")
+    try:
+        loaded = auto_class.from_pretrained(name, **settings)
+    except KeyError as error:
+        if settings.get("attn_implementation") not in error.args:
+            raise
+        # an architecture that knows only attention of its own
+        own = {key: value for key, value in settings.items() if key != "attn_implementation"}
+        loaded = auto_class.from_pretrained(name, **own)
+    if has_weights and time.time() - began > 5:
+        say(f"loaded in {time.time() - began:.0f} s")
+    return loaded
+
+
+# ---- the frame -----------------------------------------------------------------------------------
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit
     code."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED)
-    )  # before training starts there is nothing to save
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    # before training starts there is nothing to save
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(INTERRUPTED))
+    end_with_launcher()
+    close(exit_code_of(main))
+
+
+def end_with_launcher() -> None:
+    """A launcher killed outright would leave its ranks training into the folder of the next start:
+    they get SIGTERM."""
     launcher = int(os.environ.pop("DANPU_LAUNCHER", 0))  # not for what this process starts itself
-    if sys.platform == "linux" and launcher:
-        # a launcher killed outright would leave its ranks training into the folder of the next
-        # start: they get SIGTERM
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        if os.getppid() != launcher:  # it has gone already
-            sys.exit(INTERRUPTED)
-    code = 0
+    if sys.platform != "linux" or not launcher:
+        return
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+    if os.getppid() != launcher:  # it has gone already
+        sys.exit(INTERRUPTED)
+
+
+def exit_code_of(main: Callable[[], None]) -> int:
+    """Call `main`; what users cause is one line."""
+    from common.runs.errors import explain
+
     try:
         main()
     except SystemExit as error:
-        if isinstance(error.code, str):
-            fail(error.code, stop=False)
-        code = 1 if isinstance(error.code, str) else int(error.code or 0)
+        if not isinstance(error.code, str):
+            return int(error.code or 0)
+        fail(error.code, stop=False)
+        return 1
     except BrokenPipeError:  # the reader of a pipe has gone (| head)
         os._exit(1)
     except Exception as error:
@@ -371,45 +345,10 @@ def run(main: Callable[[], None]) -> None:
         if message is None:
             raise
         fail(message, stop=False)
-        code = 1
+        return 1
     finally:
         sys.stdout.flush()
-    close(code)
-
-
-def explain(error: Exception) -> str | None:
-    """One line with the remedy for an error that is not a bug of ours, else None."""
-    import torch
-
-    chain, link = [], error
-    while link is not None:
-        chain, link = [*chain, link], link.__cause__ or link.__context__
-    signs = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
-    if any(
-        getattr(e, "errno", None) == errno.ENOSPC or any(sign in str(e) for sign in signs)
-        for e in chain
-    ):
-        import shutil
-
-        place = getattr(error, "filename", None) or next(
-            (sys.argv[i + 1] for i, w in enumerate(sys.argv[:-1]) if w == "--output_dir"), "."
-        )
-        while place and not os.path.exists(place):
-            place = os.path.dirname(place) or "."
-        free = shutil.disk_usage(place).free / 2**30
-        return (
-            f"no space left on device while writing under {place} ({free:.2f} GiB free). Older checkpoints are whole. "
-            f"Free some space (or lower --save_total_limit), then: {resume_command()}"
-        )
-    if isinstance(error, ValueError) and "arget modules" in str(error):
-        return f"--target_modules: {str(error).splitlines()[0][:200]} Give names of linear layers, or all-linear"
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"out of memory at {device.peak_memory_mb() / 1024:.1f} GiB. Cheapest changes first: "
-            "--gradient_checkpointing true; --per_device_train_batch_size 1 with more --gradient_accumulation_steps; "
-            "a smaller --model_max_length; --use_lora true; --eval_generate 0; train_zero3.sh"
-        )
-    return None
+    return 0
 
 
 def close(code: int) -> None:

@@ -46,7 +46,8 @@ def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[li
             if not by_room[room]:
                 rooms ^= 1 << room
         else:
-            room, target = max(max_length, length), len(bins)
+            room = max(max_length, length)
+            target = len(bins)
             bins.append([])
         bins[target].append(row)
         by_room[room - length].append(target)
@@ -66,55 +67,15 @@ class PackedDataset(torch.utils.data.Dataset):
         """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if
         already known."""
         self.rows = rows
-        self.bins = pack_bins(
-            _lengths(rows).tolist() if lengths is None else lengths, max_length, seed
-        )
+        if lengths is None:
+            lengths = lengths_of(rows).tolist()
+        self.bins = pack_bins(lengths, max_length, seed)
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> list[dict]:
         return [_numbered(self.rows, i) for i in self.bins[index]]
-
-
-class TokenWindows(torch.utils.data.Dataset):
-    """Documents end to end, cut into windows of exactly `length` tokens (the last one may be
-    shorter).
-
-    Item i is the list of the pieces of documents in window i, for PackedCollator: {"row_id",
-    "input_ids", "labels"}, every token a label; a document that a cut parts goes on in the next
-    window without its past. Only the number of tokens per document is held in memory. Documents
-    come in an order drawn by `seed`, windows in the sampler's.
-    """
-
-    def __init__(self, rows, length: int, seed: int = 0):
-        """rows: datasets.Dataset or list of {"input_ids"}, each with its end-of-text token."""
-        self.length = length
-        self.rows = (
-            rows.with_format("numpy", columns=["input_ids"])
-            if hasattr(rows, "with_format")
-            else rows
-        )
-        sizes = _lengths(rows)
-        self.order = np.random.default_rng(seed).permutation(len(sizes))
-        self.ends = sizes[self.order].cumsum()
-
-    def __len__(self) -> int:
-        return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
-
-    def __getitem__(self, index: int) -> list[dict]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        start, end = index * self.length, min((index + 1) * self.length, int(self.ends[-1]))
-        pieces, at = [], int(np.searchsorted(self.ends, start, side="right"))
-        while start < end:
-            row, stop = int(self.order[at]), min(end, int(self.ends[at]))
-            ids = np.asarray(self.rows[row]["input_ids"], dtype=np.int64)
-            begin = len(ids) - int(self.ends[at]) + start
-            ids = ids[begin : begin + stop - start]
-            pieces.append({"row_id": row, "input_ids": ids, "labels": ids})
-            start, at = stop, at + 1
-        return pieces
 
 
 class NumberedRows(torch.utils.data.Dataset):
@@ -135,14 +96,14 @@ def _numbered(rows, index: int) -> dict:
     return {**rows[index], "row_id": index}
 
 
-def _lengths(rows) -> np.ndarray:
+def lengths_of(rows) -> np.ndarray:
+    """Tokens of each row, int64 [rows], without reading the tokens of a datasets.Dataset."""
     if not hasattr(rows, "with_format"):
         return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     import pyarrow.compute as pc
 
-    tables = (
-        rows.select_columns("input_ids").with_format("arrow").iter(10_000)
-    )  # Arrow knows its lists' lengths
+    # Arrow knows its lists' lengths
+    tables = rows.select_columns("input_ids").with_format("arrow").iter(10_000)
     parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
     return np.concatenate(parts or [np.zeros(0)]).astype(np.int64)
 
@@ -159,21 +120,23 @@ class PackedCollator:
     def __call__(self, bins: list[list[dict]]) -> dict:
         rows = [row for one in bins for row in one]
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        starts = cu_seqlens[:-1]
+        input_ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
         labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
-        labels[starts[:-1]] = IGNORE
-        positions = torch.arange(len(ids)) - torch.repeat_interleave(starts[:-1], lengths)
-        boundaries, longest = starts.to(torch.int32), int(lengths.max())
+        labels[starts] = IGNORE
+        positions = torch.arange(len(input_ids)) - torch.repeat_interleave(starts, lengths)
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        max_seqlen = int(lengths.max())
         return {
-            "input_ids": ids[None],
+            "input_ids": input_ids[None],
             "labels": labels[None],
             "position_ids": positions[None],
-            "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "row_ids": [row["row_id"] for row in rows if "row_id" in row],
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": max_seqlen,
+            "max_length_k": max_seqlen,
+            "row_ids": row_ids_of(rows),
         }
 
 
@@ -182,20 +145,27 @@ class PaddedCollator:
     PackedCollator."""
 
     def __init__(self, pad_token_id: int | None, pad_to_multiple: int = 1):
-        self.pad, self.multiple = (
-            pad_token_id or 0,
-            pad_to_multiple,
-        )  # masked: without a pad token any id will do
+        self.pad_token_id = pad_token_id or 0  # masked: without a pad token any id will do
+        self.multiple = pad_to_multiple
 
     def __call__(self, rows: list[dict]) -> dict:
         longest = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
-        ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORE)
-        mask = torch.zeros(shape, dtype=torch.int64)
+        width = -(-longest // self.multiple) * self.multiple
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        labels = torch.full((len(rows), width), IGNORE)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
-            ids[i, :length] = torch.as_tensor(row["input_ids"])
+            input_ids[i, :length] = torch.as_tensor(row["input_ids"])
             labels[i, :length] = torch.as_tensor(row["labels"])
             mask[i, :length] = 1
-        row_ids = [row["row_id"] for row in rows if "row_id" in row]
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask, "row_ids": row_ids}
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": mask,
+            "row_ids": row_ids_of(rows),
+        }
+
+
+def row_ids_of(rows: list[dict]) -> list[int]:
+    return [row["row_id"] for row in rows if "row_id" in row]

@@ -129,12 +129,8 @@ def half_dtype() -> torch.dtype | None:
     if kind() == "cpu":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else None
-    supported = (
-        module().is_bf16_supported(including_emulation=False)
-        if kind() == "cuda"
-        else module().is_bf16_supported()
-    )
-    return torch.bfloat16 if supported else torch.float16
+    real = {"including_emulation": False} if kind() == "cuda" else {}
+    return torch.bfloat16 if module().is_bf16_supported(**real) else torch.float16
 
 
 def train_dtype(training) -> torch.dtype:
@@ -147,17 +143,6 @@ def train_dtype(training) -> torch.dtype:
 def dist_backend() -> str:
     """torch.distributed backend of this device."""
     return {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}[kind()]
-
-
-def compile_pays() -> bool:
-    """Whether torch.compile works and repays its start-up here (inductor has no NPU back end in the
-    pinned stack)."""
-    return kind() == "cuda"
-
-
-def supports_4bit() -> bool:
-    """Whether bitsandbytes' 4-bit kernels run here."""
-    return kind() == "cuda"
 
 
 def varlen_attention() -> str | None:
@@ -176,42 +161,18 @@ def overflow_saturates() -> bool:
     return kind() == "npu" and not torch.npu.utils.is_support_inf_nan()
 
 
-def patch_overflow_check(optimizer) -> None:
-    """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN
-    only.
+def clear_overflow_flag() -> None:
+    """Forget the overflows so far, on a chip that saturates."""
+    torch.npu.utils.clear_npu_overflow_flag()
 
-    As in torch_npu's own scaler the flag is cleared before the first backward of a step and read
-    before the update, and an overflow on one rank counts on all.
-    """
-    from torch import distributed as dist
 
-    if not overflow_saturates():
-        return
-    if not hasattr(optimizer, "has_overflow"):
-        raise SystemExit(
-            f"fp16 overflow on {name()} is seen in ZeRO stages 1 to 3 only: set the stage in --deepspeed"
-        )
-    scale, stock, state = optimizer.scale_if_loss, optimizer.has_overflow, {"cleared": False}
-
-    def scale_if_loss(value):
-        if not state["cleared"]:
-            torch.npu.utils.clear_npu_overflow_flag()
-            state["cleared"] = True
-        return scale(value)
-
-    def has_overflow(*args, **kwargs):
-        flag = torch.tensor(float(torch.npu.utils.get_npu_overflow_flag()), device=device())
-        state["cleared"] = False
-        if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return stock(*args, **kwargs) or bool(flag.item())
-
-    optimizer.scale_if_loss, optimizer.has_overflow = scale_if_loss, has_overflow
+def overflow_flag() -> bool:
+    """Whether anything overflowed since the last clearing, on a chip that saturates."""
+    return bool(torch.npu.utils.get_npu_overflow_flag())
 
 
 def autocast(dtype: torch.dtype):
-    """Autocast context for `dtype`; float32 gives one that does nothing. SystemExit where bf16 is
-    not supported."""
+    """Autocast context for `dtype`, a no-op for float32. SystemExit where bf16 is not supported."""
     if dtype is torch.bfloat16 and kind() != "cpu" and half_dtype() is not torch.bfloat16:
         raise SystemExit(
             f"{name()} has no bf16: train in fp16 (autocast would silently run in float32)"
@@ -223,11 +184,9 @@ def grad_scaler(dtype: torch.dtype):
     """Gradient scaler, active for float16 on accelerators. torch_npu's own class, since torch's
     lets the ranks of a saturating NPU (910A) drift apart after an overflow."""
     enabled = dtype is torch.float16 and kind() != "cpu"
-    return (
-        module().amp.GradScaler(enabled=enabled)
-        if kind() == "npu"
-        else torch.amp.GradScaler(kind(), enabled=enabled)
-    )
+    if kind() == "npu":
+        return module().amp.GradScaler(enabled=enabled)
+    return torch.amp.GradScaler(kind(), enabled=enabled)
 
 
 def fast_float32() -> bool:
@@ -263,9 +222,8 @@ def name() -> str:
     """Human name of the device, e.g. "NVIDIA H100" or "CPU (Intel Xeon, 8 cores, bf16)"."""
     if kind() != "cpu":
         return module().get_device_name(0)
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "CPU"
-    )
+    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    model = models[0] if models else "CPU"
     return f"{model} ({os.cpu_count()} cores{', bf16' if half_dtype() else ''})"
 
 
@@ -308,13 +266,6 @@ def _peak_since_reset() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def total_memory_mb() -> float:
-    """Memory of this process's device (of the machine on CPU) in MiB."""
-    if kind() != "cpu":
-        return module().get_device_properties(0).total_memory / 2**20
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
-
-
 def training_defaults(training_args_given: set[str]) -> dict:
     """Settle what libraries guess wrongly, before TrainingArguments are built.
 
@@ -323,14 +274,15 @@ def training_defaults(training_args_given: set[str]) -> dict:
     Returns:
         defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend.
     """
-    here, half = kind(), half_dtype()
+    here = kind()
+    half = half_dtype()
     defaults: dict = {"use_cpu": here == "cpu"}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         defaults["ddp_backend"] = dist_backend()
     if not {"bf16", "fp16"} & training_args_given:
         defaults |= {"bf16": half is torch.bfloat16, "fp16": half is torch.float16}
     if here == "npu":
-        defaults["optim"] = "adamw_torch"  # why not a fused one: `refusal`
+        defaults["optim"] = "adamw_torch"  # why not a fused one: `unsupported_flags`
         home = cann_home()
         if home:  # DeepSpeed's NPU back end fails with a KeyError without it
             os.environ.setdefault("ASCEND_HOME_PATH", home)
@@ -353,14 +305,20 @@ def unsupported_flags(flags) -> str | None:
         return None
     if optim == "adamw_torch_npu_fused":
         # it keeps a flat copy of the gradients that Trainer's zero_grad(set_to_none=True) cuts off
-        return "--optim adamw_torch_npu_fused repeats the first step's gradients under Trainer. Use --optim adamw_torch"
+        return (
+            "--optim adamw_torch_npu_fused repeats the first step's gradients under Trainer. "
+            "Use --optim adamw_torch"
+        )
     if flags.fp16 and "fused" in optim and not flags.deepspeed:
         # torch_npu's scaler hands it an argument that its step() does not take
         return f"--optim {optim} crashes with fp16 on an NPU. Use --optim adamw_torch"
     if flags.deepspeed and not os.environ.get("ASCEND_HOME_PATH"):
         return "--deepspeed on an NPU needs ASCEND_HOME_PATH: source CANN's set_env.sh"
     if flags.torch_compile:
-        return "--torch_compile true: the default back end cannot compile for an NPU. Leave the flag away"
+        return (
+            "--torch_compile true: the default back end cannot compile for an NPU. "
+            "Leave the flag away"
+        )
     return None
 
 
@@ -372,10 +330,8 @@ def install_problem() -> tuple[str, bool]:
     if NPU_ERROR is not None:
         return f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", False
     if sys.modules.get("torch_npu") and kind() == "cpu":
-        return (
-            "torch_npu sees no NPU; continuing on the CPU. A container needs --device /dev/davinci0",
-            False,
-        )
+        remedy = "A container needs --device /dev/davinci0"
+        return f"torch_npu sees no NPU; continuing on the CPU. {remedy}", False
     return "", False
 
 

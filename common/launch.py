@@ -58,7 +58,7 @@ def processes(wanted: str) -> int:
         sys.exit(
             f"launch: {sys.executable} cannot import torch ({error}); `bash tools/check_env.sh` says what to do"
         )
-    message, fatal = device.notice()
+    message, fatal = device.install_problem()
     if message:
         print(message, file=sys.stderr)
     if fatal:

@@ -1,32 +1,36 @@
-"""The HF Trainer with what a long run needs: token-weighted evaluation, validated checkpoints, a
-stop on NaN, a safe stop on signals, throughput in tokens. The training loop itself stays
-transformers'."""
+"""transformers' Trainer with what a long run needs: exact evaluation, checkpoints that are proven
+complete, a stop on NaN and on signals, throughput in tokens.
+
+The loop itself is transformers'. Everything here hangs on its public hooks: methods that it
+documents for subclasses (compute_loss, evaluate, log, get_batch_samples, save_model) and the events
+of its callbacks (callbacks.py). No method whose name begins with an underscore is overridden.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from common import cli, device
-from common.callbacks import Progress, SafeStop
-from common.collators import PackedCollator
+from common import callbacks, cli, device
+from common.collators import IGNORE, PackedCollator
+from common.data.files import atomic_folder
 from common.fast import attention
-from common.runs import checkpoint, report
-from common.runs.run_folder import RUN_FILE, engine, write_run_file
+from common.runs import checkpoint, evaluate, plan, report
+from common.runs.engine import engine, patch_overflow_check
+from common.runs.run_folder import read_run_file, write_run_file
 
-IGNORE = -100  # label of a token that is not trained
+TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
 
 
 class RecipeTrainer(Trainer):
@@ -35,11 +39,10 @@ class RecipeTrainer(Trainer):
     Args (beside Trainer's):
         measure: called on every rank before the first step and again by `measure_all`; returns
             extra metrics (exact match ...) and samples [{"prompt", "reference", "answer"}].
-            `self.before` keeps what came before training.
         describe_row: row id -> text, used to name the rows of a batch whose loss is not finite.
-    The batch may carry `row_ids` (list of ints); it is taken out before the model sees the batch.
-    `filling` (int):
-    tokens of a packed row that are none of the data's; whoever calls the model takes it out.
+    The batch may carry `row_ids` (list of ints), taken out before the model sees the batch, and
+    `padding_tokens` (int), tokens of a packed row that are none of the data's; whoever calls the
+    model takes these out.
     """
 
     plots = report.PLOTS  # what the report draws: name of the logged value -> what its axis says
@@ -54,56 +57,62 @@ class RecipeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, PackedCollator):
             attention.refuse_unpackable(self.model)
-        self.measure, self.describe_row = measure, describe_row
-        self.before: dict = {}
-        self.args.logging_nan_inf_filter = (
-            False  # the stock filter logs a NaN loss as 0 and goes on
-        )
+        self.measure = measure
+        self.describe_row = describe_row
+        self.before: dict = {}  # what measure_all gave before the first step
+
+        # the stock filter logs a NaN loss as 0 and goes on
+        self.args.logging_nan_inf_filter = False
         self.args.remove_unused_columns = False
+        # the stock Trainer deletes older checkpoints before a new one is proven complete
+        self.checkpoint_limit = self.args.save_total_limit or sys.maxsize
+        self.args.save_total_limit = None
+
+        self.safe_stop = callbacks.SafeStop()
+        more = {key: name for key, name in self.plots.items() if key != "loss"}
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
-        self.add_callback(
-            Progress({key: name for key, name in self.plots.items() if key != "loss"})
-        )
-        self.safe_stop = SafeStop()
-        self.add_callback(self.safe_stop)
-        self._counts = torch.zeros(
-            3, dtype=torch.int64
-        )  # tokens, label tokens, samples of this rank
-        self._skipped_in_a_row = 0
-        self._row_ids: list[int] = []
+        for callback in (
+            callbacks.TrainerHooks(self),
+            callbacks.ProgressLine(more),
+            evaluate.HeldOutCurve(self),
+            self.safe_stop,
+            callbacks.LogWithCheckpoint(),  # after all that may ask for a checkpoint
+        ):
+            self.add_callback(callback)
+
+        self.counts = torch.zeros(3, dtype=torch.int64)  # of this rank, in the order of TOTALS
+        self.skipped_in_a_row = 0
+        self.row_ids: list[int] = []  # of the step that is being computed
 
     # ---- before the first step ----
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
+    def before_first_step(self) -> None:
+        """The model is wrapped and a checkpoint loaded: measure, check the disk, say the plan."""
+        self.first_step = self.state.global_step
+        resumed = self.first_step > 0
         self.before_measuring()
-        out = Path(self.args.output_dir)
-        run = json.loads((out / RUN_FILE).read_text()) if (out / RUN_FILE).is_file() else {}
-        if resume_from_checkpoint is not None and run.get("before"):
+
+        run = read_run_file(self.args.output_dir)
+        if resumed and run.get("before"):
             self.before = run["before"]
         else:
             self.before = self.measure_all()
             if self.args.should_save:
-                write_run_file(out, run | {"before": self.before})
-        self.state.compute_steps(
-            self.args, max_steps
-        )  # a resumed state would keep the old save_steps and logging_steps
-        past = next(
-            (entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {}
-        )
-        self._past = {
-            k: past.get(k, 0)
-            for k in ("total_tokens", "total_label_tokens", "total_samples", "train_seconds")
-        }
+                write_run_file(self.args.output_dir, run | {"before": self.before})
+
+        # a resumed state would keep the old save_steps and logging_steps
+        self.state.compute_steps(self.args, self.state.max_steps)
+        self.past = dict.fromkeys((*TOTALS, "train_seconds"), 0)
+        for entry in self.state.log_history:
+            if "total_tokens" in entry:
+                self.past = {name: entry[name] for name in self.past}
+
         if self.is_deepspeed_enabled and self.args.fp16:
-            device.patch_overflow_check(self.deepspeed.optimizer)
-        self.check_disk()
-        self.say_plan(max_steps)
+            patch_overflow_check(self.deepspeed.optimizer)
+        plan.check_disk(self.model, self.args, self.checkpoint_limit)
+        plan.say(self)
+        self.started = time.time()
         self.safe_stop.listen()
-        self._started = time.time()
-        return prepared
 
     def before_measuring(self) -> None:
         """For subclasses: the model is wrapped (DDP, DeepSpeed), a checkpoint is loaded, nothing is
@@ -112,82 +121,46 @@ class RecipeTrainer(Trainer):
     def measure_all(self) -> dict:
         """evaluate() and the recipe's own measure: {"metrics": {...}, "samples": [...]}. Call on
         every rank."""
-        metrics = {} if not self.eval_dataset else self.evaluate(quiet=True)
-        metrics = {k.removeprefix("eval_"): v for k, v in metrics.items()}
-        more, samples = self.measure() if self.measure else ({}, [])
-        return {"metrics": metrics | more, "samples": samples}
-
-    def say_plan(self, max_steps: int) -> None:
-        """What is about to happen, in two lines."""
-        total, trained = self._parameters(False), self._parameters(True)
-        batch = (
-            self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size
-        )
-        cli.say(
-            f"model: {total:,} parameters, {trained:,} trained ({trained / total:.0%}); {engine(self.args)} x "
-            f"{self.args.world_size} on {device.name()}, {self.compute_dtype()}\n"
-            f"steps: {max_steps:,} of {batch} items ({len(self.train_dataset):,} items an epoch), logged every "
-            f"{self.args.logging_steps:g} steps, saved every {self._saves()} to {self.args.output_dir}"
-        )
-
-    def _saves(self) -> str:
-        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
-        return f"{self.args.save_steps:g} steps" if strategy == "steps" else strategy
-
-    def check_disk(self) -> None:
-        """Warn before step 1 when the checkpoints to come will not fit (weights, fp32 masters, two
-        moments)."""
-        if not self.is_world_process_zero() or self.args.save_strategy == "no":
-            return
-        size = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731
-        trained = sum(size(p) for p in self.model.parameters() if p.requires_grad)
-        need = 16 * trained * ((self.args.save_total_limit or 3) + 1) / 2**30
-        free = shutil.disk_usage(self.args.output_dir).free / 2**30
-        if free < need:
-            cli.say(
-                f"warning: {free:.1f} GiB free at {self.args.output_dir}, about {need:.1f} GiB needed for checkpoints; "
-                "lower --save_total_limit or choose another OUTPUT"
-            )
+        metrics = self.evaluate(quiet=True) if self.eval_dataset else {}
+        metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        samples = []
+        if self.measure:
+            more, samples = self.measure()
+            metrics |= more
+        return {"metrics": metrics, "samples": samples}
 
     # ---- one step ----
-    def _run_epoch(self, *args, **kwargs):
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed from the last step: only final/ was missing
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-        self.log({"epoch_peak_memory_mb": round(device.next_peak_memory_mb(), 1)})
-
-    def _finalize_training(self, *args, **kwargs):
-        if (
-            self.safe_stop.stopped
-        ):  # the best model is loaded, and the rest deleted, at the real end only
-            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        return super()._finalize_training(*args, **kwargs)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._row_ids = [i for batch in samples for i in batch.get("row_ids", [])]
+        if self.state.global_step >= self.state.max_steps:
+            # resumed from the last step: only final/ was missing
+            self.control.should_training_stop = True
+            return [], None
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = self.count_items(samples)
+        if own is not None:
+            num_items = torch.tensor(own, device=device)
+            if self.args.world_size > 1:
+                dist.all_reduce(num_items)
+        self.row_ids = [i for batch in samples for i in batch.get("row_ids", [])]
         for batch in samples:
-            mask = batch.get("attention_mask")
-            rows = batch.get("row_ids", [])
-            self._counts += torch.tensor(
-                [
-                    int(
-                        mask.sum()
-                        if mask is not None
-                        else batch["input_ids"].numel() - batch.get("filling", 0)
-                    )
-                    if "input_ids" in batch
-                    else 0,
-                    int((batch["labels"] != IGNORE).sum()) if "labels" in batch else 0,
-                    len(rows),
-                ]
-            )
-        return samples, count
+            self.counts += self.count_tokens(batch)
+        return samples, num_items
+
+    def count_items(self, samples: list[dict]) -> int | None:
+        """For subclasses: what the loss of a step is divided by, in this rank's micro-batches;
+        None: label tokens, as transformers counts them."""
+        return None
+
+    def count_tokens(self, batch: dict) -> torch.Tensor:
+        """Tokens, label tokens and rows of a batch, int64 [3]."""
+        tokens = labels = 0
+        if "attention_mask" in batch:
+            tokens = int(batch["attention_mask"].sum())
+        elif "input_ids" in batch:
+            tokens = batch["input_ids"].numel() - batch.get("padding_tokens", 0)
+        if "labels" in batch:
+            labels = int((batch["labels"] != IGNORE).sum())
+        return torch.tensor([tokens, labels, len(batch.get("row_ids", []))])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         row_ids = inputs.pop("row_ids", [])
@@ -196,7 +169,7 @@ class RecipeTrainer(Trainer):
         result = self.loss_of(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss).all():
-            self._row_ids = row_ids  # of the whole step until here
+            self.row_ids = row_ids  # of the whole step until here
             self.stop_on_rows(f"gave a loss of {loss.item()}")
         return result
 
@@ -206,155 +179,125 @@ class RecipeTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs):
-        return 0  # the stock estimate counts padded tokens; tokens per second are reported instead
+        # the stock estimate counts padded tokens; tokens per second are reported instead
+        return 0
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is None or math.isfinite(float(norm)):
-            self._skipped_in_a_row = 0
-            return norm
-        self._skipped_in_a_row += 1
+    def check_gradients(self) -> None:
+        """Stop on a gradient that is not finite; fp16's scaler may skip a step now and then.
+
+        DeepSpeed has stepped already when this event comes, so that the weights of this process are
+        lost there; nothing of them is saved.
+        """
+        norm = self.gradient_norm()
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        where = "before anything was saved" if self.is_deepspeed_enabled else BEFORE_THE_STEP
         if not self.args.fp16:
-            self.stop_on_rows(f"gave a gradient norm of {float(norm)}")
-        if (
-            self._skipped_in_a_row == 20
-        ):  # the fp16 scaler skips a step now and then; not twenty in a row
+            self.stop_on_rows(f"gave a gradient norm of {norm}", where)
+        if self.skipped_in_a_row == 20:
             self.stop_on_rows(
-                "overflowed fp16 for the 20th step in a row (use bf16, or a lower learning rate)"
+                "overflowed fp16 for the 20th step in a row (use bf16, or a lower learning rate)",
+                where,
             )
-        return norm
 
-    def stop_on_rows(self, what: str) -> None:
-        """End the run before the optimizer step and leave the batch's rows in
-        nan_rows_<rank>.json."""
+    def gradient_norm(self) -> float:
+        """Of the gradients as they are now, clipped: one that is not finite stays so."""
+        if self.is_deepspeed_enabled:
+            norm = self.deepspeed.get_global_grad_norm()
+            return 0.0 if norm is None else float(norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def stop_on_rows(self, what: str, where: str = "") -> None:
+        """End the run and leave the batch's rows in nan_rows_<rank>.json.
+
+        where: how far the step had come, for people.
+        """
+        step = self.state.global_step + 1
         path = Path(self.args.output_dir) / f"nan_rows_{self.args.process_index}.json"
-        rows = [{"row": i, "source": self.describe_row(int(i))} for i in self._row_ids]
-        path.write_text(
-            json.dumps(
-                {"step": self.state.global_step + 1, "problem": what, "rows": rows},
-                indent=1,
-                ensure_ascii=False,
-            )
-        )
-        shown = ", ".join(r["source"] for r in rows[:3]) or "unknown rows"
+        rows = [{"row": i, "source": self.describe_row(int(i))} for i in self.row_ids]
+        found = {"step": step, "problem": what, "rows": rows}
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+        shown = ", ".join(row["source"] for row in rows[:3]) or "unknown rows"
         print(
-            f"error: step {self.state.global_step + 1}: a batch {what}; stopped before the optimizer step. Its "
-            f"{len(rows)} rows ({shown} ...) are in {path}; checkpoints so far are sound",
+            f"error: step {step}: a batch {what}; stopped {where or BEFORE_THE_STEP}. "
+            f"Its {len(rows)} rows ({shown} ...) are in {path}; checkpoints so far are sound",
             file=sys.stderr,
             flush=True,
         )
         raise SystemExit(1)
 
-    # ---- logging ----
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self.control.should_log |= (
-            self.control.should_save
-        )  # so that a checkpoint knows all losses and tokens up to it
-        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._totals = self.totals()
-        return super()._maybe_log_save_evaluate(*args, **kwargs)
+    def after_epoch(self) -> None:
+        if self.state.global_step > self.first_step:
+            self.log({"epoch_peak_memory_mb": round(device.next_peak_memory_mb(), 1)})
 
+    # ---- logging ----
     def totals(self) -> dict:
-        """Tokens, label tokens, samples of all ranks, and seconds, with the part before a resume.
-        All ranks call it."""
-        counts = self._counts.to(self.args.device)
+        """Tokens, label tokens and samples of all ranks, and seconds; without the part before a
+        resume. All ranks call it."""
+        counts = self.counts.to(self.args.device)
         if self.args.world_size > 1:
             dist.all_reduce(counts)
-        now = {
-            "total_tokens": counts[0].item(),
-            "total_label_tokens": counts[1].item(),
-            "total_samples": counts[2].item(),
-        }
-        now["train_seconds"] = time.time() - self._started
-        return {k: v + self._past[k] for k, v in now.items()} | {
-            "seconds_here": now["train_seconds"]
+        return dict(zip(TOTALS, counts.tolist(), strict=True)) | {
+            "train_seconds": time.time() - self.started
         }
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            t = self._totals
-            seconds = max(1e-9, t.pop("seconds_here"))
-            steps = self.state.global_step - self._initial_global_step
-            rate = {
-                k: (t[f"total_{k}"] - self._past[f"total_{k}"]) / seconds
-                for k in ("tokens", "label_tokens", "samples")
-            }
-            logs |= t | {f"{k}_per_second": v for k, v in rate.items()}
-            logs |= {
-                "memory_mb": device.peak_memory_mb(),
-                "seconds_left": seconds
-                / max(1, steps)
-                * (self.state.max_steps - self.state.global_step),
-            }
+            now = self.totals()
+            seconds = max(1e-9, now["train_seconds"])
+            steps = max(1, self.state.global_step - self.first_step)
+            left = self.state.max_steps - self.state.global_step
+            for name in TOTALS:
+                logs[f"{name.removeprefix('total_')}_per_second"] = now[name] / seconds
+            for name, before in self.past.items():
+                logs[name] = before + now[name]
+            logs["memory_mb"] = device.peak_memory_mb()
+            logs["seconds_left"] = seconds / steps * left
+            self.add_to_log(logs)
         super().log(logs, start_time)
 
-    # ---- evaluation ----
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", quiet=False):
-        """Token-weighted loss, perplexity and token accuracy over the whole set, each row once. All
-        ranks call it.
+    def add_to_log(self, logs: dict) -> None:
+        """For subclasses: more values beside the training loss. All ranks call it."""
 
-        Needs a model under `losses.use_chunked_loss`: its `logits` in eval mode start with [loss
-        sum, correct, labels].
-        """
+    # ---- evaluation ----
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", quiet=False
+    ) -> dict[str, float]:
+        """Token-weighted loss, perplexity and token accuracy, each row counted once whatever the
+        number of ranks (the stock evaluation repeats rows of uneven ranks). All ranks call it."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if not data:
             raise SystemExit(
                 "nothing is held out to evaluate on: raise --eval_ratio, or --eval_strategy no"
             )
-        rank, world, size = (
-            self.args.process_index,
-            self.args.world_size,
-            self.args.per_device_eval_batch_size,
-        )
-        mine = list(range(rank, len(data), world))
-        mine += mine[-1:] or [
-            0
-        ]  # a batch for ranks that have none left; ZeRO-3 needs all of them in each forward
-        share = Subset(data, mine[: len(range(rank, len(data), world)) or 1])
-        # a generator of its own: the loader would draw from the global one, and resume would not be
-        # exact
-        loader = DataLoader(share, size, collate_fn=self.data_collator, generator=torch.Generator())
-        rounds = math.ceil(math.ceil(len(data) / world) / size)
-        model, sums = self.model_wrapped, 0.0
-        was_training = model.training
-        model.eval()
-        batch = None
-        with torch.no_grad():
-            batches = iter(loader)
-            for _ in range(rounds):
-                fresh = next(batches, None)
-                batch = fresh or batch
-                if (fresh is None) or len(range(rank, len(data), world)) == 0:
-                    batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
-                inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "row_ids"})
-                with self.compute_loss_context_manager():
-                    sums = sums + self.eval_sums(model, inputs)
-        model.train(was_training)
-        if world > 1:
-            dist.all_reduce(sums)
-        metrics = {
-            f"{metric_key_prefix}_{k}": v for k, v in self.eval_metrics(sums.tolist()).items()
-        }
+        found = self.eval_metrics(evaluate.sum_over_rows(self, data).tolist())
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if not quiet:
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
-            cli.say(
-                "  held out: "
-                + ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in metrics.items())
-            )
+            said = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            cli.say(f"  held out: {said}")
         return metrics
 
     def eval_sums(self, model, inputs) -> torch.Tensor:
         """One batch -> what is summed over batches and ranks, fp32 [n]; 0 for a batch without a
-        label."""
+        label.
+
+        Under losses.use_chunked_loss the output's `logits` are no logits: in eval mode they begin
+        with [loss sum, correct tokens, label tokens].
+        """
         return model(**inputs).logits[:3].detach().float()
 
     def eval_metrics(self, sums: list[float]) -> dict[str, float]:
         """The sums over the held-out set -> metrics."""
-        loss, correct, labels = sums
-        loss, labels = loss / max(1, labels), max(1, labels)
+        loss_sum, correct, labels = sums
+        labels = max(1, labels)
+        loss = loss_sum / labels
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 50)),
@@ -362,48 +305,39 @@ class RecipeTrainer(Trainer):
         }
 
     # ---- checkpoints ----
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # torn: a whole one would have been resumed from
-        self._barrier()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)  # writes, but does not delete older ones yet
-        finally:
-            self.args.save_total_limit = limit
-        self._barrier()
-        if self.args.should_save:
-            facts = {"world_size": self.args.world_size, "engine": engine(self.args)}
-            facts["weights_only"] = self.args.save_only_model
-            checkpoint.mark_complete(folder, step=self.state.global_step, **facts)
-            self._rotate(limit or sys.maxsize)
-        self._barrier()
-
-    def _rotate(self, limit: int) -> None:
-        """Keep the newest `limit` checkpoints up to this step and the best one; drop torn ones
-        beyond this step."""
-        best = self.state.best_model_checkpoint
-        every = checkpoint.all_checkpoints(self.args.output_dir)
-        ahead = [
-            p
-            for p in every
-            if checkpoint.step_of(p) > self.state.global_step and checkpoint.why_incomplete(p)
-        ]
-        past = [p for p in every if checkpoint.step_of(p) <= self.state.global_step]
-        for old in [*ahead, *past[limit:]]:
-            if best is None or old.name != Path(best).name:
-                shutil.rmtree(old, ignore_errors=True)
-
     def save_model(self, output_dir=None, _internal_call=False):
-        if engine(self.args) in ("zero-0", "zero-1", "zero-2"):
-            self._save(
-                output_dir
-            )  # the weights are whole; the stock way clones them, which unties tied embeddings
-        else:
+        if _internal_call and self.args.should_save and Path(output_dir).exists():
+            # incomplete: a complete one would have been resumed from
+            shutil.rmtree(output_dir)
+        self.barrier()
+        if engine(self.args) not in ("zero-0", "zero-1", "zero-2"):
             super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            # the weights are whole on each rank; the stock way clones them, which unties tied
+            # embeddings
+            self.model.save_pretrained(output_dir)
+            self.processing_class.save_pretrained(output_dir)
 
-    def _barrier(self):
+    def complete_checkpoint(self) -> None:
+        """All ranks have written: mark the checkpoint as complete, then delete older ones."""
+        self.barrier()
+        if self.args.should_save:
+            checkpoint.mark_complete(
+                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
+                step=self.state.global_step,
+                world_size=self.args.world_size,
+                engine=engine(self.args),
+                weights_only=self.args.save_only_model,
+            )
+            checkpoint.rotate(
+                self.args.output_dir,
+                self.checkpoint_limit,
+                self.state.global_step,
+                best=self.state.best_model_checkpoint,
+            )
+        self.barrier()
+
+    def barrier(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
 
@@ -414,32 +348,27 @@ class RecipeTrainer(Trainer):
         `dtype`: floating-point type of the stored weights, e.g. that of the base model; None keeps
         the trained one.
         """
-        final, part = (
-            Path(self.args.output_dir) / "final",
-            Path(self.args.output_dir) / "final.part",
-        )
+        final = Path(self.args.output_dir) / "final"
         if dtype is not None and not self.is_deepspeed_enabled:
             self.model.to(dtype)
-        if self.args.should_save:
-            shutil.rmtree(part, ignore_errors=True)
-        self._barrier()
-        self.save_model(str(part))
-        self._barrier()
-        if self.args.should_save:
-            (part / "training_args.bin").unlink(
-                missing_ok=True
-            )  # a pickle nobody needs; run.json has the settings
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-        self._barrier()
+        writes = self.args.should_save
+        with atomic_folder(final) if writes else nullcontext(f"{final}.part") as part:
+            self.barrier()
+            self.save_model(str(part))
+            self.barrier()
+            if writes:
+                # a pickle nobody needs; run.json has the settings
+                (part / "training_args.bin").unlink(missing_ok=True)
+        self.barrier()
         return final
 
+    # ---- the end ----
     def exit_if_stopped(self) -> None:
         """After train(): when a signal ended it early, say how to continue and exit with 75."""
         if self.safe_stop.stopped:
             cli.say(
-                f"interrupted at step {self.state.global_step} of {self.state.max_steps}, saved. Continue with:\n"
-                f"  {cli.resume_command()}"
+                f"interrupted at step {self.state.global_step} of {self.state.max_steps}, saved. "
+                f"Continue with:\n  {cli.resume_command()}"
             )
             raise SystemExit(cli.INTERRUPTED)
 
@@ -451,71 +380,38 @@ class RecipeTrainer(Trainer):
             rows: counts of the data: read, used, dropped {reason: n}, ...
             after: what `measure_all` gave after training.
         """
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        last = next(
-            (entry for entry in reversed(self.state.log_history) if "total_tokens" in entry), {}
+        history = self.state.log_history
+        last = next((entry for entry in reversed(history) if "total_tokens" in entry), {})
+        facts = report.facts(
+            recipe=recipe,
+            model_name=model_name,
+            model=self.model,
+            training=self.args,
+            rows=rows,
+            steps=self.state.global_step,
+            tokens=int(last.get("total_tokens", 0)),
+            label_tokens=int(last.get("total_label_tokens", 0)),
+            seconds=last.get("train_seconds", 0.0),
+            losses=[entry["loss"] for entry in history if "loss" in entry],
+            before=self.before,
+            after=after,
+            peaks=[e["epoch_peak_memory_mb"] for e in history if "epoch_peak_memory_mb" in e],
         )
-        seconds = last.get("train_seconds", 0.0)
-        facts = {
-            "recipe": recipe,
-            "model": model_name,
-            "device": device.name(),
-            "dtype": self.compute_dtype(),
-            "world_size": self.args.world_size,
-            "engine": engine(self.args),
-            "rows": rows,
-            "parameters": {"total": self._parameters(False), "trained": self._parameters(True)},
-            "tokens": {
-                "total": int(last.get("total_tokens", 0)),
-                "label": int(last.get("total_label_tokens", 0)),
-            },
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(last.get("total_tokens", 0) / max(seconds, 1e-9), 1),
-            "peak_memory_mb": round(device.peak_memory_mb(), 1),
-            "steps": self.state.global_step,
-            "peak_memory_mb_by_epoch": [
-                e["epoch_peak_memory_mb"]
-                for e in self.state.log_history
-                if "epoch_peak_memory_mb" in e
-            ],
-            "loss": {
-                "first": losses[0] if losses else None,
-                "last": losses[-1] if losses else None,
-            },
-            "metrics": {"before": self.before.get("metrics", {}), "after": after["metrics"]},
-            "command": cli.resume_command(),
-        }
-        if self.is_world_process_zero():
-            out = Path(self.args.output_dir)
-            same = lambda sample: json.dumps([sample["messages"], sample["tools"]], sort_keys=True)  # noqa: E731
-            old = {same(s): s["answer"] for s in self.before.get("samples", [])}
-            samples = [
-                {**s, "before": old.get(same(s), ""), "after": s["answer"]}
-                for s in after["samples"]
-            ]
-            samples = samples[:: max(1, len(samples) // 12)][:12]
-            ends = [(0, facts["metrics"]["before"]), (self.state.global_step, after["metrics"])]
-            ends = [
-                {"step": step} | {f"eval_{k}": metrics[k] for k in self.plots if k in metrics}
-                for step, metrics in ends
-            ]
-            table = report.write_report(
-                out, facts, [*self.state.log_history, *ends], samples, self.plots
-            )
-            run = json.loads((out / RUN_FILE).read_text())
-            write_run_file(out, run | {"step": self.state.global_step})
-            self.state.save_to_json(str(out / "trainer_state.json"))
-            print(
-                f"\n{table}\n\nmodel   {out / 'final'}\nreport  {out / 'report.md'}, {out / 'loss.png'}",
-                flush=True,
-            )
+        if not self.is_world_process_zero():
+            return
+        out = Path(self.args.output_dir)
+        samples = report.before_and_after(self.before.get("samples", []), after["samples"])
+        table = report.write_report(out, facts, history, samples, self.plots)
+        write_run_file(out, read_run_file(out) | {"step": self.state.global_step})
+        self.state.save_to_json(str(out / "trainer_state.json"))
+        print(
+            f"\n{table}\n\nmodel   {out / 'final'}\n"
+            f"report  {out / 'report.md'}, {out / 'loss.png'}",
+            flush=True,
+        )
 
     def compute_dtype(self) -> str:
-        return "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        return str(device.train_dtype(self.args)).removeprefix("torch.")
 
-    def _parameters(self, trained: bool) -> int:
-        return sum(
-            getattr(p, "ds_numel", p.numel())
-            for p in self.model.parameters()
-            if p.requires_grad or not trained
-        )
+
+BEFORE_THE_STEP = "before the optimizer step"

@@ -1,9 +1,9 @@
 """Crash-safe checkpoints by validation on read.
 
 After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256
-of each file. A folder without it, or whose files differ from it, is torn: resume names it and takes
-the newest whole one. DeepSpeed's optimizer files are pickles: resume only from folders you wrote
-yourself.
+of each file. A folder without it, or whose files differ from it, is incomplete: resume names it and
+takes the newest complete one. DeepSpeed's optimizer files are pickles: resume only from folders you
+wrote yourself.
 """
 
 from __future__ import annotations
@@ -11,19 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.data.files import atomic_file
+
 MARKER = "complete.json"
+THREADS = 8  # that read files at once
 
 
 def _digest(path: Path, sync: bool = False) -> dict:
     """Size in bytes and sha256 of a file; `sync` first forces it to disk, so that a power cut
-    cannot tear it later."""
+    cannot damage it later."""
     with open(path, "rb+" if sync else "rb") as file:
         if sync:
             os.fsync(file.fileno())
         return {"size": os.path.getsize(path), "sha256": _sha256(file)}
+
+
+def _synced_digest(path: Path) -> dict:
+    return _digest(path, sync=True)
 
 
 def _sha256(file) -> str:
@@ -34,28 +42,29 @@ def _sha256(file) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, MARKER + ".part")
-    )
+    own = (MARKER, MARKER + ".part")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
 
 
 def mark_complete(folder: str | Path, **facts) -> None:
-    """Declare `folder` whole. Call on one process after all have written. `facts` (step, world_size
-    ...) are stored."""
+    """Declare `folder` complete. Call on one process after all have written.
+
+    facts: step, world_size ..., stored beside the list of files.
+    """
     folder = Path(folder)
-    with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(lambda p: _digest(p, sync=True), _files(folder)))
-    files = {str(p.relative_to(folder)): d for p, d in zip(_files(folder), digests, strict=True)}
-    part = folder / (MARKER + ".part")
-    with open(part, "w") as file:
+    paths = _files(folder)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(_synced_digest, paths))
+    names = [str(path.relative_to(folder)) for path in paths]
+    files = dict(zip(names, digests, strict=True))
+    with atomic_file(folder / MARKER) as part, open(part, "w") as file:
         json.dump({**facts, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, folder / MARKER)
 
 
 def why_incomplete(folder: str | Path) -> str | None:
-    """None if the checkpoint is whole, else the reason in a few words."""
+    """None if the checkpoint is complete, else the reason in a few words."""
     folder = Path(folder)
     try:
         wanted = json.loads((folder / MARKER).read_text())["files"]
@@ -63,20 +72,21 @@ def why_incomplete(folder: str | Path) -> str | None:
         return "it was never completed (killed while saving)"
     except (ValueError, KeyError, OSError) as error:
         return f"{MARKER} cannot be read ({error})"
+
     for name, digest in wanted.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != digest["size"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {digest['size']:,}"
-    with ThreadPoolExecutor(8) as pool:
-        digests = pool.map(lambda name: _digest(folder / name), wanted)
-        damaged = [
-            name
-            for name, d in zip(wanted, digests, strict=True)
-            if d["sha256"] != wanted[name]["sha256"]
-        ]
-    return f"{damaged[0]} is damaged (sha256 differs)" if damaged else None
+        size = path.stat().st_size
+        if size != digest["size"]:
+            return f"{name} has {size:,} bytes instead of {digest['size']:,}"
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(_digest, [folder / name for name in wanted]))
+    for name, digest in zip(wanted, digests, strict=True):
+        if digest["sha256"] != wanted[name]["sha256"]:
+            return f"{name} is damaged (sha256 differs)"
+    return None
 
 
 def step_of(folder: str | Path) -> int:
@@ -86,16 +96,15 @@ def step_of(folder: str | Path) -> int:
 
 def all_checkpoints(output_dir: str | Path) -> list[Path]:
     """checkpoint-N folders, newest (highest step) first."""
-    found = (
-        p
-        for p in Path(output_dir).glob("checkpoint-*")
-        if p.is_dir() and p.name.rsplit("-", 1)[1].isdigit()
-    )
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if path.is_dir() and path.name.rsplit("-", 1)[1].isdigit():
+            found.append(path)
     return sorted(found, key=step_of, reverse=True)
 
 
 def last_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """Newest whole checkpoint (or None), and one sentence per folder that was skipped."""
+    """Newest complete checkpoint (or None), and one sentence per folder that was skipped."""
     skipped = []
     for folder in all_checkpoints(output_dir):
         reason = why_incomplete(folder)
@@ -105,8 +114,22 @@ def last_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def rotate(output_dir: str | Path, limit: int, step: int, best: str | None = None) -> None:
+    """Keep the newest `limit` checkpoints up to `step` and the `best` one; delete incomplete ones
+    beyond `step`, which an earlier start left."""
+    past = []
+    for folder in all_checkpoints(output_dir):
+        if step_of(folder) <= step:
+            past.append(folder)
+        elif why_incomplete(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in past[limit:]:
+        if best is None or folder.name != Path(best).name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def facts(folder: str | Path) -> dict:
     """What `mark_complete` stored beside the file list."""
-    return {
-        k: v for k, v in json.loads((Path(folder) / MARKER).read_text()).items() if k != "files"
-    }
+    content = json.loads((Path(folder) / MARKER).read_text())
+    content.pop("files")
+    return content

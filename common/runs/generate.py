@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from common.data.progress import Progress
+from common.runs.metrics import answer_match
+from common.runs.report import parameters
+
 
 def end_token_ids(model, tokenizer) -> list[int]:
     """Ids that end an answer: the tokenizer's eos and those of the model's generation config."""
@@ -34,32 +38,35 @@ def generate_answers(
     generation config.
     """
     if batch_size is None:
-        batch_size = (
-            32 if sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) < 1e9 else 8
-        )
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        batch_size = 32 if parameters(model)["total"] < 1e9 else 8
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
     mine = list(range(rank, len(prompts), world))
     per_rank = -(-len(prompts) // world)
-    mine += [len(prompts) - 1] * (
-        per_rank - len(mine)
-    )  # equal work: ZeRO-3 needs all ranks in every forward
+    # equal work: ZeRO-3 needs all ranks in every forward
+    mine += [len(prompts) - 1] * (per_rank - len(mine))
     mine.sort(key=lambda i: len(prompts[i]))
-    was_training, cache = model.training, model.config.use_cache
+
+    was_training = model.training
+    used_cache = model.config.use_cache
     model.eval()
     model.config.use_cache = True
     answers: dict[int, str] = {}
-    for start in range(0, len(mine), batch_size):
-        chosen = mine[start : start + batch_size]
-        ids = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
-        answers |= dict(
-            zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
-        )
+    with Progress("generate", total=len(mine), unit="answers") as progress:
+        for start in range(0, len(mine), batch_size):
+            chosen = mine[start : start + batch_size]
+            ids = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            answers |= dict(zip(chosen, texts, strict=True))
+            progress.update(len(chosen))
     model.train(was_training)
-    model.config.use_cache = cache
+    model.config.use_cache = used_cache
+
     if world > 1:
-        parts: list = [None] * world
-        dist.all_gather_object(parts, answers)
-        answers = {k: v for part in parts for k, v in part.items()}
+        shares: list = [None] * world
+        dist.all_gather_object(shares, answers)
+        for share in shares:
+            answers |= share
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -97,12 +104,12 @@ def pick_eval_rows(held_out, encoded, count: int) -> list[str]:
         held_out: rows as read, columns row and source.
         encoded: their token rows, columns source and truncated; some may be missing.
     """
-    cut = {
-        row["source"] for row in encoded if row["truncated"]
-    }  # of several rows of one source none may be cut
+    # of several rows of one source none may be cut
+    cut = {row["source"] for row in encoded if row["truncated"]}
     whole = {row["source"] for row in encoded} - cut
     rows = [row["row"] for row in held_out if row["source"] in whole]
-    return rows[:: max(1, len(rows) // max(1, count))][:count]
+    every = max(1, len(rows) // max(1, count))
+    return rows[::every][:count]
 
 
 def answer_eval_rows(
@@ -117,8 +124,6 @@ def answer_eval_rows(
         {"exact_match", "rouge_l"} and [{"messages", "tools", "prompt", "reference", "answer"}]; a
         thought before the answer is left out.
     """
-    from common.runs.metrics import answer_match
-
     loaded = [json.loads(row) for row in rows]
     if not loaded:
         return {}, []
@@ -134,7 +139,9 @@ def answer_eval_rows(
         }
         for row, answer in zip(loaded, answers, strict=True)
     ]
-    return answer_match([s["answer"] for s in samples], [s["reference"] for s in samples]), samples
+    found = [sample["answer"] for sample in samples]
+    wanted = [sample["reference"] for sample in samples]
+    return answer_match(found, wanted), samples
 
 
 def continue_eval_rows(
@@ -148,19 +155,23 @@ def continue_eval_rows(
     Returns:
         {} (the loss on held-out text is the measure) and samples as in `answer_eval_rows`.
     """
-    samples, prompts = [], []
+    samples = []
+    prompts = []
     for row in rows:
-        ids = tokenizer(json.loads(row)["text"], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        text = json.loads(row)["text"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         cut = min(64, max(1, round(share * len(ids))))
-        start, rest = (
-            tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + max_new_tokens])
-        )
+        start = tokenizer.decode(ids[:cut])
+        sample = {
+            "messages": [{"role": "user", "content": start}],
+            "tools": None,
+            "prompt": start,
+            "reference": tokenizer.decode(ids[cut : cut + max_new_tokens]),
+        }
+        samples.append(sample)
         prompts.append(ids[:cut])
-        messages = [{"role": "user", "content": start}]
-        samples.append({"messages": messages, "tools": None, "prompt": start, "reference": rest})
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens) if prompts else []
-    return {}, [
-        sample | {"answer": answer} for sample, answer in zip(samples, answers, strict=True)
-    ]
+    if prompts:
+        answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
+        for sample, answer in zip(samples, answers, strict=True):
+            sample["answer"] = answer
+    return {}, samples

@@ -1,0 +1,73 @@
+"""How a run is spread over processes: one, DistributedDataParallel or DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+
+from common import device
+
+
+def engine(args) -> str:
+    """ "zero-2", "zero-3", "ddp" or "single": how the optimizer state is laid out over ranks."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if config is None and plugin is not None:  # from `accelerate launch`
+        config = plugin.hf_ds_config
+    if config is not None:
+        return f"zero-{config.config.get('zero_optimization', {}).get('stage', 0)}"
+    return "ddp" if args.world_size > 1 else "single"
+
+
+def prepare_deepspeed() -> None:
+    """Import DeepSpeed so that no start compiles for minutes on a CPU."""
+    import deepspeed
+
+    if os.environ.get("DANPU_VERBOSE") != "1":
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+    if device.kind() != "cpu":
+        return
+    # an optional op that takes minutes to compile
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" in os.environ:
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def patch_overflow_check(optimizer) -> None:
+    """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN
+    only.
+
+    As in torch_npu's own scaler the flag is cleared before the first backward of a step and read
+    before the update, and an overflow on one rank counts on all.
+    """
+    if not device.overflow_saturates():
+        return
+    if not hasattr(optimizer, "has_overflow"):
+        raise SystemExit(
+            f"fp16 overflow on {device.name()} is seen in ZeRO stages 1 to 3 only: "
+            "set the stage in --deepspeed"
+        )
+    stock_scale = optimizer.scale_if_loss
+    stock_check = optimizer.has_overflow
+    cleared = False
+
+    def scale_if_loss(value):
+        nonlocal cleared
+        if not cleared:
+            device.clear_overflow_flag()
+            cleared = True
+        return stock_scale(value)
+
+    def has_overflow(*args, **kwargs):
+        nonlocal cleared
+        flag = torch.tensor(float(device.overflow_flag()), device=device.device())
+        cleared = False
+        if dist.is_initialized():
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return stock_check(*args, **kwargs) or bool(flag.item())
+
+    optimizer.scale_if_loss = scale_if_loss
+    optimizer.has_overflow = has_overflow
