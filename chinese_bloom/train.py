@@ -1,26 +1,25 @@
 """Bloom: instruction tuning (--stage sft), continued pre-training (--stage pt), full or LoRA; other
 decoders by path.
 
-    bash chinese_bloom/train_zero2.sh                                                 # built-in tiny model, sample data
-    MODEL=bigscience/bloomz-1b7 DATA=my.jsonl OUTPUT=out bash chinese_bloom/train_zero2.sh --use_lora true
-    MODEL=bigscience/bloom-560m DATA="a.txt:0.7 b.jsonl:0.3" OUTPUT=out bash chinese_bloom/pretrain.sh
-    the same command again                                                            # continues after a crash
+    bash chinese_bloom/train_zero2.sh                           # built-in tiny model, sample data
+    MODEL=bigscience/bloomz-1b7 DATA=my.jsonl bash chinese_bloom/train_zero2.sh --use_lora true
+    MODEL=bigscience/bloom-560m DATA="a.txt:0.7 b.jsonl:0.3" bash chinese_bloom/pretrain.sh
+    the same command again                                      # continues after a crash
 
 Data: sft: chat rows of any common shape, e.g. {"instruction": str, "input": str, "output": str} per
-line;
-pt: documents, {"text": str} per line or one per line of a .txt file. Order of the story: arguments
--> model and tokenizer -> data -> trainer -> train -> measure -> save -> report.
+line; pt: documents, {"text": str} per line or one per line of a .txt file.
+Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save
+-> report.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and bloom_attention
-from common import cli  # before torch and transformers: it brings the device
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this one
+from common import cli, device  # device before torch and transformers
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -29,50 +28,30 @@ from transformers import TrainingArguments, set_seed
 import bloom_attention
 from common import collators, tiny
 from common.convert import adapter
-from common.fast import attention, losses
-from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.cache import cache_root
+from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.load import load_rows, summary
-from common.data.tokens import tokenise_split
-from common.data.split import leak_check, split_rows
+from common.data.prepare import prepare
+from common.fast import attention, losses
 from common.runs.generate import answer_eval_rows, continue_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
+from token_windows import TokenWindows
 
 
-# 1. Arguments: what this recipe decides; everything else is transformers.TrainingArguments.
+# 1. Arguments: what this recipe decides beside the flags of every recipe (common/cli.py); all else
+#    is transformers.TrainingArguments.
 @dataclass
-class Args:
+class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     stage: str = field(
         default="sft", metadata={"help": "sft: answers of chat rows; pt: every token of documents"}
-    )
-    model_name_or_path: str = field(
-        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
     )
     from_config: str = field(
         default="", metadata={"help": "folder, hub id or config.json: start from random weights"}
     )
-    data_path: str = field(
-        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
-    )
-    column_map: str = field(
-        default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"}
-    )
-    strict_data: bool = field(
-        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
-    )
-    eval_ratio: float = field(
-        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
-    )
-    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
-    leak_check: str = field(
-        default="", metadata={"help": "a test file; training rows with its prompts are left out"}
-    )
     model_max_length: int = field(
         default=1024,
-        metadata={
-            "help": "window in tokens; sft shortens longer rows, pt cuts documents at windows"
-        },
+        metadata={"help": "window in tokens; sft shortens longer rows, pt cuts documents there"},
     )
     packing: bool = field(
         default=True,
@@ -81,28 +60,16 @@ class Args:
     template: str = field(
         default="alpaca-zh",
         metadata={
-            "help": "alpaca-zh, alpaca-en, belle, tokenizer (its own) or a jinja file; saved with the model"
+            "help": "alpaca-zh, alpaca-en, belle, tokenizer (its own) or a jinja file; saved with "
+            "the model"
         },
     )
     system_prompt: str = field(default="", metadata={"help": "system turn for rows that have none"})
-    use_lora: bool = field(
-        default=False, metadata={"help": "train an adapter instead of all weights"}
-    )
-    lora_r: int = field(default=16, metadata={"help": "rank"})
-    lora_alpha: int | None = field(default=None, metadata={"help": "scale; unset: 2 * lora_r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     target_modules: str = field(
         default="all-linear",
         metadata={
-            "help": "comma separated; of Bloom: query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
+            "help": "with commas; of Bloom: query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
         },
-    )
-    eval_generate: int = field(
-        default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace what an earlier run left"}
     )
 
 
@@ -167,8 +134,8 @@ def tiny_model(texts: list[str]) -> str:
     return tiny.save_tiny(config, tokenizer, cache_root() / "tiny")
 
 
-def settle(args: Args, training: TrainingArguments) -> bool:
-    """Defaults that hang on other flags; returns whether the model is the built-in one."""
+def resolve_args(args: Args, training: TrainingArguments) -> None:
+    """Refuse flags that do not go together; defaults that depend on others."""
     if args.stage not in ("sft", "pt"):
         raise cli.usage_error(f"--stage {args.stage}: sft or pt")
     if args.template not in (*TEMPLATES, "tokenizer") and not Path(args.template).is_file():
@@ -179,20 +146,18 @@ def settle(args: Args, training: TrainingArguments) -> bool:
         raise cli.usage_error(
             "--use_lora with --from_config: an adapter on random weights that are not kept"
         )
-    is_tiny = args.model_name_or_path == "tiny"
     args.data_path = args.data_path or str(HERE / "data" / args.stage)
     if not cli.given_by_user("learning_rate"):
-        kind = (
-            "tiny"
-            if is_tiny
-            else "from_config"
-            if args.from_config
-            else "lora"
-            if args.use_lora
-            else args.stage
-        )
-        training.learning_rate = LEARNING_RATE[kind]
-    return is_tiny
+        training.learning_rate = LEARNING_RATE[kind_of_run(args)]
+
+
+def kind_of_run(args: Args) -> str:
+    """A key of LEARNING_RATE."""
+    if args.model_name_or_path == "tiny":
+        return "tiny"
+    if args.from_config:
+        return "from_config"
+    return "lora" if args.use_lora else args.stage
 
 
 # 2. Model and tokenizer
@@ -213,61 +178,55 @@ def load_config(args: Args, path: str, tokenizer):
     if not args.from_config:
         return cli.model_config(path)
     config = cli.model_config(args.from_config, "--from_config")
-    config.update(
-        {
-            name: getattr(tokenizer, name)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-    )
-    config.vocab_size = (
-        max(config.vocab_size, len(tokenizer))
-        if cli.given_by_user("model_name_or_path")
-        else len(tokenizer)
-    )
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    least = config.vocab_size if cli.given_by_user("model_name_or_path") else 0
+    config.vocab_size = max(least, len(tokenizer))
     return config
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
     """The model in the dtype it trains in: float32 masters for full training, the half dtype for a
     frozen base."""
-    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     settings = {
-        "dtype": half if args.use_lora else torch.float32,
+        "dtype": device.train_dtype(training) if args.use_lora else torch.float32,
         "attn_implementation": attention.register(),
     }
-    random = partial(AutoModelForCausalLM.from_config, config)
-    model = (
-        random(**settings) if args.from_config else cli.load(AutoModelForCausalLM, path, **settings)
-    )
+    if args.from_config:
+        model = AutoModelForCausalLM.from_config(config, **settings)
+    else:
+        model = cli.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     if isinstance(model, BloomForCausalLM):
         bloom_attention.use(model)
+    # from here on the output's `logits` are no logits, but sums of the loss: they are never built
     losses.use_chunked_loss(model)
-    return add_lora(model, args, training) if args.use_lora else model
+    if args.use_lora:
+        return add_lora(model, args, training)
+    return model
 
 
 def add_lora(model, args: Args, training: TrainingArguments):
     from peft import LoraConfig, get_peft_model
 
-    if getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing:
+    if cli.recompute(training):
         model.enable_input_require_grads()
-    targets = adapter.linear_layers(model, args.target_modules)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha or 2 * args.lora_r,
-            lora_dropout=args.lora_dropout,
-            target_modules=targets,
-        ),
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha or 2 * args.lora_r,
+        lora_dropout=args.lora_dropout,
+        target_modules=adapter.linear_layers(model, args.target_modules),
     )
+    return get_peft_model(model, config)
 
 
 # 3. Data
 def with_system(messages: list[dict], system: str) -> list[dict]:
-    has = not system or messages[0]["role"] == "system"
-    return messages if has else [{"role": "system", "content": system}, *messages]
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def encode(row: dict, tokenizer, args: Args) -> dict | None:
@@ -276,60 +235,42 @@ def encode(row: dict, tokenizer, args: Args) -> dict | None:
     if args.stage == "pt":
         ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": [*ids, tokenizer.eos_token_id]}
-    return encode_chat(
-        tokenizer, with_system(row["messages"], args.system_prompt), args.model_max_length
-    )
+    turns = with_system(row["messages"], args.system_prompt)
+    return encode_chat(tokenizer, turns, args.model_max_length)
 
 
-def split_and_encode(rows, stats: dict, args: Args, training: TrainingArguments, tokenizer):
-    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts
-    in `stats`."""
-    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
-    if args.leak_check:
-        kind = "chat" if args.stage == "sft" else "text"
-        train, leaked = leak_check(train, args.leak_check, kind, args.column_map or None)
-        stats["dropped"]["in test file"] = leaked
-    columns = ("input_ids", "labels") if args.stage == "sft" else ("input_ids",)
-    code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps(
-        [code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, args.stage]
-    )
-    encoder = partial(encode, tokenizer=tokenizer, args=args)
-    train_ids, eval_ids, counts = tokenise_split(train, held_out, encoder, key, columns=columns)
-    stats["dropped"] |= counts["dropped"]
-    for reason, n in counts["dropped"].items():
-        cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    stats |= {
-        "used": len(train_ids),
-        "held_out": len(eval_ids),
-        "truncated": counts["truncated"],
-    }
-    return train_ids, eval_ids, held_out
-
-
-def batches(args: Args, training: TrainingArguments, tokenizer, rows):
-    """Token rows -> what one item of a batch is, and the collator."""
+def windows(args: Args, training: TrainingArguments, token_rows):
+    """Token rows -> the dataset whose items make a batch: windows of documents, packed windows, or
+    single rows."""
     if args.stage == "pt":
-        return collators.TokenWindows(
-            rows, args.model_max_length, training.seed
-        ), collators.PackedCollator()
+        return TokenWindows(token_rows, args.model_max_length, training.seed)
     if args.packing:
-        return collators.PackedDataset(
-            rows, args.model_max_length, training.seed
-        ), collators.PackedCollator()
-    return collators.NumberedRows(rows), collators.PaddedCollator(tokenizer.pad_token_id)
+        return collators.PackedDataset(token_rows, args.model_max_length, training.seed)
+    return collators.NumberedRows(token_rows)
+
+
+def measuring(args: Args, model, tokenizer, asked: list[str]):
+    """What is generated before and after: answers to held-out questions, or the continuation of
+    held-out documents."""
+    if args.stage == "pt":
+        return partial(continue_eval_rows, model, tokenizer, asked[:12], args.max_new_tokens)
+
+    def prompt_of(turns, tools):
+        return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools)
+
+    return partial(answer_eval_rows, model, tokenizer, asked, prompt_of, args.max_new_tokens)
 
 
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
-    is_tiny = settle(args, training)
+    resolve_args(args, training)
     set_seed(training.seed)
-    for flag, name in (
-        ("--model_name_or_path", args.model_name_or_path),
-        ("--from_config", args.from_config),
-    ):
-        if name not in ("", "tiny"):
-            cli.model_config(name, flag)  # a wrong name is told before anything is read or replaced
+    is_tiny = args.model_name_or_path == "tiny"
+    # fail on a wrong name before anything is read or replaced
+    if not is_tiny:
+        cli.model_config(args.model_name_or_path)
+    if args.from_config:
+        cli.model_config(args.from_config, "--from_config")
 
     kind = "chat" if args.stage == "sft" else "text"
     rows, stats = load_rows(
@@ -342,41 +283,36 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
     config = load_config(args, base, tokenizer)
-    train_ids, eval_ids, held_out = split_and_encode(rows, stats, args, training, tokenizer)
-    cli.say(
-        "split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(
-            **stats
-        )
+    train_ids, eval_ids, eval_rows = prepare(
+        rows,
+        stats,
+        partial(encode, tokenizer=tokenizer, args=args),
+        args,
+        kind=kind,
+        seed=training.seed,
+        depends_on=[fingerprint(tokenizer), args.system_prompt, args.stage],
+        columns=("input_ids",) if args.stage == "pt" else ("input_ids", "labels"),
     )
-    shown = [
-        train_ids[0][name][:200]
-        for name in ("input_ids", "input_ids" if args.stage == "pt" else "labels")
-    ]
-    cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
+    first = train_ids[0]["input_ids"][:200]
+    labels = first if args.stage == "pt" else train_ids[0]["labels"][:200]
+    cli.say(preview(tokenizer, first, labels, color=sys.stdout.isatty()))
 
     model = load_model(args, training, base, config)
-    train_set, collator = batches(args, training, tokenizer, train_ids)
-    eval_set = batches(args, training, tokenizer, eval_ids)[0] if len(eval_ids) else None
-
-    ask = lambda turns, tools: encode_prompt(
-        tokenizer, with_system(turns, args.system_prompt), tools
-    )
-    asked = pick_eval_rows(held_out, eval_ids, args.eval_generate)
-    measure = partial(answer_eval_rows, model, tokenizer, asked, ask, args.max_new_tokens)
-    if args.stage == "pt":
-        measure = partial(continue_eval_rows, model, tokenizer, asked[:12], args.max_new_tokens)
+    asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
+    is_packed = args.packing or args.stage == "pt"
+    padded = collators.PaddedCollator(tokenizer.pad_token_id)
     trainer = RecipeTrainer(
         model=model,
         args=training,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collator,
+        train_dataset=windows(args, training, train_ids),
+        eval_dataset=windows(args, training, eval_ids),
+        data_collator=collators.PackedCollator() if is_packed else padded,
         processing_class=tokenizer,
-        measure=measure if asked else None,
+        measure=measuring(args, model, tokenizer, asked),
         describe_row=lambda i: train_ids[i]["source"],
     )
 
-    # 4. Train, measure, save, report
+    # 4. Train (the held-out rows are measured before the first step), measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     trainer.exit_if_stopped()
     after = trainer.measure_all()

@@ -1,16 +1,16 @@
 """SFT of Qwen1.5 / Qwen2 / Qwen2.5 / Qwen3 (dense and MoE): full, LoRA (DoRA, rsLoRA), 4-bit QLoRA,
 frozen layers.
 
-    bash train_qwen/train_zero2.sh                                                    # built-in tiny model, sample data
-    MODEL=Qwen/Qwen3-8B DATA=my.jsonl OUTPUT=out bash train_qwen/train_zero2.sh --use_lora true
-    the same command again                                                            # continues after a crash
+    bash train_qwen/train_zero2.sh                              # built-in tiny model, sample data
+    MODEL=Qwen/Qwen3-8B DATA=my.jsonl bash train_qwen/train_zero2.sh --use_lora true
+    the same command again                                      # continues after a crash
 
 Data: chat rows of any common shape (README, "Data"), e.g. {"instruction": str, "input": str,
-"output": str} per line. Order of the story: arguments -> model and tokenizer -> data -> trainer ->
-train -> measure -> save -> report.
+"output": str} per line.
+Order of the story: arguments -> model and tokenizer -> data -> trainer -> train -> measure -> save
+-> report.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,49 +32,26 @@ from transformers import (
 
 from common import collators, tiny
 from common.convert import adapter
-from common.fast import attention, losses
-from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.cache import cache_root
+from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.load import load_rows, summary
-from common.data.tokens import tokenise_split
-from common.data.split import leak_check, split_rows
+from common.data.prepare import prepare
+from common.fast import attention, losses
 from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
 
 
-# 1. Arguments: what this recipe decides; everything else is transformers.TrainingArguments.
+# 1. Arguments: what this recipe decides beside the flags of every recipe (common/cli.py); all else
+#    is transformers.TrainingArguments.
 @dataclass
-class Args:
-    model_name_or_path: str = field(
-        default="tiny", metadata={"help": "folder or hub id; 'tiny' builds a small one"}
-    )
+class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     data_path: str = field(
         default=str(HERE / "data"),
         metadata={"help": "files or folders, with weights: 'a.jsonl:0.7 b.csv:0.3'"},
     )
-    column_map: str = field(
-        default="", metadata={"help": "rename columns: 'instruction=question,output=reply'"}
-    )
-    strict_data: bool = field(
-        default=False,
-        metadata={"help": "a bad row is an error instead of being counted and left out"},
-    )
-    eval_ratio: float = field(
-        default=0.05,
-        metadata={"help": "share of prompts held out; the split never parts duplicates"},
-    )
-    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
-    leak_check: str = field(
-        default="",
-        metadata={"help": "a test file whose prompts must not be trained on; leaks are left out"},
-    )
     model_max_length: int = field(
         default=2048, metadata={"help": "window in tokens; longer rows are shortened and counted"}
-    )
-    packing: bool = field(
-        default=True,
-        metadata={"help": "fill each window with several rows that cannot see each other"},
     )
     system_prompt: str = field(default="", metadata={"help": "system turn for rows that have none"})
     chat_template: str = field(
@@ -83,30 +60,14 @@ class Args:
     enable_thinking: bool | None = field(
         default=None, metadata={"help": "passed to the chat template (Qwen3); unset: its default"}
     )
-    use_lora: bool = field(
-        default=False, metadata={"help": "train an adapter instead of all weights"}
-    )
-    lora_r: int = field(default=16, metadata={"help": "rank"})
-    lora_alpha: int | None = field(default=None, metadata={"help": "scale; unset: 2 * lora_r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
-    target_modules: str = field(
-        default="all-linear",
-        metadata={"help": "comma separated names; all-linear spares the output head"},
-    )
     use_dora: bool = field(default=False, metadata={"help": "weight-decomposed LoRA"})
     use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: frozen base in 4-bit NF4 (CUDA and bitsandbytes)"}
+        default=False,
+        metadata={"help": "QLoRA: frozen base in 4-bit NF4 (needs bitsandbytes and its card)"},
     )
     freeze_layers: int = field(
         default=0, metadata={"help": "keep the first N decoder layers and the embeddings fixed"}
-    )
-    eval_generate: int = field(
-        default=64, metadata={"help": "held-out questions answered before and after; 0: none"}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace what an earlier run left in --output_dir"}
     )
 
 
@@ -146,17 +107,35 @@ TINY = dict(  # sizes and steps only
 )
 
 
+def resolve_args(args: Args, training: TrainingArguments) -> None:
+    """Refuse flags that do not go together; defaults that depend on others."""
+    if args.packing and training.train_sampling_strategy == "group_by_length":
+        raise cli.usage_error(
+            "--group_by_length: packing already fills the windows; "
+            "add --packing false to group rows"
+        )
+    is_tiny = args.model_name_or_path == "tiny"
+    if args.use_lora and not is_tiny and not cli.given_by_user("learning_rate"):
+        training.learning_rate = LORA_LEARNING_RATE
+
+
 def tiny_model(texts: list[str]) -> str:
     """Folder of the embedded default: Qwen3's architecture at toy size, its tokenizer trained on
     the data at hand."""
-    tags = ("think", "tool_call", "tool_response")
     tokenizer = tiny.make_tokenizer(
         texts,
         vocab_size=4000,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        plain_tokens=[f"<{end}{tag}>" for tag in tags for end in ("", "/")],
+        plain_tokens=[
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</tool_call>",
+            "<tool_response>",
+            "</tool_response>",
+        ],
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     config = Qwen3Config(
@@ -185,7 +164,7 @@ def load_tokenizer(args: Args, path: str):
 def load_model(args: Args, training: TrainingArguments, path: str):
     """The model in the dtype it trains in: float32 masters for full training, the half dtype for a
     frozen base."""
-    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    half = device.train_dtype(training)
     settings = {
         "dtype": half if args.use_lora else torch.float32,
         "attn_implementation": attention.register(),
@@ -194,10 +173,13 @@ def load_model(args: Args, training: TrainingArguments, path: str):
         settings["quantization_config"] = four_bit(half)
     model = cli.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
+    # from here on the output's `logits` are no logits, but sums of the loss: they are never built
     losses.use_chunked_loss(model)
     if args.freeze_layers:
         freeze(model, args.freeze_layers)
-    return add_lora(model, args, training) if args.use_lora else model
+    if args.use_lora:
+        return add_lora(model, args, training)
+    return model
 
 
 def four_bit(compute_dtype: torch.dtype):
@@ -205,7 +187,7 @@ def four_bit(compute_dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
-    if not device.supports_4bit() or not is_bitsandbytes_available():
+    if device.module() is not torch.cuda or not is_bitsandbytes_available():
         need = "--load_in_4bit needs a CUDA card and `pip install bitsandbytes`"
         raise SystemExit(f"{need}; this device is {device.kind()}. Use --use_lora true without it")
     return BitsAndBytesConfig(
@@ -225,32 +207,28 @@ def freeze(model, layers: int) -> None:
 def add_lora(model, args: Args, training: TrainingArguments):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    recompute = bool(
-        getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
-    )
+    recompute = cli.recompute(training)
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
     elif recompute:
         model.enable_input_require_grads()
-    targets = adapter.linear_layers(model, args.target_modules)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha or 2 * args.lora_r,
-            lora_dropout=args.lora_dropout,
-            target_modules=targets,
-            use_dora=args.use_dora,
-            use_rslora=args.use_rslora,
-        ),
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha or 2 * args.lora_r,
+        lora_dropout=args.lora_dropout,
+        target_modules=adapter.linear_layers(model, args.target_modules),
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
     )
+    return get_peft_model(model, config)
 
 
 # 3. Data
 def with_system(messages: list[dict], system: str) -> list[dict]:
-    has = not system or messages[0]["role"] == "system"
-    return messages if has else [{"role": "system", "content": system}, *messages]
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def encode(row: dict, tokenizer, args: Args, template: dict) -> dict | None:
@@ -260,42 +238,21 @@ def encode(row: dict, tokenizer, args: Args, template: dict) -> dict | None:
     return encode_chat(tokenizer, turns, args.model_max_length, row.get("tools"), **template)
 
 
-def split_and_encode(
-    rows, stats: dict, args: Args, training: TrainingArguments, tokenizer, template: dict
-):
-    """Rows -> train and held-out rows as token ids, the held-out rows as read; completes the counts
-    in `stats`."""
-    train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=training.seed)
-    if args.leak_check:
-        train, leaked = leak_check(train, args.leak_check, "chat", args.column_map or None)
-        stats["dropped"]["in test file"] = leaked
-    fn = partial(encode, tokenizer=tokenizer, args=args, template=template)
-    code = Path(__file__).read_text(encoding="utf-8")  # an edited `encode` makes new rows
-    key = json.dumps(
-        [code, fingerprint(tokenizer), args.model_max_length, args.system_prompt, template]
-    )
-    train_ids, eval_ids, counts = tokenise_split(train, held_out, fn, key)
-    stats["dropped"] |= counts["dropped"]
-    for reason, n in counts["dropped"].items():
-        cli.say(f"  {n:,} dropped: {counts['examples'].get(reason, reason)}")
-    stats |= {
-        "used": len(train_ids),
-        "held_out": len(eval_ids),
-        "truncated": counts["truncated"],
-    }
-    return train_ids, eval_ids, held_out
+def windows(args: Args, training: TrainingArguments, token_rows):
+    """Token rows -> the dataset whose items make a batch: packed windows, or single rows."""
+    if args.packing:
+        return collators.PackedDataset(token_rows, args.model_max_length, training.seed)
+    return collators.NumberedRows(token_rows)
 
 
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
+    resolve_args(args, training)
     set_seed(training.seed)
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
-        cli.model_config(
-            args.model_name_or_path
-        )  # a wrong name is told before anything is read or replaced
-    if args.use_lora and not is_tiny and not cli.given_by_user("learning_rate"):
-        training.learning_rate = LORA_LEARNING_RATE
+        # fail on a wrong name before anything is read or replaced
+        cli.model_config(args.model_name_or_path)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
@@ -305,59 +262,40 @@ def main() -> None:
     start = open_output(training, settings, args.overwrite_output_dir)
 
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
-    config, tokenizer = cli.model_config(base), load_tokenizer(args, base)
+    config = cli.model_config(base)
+    tokenizer = load_tokenizer(args, base)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
-    train_ids, eval_ids, held_out = split_and_encode(
-        rows, stats, args, training, tokenizer, template
+    train_ids, eval_ids, eval_rows = prepare(
+        rows,
+        stats,
+        partial(encode, tokenizer=tokenizer, args=args, template=template),
+        args,
+        kind="chat",
+        seed=training.seed,
+        depends_on=[fingerprint(tokenizer), args.system_prompt, template],
     )
-    cli.say(
-        "split: {used:,} rows to train on, {held_out:,} held out, {truncated:,} shortened".format(
-            **stats
-        )
-    )
-    cli.say(
-        preview(
-            tokenizer, train_ids[0]["input_ids"], train_ids[0]["labels"], color=sys.stdout.isatty()
-        )
-    )
+    first = train_ids[0]
+    cli.say(preview(tokenizer, first["input_ids"], first["labels"], color=sys.stdout.isatty()))
 
-    model = load_model(args, training, base)
-    if args.packing and training.train_sampling_strategy == "group_by_length":
-        raise SystemExit(
-            "--group_by_length: packing already fills the windows; add --packing false to group rows"
-        )
-    if args.packing:
-        train_set = collators.PackedDataset(train_ids, args.model_max_length, training.seed)
-        eval_set = collators.PackedDataset(eval_ids, args.model_max_length, training.seed)
-        collator = collators.PackedCollator()
-    else:
-        train_set, eval_set = (
-            collators.NumberedRows(train_ids),
-            collators.NumberedRows(eval_ids),
-        )
-        collator = collators.PaddedCollator(tokenizer.pad_token_id)
-
-    def ask(turns, tools):
+    def prompt_of(turns, tools):
         return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
-    asked = pick_eval_rows(held_out, eval_ids, args.eval_generate)
-    measure = (
-        partial(answer_eval_rows, model, tokenizer, asked, ask, args.max_new_tokens)
-        if asked
-        else None
-    )
+    model = load_model(args, training, base)
+    asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
+    packed = collators.PackedCollator()
+    padded = collators.PaddedCollator(tokenizer.pad_token_id)
     trainer = RecipeTrainer(
         model=model,
         args=training,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collator,
+        train_dataset=windows(args, training, train_ids),
+        eval_dataset=windows(args, training, eval_ids),
+        data_collator=packed if args.packing else padded,
         processing_class=tokenizer,
-        measure=measure,
+        measure=partial(answer_eval_rows, model, tokenizer, asked, prompt_of, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],
     )
 
-    # 4. Train, measure, save, report
+    # 4. Train (the held-out rows are measured before the first step), measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     trainer.exit_if_stopped()
     after = trainer.measure_all()

@@ -32,11 +32,12 @@ from common import collators, tiny
 from common.data.cache import cache_root
 from common.data.labels import encode_chat, encode_prompt, set_template
 from common.data.load import load_rows
-from common.fast import attention, losses
+from common.fast import alibi, losses
 
 RECIPE = ROOT / "chinese_bloom"
 sys.path.insert(0, str(RECIPE))
 import bloom_attention
+from token_windows import TokenWindows
 
 VOCAB = 97
 
@@ -110,7 +111,7 @@ def test_the_slopes_are_those_of_stock():
 
     for heads in (1, 2, 3, 12, 16, 20, 25, 32, 71, 112, 128):
         torch.testing.assert_close(
-            attention.alibi_slopes(heads), _get_alibi_slopes(heads, torch.device("cpu"))
+            alibi.alibi_slopes(heads), _get_alibi_slopes(heads, torch.device("cpu"))
         )
 
 
@@ -184,7 +185,7 @@ def test_fp16_rows_of_padding_are_no_nan(side):
     assert logits.isfinite().all() and (logits - truth)[real].norm() < 0.01 * truth[real].norm()
     distance = ours.transformer.h[0].self_attention
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    bias = distance._bias(mask, attention.alibi_slopes(4), 4, 4, torch.float16)
+    bias = distance._bias(mask, alibi.alibi_slopes(4), 4, 4, torch.float16)
     assert bias.dtype == torch.float16 and bias.isfinite().all()
 
 
@@ -360,15 +361,15 @@ def drawn(heads, lengths, size, dtype=torch.float32):
 def test_alibi_attention_equals_the_whole_matrix(heads):
     lengths = [700, 1, 300, 130, 128, 60, 40, 30, 20, 5, 2, 1500]
     q, k, v, starts = drawn(heads, lengths, 16)
-    slopes = attention.alibi_slopes(heads)
+    slopes = alibi.alibi_slopes(heads)
     for x in (q, k, v):
         x.requires_grad_()
     expected = reference(q, k, v, starts, 0.3, slopes).float()
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     truth = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for route in (
-        lambda: attention.alibi_attention(q, k, v, starts, max(lengths), 0.3, slopes),
-        lambda: attention._document_by_document(q, k, v, starts, 0.3, slopes),
+        lambda: alibi.alibi_attention(q, k, v, starts, max(lengths), 0.3, slopes),
+        lambda: alibi.document_by_document(q, k, v, starts, 0.3, slopes),
     ):
         out = route()
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
@@ -384,8 +385,8 @@ def test_alibi_as_columns_of_a_fused_kernel(heads, dtype):
     """A kernel that takes products of half-precision numbers and sums them in fp32, at positions up to 8,000."""
     lengths, size = [3, 8000, 500], 16
     q, k, v, starts = drawn(heads, lengths, size, dtype)
-    slopes, scale = attention.alibi_slopes(heads), size**-0.5
-    wide_q, wide_k = attention._alibi_columns(q, k, starts, scale, slopes)
+    slopes, scale = alibi.alibi_slopes(heads), size**-0.5
+    wide_q, wide_k = alibi.add_columns(q, k, starts, scale, slopes)
     assert (
         wide_q.dtype == wide_k.dtype == dtype
         and wide_q.shape[-1] == size + 8
@@ -408,8 +409,8 @@ def test_alibi_as_columns_of_a_fused_kernel(heads, dtype):
 
 def test_documents_one_by_one_in_fp16_stay_finite():
     q, k, v, starts = drawn(8, [1, 900, 30], 16, torch.float16)
-    out = attention._document_by_document(q, k, v, starts, 0.25, attention.alibi_slopes(8))
-    expected = reference(q, k, v, starts, 0.25, attention.alibi_slopes(8))
+    out = alibi.document_by_document(q, k, v, starts, 0.25, alibi.alibi_slopes(8))
+    expected = reference(q, k, v, starts, 0.25, alibi.alibi_slopes(8))
     assert out.dtype == torch.float16 and (out.double() - expected).norm() < 5e-3 * expected.norm()
 
 
@@ -426,7 +427,7 @@ def documents(lengths):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 50), st.integers(0, 3))
 def test_windows_hold_every_token_once(lengths, window, seed):
     rows = documents(lengths)
-    windows = collators.TokenWindows(rows, window, seed)
+    windows = TokenWindows(rows, window, seed)
     sizes, seen = [], []
     for i in range(len(windows)):
         pieces = windows[i]
@@ -444,7 +445,7 @@ def test_windows_hold_every_token_once(lengths, window, seed):
     assert all(place[i] == row["input_ids"] for i, row in enumerate(rows)), (
         "a document's pieces are out of order"
     )
-    same = collators.TokenWindows(rows, window, seed)
+    same = TokenWindows(rows, window, seed)
     assert [p["row_id"] for i in range(len(same)) for p in same[i]] == [
         p["row_id"] for i in range(len(windows)) for p in windows[i]
     ]
@@ -453,7 +454,7 @@ def test_windows_hold_every_token_once(lengths, window, seed):
 def test_windows_of_another_seed_have_another_order():
     rows = documents([7] * 30)
     orders = [
-        [p["row_id"] for i in range(10) for p in collators.TokenWindows(rows, 20, s)[i]]
+        [p["row_id"] for i in range(10) for p in TokenWindows(rows, 20, s)[i]]
         for s in (0, 1)
     ]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
@@ -465,7 +466,7 @@ def test_windows_read_arrow_and_lists_alike_and_train_all_but_first_tokens():
     rows = documents([5, 90, 30, 2, 14])
     table = Dataset.from_list([row | {"source": "x"} for row in rows])
     collate = collators.PackedCollator()
-    for a, b in zip(*(collators.TokenWindows(x, 32, 1) for x in (rows, table)), strict=True):
+    for a, b in zip(*(TokenWindows(x, 32, 1) for x in (rows, table)), strict=True):
         a, b = collate([a]), collate([b])
         assert a.keys() == b.keys() and a["row_ids"] == b["row_ids"]
         assert all(
@@ -489,7 +490,7 @@ def test_windows_keep_the_text_on_disk(tmp_path):
     Dataset(pa.table({"input_ids": lists})).save_to_disk(tmp_path)
     table = Dataset.load_from_disk(tmp_path)
     tracemalloc.start()
-    windows = collators.TokenWindows(table, 1024)
+    windows = TokenWindows(table, 1024)
     for i in range(0, len(windows), 97):
         windows[i]
     peak = tracemalloc.get_traced_memory()[1]
