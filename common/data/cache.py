@@ -1,50 +1,47 @@
-"""Prepared data on disk: Arrow files by a key, built once while other processes wait."""
+"""Prepared data on disk: Arrow files under a key, built once while other processes wait."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from common.data.files import atomic_folder
+
+BATCH_ROWS = 1000
+BATCH_CHARACTERS = 1 << 24  # a bound of its own: one row may be megabytes long
+SILENT_WAIT = 5  # seconds for a lock before it is mentioned
 
 
 def write_rows(rows: Iterator[dict], path: Path) -> None:
-    """{"row", "prompt_key", "source"} one by one -> an Arrow stream file; some thousand rows are
-    alive at a time."""
+    """{"row", "prompt_key", "source"} one by one -> an Arrow stream file.
+
+    At most BATCH_ROWS rows are in memory at a time.
+    """
     import pyarrow as pa
 
     schema = pa.schema([("row", pa.string()), ("prompt_key", pa.int64()), ("source", pa.string())])
-    batch, size = [], 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for row in rows:
-            batch.append(row)
-            size += len(row["row"])
-            if len(batch) == 1000 or size > 1 << 24:  # the size too: one row may be megabytes long
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                batch, size = [], 0
-        if batch:
+        for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
-def _whole(folder: Path):
-    """(Dataset, stats) of a cache folder, or None where it is absent or torn (a file missing or of
-    another size)."""
-    from datasets import Dataset, concatenate_datasets
-
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
-            return None
-        dataset = concatenate_datasets(
-            [Dataset.from_file(str(folder / name)) for name in meta["files"]]
-        )
-    except (OSError, ValueError, KeyError):
-        return None
-    dataset._fingerprint = (
-        folder.name
-    )  # datasets would hash file times; equal contents must give equal later keys
-    return dataset, meta["stats"]
+def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    batch = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row["row"])
+        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
 
 
 def cache_root(cache_dir=None) -> Path:
@@ -56,31 +53,68 @@ def cached(key: str, build: Callable[[Path], dict], cache_dir=None):
     """(Dataset, stats) of `key`: from the cache, or built once while other processes wait.
 
     build(folder) writes Arrow stream files (*.arrow, read in the order of their names) into an
-    empty folder and returns stats that JSON can hold. The folder gets its name only when whole; it
-    is rebuilt if its files changed."""
-    from filelock import FileLock
-
+    empty folder and returns stats that JSON can hold. The folder gets its name only when complete;
+    it is rebuilt if its files changed. SystemExit where the cache cannot be written.
+    """
     root = cache_root(cache_dir)
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
-    work = folder.with_suffix(".tmp")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if found := _whole(folder):
-                return found
-            for leftover in (folder, work):
-                shutil.rmtree(leftover, ignore_errors=True)
-            work.mkdir()
-            try:
-                stats = build(work)
-                sizes = {file.name: file.stat().st_size for file in sorted(work.glob("*.arrow"))}
-                (work / "meta.json").write_text(json.dumps({"files": sizes, "stats": stats}))
-                os.replace(work, folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-            return _whole(folder)
+        with _locked(folder):
+            found = _complete(folder)
+            if found is None:
+                _build(folder, build)
+                found = _complete(folder)
+            return found
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check that folder"
         raise SystemExit(
             f"{root}: cannot keep prepared data: {error}; {remedy} or set DANPU_CACHE"
         ) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock beside `folder`; whoever waits longer than SILENT_WAIT says so."""
+    from filelock import FileLock, Timeout
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main and not folder.is_dir():
+        time.sleep(0.2)  # rank 0 builds: it alone shows how far it is
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=SILENT_WAIT)
+    except Timeout:
+        if is_main:
+            print(f"waiting for another process that prepares {folder}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(folder: Path, build: Callable[[Path], dict]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what is incomplete only takes room
+    with atomic_folder(folder) as part:
+        stats = build(part)
+        sizes = {file.name: file.stat().st_size for file in sorted(part.glob("*.arrow"))}
+        (part / "meta.json").write_text(json.dumps({"files": sizes, "stats": stats}))
+
+
+def _complete(folder: Path):
+    """(Dataset, stats) of a cache folder, or None where a file is missing or of another size."""
+    from datasets import Dataset, concatenate_datasets
+
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        for name, size in meta["files"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+        parts = [Dataset.from_file(str(folder / name)) for name in meta["files"]]
+        dataset = concatenate_datasets(parts)
+    except (OSError, ValueError, KeyError):
+        return None
+    # datasets would hash the times of files; equal contents must give equal later keys
+    dataset._fingerprint = folder.name
+    return dataset, meta["stats"]

@@ -1,7 +1,8 @@
 """Row shapes: what one record of a data set file means, brought to one canonical form per kind.
 
 chat        {"messages": [{"role", "content", "reasoning_content"?, "tool_calls"?}], "tools"?}
-            role: system, user, assistant or tool; a call: {"type": "function", "function": {"name", "arguments": {}}}
+            role: system, user, assistant or tool
+            a call: {"type": "function", "function": {"name", "arguments": {}}}
 preference  {"prompt": [messages], "chosen": [messages], "rejected": [messages], "tools"?}
 text        {"text": str}
 
@@ -13,17 +14,20 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
-from itertools import takewhile
+from functools import partial
 from typing import NamedTuple
 
 
 class BadRow(ValueError):
-    """A record that cannot be used: `reason` is what it is counted under, `detail` is shown with
-    the one example."""
+    """A record that cannot be used.
+
+    reason: what it is counted under; detail: shown with the one example of that reason.
+    """
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
 
 class Shape(NamedTuple):
@@ -33,7 +37,7 @@ class Shape(NamedTuple):
     convert: Callable[[dict], dict]
 
 
-# ---- fields -------------------------------------------------------------------------------------------------
+# ---- fields --------------------------------------------------------------------------------------
 
 
 def _text(row: dict, name: str, default: str | None = None) -> str:
@@ -56,20 +60,35 @@ def _filled(row: dict, name: str, reason: str) -> str:
 
 def _parsed(value, name: str):
     """A list or dict that some data sets keep as a JSON string; None, "" and [] are None."""
-    try:
-        return (json.loads(value) if isinstance(value, str) and value.strip() else value) or None
-    except (ValueError, RecursionError):
-        raise BadRow(f"wrong {name}", "not JSON") from None
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow(f"wrong {name}", "not JSON") from None
+    return value or None
 
 
-# ---- messages -----------------------------------------------------------------------------------------------
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
 
-ROLES = dict.fromkeys(("user", "human"), "user")
-ROLES |= dict.fromkeys(
-    ("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"
-)
-ROLES |= dict.fromkeys(("tool", "observation", "function", "function_response"), "tool")
-ROLES |= {"system": "system"}
+
+# ---- messages ------------------------------------------------------------------------------------
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
 FOLLOWS = {
     None: ("system", "user"),
     "system": ("user",),
@@ -77,24 +96,26 @@ FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+CONTENTS = ("content", "value", "text")  # the columns in which sets keep the words of a turn
+
+
+def _said(role: str, content) -> dict:
+    return {"role": role, "content": content}
 
 
 def _calls(value) -> list[dict]:
-    """Tool calls in OpenAI's or the bare {"name", "arguments"} form, arguments a dict or a JSON
-    string."""
-    calls = []
-    value = _parsed(value, "tool_calls") or []
-    for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow("wrong tool_calls", "a call needs a name")
-        arguments = _parsed(function.get("arguments"), "tool_calls") or {}
-        if not isinstance(arguments, dict):
-            raise BadRow("wrong tool_calls", "arguments are not an object")
-        calls.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
-    return calls
+    """Tool calls in OpenAI's or the bare {"name", "arguments"} form, arguments a dict or JSON."""
+    return [_call(call) for call in _as_list(_parsed(value, "tool_calls") or [])]
+
+
+def _call(call) -> dict:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow("wrong tool_calls", "a call needs a name")
+    arguments = _parsed(function.get("arguments"), "tool_calls") or {}
+    if not isinstance(arguments, dict):
+        raise BadRow("wrong tool_calls", "arguments are not an object")
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _message(turn) -> dict:
@@ -105,180 +126,239 @@ def _message(turn) -> dict:
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise BadRow("unknown role", str(speaker)[:40])
-    name = next((n for n in ("content", "value", "text") if n in turn), "content")
+
+    column = next((name for name in CONTENTS if name in turn), "content")
     calls = _calls(turn.get("tool_calls"))
     if speaker.lower() == "function_call":
-        return {
-            "role": role,
-            "content": "",
-            "tool_calls": _calls(_filled(turn, name, "empty answer")),
-        }
-    content = _text(turn, name, default="" if calls or role == "system" else None)
-    if not content.strip() and not calls and role in ("user", "assistant"):
-        raise BadRow("empty prompt" if role == "user" else "empty answer")
-    message = {"role": role, "content": content}
-    thought = _text(turn, "reasoning_content", "") if role == "assistant" else ""
-    if thought.strip():
-        message["reasoning_content"] = thought
-    return message | ({"tool_calls": calls} if calls else {})
+        calls = _calls(_filled(turn, column, "empty answer"))
+        return {"role": role, "content": "", "tool_calls": calls}
+
+    may_be_missing = bool(calls) or role == "system"
+    content = _text(turn, column, default="" if may_be_missing else None)
+    if not content.strip() and not calls:
+        if role == "user":
+            raise BadRow("empty prompt")
+        if role == "assistant":
+            raise BadRow("empty answer")
+
+    message = _said(role, content)
+    if role == "assistant":
+        thought = _text(turn, "reasoning_content", "")
+        if thought.strip():
+            message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = calls
+    return message
 
 
 def _messages(turns, row: dict) -> tuple[list[dict], dict]:
-    """Turns and the row around them -> (messages, {"tools": [...]} or {}); blank system turns
-    vanish."""
+    """Turns and the row around them -> (messages, {"tools": [...]} or {}).
+
+    Blank system turns vanish; the row's own `system` column is a system turn.
+    """
     turns = _parsed(turns, "turns")
     if not isinstance(turns, list):
         raise BadRow("no turns")
-    messages = [_message(t) for t in turns]
+    messages = [_message(turn) for turn in turns]
+
     first = turns[0]  # some sets keep the tools on the system turn
     tools = _parsed(row.get("tools") or first.get("tools") or first.get("functions"), "tools")
     if tools is not None and not isinstance(tools, list):
         raise BadRow("wrong tools", "not a list")
+
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     system = _text(row, "system", "")
-    if system.strip() and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, {"role": "system", "content": system})
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    if system.strip() and not has_system:
+        messages.insert(0, _said("system", system))
     return messages, {"tools": tools} if tools else {}
 
 
-def _in_order(messages: list[dict], end: tuple[str, ...]) -> None:
+def _check_order(messages: list[dict]) -> str | None:
+    """BadRow unless every role may follow the one before it -> the last role."""
     before = None
     for message in messages:
-        if message["role"] not in FOLLOWS[before]:
-            raise BadRow("roles out of order", f"{message['role']} after {before or 'nothing'}")
-        before = message["role"]
-    if before not in end:
-        raise BadRow(
-            "last turn not from assistant"
-            if "assistant" in end
-            else "prompt does not end with the user"
-        )
+        role = message["role"]
+        if role not in FOLLOWS[before]:
+            raise BadRow("roles out of order", f"{role} after {before or 'nothing'}")
+        before = role
+    return before
+
+
+def _check_dialogue(messages: list[dict]) -> None:
+    if _check_order(messages) != "assistant":
+        raise BadRow("last turn not from assistant")
+
+
+def _check_prompt(messages: list[dict]) -> None:
+    if _check_order(messages) not in ("user", "tool"):
+        raise BadRow("prompt does not end with the user")
 
 
 TURN = re.compile(r"(?:\A|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
 
 
 def _spoken(text: str) -> list[dict]:
-    """`Human: … Assistant: …` text -> turns; a last `Assistant:` with nothing behind it is where
-    the answer goes."""
+    """`Human: … Assistant: …` -> turns; a last `Assistant:` with nothing behind it is no turn."""
     before, *parts = TURN.split(text.replace("\0", ""))
     if before.strip() or not parts:
         raise BadRow("no Human:/Assistant: turns")
-    turns = [
-        {"role": r.lower(), "content": t.strip()}
-        for r, t in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    if turns[-1] == {"role": "assistant", "content": ""}:
+    speakers = parts[::2]
+    texts = parts[1::2]
+    turns = [_said(who.lower(), said.strip()) for who, said in zip(speakers, texts, strict=True)]
+    if turns[-1] == _said("assistant", ""):
         turns.pop()
     return turns
 
 
 def _asked(text: str) -> list[dict]:
     """A prompt given as text: one user turn, or the turns of a `Human: … Assistant:` transcript."""
-    return _spoken(text) if TURN.match(text.lstrip()) else [{"role": "user", "content": text}]
+    if TURN.match(text.lstrip()):
+        return _spoken(text)
+    return [_said("user", text)]
 
 
-# ---- chat ---------------------------------------------------------------------------------------------------
-
-
-def _history(row: dict) -> list[dict]:
-    turns, pairs = [], _parsed(row.get("history"), "history") or []
-    for pair in pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow("wrong history", "not pairs of question and answer")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return turns
-
-
-def _instruction(row: dict, suffix: str = "") -> list[dict]:
-    """instruction and input joined by a newline, as turns."""
-    parts = (_text(row, "instruction" + suffix), _text(row, "input" + suffix, ""))
-    text = "\n".join(p for p in parts if p.strip())
-    return _history(row) + _asked(text)
-
-
-def _dialogue(row: dict, turns) -> dict:
-    messages, tools = _messages(turns, row)
-    _in_order(messages, end=("assistant",))
-    return {"messages": messages} | tools
-
-
-def _answered(row: dict, asked: list[dict], answer: str) -> dict:
-    return _dialogue(
-        row, asked + [{"role": "assistant", "content": _filled(row, answer, "empty answer")}]
-    )
-
-
-def _ask(row: dict) -> str:
-    """Medical forum rows: `title` is a headline of `ask`; it is kept only where it says more."""
-    title, ask = _text(row, "title", "").strip(), _text(row, "ask")
-    if ask.strip() in ("", "无"):
-        return title
-    return ask if title in ask or title in ("", "无") else f"{title}\n{ask}"
-
-
-def _human_assistant(row: dict) -> dict:
-    turns, pairs = [], row.get("conversation") or []
-    for pair in pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, dict):
-            raise BadRow("a turn is not an object", type(pair).__name__)
-        turns += [{"role": role, "content": pair.get(role)} for role in ("human", "assistant")]
-    return _dialogue(row, turns)
-
-
-def _completion(row: dict, prompt: str, answer: str) -> dict:
-    if isinstance(row.get(prompt), list):  # trl: lists of messages
-        return _dialogue(row, row[prompt] + _reply(row.get(answer), answer))
-    return _answered(row, _history(row) + _asked(_text(row, prompt)), answer)
-
-
-def _framed(text: str) -> str:
-    """`Instruction: … Input: … Answer:` -> instruction and input joined by a newline; other texts
-    stay as they are."""
-    inner, head, tail = text.strip(), "Instruction:", "\nAnswer:"
-    if not (inner.startswith(head) and inner.endswith(tail)):
-        return text
-    instruction, _, given = inner[len(head) : -len(tail)].partition("\nInput:")
-    return "\n".join(part.strip() for part in (instruction, given) if part.strip())
-
-
-def _context(row: dict) -> dict:
-    return _answered(row, _history(row) + _asked(_framed(_text(row, "context"))), "target")
+# ---- how a shape is recognised -------------------------------------------------------------------
 
 
 def _by_columns(
     name: str, needs: str, convert: Callable[[dict], dict], optional: str = ""
 ) -> Shape:
     """A shape known by having all the columns of `needs`."""
-    shown = needs.split() + [f"({column})" for column in optional.split()]
-    return Shape(name, ", ".join(shown), lambda row: all(n in row for n in needs.split()), convert)
+    needed = needs.split()
+
+    def matches(row: dict) -> bool:
+        return all(column in row for column in needed)
+
+    shown = needed + [f"({column})" for column in optional.split()]
+    return Shape(name, ", ".join(shown), matches, convert)
 
 
 def _turns_in(key: str, *columns: str) -> Callable[[dict], bool]:
     """Whether one of the columns holds turns whose speaker stands under `key`."""
 
-    def matches(row):
-        return any(
-            isinstance(row.get(c), list)
-            and row[c]
-            and isinstance(row[c][0], dict)
-            and key in row[c][0]
-            for c in columns
-        )
+    def matches(row: dict) -> bool:
+        return any(_has_turns(row.get(column), key) for column in columns)
 
     return matches
 
 
-def _turns(row: dict):
-    return row.get("messages") or row.get("conversations") or row.get("conversation")
+def _has_turns(value, key: str) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return isinstance(value[0], dict) and key in value[0]
 
 
-def _belle(row: dict) -> bool:
+def _is_belle(row: dict) -> bool:
     return "output" in row and bool(TURN.match(str(row.get("instruction")).lstrip()))
+
+
+def _both_answers(kind: type) -> Callable[[dict], bool]:
+    """Whether `chosen` and `rejected` are of a type."""
+
+    def matches(row: dict) -> bool:
+        return isinstance(row.get("chosen"), kind) and isinstance(row.get("rejected"), kind)
+
+    return matches
+
+
+def _output_is_pair(row: dict) -> bool:
+    return "instruction" in row and isinstance(row.get("output"), list)
+
+
+def _is_completion_only(row: dict) -> bool:
+    return "completion" in row and "prompt" not in row
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+def _history(row: dict) -> list[dict]:
+    turns = []
+    for pair in _as_list(_parsed(row.get("history"), "history") or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow("wrong history", "not pairs of question and answer")
+        turns += [_said("user", pair[0]), _said("assistant", pair[1])]
+    return turns
+
+
+def _instruction(row: dict, suffix: str = "") -> list[dict]:
+    """instruction and input joined by a newline, as turns."""
+    parts = (_text(row, "instruction" + suffix), _text(row, "input" + suffix, ""))
+    text = "\n".join(part for part in parts if part.strip())
+    return _history(row) + _asked(text)
+
+
+def _dialogue(row: dict, turns) -> dict:
+    messages, tools = _messages(turns, row)
+    _check_dialogue(messages)
+    return {"messages": messages} | tools
+
+
+def _turns(row: dict) -> dict:
+    turns = row.get("messages") or row.get("conversations") or row.get("conversation")
+    return _dialogue(row, turns)
+
+
+def _answered(row: dict, asked: list[dict], answer: str) -> dict:
+    return _dialogue(row, [*asked, _said("assistant", _filled(row, answer, "empty answer"))])
 
 
 def _alpaca(row: dict) -> dict:
     return _answered(row, _instruction(row), "output")
+
+
+def _alpaca_zh(row: dict) -> dict:
+    return _answered(row, _instruction(row, "_zh"), "output_zh")
+
+
+def _ask_answer(row: dict) -> dict:
+    return _answered(row, _asked(_ask(row)), "answer")
+
+
+def _ask(row: dict) -> str:
+    """Medical forum rows: `title` is a headline of `ask`; it is kept only where it says more."""
+    title = _text(row, "title", "").strip()
+    ask = _text(row, "ask")
+    if ask.strip() in ("", "无"):
+        return title
+    if title in ask or title in ("", "无"):
+        return ask
+    return f"{title}\n{ask}"
+
+
+def _human_assistant(row: dict) -> dict:
+    turns = []
+    for pair in _as_list(row.get("conversation") or []):
+        if not isinstance(pair, dict):
+            raise BadRow("a turn is not an object", type(pair).__name__)
+        turns += [_said(role, pair.get(role)) for role in ("human", "assistant")]
+    return _dialogue(row, turns)
+
+
+def _completion(row: dict, prompt: str, answer: str) -> dict:
+    """A question in the column `prompt`, its answer in the column `answer`."""
+    if isinstance(row.get(prompt), list):  # trl: lists of messages
+        return _dialogue(row, row[prompt] + _reply(row.get(answer), answer))
+    return _answered(row, _history(row) + _asked(_text(row, prompt)), answer)
+
+
+def _context(row: dict) -> dict:
+    return _answered(row, _history(row) + _asked(_framed(_text(row, "context"))), "target")
+
+
+def _framed(text: str) -> str:
+    """`Instruction: … Input: … Answer:` -> instruction and input joined by a newline.
+
+    Other texts stay as they are.
+    """
+    head = "Instruction:"
+    tail = "\nAnswer:"
+    inner = text.strip()
+    if not (inner.startswith(head) and inner.endswith(tail)):
+        return text
+    instruction, _, given = inner[len(head) : -len(tail)].partition("\nInput:")
+    return "\n".join(part.strip() for part in (instruction, given) if part.strip())
 
 
 DIALOGUES = ("messages", "conversations", "conversation")
@@ -292,89 +372,77 @@ QUESTIONS = [  # (name, prompt column, answer column)
     ("prompt/output", "prompt", "output"),
 ]
 CHAT = [
-    Shape(
-        "messages",
-        "messages: role, content",
-        _turns_in("role", *DIALOGUES),
-        lambda r: _dialogue(r, _turns(r)),
-    ),
-    Shape(
-        "sharegpt",
-        "conversations: from, value",
-        _turns_in("from", *DIALOGUES),
-        lambda r: _dialogue(r, _turns(r)),
-    ),
+    Shape("messages", "messages: role, content", _turns_in("role", *DIALOGUES), _turns),
+    Shape("sharegpt", "conversations: from, value", _turns_in("from", *DIALOGUES), _turns),
     Shape(
         "human/assistant",
         "conversation: human, assistant",
         _turns_in("human", "conversation"),
         _human_assistant,
     ),
-    _by_columns(
-        "alpaca zh",
-        "instruction_zh output_zh",
-        lambda r: _answered(r, _instruction(r, "_zh"), "output_zh"),
-    ),
-    Shape("belle multi-turn", "instruction: Human:…Assistant:, output", _belle, _alpaca),
+    _by_columns("alpaca zh", "instruction_zh output_zh", _alpaca_zh),
+    Shape("belle multi-turn", "instruction: Human:…Assistant:, output", _is_belle, _alpaca),
     _by_columns("alpaca", "instruction output", _alpaca, "input history system"),
-    _by_columns(
-        "ask/answer", "ask answer", lambda r: _answered(r, _asked(_ask(r)), "answer"), "title"
-    ),
+    _by_columns("ask/answer", "ask answer", _ask_answer, "title"),
     *(
-        _by_columns(name, f"{p} {a}", lambda r, p=p, a=a: _completion(r, p, a))
-        for name, p, a in QUESTIONS
+        _by_columns(name, f"{asked} {answer}", partial(_completion, prompt=asked, answer=answer))
+        for name, asked, answer in QUESTIONS
     ),
     _by_columns("context/target", "context target", _context, "history"),
 ]
 
 
-# ---- preference ---------------------------------------------------------------------------------------------
+# ---- preference ----------------------------------------------------------------------------------
 
 
 def _reply(value, name: str) -> list[dict]:
-    """An answer given as text, as one turn or as a list of turns (then maybe the whole
-    dialogue)."""
+    """An answer given as text, as one turn or as a list of turns (then maybe all the dialogue)."""
     if isinstance(value, str) or value is None:
-        return [{"role": "assistant", "content": _filled({name: value}, name, "empty answer")}]
+        return [_said("assistant", _filled({name: value}, name, "empty answer"))]
     if not isinstance(value, dict | list) or not value:
         raise BadRow(f"{name} is not text", type(value).__name__)
-    return value if isinstance(value, list) else [value]
+    return _as_list(value)
 
 
 def _pair(row: dict, prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> dict:
-    chosen, rejected = [_message(t) for t in chosen], [_message(t) for t in rejected]
+    chosen = [_message(turn) for turn in chosen]
+    rejected = [_message(turn) for turn in rejected]
     if chosen[0]["role"] != "assistant":  # whole dialogues: the prompt is the beginning they share
-        prompt = [
-            a
-            for a, b in takewhile(
-                lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)
-            )
-        ]
-        while prompt and prompt[-1]["role"] == "assistant":
-            prompt.pop()
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        prompt = _shared_prompt(chosen, rejected)
+        chosen = chosen[len(prompt) :]
+        rejected = rejected[len(prompt) :]
     if not prompt:
         raise BadRow("chosen and rejected answer different prompts")
     prompt, tools = _messages(prompt, row)
-    _in_order(prompt, end=("user", "tool"))
-    for answer in (chosen, rejected):
-        if not answer or any(m["role"] in ("user", "system") for m in answer):
-            raise BadRow("chosen and rejected answer different prompts")
-        _in_order(
-            [prompt[-1], *answer] if prompt[-1]["role"] == "user" else [*prompt, *answer],
-            end=("assistant",),
-        )
-    if [_spelt(m) for m in chosen] == [_spelt(m) for m in rejected]:
+    _check_prompt(prompt)
+    _check_answer(prompt, chosen)
+    _check_answer(prompt, rejected)
+    if [_spelled(turn) for turn in chosen] == [_spelled(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | tools
 
 
-def _spelt(message: dict) -> str:
-    return normalise(
-        json.dumps(
-            message | {"content": message["content"].strip()}, ensure_ascii=False, sort_keys=True
-        )
-    )
+def _shared_prompt(chosen: list[dict], rejected: list[dict]) -> list[dict]:
+    shared = []
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    while shared and shared[-1]["role"] == "assistant":
+        shared.pop()
+    return shared
+
+
+def _check_answer(prompt: list[dict], answer: list[dict]) -> None:
+    if not answer or any(turn["role"] in ("user", "system") for turn in answer):
+        raise BadRow("chosen and rejected answer different prompts")
+    _check_dialogue([*prompt, *answer])
+
+
+def _spelled(message: dict) -> str:
+    """A message in a form in which spaces and the order of keys make no difference."""
+    bare = message | {"content": message["content"].strip()}
+    return normalise(json.dumps(bare, ensure_ascii=False, sort_keys=True))
 
 
 def _ranked(
@@ -383,101 +451,112 @@ def _ranked(
     return _pair(row, prompt, _reply(row.get(chosen), chosen), _reply(row.get(rejected), rejected))
 
 
+def _ranked_after(row: dict, turns: str) -> dict:
+    """The prompt is a list of turns in the column `turns`."""
+    return _ranked(row, row.get(turns))
+
+
+def _ranked_instruction(row: dict) -> dict:
+    return _ranked(row, _instruction(row))
+
+
 def _triple(row: dict, name: str) -> dict:
-    asked = (
-        row[name] if isinstance(row.get(name), list) else _history(row) + _asked(_text(row, name))
-    )
-    return _ranked(row, asked)
-
-
-def _output_pair(row: dict) -> dict:
-    pair = row.get("output")
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise BadRow("output is not a pair")
-    return _pair(row, _instruction(row), *(_reply(answer, "output") for answer in pair))
-
-
-def _reward(row: dict) -> dict:
-    return _ranked(
-        row, _history(row) + _asked(_text(row, "question")), "response_chosen", "response_rejected"
-    )
-
-
-def _both(kind: type) -> Callable[[dict], bool]:
-    return lambda row: isinstance(row.get("chosen"), kind) and isinstance(row.get("rejected"), kind)
+    """The prompt is text or a list of turns in the column `name`."""
+    if isinstance(row.get(name), list):
+        return _ranked(row, row[name])
+    return _ranked(row, _history(row) + _asked(_text(row, name)))
 
 
 def _hh(row: dict) -> dict:
     return _pair(row, [], _spoken(_text(row, "chosen")), _spoken(_text(row, "rejected")))
 
 
-def _output_is_pair(row: dict) -> bool:
-    return "instruction" in row and isinstance(row.get("output"), list)
+def _implicit(row: dict) -> dict:
+    return _ranked(row, [])
+
+
+def _output_pair(row: dict) -> dict:
+    pair = row.get("output")
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise BadRow("output is not a pair")
+    prompt = _instruction(row)
+    chosen, rejected = (_reply(answer, "output") for answer in pair)
+    return _pair(row, prompt, chosen, rejected)
+
+
+def _reward(row: dict) -> dict:
+    prompt = _history(row) + _asked(_text(row, "question"))
+    return _ranked(row, prompt, "response_chosen", "response_rejected")
 
 
 PREFERENCE = [
-    _by_columns("hh_rlhf_cn", "context chosen rejected", lambda r: _ranked(r, r.get("context"))),
+    _by_columns("hh_rlhf_cn", "context chosen rejected", partial(_ranked_after, turns="context")),
     _by_columns(
         "llama-factory pairs",
         "conversations chosen rejected",
-        lambda r: _ranked(r, r.get("conversations")),
+        partial(_ranked_after, turns="conversations"),
     ),
+    _by_columns("instruction pairs", "instruction chosen rejected", _ranked_instruction, "input"),
     _by_columns(
-        "instruction pairs",
-        "instruction chosen rejected",
-        lambda r: _ranked(r, _instruction(r)),
-        "input",
-    ),
-    _by_columns(
-        "prompt pairs", "prompt chosen rejected", lambda r: _triple(r, "prompt"), "history system"
+        "prompt pairs",
+        "prompt chosen rejected",
+        partial(_triple, name="prompt"),
+        "history system",
     ),
     _by_columns(
         "question pairs",
         "question chosen rejected",
-        lambda r: _triple(r, "question"),
+        partial(_triple, name="question"),
         "history system",
     ),
-    Shape("hh strings", "chosen, rejected: Human:…Assistant:…", _both(str), _hh),
+    Shape("hh strings", "chosen, rejected: Human:…Assistant:…", _both_answers(str), _hh),
     Shape(
         "implicit prompt",
         "chosen, rejected: lists of role, content",
-        _both(list),
-        lambda r: _ranked(r, []),
+        _both_answers(list),
+        _implicit,
     ),
     Shape("output pair", "instruction, output: [chosen, rejected]", _output_is_pair, _output_pair),
     _by_columns("reward", "question response_chosen response_rejected", _reward, "history system"),
 ]
 
 
-# ---- text ---------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def _document(row: dict, name: str) -> dict:
-    text, title = _filled(row, name, "empty text"), _text(row, "title", "").strip()
-    return {"text": text if text.lstrip().startswith(title) else f"{title}\n{text}"}
+    text = _filled(row, name, "empty text")
+    title = _text(row, "title", "").strip()
+    if not text.lstrip().startswith(title):
+        text = f"{title}\n{text}"
+    return {"text": text}
 
 
 TEXT = [
-    _by_columns("text", "text", lambda r: _document(r, "text"), "title"),
-    _by_columns("content", "content", lambda r: _document(r, "content"), "title"),
+    _by_columns("text", "text", partial(_document, name="text"), "title"),
+    _by_columns("content", "content", partial(_document, name="content"), "title"),
     Shape(
         "completion",
         "completion",
-        lambda r: "completion" in r and "prompt" not in r,
-        lambda r: _document(r, "completion"),
+        _is_completion_only,
+        partial(_document, name="completion"),
     ),
 ]
 SHAPES = {"chat": CHAT, "preference": PREFERENCE, "text": TEXT}
 
 
-# ---- for readers of rows ------------------------------------------------------------------------------------
+# ---- for readers of rows -------------------------------------------------------------------------
 
 
 def detect(kind: str, head: list[dict]) -> Shape | None:
-    """The shape of `kind` that most of the first records have (the earlier line of the table wins a
-    tie), or None."""
-    votes = [sum(map(shape.matches, head)) for shape in SHAPES[kind]]
-    return SHAPES[kind][votes.index(max(votes))] if any(votes) else None
+    """The shape of `kind` that most of the first records have, or None.
+
+    The earlier line of the table wins a tie.
+    """
+    votes = [sum(shape.matches(record) for record in head) for shape in SHAPES[kind]]
+    if not any(votes):
+        return None
+    return SHAPES[kind][votes.index(max(votes))]
 
 
 def normalise(text: str) -> str:
@@ -486,9 +565,9 @@ def normalise(text: str) -> str:
 
 
 def prompt_of(row: dict) -> str:
-    """What a canonical row asks, normalised: all turns before the last answer but the system's, or
-    the whole text."""
+    """What a canonical row asks, normalised: the whole text of a text row, else all turns before
+    the last answer but the system's."""
     if "text" in row:
         return normalise(row["text"])
     turns = row["prompt"] if "prompt" in row else row["messages"][:-1]
-    return normalise("\n".join(m["content"] for m in turns if m["role"] != "system"))
+    return normalise("\n".join(turn["content"] for turn in turns if turn["role"] != "system"))

@@ -337,7 +337,7 @@ BROKEN = {  # name: (file name, bytes, parts of the message)
 def test_broken_files_are_one_line(tmp_path, name, raw, parts):
     (tmp_path / name).write_bytes(raw)
     refuses(lambda: load(tmp_path / name), *parts)
-    assert not list((tmp_path / "cache").glob("*.tmp")) if (tmp_path / "cache").exists() else True
+    assert not list((tmp_path / "cache").glob("*.part")) if (tmp_path / "cache").exists() else True
 
 
 def test_missing_path_and_hub_name(tmp_path):
@@ -496,22 +496,22 @@ def test_cache_is_reused_and_follows_contents(tmp_path, cache):
     assert "b0" in load_rows(path)[0]["row"][0] and len(built(cache)) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "no meta", "torn meta", "leftover"])
-def test_torn_cache_is_rebuilt(tmp_path, cache, damage):
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "no meta", "cut meta", "leftover"])
+def test_incomplete_cache_is_rebuilt(tmp_path, cache, damage):
     path = numbered(tmp_path / "a.jsonl", 9, "a")
     want = list(load_rows(path)[0]["row"])
     arrow = built(cache)[0]
     meta = arrow.with_name("meta.json")
     if damage in ("cut", "empty"):
         arrow.write_bytes(arrow.read_bytes()[:-100] if damage == "cut" else b"")
-    elif damage == "torn meta":
+    elif damage == "cut meta":
         meta.write_text(meta.read_text()[:20])
     elif damage == "leftover":  # a process was killed while it wrote
-        arrow.parent.rename(arrow.parent.with_suffix(".tmp"))
+        arrow.parent.rename(arrow.parent.with_suffix(".part"))
     else:
         (arrow if damage == "gone" else meta).unlink()
     assert list(load_rows(path)[0]["row"]) == want
-    assert not list(cache.glob("*.tmp"))
+    assert not list(cache.glob("*.part"))
 
 
 def test_unwritable_cache_is_one_line(tmp_path):
@@ -530,7 +530,7 @@ def test_full_disk_is_one_line(tmp_path):
             full.write("x" * 100_000)
 
     refuses(lambda: cached("k", build, tmp_path / "c"), "free some space", "DANPU_CACHE")
-    assert not list((tmp_path / "c").glob("*.tmp"))
+    assert not list((tmp_path / "c").glob("*.part"))
 
 
 def encode(row):
