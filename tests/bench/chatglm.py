@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 BORN = time.time()
@@ -190,7 +191,7 @@ def prepared(args, side: str):
     config.use_cache = False
     if side == "ours":
         losses.use_chunked_loss(model)
-        collate = train.WithLayout(collators.PackedCollator(), config)
+        collate = partial(train.with_layout, collate=collators.PackedCollator(), config=config)
     else:
         collate = UpstreamCollator(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def recipe():
 
 def collate(model, rows, packed=True):
     collator = collators.PackedCollator() if packed else collators.PaddedCollator(PAD)
-    batch = recipe().WithLayout(collator, model.config)([rows] if packed else rows)
+    batch = recipe().with_layout([rows] if packed else rows, collator, model.config)
     batch.pop("row_ids")
     return batch
 
@@ -249,15 +250,23 @@ def test_prefix_attention_equals_the_whole_matrix(path, dtype):
 
 
 def plain_kernel(
-    query, key, value, starts, longest, scale, key_starts=None, longest_key=None, causal=True
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    max_seqlen_q,
+    scale,
+    cu_seqlens_k=None,
+    max_seqlen_k=None,
+    causal=True,
 ):
     """What a variable-length kernel computes, document by document; causal is aligned at the ends."""
-    key_starts = starts if key_starts is None else key_starts
-    assert longest >= starts.diff().max() and (
-        longest_key is None or longest_key >= key_starts.diff().max()
-    )
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    assert max_seqlen_q >= cu_seqlens_q.diff().max()
+    assert max_seqlen_k is None or max_seqlen_k >= cu_seqlens_k.diff().max()
     parts = []
-    for a, b, c, d in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
+    for (a, b), (c, d) in zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True):
         mask = (
             torch.ones(b - a, d - c).tril(diagonal=int((d - c) - (b - a))).bool()
             if causal
