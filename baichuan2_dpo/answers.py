@@ -17,30 +17,32 @@ def measure_answers(
     Returns:
         {"exact_match", "rouge_l" (to the chosen answer), "like_chosen" (share closer to it than to
         the rejected one)} and the samples of common.runs.generate.answer_eval_rows, with the
-        rejected answer.
+        rejected answer. Both are empty without rows.
     """
-    pairs = [
-        row for row in map(json.loads, rows) if len(row["chosen"]) == len(row["rejected"]) == 1
-    ]  # no tool calls
-    chats = [
-        json.dumps({**row, "messages": row["prompt"] + row["chosen"]}, ensure_ascii=False)
-        for row in pairs
-    ]
+    pairs = [pair for pair in map(json.loads, rows) if is_one_message(pair)]
+    chats = [{**pair, "messages": pair["prompt"] + pair["chosen"]} for pair in pairs]
 
-    def ask(messages, tools):
+    def encode(messages, tools):
         return encode_prompt(tokenizer, with_system(messages, system), tools)
 
-    metrics, samples = answer_eval_rows(model, tokenizer, chats, ask, max_new_tokens)
-    closer = []
-    for sample, row in zip(samples, pairs, strict=True):
-        sample["rejected"] = row["rejected"][0]["content"]
-        closer.append(
-            similar(sample["answer"], sample["reference"])
-            > similar(sample["answer"], sample["rejected"])
-        )
-    return metrics | ({"like_chosen": sum(closer) / len(closer)} if closer else {}), samples
+    metrics, samples = answer_eval_rows(
+        model, tokenizer, list(map(json.dumps, chats)), encode, max_new_tokens
+    )
+    if not samples:
+        return metrics, samples
+    like_chosen = 0
+    for sample, pair in zip(samples, pairs, strict=True):
+        sample["rejected"] = pair["rejected"][0]["content"]
+        to_chosen = similarity(sample["answer"], sample["reference"])
+        like_chosen += to_chosen > similarity(sample["answer"], sample["rejected"])
+    return metrics | {"like_chosen": like_chosen / len(samples)}, samples
 
 
-def similar(a: str, b: str) -> float:
+def is_one_message(pair: dict) -> bool:
+    """Whether both answers are one message each: no tool calls with their results."""
+    return len(pair["chosen"]) == len(pair["rejected"]) == 1
+
+
+def similarity(a: str, b: str) -> float:
     """Share of characters in the longest common subsequence, 0 to 1."""
     return 2 * longest_common_subsequence(a, b) / max(1, len(a) + len(b))

@@ -19,19 +19,21 @@ from common.convert import sentence_pieces
 from common.convert.sentence_pieces import SPACE, merges
 
 HERE = Path(__file__).resolve().parent
-USER, ASSISTANT = "<reserved_106>", "<reserved_107>"
+USER = "<reserved_106>"
+ASSISTANT = "<reserved_107>"
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
-    """The sentencepiece model in a file; SystemExit when it is something else, or not one that is
-    read like this."""
+    """The sentencepiece model in a file; SystemExit when it is something else, or treats texts in
+    another way."""
     return sentence_pieces.read_model(path, ("<unk>", "<s>", "</s>"), _refusals)
 
 
 def _refusals(proto: model_pb2.ModelProto) -> dict[str, bool]:
     changes = proto.normalizer_spec
+    normalises = bool(changes.precompiled_charsmap) or changes.remove_extra_whitespaces
     return {
-        "it normalises texts": changes.precompiled_charsmap or changes.remove_extra_whitespaces,
+        "it normalises texts": normalises,
         "it puts a blank in front": changes.add_dummy_prefix,
         "it keeps blanks as they are": not changes.escape_whitespaces,
     }
@@ -43,17 +45,7 @@ def make_tokenizer(proto: model_pb2.ModelProto, **settings) -> PreTrainedTokeniz
     With the two turn tokens it has the chat template of Baichuan2-Chat. Ids are those of
     sentencepiece for any text; with split_special_tokens=True the turn tokens in it are spelt out.
     """
-    vocabulary = {p.piece: i for i, p in enumerate(proto.pieces)}
-    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    core = Tokenizer(
-        models.BPE(
-            vocabulary,
-            merges(scores),
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
-    )
+    core = Tokenizer(bpe(proto))
     core.normalizer = normalizers.Replace(" ", SPACE)
     core.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -81,18 +73,34 @@ def make_tokenizer(proto: model_pb2.ModelProto, **settings) -> PreTrainedTokeniz
     )
 
 
+def bpe(proto: model_pb2.ModelProto) -> models.BPE:
+    vocabulary = {p.piece: i for i, p in enumerate(proto.pieces)}
+    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
+    return models.BPE(
+        vocabulary,
+        merges(scores),
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
 def special_pieces(proto: model_pb2.ModelProto) -> list[str]:
-    turns = (USER, ASSISTANT)
-    return [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN) or p.piece in turns]
+    """What a text never is: control pieces, <unk> and the turn tokens."""
+    found = []
+    for piece in proto.pieces:
+        if piece.type in (piece.CONTROL, piece.UNKNOWN) or piece.piece in (USER, ASSISTANT):
+            found.append(piece.piece)
+    return found
 
 
 def as_text(proto: model_pb2.ModelProto) -> sentencepiece.SentencePieceProcessor:
-    """The original, but for it too the turn tokens in a text are only text."""
-    proto = model_pb2.ModelProto.FromString(proto.SerializeToString())
-    for piece in proto.pieces:
+    """The original, except that the turn tokens in a text are only text to it too."""
+    copy = model_pb2.ModelProto.FromString(proto.SerializeToString())
+    for piece in copy.pieces:
         if piece.piece in (USER, ASSISTANT):
             piece.type = piece.CONTROL
-    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    return sentencepiece.SentencePieceProcessor(model_proto=copy.SerializeToString())
 
 
 def compare(tokenizer: PreTrainedTokenizerFast, proto: model_pb2.ModelProto) -> None:

@@ -3,27 +3,24 @@
 python baichuan2_dpo/merge.py --adapter output/lora/final --output_dir output/merged [--base MODEL]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
-import modeling_baichuan  # noqa: F401  (tells the Auto classes of Baichuan2-13B)
+from common import cli  # noqa: I001  (before torch and transformers: it brings the device)
 
-from common import cli
+import modeling_baichuan  # noqa: F401  (tells the Auto classes about Baichuan2-13B)
 from common.convert import adapter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__)
     parser.add_argument("--adapter", required=True, help="folder with adapter_config.json")
     parser.add_argument(
         "--output_dir", required=True, help="where the merged model goes; must be empty"
     )
-    parser.add_argument(
-        "--base", default=None, help="base model; default: the one the adapter names"
-    )
+    parser.add_argument("--base", help="base model; default: the one the adapter names")
     args = parser.parse_args()
     print("merged model:", adapter.merge(args.adapter, args.output_dir, args.base))
 

@@ -127,8 +127,12 @@ def test_packed_equals_padded_and_each_row_alone(alibi, how, tmp_path):
     expected = gradients(model, [collate([row], False) for row in rows])
     assert_close(gradients(model, [collate(rows, False)]), expected)
     if how == "chunked loss":
+        batch = collate(rows, False)
+        stock = model(**batch, use_cache=False).loss
         losses.use_chunked_loss(model)
-        losses.check_chunked_loss(model, 1e-5)
+        torch.testing.assert_close(
+            model(**batch, use_cache=False).loss, stock, rtol=1e-5, atol=1e-5
+        )
     if how == "checkpointing":
         model.gradient_checkpointing_enable()
     assert_close(gradients(model, [collate(rows, True)]), expected)
@@ -333,23 +337,28 @@ def test_zero3_evaluates_and_trains_the_head(tmp_path):
 
 
 def test_seven_becomes_a_plain_llama_with_equal_bits(tmp_path):
-    model = convert_folder(original(tmp_path / "in"), tmp_path / "out")
+    """The bits are those of the weights; the kernels of another CPU round logits differently."""
+    folder = original(tmp_path / "in")
+    model = convert_folder(folder, tmp_path / "out")
     assert type(model) is LlamaForCausalLM and model.config.norm_head_folded
-    for case in ("single", "multiturn", "batch_leftpad"):
-        more = (
-            {"attention_mask": golden("7b", f"{case}__attention_mask")}
-            if case == "batch_leftpad"
-            else {}
-        )
-        found, wanted = (
-            model(golden("7b", f"{case}__input_ids"), **more).logits,
-            golden("7b", f"{case}__logits"),
-        )
-        kept = more["attention_mask"].bool() if more else slice(None)
-        if case == "batch_leftpad":
-            assert torch.allclose(found[kept], wanted[kept], atol=5e-6)
+    wanted = load_file(folder / "model.safetensors")
+    found = weights(tmp_path / "out")
+    for name in wanted:
+        if name.endswith("W_pack.weight"):
+            parts = [found.pop(name.replace("W_pack", f"{x}_proj")) for x in "qkv"]
+            assert torch.equal(torch.cat(parts), wanted[name])
+        elif name == "lm_head.weight":
+            assert torch.equal(found.pop(name), torch.nn.functional.normalize(wanted[name]))
         else:
-            assert torch.equal(found, wanted)
+            assert torch.equal(found.pop(name), wanted[name]), name
+    assert not found
+    for case in ("single", "multiturn", "batch_leftpad"):
+        ids = golden("7b", f"{case}__input_ids")
+        mask = torch.ones_like(ids)
+        if case == "batch_leftpad":
+            mask = golden("7b", f"{case}__attention_mask")
+        logits = model(ids, attention_mask=mask).logits[mask.bool()]
+        assert torch.allclose(logits, golden("7b", f"{case}__logits")[mask.bool()], atol=5e-6)
     assert model.config.max_position_embeddings == 512 and model.generation_config.eos_token_id == 2
 
 
