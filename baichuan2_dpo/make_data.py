@@ -1,10 +1,13 @@
-"""Write the sample data of this recipe: python make_data.py [FOLDER]   (default: data/ beside this file)
+"""Write the sample data of this recipe.
 
-Preference pairs: chosen is polite, short and right. Rejected is one of three kinds of worse answers to the same
-question: curt (right, without manners), padded (right, with long empty talk) or wrong (as polite and short as the
-chosen one). So neither the length nor one word tells which is which. One file per task, each in one of the row shapes
-that people have. Every fact is asked in several ways, so that a phrasing that was held out can be judged from the
-others. All sentences are our own; the same bytes every time.
+    python baichuan2_dpo/make_data.py [FOLDER]      # default: data/ beside this file
+
+Preference pairs: chosen is polite, short and right. Rejected is one of three kinds of worse answers
+to the same question: curt (right, without manners), padded (right, with long empty talk) or wrong
+(as polite and short as the chosen one). So neither the length nor one word tells which is which.
+One file per task, each in one of the row shapes that people have. Every fact is asked in several
+ways, so that a phrasing that was held out can be judged from the others. All sentences are our own;
+the same bytes every time.
 """
 
 import csv
@@ -15,15 +18,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# ---- manners: {} is where the fact goes ---------------------------------------------------------------------
+# ---- manners: {} is where the fact goes ----------------------------------------------------------
 
 POLITE = [
-    "您好，{}。", "谢谢您的提问，{}。", "很高兴为您解答，{}。", "请放心，{}。", "没问题，{}。", "乐意帮忙，{}。",
-    "好的，{}。", "欢迎来问，{}。", "当然可以，{}。", "您问得好，{}。", "明白了，{}。", "您好，{}，希望能帮到您。",
-]  # fmt: skip
+    "您好，{}。",
+    "谢谢您的提问，{}。",
+    "很高兴为您解答，{}。",
+    "请放心，{}。",
+    "没问题，{}。",
+    "乐意帮忙，{}。",
+    "好的，{}。",
+    "欢迎来问，{}。",
+    "当然可以，{}。",
+    "您问得好，{}。",
+    "明白了，{}。",
+    "您好，{}，希望能帮到您。",
+]
 CURT = [
-    "{}。", "自己不会查吗？{}。", "真烦，{}。", "{}，别再问了。", "{}，这还用问吗？", "又来烦我，{}。", "自己想，{}。",
-]  # fmt: skip
+    "{}。",
+    "自己不会查吗？{}。",
+    "真烦，{}。",
+    "{}，别再问了。",
+    "{}，这还用问吗？",
+    "又来烦我，{}。",
+    "自己想，{}。",
+]
 BEFORE = ["说来话长", "这个问题大家都很关心"]
 FILLER = ["让我慢慢讲", "很多人都问过", "您先别急", "要从头说起"]
 AFTER = [
@@ -34,16 +53,10 @@ AFTER = [
     "以后有空再细说",
     "还有许多可以说",
 ]
-KINDS = (
-    "curt",
-    "wrong",
-    "curt",
-    "padded",
-    "curt",
-    "wrong",
-)  # in turn; curt often, so that the base shows it
+# of worse answers, in turn; curt often, so that the base shows it
+KINDS = ["curt", "wrong", "curt", "padded", "curt", "wrong"]
 
-# ---- facts --------------------------------------------------------------------------------------------------
+# ---- facts ---------------------------------------------------------------------------------------
 
 SHOP = """
 书店几点开门|书店早上什么时候开门|书店早上九点开门|书店早上六点开门
@@ -80,10 +93,17 @@ CAPITAL_ASKED = [
     "我想查{}的首都。",
 ]
 UNITS = {  # what is right, and what some people think
-    ("小时", "分钟"): (60, 50), ("分钟", "秒"): (60, 50), ("天", "小时"): (24, 20), ("星期", "天"): (7, 8),
-    ("世纪", "年"): (100, 90), ("米", "厘米"): (100, 80), ("千米", "米"): (1000, 900), ("千克", "克"): (1000, 700),
-    ("元", "角"): (10, 9), ("斤", "两"): (10, 8),
-}  # fmt: skip
+    ("小时", "分钟"): (60, 50),
+    ("分钟", "秒"): (60, 50),
+    ("天", "小时"): (24, 20),
+    ("星期", "天"): (7, 8),
+    ("世纪", "年"): (100, 90),
+    ("米", "厘米"): (100, 80),
+    ("千米", "米"): (1000, 900),
+    ("千克", "克"): (1000, 700),
+    ("元", "角"): (10, 9),
+    ("斤", "两"): (10, 8),
+}
 UNIT_ASKED = [
     "{n}{a}等于多少{b}？",
     "把{n}{a}换算成{b}。",
@@ -100,8 +120,10 @@ SUM_ASKED = [
 WHO = ["我", "他", "小明", "妈妈", "老师", "弟弟"]
 DOES = ["吃苹果", "看电影", "写作业", "喝牛奶", "打篮球", "坐火车", "学画画"]
 REWRITES = {  # what is right, what is wrong
-    "否定句": ("{}不{}", "{}真想{}"), "疑问句": ("{}{}吗？", "{}也许{}"), "明天的事": ("{}明天{}", "{}昨天{}"),
-}  # fmt: skip
+    "否定句": ("{}不{}", "{}真想{}"),
+    "疑问句": ("{}{}吗？", "{}也许{}"),
+    "明天的事": ("{}明天{}", "{}昨天{}"),
+}
 REWRITE_ASKED = ["把“{}”改成{}。", "“{}”，请改写成{}。", "怎样把“{}”说成{}？"]
 TITLES = ["老师", "同学", "先生", "女士", "大夫", "经理"]
 CALL = "你是书店的客服，请称呼用户为{}。"
@@ -122,7 +144,7 @@ def pick(options: list, start: int, count: int) -> list:
     return [options[(start + i) % len(options)] for i in range(count)]
 
 
-# ---- questions ----------------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 
 
 def facts(block: str) -> list[list[str]]:
@@ -132,7 +154,8 @@ def facts(block: str) -> list[list[str]]:
 def capital_facts() -> list[tuple[str, ...]]:
     """Country, what is right, what is wrong (a city of that country too)."""
     return [
-        (name, *(f"{name}的首都是{city}" for city in cities)) for name, *cities in facts(CAPITALS)
+        (name, f"{name}的首都是{right}", f"{name}的首都是{wrong}")
+        for name, right, wrong in facts(CAPITALS)
     ]
 
 
@@ -144,36 +167,43 @@ def unit_fact(a: str, b: str, n: int) -> tuple[str, ...]:
 def service() -> Iterator[Question]:
     for one, two, right, wrong in facts(SHOP):
         for ask in SHOP_ASKED:
-            yield from (Question(ask.format(asked), right, wrong) for asked in (one, two))
+            for asked in (one, two):
+                yield Question(ask.format(asked), right, wrong)
 
 
 def capitals() -> Iterator[Question]:
     for name, right, wrong in capital_facts():
-        yield from (Question(ask.format(name), right, wrong) for ask in CAPITAL_ASKED)
+        for ask in CAPITAL_ASKED:
+            yield Question(ask.format(name), right, wrong)
 
 
 def units() -> Iterator[Question]:
     for a, b in UNITS:
         for n in (1, 2, 3):
-            yield from (
-                Question(ask.format(n=n, a=a, b=b), *unit_fact(a, b, n)) for ask in UNIT_ASKED
-            )
+            for ask in UNIT_ASKED:
+                yield Question(ask.format(n=n, a=a, b=b), *unit_fact(a, b, n))
 
 
 def sums() -> Iterator[Question]:
     """Both orders of two numbers have one answer."""
     for a in range(1, 6):
         for b in range(1, 6):
-            right, wrong = (f"答案是{a + b + more}" for more in (0, 10))
-            yield from (Question(ask.format(a, b), right, wrong) for ask in SUM_ASKED)
+            right = f"答案是{a + b}"
+            wrong = f"答案是{a + b + 10}"
+            for ask in SUM_ASKED:
+                yield Question(ask.format(a, b), right, wrong)
 
 
 def rewrites() -> Iterator[Question]:
     for i, who in enumerate(WHO):
         for j, does in enumerate(DOES):
-            for k, (form, says) in enumerate(REWRITES.items()):
+            for k, (form, (right, wrong)) in enumerate(REWRITES.items()):
                 asked = REWRITE_ASKED[(i + j + k) % 3].format(who + does, form)
-                yield Question(asked, *(f"可以说“{one.format(who, does)}”" for one in says))
+                yield Question(
+                    asked,
+                    f"可以说“{right.format(who, does)}”",
+                    f"可以说“{wrong.format(who, does)}”",
+                )
 
 
 def first_round(rng: random.Random, asked: str, fact: str) -> tuple:
@@ -183,47 +213,55 @@ def first_round(rng: random.Random, asked: str, fact: str) -> tuple:
 
 def rounds() -> Iterator[Question]:
     """The second question only makes sense after the first one."""
-    rng, known = random.Random(5), capital_facts()
+    rng = random.Random(5)
+    yield from rounds_of_capitals(rng)
+    yield from rounds_of_units(rng)
+
+
+def rounds_of_capitals(rng: random.Random) -> Iterator[Question]:
+    known = capital_facts()
     for i, (name, right, wrong) in enumerate(known):
         for k, ask in enumerate(pick(MORE_ASKED, i, 2)):
-            country, said, _ = known[(i + 3 + 4 * k) % len(known)]
-            before = first_round(rng, CAPITAL_ASKED[(i + k) % 5].format(country), said)
-            yield Question(ask.format(name), right, wrong, before)
+            country, fact, _ = known[(i + 3 + 4 * k) % len(known)]
+            first = CAPITAL_ASKED[(i + k) % 5].format(country)
+            yield Question(ask.format(name), right, wrong, first_round(rng, first, fact))
+
+
+def rounds_of_units(rng: random.Random) -> Iterator[Question]:
     for i, (a, b) in enumerate(UNITS):
         for n in (1, 2, 3):
-            said = unit_fact(a, b, n)[0]
-            before = first_round(rng, UNIT_ASKED[(i + n) % 4].format(n=n, a=a, b=b), said)
-            yield Question(
-                MORE_ASKED[(i + n) % 3].format(f"{n % 3 + 1}{a}"),
-                *unit_fact(a, b, n % 3 + 1),
-                before,
-            )
+            fact, _ = unit_fact(a, b, n)
+            first = UNIT_ASKED[(i + n) % 4].format(n=n, a=a, b=b)
+            second = n % 3 + 1
+            asked = MORE_ASKED[(i + n) % 3].format(f"{second}{a}")
+            yield Question(asked, *unit_fact(a, b, second), first_round(rng, first, fact))
 
 
 def systems() -> Iterator[Question]:
     """The system message says what the user is to be called."""
-    asked = [
-        (f"麻烦问下，{q}？", right, wrong) for *both, right, wrong in facts(SHOP) for q in both
-    ]
-    asked += [
-        (f"帮忙看看，{name}的首都是什么？", right, wrong) for name, right, wrong in capital_facts()
-    ]
-    for i, (question, right, wrong) in enumerate(asked):
+    questions = []
+    for one, two, right, wrong in facts(SHOP):
+        questions += [(f"麻烦问下，{asked}？", right, wrong) for asked in (one, two)]
+    for name, right, wrong in capital_facts():
+        questions.append((f"帮忙看看，{name}的首都是什么？", right, wrong))
+    for i, (question, right, wrong) in enumerate(questions):
         title = TITLES[(i + i // 6) % 6]
         polite = tuple(form.format(title=title) for form in TITLED)
         before = ({"role": "system", "content": CALL.format(title)},)
         yield Question(question, right, wrong, before, polite)
 
 
-# ---- answers ------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def padded(rng: random.Random, fact: str) -> str:
-    return "，".join([rng.choice(BEFORE), rng.choice(FILLER), fact, *rng.sample(AFTER, 2)]) + "。"
+    parts = [rng.choice(BEFORE), rng.choice(FILLER), fact, *rng.sample(AFTER, 2)]
+    return "，".join(parts) + "。"
 
 
 def pair(rng: random.Random, question: Question, kind: str, curt: str) -> dict:
-    """-> {"prompt": [messages], "chosen": text, "rejected": text}; kind: of the worse answer; curt: a form of CURT."""
+    """-> {"prompt": [messages], "chosen": text, "rejected": text}; kind: of the worse answer; curt:
+    a form of CURT."""
     polite = rng.choice(question.polite)
     rejected = {
         "curt": curt.format(question.right),
@@ -240,17 +278,24 @@ TASKS = (service, capitals, units, sums, rewrites, rounds, systems)
 def pairs(task) -> list[dict]:
     """All pairs of a task; over the phrasings of a fact the kinds of worse answers take turns.
 
-    Each task is curt in one way of its own: polite ones are many, and a greedy model says what is most frequent.
+    Each task is curt in one way of its own: polite ones are many, and a greedy model says what is
+    most frequent.
     """
-    rng, turn, rows = random.Random(task.__name__), {}, []
+    rng = random.Random(task.__name__)
     curt = CURT[TASKS.index(task)]
+    turn: dict[str, int] = {}
+    rows = []
     for question in task():
-        turn[question.right] = turn.get(question.right, rng.randrange(len(KINDS))) + 1
-        rows.append(pair(rng, question, KINDS[turn[question.right] % len(KINDS)], curt))
+        first = rng.randrange(len(KINDS))
+        turn[question.right] = turn.get(question.right, first) + 1
+        kind = KINDS[turn[question.right] % len(KINDS)]
+        rows.append(pair(rng, question, kind, curt))
     return rows
 
 
-# ---- row shapes ---------------------------------------------------------------------------------------------
+# ---- row shapes ----------------------------------------------------------------------------------
+
+SIDES = ("chosen", "rejected")
 
 
 def reply(text: str, role: str = "role", content: str = "content", name: str = "assistant") -> dict:
@@ -268,19 +313,18 @@ def hh(row: dict) -> dict:
 
 def hh_nested(row: dict) -> dict:
     context = [reply(message["content"], content="text", name="human") for message in row["prompt"]]
-    return {"context": context} | {
-        name: reply(row[name], content="text") for name in ("chosen", "rejected")
-    }
+    answers = {side: reply(row[side], content="text") for side in SIDES}
+    return {"context": context} | answers
 
 
 def llama_factory(row: dict) -> dict:
     asked = [reply(message["content"], "from", "value", "human") for message in row["prompt"]]
-    answers = {name: reply(row[name], "from", "value", "gpt") for name in ("chosen", "rejected")}
+    answers = {side: reply(row[side], "from", "value", "gpt") for side in SIDES}
     return {"conversations": asked} | answers
 
 
 def whole_dialogues(row: dict) -> dict:
-    return {name: [*row["prompt"], reply(row[name])] for name in ("chosen", "rejected")}
+    return {side: [*row["prompt"], reply(row[side])] for side in SIDES}
 
 
 def reward(row: dict) -> dict:
@@ -293,7 +337,7 @@ def reward(row: dict) -> dict:
 
 
 def feedback(row: dict) -> dict:
-    return row | {name: [reply(row[name])] for name in ("chosen", "rejected")}
+    return row | {side: [reply(row[side])] for side in SIDES}
 
 
 FILES = {
@@ -316,7 +360,9 @@ def write(path: Path, rows: list[dict]) -> None:
             writer.writerows(rows)
         return
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    text = "[\n" + ",\n".join(lines) + "\n]" if path.suffix == ".json" else "\n".join(lines)
+    text = "\n".join(lines)
+    if path.suffix == ".json":
+        text = "[\n" + ",\n".join(lines) + "\n]"
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
