@@ -16,38 +16,81 @@ import numpy as np
 
 from common.data import files, shapes
 from common.data.cache import cached, write_rows
+from common.data.progress import Progress
 from common.data.shapes import BadRow
 
-VERSION = "".join(
-    files.sha256(Path(module))[:8] for module in (__file__, files.__file__, shapes.__file__)
-)
+MODULES = (__file__, files.__file__, shapes.__file__)
+# rows are read anew after an edit of the code that reads them
+VERSION = "".join(files.sha256(Path(module))[:8] for module in MODULES)
+HEAD = 50  # records from which the shape of a file is recognised
 
 
-def _columns(column_map) -> dict[str, str]:
+# ---- records -> rows -----------------------------------------------------------------------------
+
+
+def column_renames(column_map) -> dict[str, str]:
     """Text like `instruction=问题,output=回答`, or such a dict -> {their name: ours}."""
     if isinstance(column_map, str):
         pairs = [pair.partition("=")[::2] for pair in column_map.split(",") if pair.strip()]
     else:
         pairs = list((column_map or {}).items())
-    if not all(ours.strip() and theirs.strip() for ours, theirs in pairs):
+    renames = {theirs.strip(): ours.strip() for ours, theirs in pairs}
+    if not all(theirs and ours for theirs, ours in renames.items()):
         raise SystemExit(
             f'column_map {column_map!r}: write it like "instruction=问题,output=回答" (ours=theirs)'
         )
-    return {theirs.strip(): ours.strip() for ours, theirs in pairs}
+    return renames
+
+
+def renamed(record: dict, renames: dict[str, str]) -> dict:
+    """A record with our names; a column that has one of them already gives way."""
+    if not renames:
+        return record
+    overwritten = set(renames.values()) - set(renames)
+    kept = {name: value for name, value in record.items() if name not in overwritten}
+    return {renames.get(name, name): value for name, value in kept.items()}
+
+
+def as_json(row: dict, encoding: str) -> str:
+    """A canonical row as JSON; BadRow where its characters cannot have been meant."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            "broken characters", "bytes of another encoding, or half a surrogate pair"
+        ) from error
+    if encoding == "gb18030" and not text.isascii():
+        try:
+            text.encode("gb18030").decode()
+        except UnicodeDecodeError:
+            return text
+        raise BadRow("broken characters", "UTF-8 in a GB18030 file")
+    return text
+
+
+def prompt_key(text: str) -> int:
+    """64-bit hash (signed) of a normalised prompt."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
-    """The shape of a file, from its first records as they are after renaming; one clear line where
-    there is none."""
-    seen = ", ".join(name[:40] for name in list(dict.fromkeys(chain(*head)))[:20])
-    if absent := [name for name in renames if not any(name in record for record in head)]:
+    """The shape of a file, from its first records as they are after renaming.
+
+    SystemExit with one clear line where there is none.
+    """
+    columns = list(dict.fromkeys(chain(*head)))
+    seen = ", ".join(name[:40] for name in columns[:20])
+    absent = [name for name in renames if name not in columns]
+    if absent:
         raise SystemExit(f"{path}: column_map: no column {', '.join(absent)}; columns seen: {seen}")
-    head = [_renamed(record, renames) for record in head]
+    head = [renamed(record, renames) for record in head]
     shape = shapes.detect(kind, head)
     if shape is None:
         others = [other for other in shapes.SHAPES if other != kind and shapes.detect(other, head)]
         hint = f"these are rows of kind {' or '.join(others)}, not {kind}; " if others else ""
-        accepted = "; ".join(s.columns for s in shapes.SHAPES[kind])
+        accepted = "; ".join(shape.columns for shape in shapes.SHAPES[kind])
         raise SystemExit(
             f"{path}: no {kind} rows recognised; columns seen: {seen}; {hint}accepted: {accepted}; "
             "rename yours with --column_map ours=theirs"
@@ -55,44 +98,10 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
     return shape
 
 
-def _renamed(record: dict, renames: dict[str, str]) -> dict:
-    if not renames:
-        return record
-    kept = {
-        name: value
-        for name, value in record.items()
-        if name not in renames.values() or name in renames
-    }
-    return {renames.get(name, name): value for name, value in kept.items()}
-
-
-def _spelled(row: dict, encoding: str) -> str:
-    """A canonical row as JSON; BadRow where its characters cannot have been meant."""
-    spelled = json.dumps(row, ensure_ascii=False)
-    try:
-        spelled.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            "broken characters", "bytes of another encoding, or half a surrogate pair"
-        ) from error
-    if encoding == "gb18030" and not spelled.isascii():
-        try:
-            spelled.encode("gb18030").decode()
-        except UnicodeDecodeError:
-            return spelled
-        raise BadRow("broken characters", "UTF-8 in a GB18030 file")
-    return spelled
-
-
-def prompt_key(text: str) -> int:
-    """64-bit hash (signed) of a normalised prompt."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True
-    )
-
-
 def _drop(stats: dict, where: str, bad: BadRow, strict: bool) -> None:
-    what = f"{where}: {bad.reason}" + (f" ({bad.detail})" if bad.detail else "")
+    what = f"{where}: {bad.reason}"
+    if bad.detail:
+        what += f" ({bad.detail})"
     if strict:
         raise SystemExit(f"{what}; without --strict_data true such rows are counted and left out")
     stats["dropped"][bad.reason] = stats["dropped"].get(bad.reason, 0) + 1
@@ -105,79 +114,39 @@ def _rows(
     """The usable rows of one file; everything else is counted in `stats`."""
     encoding = files.encoding_of(path)
     records = files.records(path, encoding)
-    start = list(islice(records, 50))
-    head = [record for _, record in start if isinstance(record, dict)]
+    start = list(islice(records, HEAD))
     if not start:
         stats["ignored"].append(f"{path} (no rows)")
         return
+    head = [record for _, record in start if isinstance(record, dict)]
     shape = _shape_of(path, kind, head, renames) if head else None
     stats["shapes"][str(path)] = shape.name if shape else "none"
     stats["encodings"][str(path)] = encoding.removesuffix("-sig")
-    for number, record in chain(start, records):
-        stats["read"] += 1
-        try:
-            if isinstance(record, BadRow):
-                raise record
-            if not isinstance(record, dict) or shape is None:
-                raise BadRow("not an object", type(record).__name__)
-            row = shape.convert(_renamed(record, renames))
-            spelled = _spelled(row, encoding)
-        except BadRow as bad:
-            _drop(stats, f"{path}:{number}", bad, strict)
-        else:
+
+    with Progress(f"read {path.name}") as progress:
+        for number, record in chain(start, records):
+            stats["read"] += 1
+            progress.update()
+            try:
+                row = _canonical(record, shape, renames)
+                text = as_json(row, encoding)
+            except BadRow as bad:
+                _drop(stats, f"{path}:{number}", bad, strict)
+                continue
             stats["used"] += 1
-            yield {
-                "row": spelled,
-                "prompt_key": prompt_key(shapes.prompt_of(row)),
-                "source": f"{path}:{number}",
-            }
+            key = prompt_key(shapes.prompt_of(row))
+            yield {"row": text, "prompt_key": key, "source": f"{path}:{number}"}
 
 
-def _refuse_useless(path: Path, stats: dict) -> None:
-    """SystemExit if a path has no row, or more unusable rows than usable ones."""
-    if not stats["read"]:
-        raise SystemExit(f"{path}: no rows (empty)")
-    lost = stats["read"] - stats["used"]
-    if 2 * lost > stats["read"]:
-        reasons = "; ".join(
-            f"{n} {reason}, e.g. {stats['examples'][reason]}"
-            for reason, n in stats["dropped"].items()
-        )
-        raise SystemExit(
-            f"{path}: {lost} of {stats['read']} rows cannot be used (more than half): {reasons}"
-        )
+def _canonical(record, shape: shapes.Shape | None, renames: dict[str, str]) -> dict:
+    if isinstance(record, BadRow):
+        raise record
+    if not isinstance(record, dict) or shape is None:
+        raise BadRow("not an object", type(record).__name__)
+    return shape.convert(renamed(record, renames))
 
 
-def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_dir):
-    """One path of the command line -> (Dataset, stats), from the cache where its contents are
-    known."""
-    paths, ignored = files.data_files(path)
-    contents = [(str(p), files.sha256(p)) for p in paths]
-    key = json.dumps(["rows", VERSION, kind, renames, contents])
-
-    def build(folder: Path) -> dict:
-        stats = {
-            "read": 0,
-            "used": 0,
-            "dropped": {},
-            "examples": {},
-            "shapes": {},
-            "encodings": {},
-            "ignored": [],
-        }
-        write_rows(
-            chain.from_iterable(_rows(p, kind, renames, stats, strict) for p in paths),
-            folder / "rows.arrow",
-        )
-        _refuse_useless(path, stats)
-        return stats | {
-            "sha256": hashlib.sha256(json.dumps([sha for _, sha in contents]).encode()).hexdigest()
-        }
-
-    dataset, stats = cached(key, build, cache_dir)
-    if strict and stats["dropped"]:
-        raise SystemExit(f"{next(iter(stats['examples'].values()))}; strict data was asked for")
-    return dataset, stats | {"ignored": ignored + stats["ignored"]}
+# ---- files -> rows -------------------------------------------------------------------------------
 
 
 def load_rows(
@@ -203,27 +172,86 @@ def load_rows(
     normalised prompt), source ("file:line", "file:row" for parquet). stats: {read, used, dropped
     {reason: n}, examples {reason: "file:line: …"}, shapes {file: shape}, encodings {file: name},
     ignored [names], sha256}, with weights also not_drawn. SystemExit with one line for everything
-    the user has to repair."""
+    the user has to repair.
+    """
     from datasets import concatenate_datasets
 
-    entries, renames = files.entries(data_path), _columns(column_map)
-    loaded = [_load(path, kind, renames, strict, cache_dir) for path, _ in entries]
-    parts, stats = [dataset for dataset, _ in loaded], _merged([s for _, s in loaded])
-    if entries[0][1] is not None:
-        shares = np.array([weight for _, weight in entries]) / sum(weight for _, weight in entries)
-        total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
-        for i, share in enumerate(shares):
-            count = max(1, int(total * share + 1e-6))
-            drawn = np.random.default_rng([seed, i]).permutation(len(parts[i]))[:count]
-            parts[i] = parts[i].select(np.sort(drawn))
+    entries = files.entries(data_path)
+    renames = column_renames(column_map)
+    parts = []
+    all_stats = []
+    for path, _ in entries:
+        part, part_stats = _load(path, kind, renames, strict, cache_dir)
+        parts.append(part)
+        all_stats.append(part_stats)
+    stats = _merged(all_stats)
+
+    weights = [weight for _, weight in entries]
+    weighted = weights[0] is not None  # files.entries: all or none
+    if weighted:
+        parts = _drawn(parts, weights, seed)
     dataset = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    if entries[0][1] is not None:
-        stats |= {"not_drawn": stats["used"] - len(dataset), "used": len(dataset)}
+    if weighted:
+        stats["not_drawn"] = stats["used"] - len(dataset)
+        stats["used"] = len(dataset)
     return dataset, stats
 
 
-def _merged(all_stats: list[dict]) -> dict:
-    merged = {
+def _drawn(parts: list, weights: list[float], seed: int) -> list:
+    """Of every part as many rows, in their order, as its weight asks for."""
+    shares = np.array(weights) / sum(weights)
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    drawn = []
+    for i, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        count = max(1, int(total * share + 1e-6))
+        rows = np.random.default_rng([seed, i]).permutation(len(part))[:count]
+        drawn.append(part.select(np.sort(rows)))
+    return drawn
+
+
+def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_dir):
+    """One path of the command line -> (Dataset, stats), from the cache where its contents are
+    known."""
+    paths, ignored = files.data_files(path)
+    contents = [(str(file), files.sha256(file)) for file in paths]
+    key = json.dumps(["rows", VERSION, kind, renames, contents])
+
+    def build(folder: Path) -> dict:
+        stats = _no_stats()
+        rows = (_rows(file, kind, renames, stats, strict) for file in paths)
+        write_rows(chain.from_iterable(rows), folder / "rows.arrow")
+        _refuse_useless(path, stats)
+        digests = json.dumps([digest for _, digest in contents])
+        return stats | {"sha256": hashlib.sha256(digests.encode()).hexdigest()}
+
+    dataset, stats = cached(key, build, cache_dir)
+    if strict and stats["dropped"]:
+        example = next(iter(stats["examples"].values()))
+        raise SystemExit(f"{example}; strict data was asked for")
+    stats["ignored"] = ignored + stats["ignored"]
+    return dataset, stats
+
+
+def _refuse_useless(path: Path, stats: dict) -> None:
+    """SystemExit if a path has no row, or more unusable rows than usable ones."""
+    if not stats["read"]:
+        raise SystemExit(f"{path}: no rows (empty)")
+    lost = stats["read"] - stats["used"]
+    if 2 * lost > stats["read"]:
+        reasons = "; ".join(
+            f"{count} {reason}, e.g. {stats['examples'][reason]}"
+            for reason, count in stats["dropped"].items()
+        )
+        raise SystemExit(
+            f"{path}: {lost} of {stats['read']} rows cannot be used (more than half): {reasons}"
+        )
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+
+def _no_stats() -> dict:
+    return {
         "read": 0,
         "used": 0,
         "dropped": {},
@@ -232,6 +260,10 @@ def _merged(all_stats: list[dict]) -> dict:
         "encodings": {},
         "ignored": [],
     }
+
+
+def _merged(all_stats: list[dict]) -> dict:
+    merged = _no_stats()
     for stats in all_stats:
         for name in ("read", "used", "ignored"):
             merged[name] = merged[name] + stats[name]
@@ -241,25 +273,25 @@ def _merged(all_stats: list[dict]) -> dict:
         merged["shapes"] |= stats["shapes"]
         merged["encodings"] |= stats["encodings"]
     digests = [stats["sha256"] for stats in all_stats]
-    joined = (
-        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    )
-    return merged | {"sha256": joined}
+    if len(digests) == 1:
+        merged["sha256"] = digests[0]
+    else:
+        merged["sha256"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return merged
 
 
 def summary(stats: dict) -> str:
     """The lines to print about a load: counts, each reason with its example, shapes and encodings
     found."""
-    kinds = {f"{shape} ({stats['encodings'][file]})" for file, shape in stats["shapes"].items()}
-    found = ", ".join(sorted(kinds))
+    found = {f"{shape} ({stats['encodings'][file]})" for file, shape in stats["shapes"].items()}
     lines = [
-        f"rows: {stats['used']:,} used of {stats['read']:,} read in {len(stats['shapes'])} file(s): {found}"
+        f"rows: {stats['used']:,} used of {stats['read']:,} read "
+        f"in {len(stats['shapes'])} file(s): {', '.join(sorted(found))}"
     ]
     if stats.get("not_drawn"):
         lines.append(f"  {stats['not_drawn']:,} not drawn, to keep the weights")
-    lines += [
-        f"  {n:,} dropped, e.g. {stats['examples'][why]}" for why, n in stats["dropped"].items()
-    ]
+    for reason, count in stats["dropped"].items():
+        lines.append(f"  {count:,} dropped, e.g. {stats['examples'][reason]}")
     if stats["ignored"]:
         lines.append(f"  ignored: {', '.join(stats['ignored'])}")
     return "\n".join(lines)

@@ -61,8 +61,9 @@ class Progress:
         seconds = time.monotonic() - self.start
         if self.total is None:
             return f"{self.desc}: {self.done:,} {self.unit}, {seconds:.0f} s"
-        left = seconds * (self.total - self.done) / self.done if self.done else 0
+        done = min(self.done, self.total)  # what workers estimate may be a little more
+        left = seconds * (self.total - done) / done if done else 0
         return (
-            f"{self.desc}: {self.done:,} of {self.total:,} {self.unit}, "
-            f"{seconds:.0f} s, about {max(left, 0):.0f} s left"
+            f"{self.desc}: {done:,} of {self.total:,} {self.unit}, "
+            f"{seconds:.0f} s, about {left:.0f} s left"
         )

@@ -8,22 +8,15 @@ import numpy as np
 
 from common.data import shapes
 from common.data.load import load_rows
+from common.data.progress import Progress
 
 GRAM = 13  # characters; the window of the near-duplicate check
 # a prompt is leaked if this share of its 13-grams stands in the test prompts (one edit costs 13 of
 # them)
 NEAR = 0.3
-BOILERPLATE = (
-    3  # 13-grams in more test prompts than this are an instruction they share, not their content
-)
-
-
-def _column(dataset, name: str) -> np.ndarray:
-    return (
-        dataset.select_columns(name).with_format("numpy")[:][name]
-        if len(dataset)
-        else np.zeros(0, np.int64)
-    )
+# 13-grams in more test prompts than this are an instruction they share, not their content
+BOILERPLATE = 3
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int = 0):
@@ -31,52 +24,32 @@ def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int
     move few others.
 
     eval has at most min(max_eval, eval_ratio * rows) rows, but one whole prompt where there are two
-    or more."""
+    or more.
+    """
     if not 0 <= eval_ratio < 1:
         raise SystemExit(f"eval_ratio {eval_ratio}: must be at least 0 and below 1")
-    prompts, member, sizes = np.unique(
-        _column(dataset, "prompt_key"), return_inverse=True, return_counts=True
-    )
-    held = np.zeros(len(prompts), dtype=bool)
+    keys = _column(dataset, "prompt_key")
+    prompts, prompt_of_row, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    held_out = np.zeros(len(prompts), dtype=bool)
     if eval_ratio and max_eval > 0 and len(prompts) > 1:
         room = min(max_eval, int(len(dataset) * eval_ratio))
         order = np.argsort(_mixed(prompts, seed), kind="stable")
-        for prompt in order:
-            if sizes[prompt] <= room:
-                held[prompt] = True
-                room -= sizes[prompt]
-            if room <= 0:
-                break
-        if not held.any():
-            held[order[np.argmin(sizes[order])]] = True
-    return dataset.select(np.flatnonzero(~held[member])), dataset.select(
-        np.flatnonzero(held[member])
-    )
+        held_out[_filling(order, sizes, room)] = True
+    is_eval = held_out[prompt_of_row]
+    train = dataset.select(np.flatnonzero(~is_eval))
+    return train, dataset.select(np.flatnonzero(is_eval))
 
 
-def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64's finaliser: another well-spread order of the keys for each seed."""
-    x = keys.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _grams(text: str) -> np.ndarray:
-    """Distinct hashes of the 13-character windows of a text without its whitespace; none for a
-    shorter text."""
-    codes = np.frombuffer("".join(text.split()).encode("utf-32-le"), np.uint32).astype(np.uint64)
-    if len(codes) < GRAM:
-        return np.zeros(0, np.uint64)
-    powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(GRAM, dtype=np.uint64)
-    return np.unique(
-        _mixed((np.lib.stride_tricks.sliding_window_view(codes, GRAM) * powers).sum(1), 0)
-    )
-
-
-def _prompts(dataset) -> Iterator[str]:
-    for batch in dataset.select_columns("row").iter(1000):
-        yield from (shapes.prompt_of(json.loads(row)) for row in batch["row"])
+def _filling(order: np.ndarray, sizes: np.ndarray, room: int) -> list[int]:
+    """The prompts, taken in `order`, whose rows fit into `room`; the smallest where none does."""
+    taken = []
+    for prompt in order:
+        if sizes[prompt] <= room:
+            taken.append(prompt)
+            room -= sizes[prompt]
+        if room <= 0:
+            break
+    return taken or [order[np.argmin(sizes[order])]]
 
 
 def leak_check(train, test_path, kind: str = "chat", column_map=None, cache_dir=None):
@@ -84,21 +57,62 @@ def leak_check(train, test_path, kind: str = "chat", column_map=None, cache_dir=
 
     Equal normalised prompts, and near ones: 30 % (NEAR) of a prompt's 13-grams stand in the test
     prompts, not counting 13-grams that more than 3 (BOILERPLATE) test prompts share, which are a
-    common instruction."""
+    common instruction.
+    """
     test, _ = load_rows(test_path, kind, column_map, cache_dir=cache_dir)
     exact = np.isin(_column(train, "prompt_key"), _column(test, "prompt_key"))
-    seen, times = np.unique(
-        np.concatenate([_grams(p) for p in set(_prompts(test))]), return_counts=True
-    )
+    grams = [_grams(prompt) for prompt in set(_prompts(test))]
+    known, times = np.unique(np.concatenate(grams), return_counts=True)
     kept = []
-    for i, prompt in enumerate(_prompts(train)):
-        if exact[i]:
-            continue
-        grams = _grams(prompt)
-        at = np.minimum(np.searchsorted(seen, grams), max(len(seen) - 1, 0))
-        found = seen[at] == grams if len(seen) else np.zeros(len(grams), bool)
-        common = found & (times[at] > BOILERPLATE) if len(seen) else found
-        leaked, own = np.sum(found & ~common), np.sum(~common)
-        if not (leaked and leaked >= NEAR * own):
-            kept.append(i)
+    with Progress("leak check", total=len(train)) as progress:
+        for i, prompt in enumerate(_prompts(train)):
+            progress.update()
+            if not exact[i] and not _is_near(_grams(prompt), known, times):
+                kept.append(i)
     return train.select(kept), len(train) - len(kept)
+
+
+def _is_near(grams: np.ndarray, known: np.ndarray, times: np.ndarray) -> bool:
+    """Whether a share NEAR of a prompt's own 13-grams is `known`, each of which stands in `times`
+    test prompts."""
+    if not len(known):
+        return False
+    at = np.minimum(np.searchsorted(known, grams), len(known) - 1)
+    found = known[at] == grams
+    common = found & (times[at] > BOILERPLATE)
+    leaked = np.sum(found & ~common)
+    own = np.sum(~common)
+    return leaked > 0 and leaked >= NEAR * own
+
+
+def _column(dataset, name: str) -> np.ndarray:
+    if not len(dataset):
+        return np.zeros(0, np.int64)
+    return dataset.select_columns(name).with_format("numpy")[:][name]
+
+
+def _prompts(dataset) -> Iterator[str]:
+    for batch in dataset.select_columns("row").iter(1000):
+        for row in batch["row"]:
+            yield shapes.prompt_of(json.loads(row))
+
+
+def _grams(text: str) -> np.ndarray:
+    """Distinct hashes of the 13-character windows of a text without its whitespace; none for a
+    shorter text."""
+    characters = "".join(text.split())
+    codes = np.frombuffer(characters.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    if len(codes) < GRAM:
+        return np.zeros(0, np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(codes, GRAM)
+    powers = HASH_BASE ** np.arange(GRAM, dtype=np.uint64)
+    return np.unique(_mixed((windows * powers).sum(1), seed=0))
+
+
+def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
+    """splitmix64's finaliser: another well-spread order of the keys for each seed."""
+    offset = (seed + 1) * int(HASH_BASE) % 2**64
+    x = keys.astype(np.uint64) + np.uint64(offset)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.data.cache import cached
+from common.data.labels import IGNORE
 from common.data.load import VERSION
+from common.data.progress import Progress
 
 FORKED_FROM = 5000  # fewer rows than this are tokenised faster than worker processes start
+NO_LABEL = "no label left"
 
 
 class _Stop(Exception):
@@ -18,52 +21,75 @@ class _Stop(Exception):
     word."""
 
 
-def _encoded(
-    batch: dict, encode: Callable, columns: tuple[str, ...], forked: bool, refusals: Path
+# ---- one batch, perhaps in a worker process ------------------------------------------------------
+
+
+def _encode_batch(
+    batch: dict,
+    worker: int | None,
+    encode: Callable,
+    columns: tuple[str, ...],
+    refusals: Path,
+    progress: Progress,
+    workers: int,
 ) -> dict:
-    if forked and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(
-            1
-        )  # OpenMP hangs in a fork of a process that has used its threads
+    """Rows as read -> token rows; worker: which of the processes this is, None where only one
+    works."""
+    if worker is not None and "torch" in sys.modules:
+        # OpenMP hangs in a fork of a process that has used its threads
+        sys.modules["torch"].set_num_threads(1)
     out = {name: [] for name in (*columns, "length", "truncated", "source")}
     for row, source in zip(batch["row"], batch["source"], strict=True):
         try:
-            found = encode(json.loads(row)) or []
+            found = encode(json.loads(row))
         except SystemExit as error:
             raise _Stop(f"{source}: {error}") from None
         except ValueError as error:  # the chat template refuses the row
             _refuse(refusals, " ".join(str(error).split()), source)
             continue
-        usable = [
-            tokens
-            for tokens in (found if isinstance(found, list) else [found])
-            if _has_labels(tokens, columns)
-        ]
+        usable = _usable(found, columns)
         if not usable:
             _refuse(refusals, NO_LABEL, source)
         for tokens in usable:
-            for name in columns:
-                out[name].append(tokens[name])
-            out["length"].append(
-                sum(len(tokens[name]) for name in columns if name.endswith("input_ids"))
-            )
-            out["truncated"].append(bool(tokens.get("truncated")))
-            out["source"].append(source)
+            _append(out, tokens, columns, source)
+    if not worker:  # the first worker speaks for all: their shares are equal
+        progress.update(len(batch["row"]) * workers)
     return out
 
 
-NO_LABEL = "no label left"
+def _usable(found: dict | list | None, columns: tuple[str, ...]) -> list[dict]:
+    if not found:
+        return []
+    if not isinstance(found, list):
+        found = [found]
+    return [tokens for tokens in found if _has_labels(tokens, columns)]
 
 
 def _has_labels(tokens: dict, columns: tuple[str, ...]) -> bool:
     """Whether every column of labels has one; the first is never a target of a causal model."""
-    labels = [tokens[name] for name in columns if name.endswith("labels")]
-    return all(any(label != -100 for label in part[1:]) for part in labels)
+    for name in columns:
+        if not name.endswith("labels"):
+            continue
+        if all(label == IGNORE for label in tokens[name][1:]):
+            return False
+    return True
+
+
+def _append(out: dict, tokens: dict, columns: tuple[str, ...], source: str) -> None:
+    for name in columns:
+        out[name].append(tokens[name])
+    lengths = [len(tokens[name]) for name in columns if name.endswith("input_ids")]
+    out["length"].append(sum(lengths))
+    out["truncated"].append(bool(tokens.get("truncated")))
+    out["source"].append(source)
 
 
 def _refuse(refusals: Path, reason: str, source: str) -> None:
     with open(refusals / f"{os.getpid()}.refused", "a", encoding="utf-8") as file:
         file.write(json.dumps([reason, source]) + "\n")
+
+
+# ---- all rows ------------------------------------------------------------------------------------
 
 
 def tokenise(
@@ -86,58 +112,98 @@ def tokenise(
     Columns: `columns` as int32, length (tokens), truncated, source. Rows without a label are
     dropped.
     counts: {"rows", "truncated", "dropped": {"no label left": n}, "examples", "tokens",
-        "label_tokens"}."""
-    from datasets import Features, List, Value
-
+        "label_tokens"}.
+    """
     columns = tuple(columns)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = (num_proc or cores) if len(dataset) >= FORKED_FROM else 1
-    features = {name: List(Value("int32")) for name in columns}
-    features |= {"length": Value("int32"), "truncated": Value("bool"), "source": Value("string")}
+    workers = (num_proc or _cores()) if len(dataset) >= FORKED_FROM else 1
 
     def build(folder: Path) -> dict:
         try:
-            tokens = dataset.map(
-                _encoded,
-                fn_kwargs={
-                    "encode": encode,
-                    "columns": columns,
-                    "forked": workers > 1,
-                    "refusals": folder,
-                },
-                batched=True,
-                batch_size=200,
-                num_proc=workers if workers > 1 else None,
-                remove_columns=dataset.column_names,
-                features=Features(features),
-                cache_file_name=str(folder / "tokens.arrow"),
-                load_from_cache_file=False,
-                # the folder has its own key; hashing a tokenizer is slow and unstable
-                new_fingerprint="tokens",
-                desc="tokenise",
-            )
+            tokens = _map(dataset, encode, columns, workers, folder)
         except _Stop as stop:
             raise SystemExit(str(stop)) from None
-        refused = [
-            json.loads(line)
-            for file in folder.glob("*.refused")
-            for line in file.open(encoding="utf-8")
-        ]
+        refused = _refused(folder)
         if required and not len(tokens):
-            told = [f"{source}: {reason}" for reason, source in refused if reason != NO_LABEL]
-            why = (
-                told[0]
-                if told
-                else "the length limit cuts off every answer, or the chat template marks none"
-            )
-            raise SystemExit(f"none of {len(dataset)} rows has a label left: {why}")
+            raise SystemExit(f"none of {len(dataset)} rows has a label left: {_why(refused)}")
         return _counts(tokens, columns, refused)
 
-    return cached(
-        json.dumps(["tokens", VERSION, dataset._fingerprint, columns, required, key]),
-        build,
-        cache_dir,
+    full_key = json.dumps(["tokens", VERSION, dataset._fingerprint, columns, required, key])
+    return cached(full_key, build, cache_dir)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _map(dataset, encode: Callable, columns: tuple[str, ...], workers: int, folder: Path):
+    from datasets import Features, List, Value, is_progress_bar_enabled
+
+    features = {name: List(Value("int32")) for name in columns}
+    features |= {"length": Value("int32"), "truncated": Value("bool"), "source": Value("string")}
+    progress = Progress("tokenise", total=len(dataset))
+    if is_progress_bar_enabled():
+        progress.shown = False  # datasets draws a bar of its own
+    return dataset.map(
+        _encode_batch,
+        fn_kwargs={
+            "encode": encode,
+            "columns": columns,
+            "refusals": folder,
+            "progress": progress,
+            "workers": workers,
+        },
+        batched=True,
+        batch_size=200,
+        with_rank=True,
+        num_proc=workers if workers > 1 else None,
+        remove_columns=dataset.column_names,
+        features=Features(features),
+        cache_file_name=str(folder / "tokens.arrow"),
+        load_from_cache_file=False,
+        # the folder has its own key; hashing a tokenizer is slow and unstable
+        new_fingerprint="tokens",
+        desc="tokenise",
     )
+
+
+def _refused(folder: Path) -> list[tuple[str, str]]:
+    """(reason, source) of every row that was left out."""
+    refused = []
+    for file in folder.glob("*.refused"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        refused += [tuple(json.loads(line)) for line in lines]
+    return refused
+
+
+def _why(refused: list[tuple[str, str]]) -> str:
+    """Why no row is left: the first reason that a template gave, or the usual one."""
+    for reason, source in refused:
+        if reason != NO_LABEL:
+            return f"{source}: {reason}"
+    return "the length limit cuts off every answer, or the chat template marks none"
+
+
+def _counts(tokens, columns: tuple[str, ...], refused: list[tuple[str, str]]) -> dict:
+    counts = {
+        "rows": len(tokens),
+        "truncated": 0,
+        "dropped": dict(Counter(reason for reason, _ in refused)),
+        "examples": {},
+        "tokens": 0,
+        "label_tokens": 0,
+    }
+    for reason, source in refused:
+        counts["examples"].setdefault(reason, f"{source}: {reason}")
+    label_columns = [name for name in columns if name.endswith("labels")]
+    for table in tokens.with_format("arrow").iter(1000):
+        counts["truncated"] += int(table["truncated"].to_numpy().sum())
+        counts["tokens"] += int(table["length"].to_numpy().sum())
+        for name in label_columns:
+            labels = table[name].combine_chunks().flatten().to_numpy()
+            counts["label_tokens"] += int((labels != IGNORE).sum())
+    return counts
 
 
 def tokenise_split(train, held_out, encode: Callable, key: str, **settings):
@@ -149,24 +215,8 @@ def tokenise_split(train, held_out, encode: Callable, key: str, **settings):
     if not len(held_out):
         return train_ids, [], counts
     eval_ids, more = tokenise(held_out, encode, key, required=False, **settings)
-    for reason, n in more["dropped"].items():
-        counts["dropped"][reason] = counts["dropped"].get(reason, 0) + n
+    for reason, count in more["dropped"].items():
+        counts["dropped"][reason] = counts["dropped"].get(reason, 0) + count
     counts["examples"] = more["examples"] | counts["examples"]
     counts["truncated"] += more["truncated"]
     return train_ids, eval_ids, counts
-
-
-def _counts(tokens, columns: tuple[str, ...], refused: list) -> dict:
-    counts = {"rows": len(tokens), "truncated": 0, "dropped": {}, "tokens": 0, "label_tokens": 0}
-    counts["dropped"], counts["examples"] = dict(Counter(reason for reason, _ in refused)), {}
-    for reason, source in refused:
-        counts["examples"].setdefault(reason, f"{source}: {reason}")
-    for table in tokens.with_format("arrow").iter(1000):
-        counts["truncated"] += int(table["truncated"].to_numpy().sum())
-        counts["tokens"] += int(table["length"].to_numpy().sum())
-        for name in columns:
-            if name.endswith("labels"):
-                counts["label_tokens"] += int(
-                    (table[name].combine_chunks().flatten().to_numpy() != -100).sum()
-                )
-    return counts
