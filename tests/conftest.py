@@ -11,8 +11,9 @@ from filelock import FileLock
 
 # before torch: two workers with a team of threads each on two cores mostly wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "tests/npu"), str(ROOT)]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "npu"), str(ROOT)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,11 +76,48 @@ def browser():
 
 
 LONGEST = (  # begin with these, so that no worker ends long after the other
-    "training", "npu", "bloom", "chatglm", "notebooks", "dpo", "recipes", "minimind_training", "minimind_use",
-    "quickstart",
-)  # fmt: skip
+    "core/test_training.py",
+    "npu/test_npu.py",
+    "recipes/test_contract.py",
+    "recipes/baichuan2_dpo/test_dpo.py",
+    "recipes/chatglm_lora/test_chatglm.py",
+    "recipes/chinese_bloom/test_bloom.py",
+    "recipes/minimind_npu/test_minimind_training.py",
+    "recipes/minimind_npu/test_minimind_use.py",
+    "recipes/test_notebooks.py",
+)
 
 
-def pytest_collection_modifyitems(items):
-    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+def pytest_addoption(parser):
+    rooms = "core, tools, npu, fast (nothing slow) or a recipe; see tests/run.sh"
+    parser.addoption("--room", default="", help=rooms)
+
+
+def belongs(item, room: str) -> bool:
+    """Whether a test is part of `--room`; of a recipe: its own tests, the tests of all recipes for
+    it, and the fast ones of the core."""
+    place = item.path.relative_to(TESTS).parts
+    slow = item.get_closest_marker("slow") is not None
+    if room in ("core", "tools", "npu"):
+        return place[0] == room
+    if room == "fast":
+        return not slow
+    if place[0] == "core":
+        return not slow
+    if place[0] != "recipes":
+        return False
+    return place[1] == room or (len(place) == 2 and room in item.name)
+
+
+def pytest_collection_modifyitems(config, items):
+    room = config.getoption("--room")
+    if room:
+        others = [item for item in items if not belongs(item, room)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if belongs(item, room)]
+    order = {name: number for number, name in enumerate(LONGEST)}
+
+    def place(item) -> int:
+        return order.get(item.path.relative_to(TESTS).as_posix(), len(order))
+
+    items.sort(key=place)

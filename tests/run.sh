@@ -1,11 +1,24 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them all. `--fast` leaves out the end-to-end runs; other flags go to pytest.
+# Sets up what the tests need and runs them.
+#   bash tests/run.sh                        all of them
+#   bash tests/run.sh train_qwen             what a change of that recipe needs
+#   bash tests/run.sh core|tools|npu|fast    a room; fast: nothing that starts a training run
+# Further flags go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source common/launch.sh
 choose_python "$PWD/requirements-dev.txt"
 PATH=$(dirname "$python"):$PATH
 export PATH
+
+room=()
+case ${1:-} in
+    core | tools | npu | fast) room=(--room "$1"); shift ;;
+    "" | -*) ;;
+    *)
+        [[ -f ${1%/}/train.py ]] || die "$1 is no recipe and none of core, tools, npu, fast" 2
+        room=(--room "${1%/}"); shift ;;
+esac
 
 # Debian's Chromium and CJK fonts for the demo tests, shellcheck for the scripts
 if ! command -v chromium >/dev/null || ! command -v shellcheck >/dev/null || ! fc-list 2>/dev/null | grep -qi "noto.*cjk"; then
@@ -24,7 +37,9 @@ python tests/npu/npu_sim/simulator.py >/dev/null
 ruff check .
 ruff format --check .
 git ls-files '*.sh' .ci/run | xargs shellcheck -x -e SC1091
-select=()
-if [[ ${1:-} == --fast ]]; then select=(-m "not slow"); shift; fi
-# two files at a time: most of a run is the start of processes, which leaves a core idle
-exec python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"
+
+# half as many files at a time as there are cores, two at least: most of a run is the start of
+# processes, which leaves a core idle, and many tests start two
+workers=$(($(nproc) / 2))
+if ((workers < 2)); then workers=2; fi
+exec python -m pytest -q --durations=25 -n "$workers" --dist loadfile --no-loadscope-reorder "${room[@]}" "$@"

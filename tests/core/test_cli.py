@@ -6,6 +6,7 @@ import pytest
 from transformers import TrainingArguments
 
 from common import cli
+from common.runs import old_flags
 
 
 @dataclass
@@ -48,7 +49,7 @@ def test_defaults_of_the_recipe_and_of_tiny(tmp_path):
 )
 def test_grouping_can_be_switched_off(words, strategy):
     given = f"--group_by_length{words} --seed 1".split()
-    assert cli.modern_flags(given, ["seed"]) == [
+    assert old_flags.translate(given, ["seed"]) == [
         "--train_sampling_strategy",
         strategy,
         "--seed",

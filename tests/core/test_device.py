@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from harness import ROOT, environment
@@ -23,7 +24,7 @@ def test_answers_agree_with_each_other():
     assert device.device().type == device.kind()
     assert device.dist_backend() == {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[device.kind()]
     assert device.half_dtype() in (None, torch.bfloat16, torch.float16)
-    assert 0 < device.peak_memory_mb() < device.total_memory_mb()
+    assert 0 < device.peak_memory_mb() < psutil.virtual_memory().total / 2**20
     assert device.name()
 
 

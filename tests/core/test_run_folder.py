@@ -6,7 +6,6 @@ import pytest
 
 from common import cli
 from common.runs import checkpoint, run_folder
-from common.trainer import RecipeTrainer
 
 SETTINGS = {"learning_rate": 1.0, "seed": 42}
 
@@ -16,15 +15,15 @@ def args(**changes):
     return SimpleNamespace(**base | changes)
 
 
-def look(out, settings=SETTINGS, overwrite=False, **changes):
-    return run_folder._inspect_output(args(**changes), out, dict(settings), overwrite)
+def look(out, settings=SETTINGS, overwrite=False, keeps_order=False, **changes):
+    return run_folder.inspect(args(**changes), out, dict(settings), overwrite, keeps_order)
 
 
-def save(out, step, torn=False, **facts):
+def save(out, step, complete=True, **facts):
     folder = out / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"x" * 100)
-    if not torn:
+    if complete:
         checkpoint.mark_complete(folder, step=step, **{"world_size": 2, "engine": "ddp"} | facts)
     return folder
 
@@ -36,28 +35,28 @@ def finish(out):
 
 
 def test_new_folder_starts(tmp_path):
-    assert look(tmp_path / "a" / "b") == {"say": [], "start": None}
+    assert look(tmp_path / "a" / "b") == run_folder.Verdict()
     assert (tmp_path / "a/b/run.json").is_file()
 
 
 def test_same_run_continues_even_when_told_to_overwrite(tmp_path):
     look(tmp_path)
     folder = save(tmp_path, 4)
-    save(tmp_path, 8, torn=True)
+    save(tmp_path, 8, complete=False)
     for overwrite in (False, True):
         verdict = look(tmp_path, overwrite=overwrite)
-        assert verdict["start"] == str(folder) and "checkpoint-8" in verdict["say"][0]
+        assert verdict.start == str(folder) and "checkpoint-8" in verdict.say[0]
 
 
 def test_finished_run_is_told_and_extended_run_is_not_finished_until_it_is(tmp_path):
     look(tmp_path)
     folder = save(tmp_path, 12)
     finish(tmp_path)
-    assert look(tmp_path)["exit"] == 0
+    assert look(tmp_path).exit == 0
     longer = SETTINGS | {"num_train_epochs": 5}
-    assert look(tmp_path, longer)["exit"] == 2
-    assert look(tmp_path, longer, resume_from_checkpoint="true")["start"] == str(folder)
-    assert look(tmp_path, longer)["start"] == str(folder), (
+    assert look(tmp_path, longer).exit == 2
+    assert look(tmp_path, longer, resume_from_checkpoint="true").start == str(folder)
+    assert look(tmp_path, longer).start == str(folder), (
         "killed while it continued: the same command goes on"
     )
 
@@ -68,8 +67,8 @@ def test_another_run_is_refused_or_replaced(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     other = SETTINGS | {"seed": 7}
     verdict = look(tmp_path, other)
-    assert verdict["exit"] == 2 and "seed 42 -> 7" in verdict["error"]
-    assert look(tmp_path, other, overwrite=True)["start"] is None
+    assert verdict.exit == 2 and "seed 42 -> 7" in verdict.error
+    assert look(tmp_path, other, overwrite=True).start == ""
     assert not (tmp_path / "checkpoint-4").exists() and (tmp_path / "mine.txt").exists()
 
 
@@ -77,43 +76,42 @@ def test_another_run_is_refused_or_replaced(tmp_path):
 def test_what_others_wrote_is_never_deleted(tmp_path, overwrite):
     for name in ("final", "runs"):
         (tmp_path / name).mkdir()
-    assert look(tmp_path, overwrite=overwrite)["exit"] == 2
+    assert look(tmp_path, overwrite=overwrite).exit == 2
     assert (tmp_path / "final").is_dir() and (tmp_path / "runs").is_dir()
 
 
 def test_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     verdict = look(tmp_path / "file")
-    assert verdict["exit"] == 1 and "cannot be used" in verdict["error"]
+    assert verdict.exit == 1 and "cannot be used" in verdict.error
 
 
 def test_resume_from_another_folder_leaves_a_usable_run_file(tmp_path):
     elsewhere = save(tmp_path / "old", 4)
     out = tmp_path / "new"
-    assert look(out, resume_from_checkpoint=str(elsewhere))["start"] == str(elsewhere)
-    assert look(out)["start"] is None
-    assert look(out, resume_from_checkpoint=str(tmp_path / "nowhere"))["exit"] == 1
+    assert look(out, resume_from_checkpoint=str(elsewhere)).start == str(elsewhere)
+    assert look(out).start == ""
+    assert look(out, resume_from_checkpoint=str(tmp_path / "nowhere")).exit == 1
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     look(tmp_path)
     save(tmp_path, 4)
-    assert "order of the data" in look(tmp_path, world_size=1)["say"][0]
-    assert "--max_steps" in look(tmp_path, world_size=1, max_steps=-1)["error"]
+    assert "at the same row" in look(tmp_path, keeps_order=True, world_size=1).say[0]
+    assert "order of the data" in look(tmp_path, world_size=1).say[0]
+    assert "--max_steps" in look(tmp_path, world_size=1, max_steps=-1).error
     zero = SimpleNamespace(config={"zero_optimization": {"stage": 2}})
-    assert "zero-2" in look(tmp_path, hf_deepspeed_config=zero)["error"]
+    assert "zero-2" in look(tmp_path, hf_deepspeed_config=zero).error
     save(tmp_path, 6, weights_only=True)
-    assert "no optimizer state" in look(tmp_path)["error"]
+    assert "no optimizer state" in look(tmp_path).error
 
 
 def test_rotation_keeps_what_was_just_saved(tmp_path):
     for step in (2, 4, 5):
         save(tmp_path, step)
-    save(tmp_path, 8, torn=True)
+    save(tmp_path, 8, complete=False)
     save(tmp_path, 9)
-    state = SimpleNamespace(global_step=5, best_model_checkpoint=str(tmp_path / "checkpoint-2"))
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path), state=state)
-    RecipeTrainer._rotate(trainer, 1)
+    checkpoint.rotate(tmp_path, limit=1, step=5, best=str(tmp_path / "checkpoint-2"))
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-2",
         "checkpoint-5",

@@ -70,7 +70,6 @@ def train(output, *flags, code=0, **settings):
 
 LAYOUTS = {  # name: (processes, engine, rows per device, accumulation); 8 windows a step in each
     "1 process": (1, "ddp", 8, 1),
-    "1 process, accumulation 4": (1, "ddp", 2, 4),
     "DDP x 2": (2, "ddp", 4, 1),
     "ZeRO-2 x 2": (2, "zero-2", 4, 1),
     "ZeRO-3 x 2": (2, "zero-3", 4, 1),
@@ -136,9 +135,11 @@ def uninterrupted(tmp_path_factory):
 
 
 KILLS = [
-    ("ddp", "kill-in-step"), ("ddp", "kill-in-model@2"), ("ddp", "kill-in-marker@3"),
-    ("zero-2", "kill-in-step"), ("zero-2", "kill-before-marker@2"), ("zero-3", "kill-in-optimizer@2"),
-]  # fmt: skip
+    ("ddp", "kill-in-step"),
+    ("ddp", "kill-in-marker@3"),
+    ("zero-2", "kill-before-marker@2"),
+    ("zero-3", "kill-in-optimizer@2"),
+]
 
 
 @pytest.mark.parametrize("engine, fault", KILLS)
@@ -163,10 +164,10 @@ def test_killed_run_continues_bit_exactly(uninterrupted, tmp_path, engine, fault
 def test_every_checkpoint_torn_is_not_a_silent_start_from_zero(uninterrupted, tmp_path):
     train(tmp_path, fault="kill-in-optimizer@1", code=1)
     line = error_line(finish(begin(tmp_path, "--resume_from_checkpoint", "true")), 1)
-    assert "no whole checkpoint" in line
+    assert "no complete checkpoint" in line
 
 
-@pytest.mark.parametrize("engine, number", [("ddp", signal.SIGINT), ("zero-2", signal.SIGTERM)])
+@pytest.mark.parametrize("engine, number", [("ddp", signal.SIGINT)])
 def test_signal_saves_and_the_same_command_continues(uninterrupted, tmp_path, engine, number):
     process = begin(tmp_path, engine=engine)
     for line in process.stdout:
@@ -181,22 +182,11 @@ def test_signal_saves_and_the_same_command_continues(uninterrupted, tmp_path, en
     assert weights_sha(tmp_path / "final") == weights_sha(uninterrupted(engine) / "final")
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_another_number_of_processes(tmp_path, before, after):
-    """DDP continues with a warning; ZeRO refuses in one line before the model is loaded."""
-    for engine in ("ddp", "zero-2"):
-        out = tmp_path / engine
-        train(out, nproc=before, engine=engine, fault="kill-in-step@6", code=1)
-        result = finish(begin(out, nproc=after, engine=engine))
-        if engine == "ddp":
-            assert "order of the data differs" in expect(result).stdout and (out / "final").is_dir()
-        else:
-            line = error_line(result, 1)
-            assert (
-                f"saved by {before} process(es) with zero-2, this run has {after}" in line
-                and f"NPROC={before}" in line
-            )
-            assert "model:" not in result.stdout
+def test_another_number_of_processes(tmp_path):
+    """DDP continues with a warning; that ZeRO refuses stands in test_run_folder.py."""
+    train(tmp_path, nproc=2, fault="kill-in-step@6", code=1)
+    again = train(tmp_path, nproc=1)
+    assert "order of the data differs" in again.stdout and (tmp_path / "final").is_dir()
 
 
 # ---- one folder, several runs -------------------------------------------------------------------------------
@@ -227,12 +217,11 @@ def test_overwrite_starts_anew(tmp_path):
 # ---- faults -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fault, engine", [("nan-loss@6", "ddp"), ("nan-loss@6", "zero-2"), ("nan-grad@6", "ddp")]
-)
+@pytest.mark.parametrize("fault, engine", [("nan-loss@6", "zero-2"), ("nan-grad@6", "ddp")])
 def test_nan_stops_before_the_optimizer_step_and_names_the_rows(tmp_path, fault, engine):
     result = finish(begin(tmp_path, engine=engine, fault=fault))
     expect(result, 1)
+    assert "stopped before the optimizer step" in result.stderr
     assert "step 6" in result.stderr and "Traceback" not in result.stderr and "nan" in result.stderr
     rows = json.loads(next(tmp_path.glob("nan_rows_*.json")).read_text())
     assert (

@@ -51,9 +51,9 @@ def facts():
         autocast = str(error)
     show(
         kind=device.kind(), count=device.device_count(), half=device.half_dtype(), backend=device.dist_backend(),
-        name=device.name(), varlen=device.varlen_attention(), compile=device.compile_pays(),
-        four_bit=device.supports_4bit(), saturates=device.overflow_saturates(), autocast=autocast, refused=refused,
-        loaded="torch_npu" in sys.modules and sys.modules["torch_npu"] is not None, total=device.total_memory_mb(),
+        name=device.name(), varlen=device.varlen_attention(),
+        saturates=device.overflow_saturates(), autocast=autocast, refused=refused,
+        loaded="torch_npu" in sys.modules and sys.modules["torch_npu"] is not None,
         trainer=str(training.device), accelerate=str(PartialState().device), deepspeed=get_accelerator()._name,
         bf16=training.bf16, fp16=training.fp16, optim=str(training.optim.value),
     )  # fmt: skip
@@ -184,7 +184,7 @@ def answers(model):
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     net = AutoModelForCausalLM.from_pretrained(model).to(device.device()).eval()
-    ask = lambda q: tokenizer.apply_chat_template(  # noqa: E731
+    ask = lambda q: tokenizer.apply_chat_template(
         [{"role": "user", "content": q}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     prompts = [

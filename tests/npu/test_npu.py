@@ -83,8 +83,8 @@ def test_a_chip_gets_the_precision_it_has(npu, chip):
     assert (said["kind"], said["count"], said["name"], said["backend"]) == ("npu", 2, chip, "hccl")
     assert (said["half"], said["saturates"], said["varlen"]) == (half, saturates, varlen)
     assert (said["bf16"], said["fp16"]) == (half == "torch.bfloat16", half == "torch.float16")
-    assert said["trainer"] == "npu:0" and said["deepspeed"] == "npu" and said["total"] > 30_000
-    assert said["optim"] == "adamw_torch" and not said["compile"] and not said["four_bit"]
+    assert said["trainer"] == "npu:0" and said["deepspeed"] == "npu"
+    assert said["optim"] == "adamw_torch"
     refused = said["refused"]
     assert refused["defaults"] is None
     assert "--optim adamw_torch" in refused["fp16 fused"] or saturates
@@ -329,7 +329,7 @@ def test_deepspeed_sees_an_overflow_of_a_chip_that_saturates(npu, stage):
     if stage == 2:
         said = check("deepspeed_overflow", "stock", config, env=npu(FIRST, 2), nproc=2)
         assert said["skipped"][-1] == 0, (
-            "DeepSpeed sees it by itself now: device.patch_overflow_check may go"
+            "DeepSpeed sees it by itself now: engine.patch_overflow_check may go"
         )
 
 
@@ -365,13 +365,12 @@ def test_every_recipe_is_here():
     assert set(FLAGS) == set(RECIPES)
 
 
-# each recipe on both chips; the first one in every way
-RUNS = [
-    (case, recipe)
-    for case in CASES
-    for recipe in RECIPES
-    if recipe == RECIPES[0] or "ZeRO-2" in case
-]
+# train_qwen in every way; the others, whose trainer is the same, on one chip; minimind_npu, which has
+# a loop of its own, on both
+EVERY_WAY = "train_qwen"
+RUNS = [(case, EVERY_WAY) for case in CASES]
+RUNS += [("910B ZeRO-2 x2 full", recipe) for recipe in RECIPES if recipe != EVERY_WAY]
+RUNS += [("910A ZeRO-2 x2 LoRA", "minimind_npu")]
 
 
 @pytest.mark.slow
@@ -380,7 +379,7 @@ def test_recipe_trains(npu, tmp_path, recipe, case):
     chip, cards, deepspeed, kind = CASES[case]
     flags = [*SHORT, *FLAGS[recipe][kind]]
     if (
-        recipe != RECIPES[0]
+        recipe != EVERY_WAY
     ):  # without the shells' choice of a Python, which takes as long as the run
         config = ["--deepspeed", ROOT / recipe / "ds_zero2.json"] if deepspeed else []
         command = [
@@ -498,12 +497,11 @@ def train(output, *flags, nproc=1, fault=None, code=0, env):
 
 @pytest.mark.slow
 def test_losses_are_those_of_the_cpu(npu, tmp_path):
-    """float32: one CPU process, one NPU, two over hccl, two under ZeRO-2; 910A in fp16 stays close."""
+    """float32: one CPU process, two NPUs over hccl, two under ZeRO-2; 910A in fp16 stays close."""
     fp32, one, two = ["--bf16", "false"], [], ["--per_device_train_batch_size", 1]
     cpu = {"DANPU_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     runs = {
         "cpu": (one + fp32, 1, cpu),
-        "npu": (one + fp32, 1, npu(A2, 1)),
         "npu x2": (two + fp32, 2, npu(A2, 2)),
         "npu ZeRO-2 x2": (two + fp32 + ZERO2, 2, npu(A2, 2)),
         "fp16": (one, 1, npu(FIRST, 1)),
@@ -526,15 +524,12 @@ def test_losses_are_those_of_the_cpu(npu, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "chip, flags, fault", [(FIRST, [], "kill-in-optimizer@2"), (A2, ZERO2, "kill-in-step@7")]
-)
-def test_killed_run_continues_bit_exactly(npu, tmp_path, chip, flags, fault):
-    """fp16 with the scaler over hccl, and bf16 under ZeRO-2."""
-    env = npu(chip, 2)
-    train(tmp_path / "whole", *flags, nproc=2, env=env)
-    train(tmp_path / "killed", *flags, nproc=2, fault=fault, code=1, env=env)
-    again = train(tmp_path / "killed", *flags, nproc=2, env=env)
+def test_killed_run_continues_bit_exactly(npu, tmp_path):
+    """fp16 with the scaler over hccl; what the chip adds to a checkpoint are scaler and generator."""
+    env = npu(FIRST, 2)
+    train(tmp_path / "whole", nproc=2, env=env)
+    train(tmp_path / "killed", nproc=2, fault="kill-in-optimizer@2", code=1, env=env)
+    again = train(tmp_path / "killed", nproc=2, env=env)
     assert "continuing from" in again.stdout and BANNER in again.stderr
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     assert weights_sha(tmp_path / "killed/final") == weights_sha(tmp_path / "whole/final")

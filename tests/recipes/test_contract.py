@@ -1,19 +1,27 @@
-"""Every recipe as a user meets it: its shells without arguments, copied elsewhere, its README, what it leaves."""
+"""What every recipe promises: the whole folder, READMEs whose commands are right, a copy under another
+name that runs on two ranks like on one, a page that opens."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from harness import RECIPES, ROOT, error_line, expect, report, shell, weights
+from harness import (
+    RECIPES,
+    ROOT,
+    expect,
+    finish,
+    history,
+    own_modules,
+    report,
+    shell,
+    start,
+    weights,
+)
 
-KEYS = {
-    "recipe", "model", "device", "dtype", "world_size", "rows", "tokens", "seconds", "tokens_per_second",
-    "peak_memory_mb", "loss", "metrics", "versions", "command",
-}  # fmt: skip
+from common.runs.report import KEYS
+
 TWINS = [ROOT, *(ROOT / name for name in RECIPES)]
 
 
@@ -41,36 +49,53 @@ def test_files_named_in_readme_commands_exist(folder):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_named_in_readme_commands_exist(recipe):
+    """Of the commands that end in train.py; the scripts beside it answer for themselves."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    from common.runs import old_flags
+
+    (train,) = own_modules(recipe, "train")
+    known = {field.name for kind in (train.Args, TrainingArguments) for field in fields(kind)}
+    known |= {"size", "from_weight"} | set(old_flags.RENAMED_QUIETLY)
+    blocks = "\n".join(commands(ROOT / recipe / "README.md")).replace("\\\n", " ")
+    lines = [line.split("#")[0] for line in blocks.splitlines()]
+    lines = [line for line in lines if re.search(r"/(train\w*|pretrain)\.(sh|py)\b", line)]
+    assert lines
+    for line in lines:
+        for flag in re.findall(r" --(\w+)", line.split(".sh")[-1].split("train.py")[-1]):
+            assert flag in known, line
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_whole(recipe):
     folder = ROOT / recipe
-    names = "README.md README_zh.md train.py app.py ds_zero2.json ds_zero3.json train_zero2.sh train_zero3.sh"
-    for name in [*names.split(), "data.ipynb", "infer.ipynb", "data"]:
+    names = "README.md README_zh.md train.py app.py ds_zero2.json ds_zero3.json train_zero2.sh"
+    for name in [*names.split(), "train_zero3.sh", "data.ipynb", "infer.ipynb", "data"]:
         assert (folder / name).exists(), name
-    assert len((folder / "train.py").read_text().splitlines()) <= 250
+    assert len((folder / "train.py").read_text().splitlines()) <= 320
     for file in folder.rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
             assert file.stat().st_size <= 250 * 1024, file
     code = [
-        file.read_text()
-        for file in [*folder.glob("*.py"), *folder.glob("*.sh"), *folder.glob("*.ipynb")]
+        file.read_text() for kind in ("py", "sh", "ipynb") for file in folder.rglob(f"*.{kind}")
     ]
     others = [other for other in RECIPES if other != recipe]
     assert not any(
         re.search(rf"(import|from) {other}\b", text) for text in code for other in others
     )
-    stages = {
-        n: json.loads((folder / f"ds_zero{n}.json").read_text())["zero_optimization"]["stage"]
-        for n in (2, 3)
-    }
-    assert stages == {2: 2, 3: 3}
+    for stage in (2, 3):
+        settings = json.loads((folder / f"ds_zero{stage}.json").read_text())
+        assert settings["zero_optimization"]["stage"] == stage
 
 
 def test_common_knows_no_model_and_only_device_knows_devices():
-    files = [*ROOT.glob("*/*.py"), *ROOT.glob("common/*/*.py"), *ROOT.glob("*/*.ipynb")]
-    assert len(files) > 20
+    files = [file for kind in ("py", "ipynb") for file in ROOT.glob(f"*/**/*.{kind}")]
+    files = [file for file in files if file.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
+    assert len(files) > 60
     for file in files:
-        if file.parent.name == "tests":
-            continue
         text = file.read_text(encoding="utf-8")
         if file.name != "device.py":
             assert not re.search(r"""\.cuda\(|\.npu\(|["'](cuda|npu)[:"']""", text), file
@@ -79,143 +104,92 @@ def test_common_knows_no_model_and_only_device_knows_devices():
         assert not re.search(r"torch\.load\((?!.*weights_only=True)", text), file
 
 
-@pytest.mark.slow
-def test_default_run_learns_and_reports(tiny_run):
-    """`bash train_qwen/train_zero2.sh`: trained by DeepSpeed on two processes, and it shows."""
-    out, printed = tiny_run
-    facts = report(out)
-    assert facts.keys() >= KEYS
-    assert (
-        facts["world_size"] >= 1 and facts["engine"] == "zero-2" and facts["recipe"] == "train_qwen"
-    )
-    before, after = facts["metrics"]["before"], facts["metrics"]["after"]
-    assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
-    assert after["loss"] < 0.2 * before["loss"]
-    assert facts["loss"]["last"] < 0.2 * facts["loss"]["first"]
-    assert "| exact match |" in printed and "| held out | before | after |" in printed
-    assert facts["tokens"]["total"] > facts["tokens"]["label"] > 0 and facts["peak_memory_mb"] > 100
-    assert "![loss](loss.png)" in (out / "report.md").read_text()
-    from PIL import Image
-
-    assert Image.open(out / "loss.png").size[0] > 600
+# flags of a short run: samples as a path, so that no built-in base is taught first
+SHORT = ["--max_steps", 4, "--logging_steps", 1, "--eval_generate", 4, "--max_new_tokens", 16]
+SHORT += ["--report_to", "none", "--save_strategy", "no", "--bf16", "false"]
+MORE = {
+    "chatglm_lora": ["--data_path", "data"],
+    "baichuan2_dpo": ["--data_path", "data"],
+    "minimind_npu": ["--stage", "sft", "--size", "tiny", "--optimizer", "adamw"],
+}
 
 
-@pytest.mark.slow
-def test_saved_model_opens_with_plain_transformers_and_answers(tiny_run):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    out, _ = tiny_run
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(out / "final"),
-        AutoTokenizer.from_pretrained(out / "final"),
-    )
-    chat = [{"role": "user", "content": "你是谁"}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    assert "小丹" in tokenizer.decode(
-        answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+def short_flags(folder: Path, recipe: str) -> list:
+    more = [str(folder / word) if word == "data" else word for word in MORE.get(recipe, [])]
+    return [*SHORT, *more]
 
 
-SHORT = [
-    "--max_steps",
-    "6",
-    "--logging_steps",
-    "2",
-    "--eval_generate",
-    "8",
-    "--report_to",
-    "none",
-    "--save_steps",
-    "6",
-]
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """recipe -> its copy (with common/) under another name, run by train_zero2.sh on two ranks: the
+    copy's folder and its output. Made when first asked for."""
+    made = {}
 
+    def make(recipe: str) -> tuple[Path, Path]:
+        if recipe not in made:
+            root = tmp_path_factory.mktemp("copy")
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "common", root / "common", ignore=ignore)
+            folder = Path(shutil.copytree(ROOT / recipe, root / "my recipe", ignore=ignore))
+            size = ["--per_device_train_batch_size", 2]
+            flags = [*short_flags(folder, recipe), *size]
+            expect(shell(folder / "train_zero2.sh", *flags, cwd="/", fork=True))
+            # a recipe of stages has a folder for each
+            found = next((root / "output/my recipe").rglob("report.json"))
+            made[recipe] = folder, found.parent
+        return made[recipe]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["train_zero3.sh", "train_lora.sh"])
-def test_generation_of_the_saved_model_equals_that_of_the_model_in_training(tmp_path, script):
-    """The answers in the report came from the model in training (spread over two ranks under ZeRO-3)."""
-    expect(
-        shell(ROOT / "train_qwen" / script, *SHORT, "--bf16", "false", OUTPUT=tmp_path, fork=True)
-    )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from common.data.labels import encode_prompt
-    from common.runs.generate import generate_answers
-
-    final = tmp_path / "final"
-    if script == "train_lora.sh":
-        from peft import AutoPeftModelForCausalLM
-
-        model = AutoPeftModelForCausalLM.from_pretrained(final)
-        assert all("lora_" in name for name in weights(final))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(final)
-    tokenizer = AutoTokenizer.from_pretrained(final)
-    samples = report(tmp_path)["samples"]
-    prompts = [encode_prompt(tokenizer, sample["messages"], sample["tools"]) for sample in samples]
-    answers = [
-        answer.split("</think>")[-1].strip()
-        for answer in generate_answers(model, tokenizer, prompts, 48)
-    ]
-    assert len(samples) == 8 and answers == [sample["after"] for sample in samples]
-
-
-@pytest.mark.slow
-def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    expect(
-        shell(
-            ROOT / "train_qwen/train_lora.sh",
-            *SHORT,
-            "--use_dora",
-            "true",
-            "--bf16",
-            "false",
-            OUTPUT=tmp_path / "run",
-        )
-    )
-    adapter, merged = tmp_path / "run/final", tmp_path / "merged"
-    merge = [sys.executable, ROOT / "train_qwen/merge.py", "--adapter", adapter, "--output_dir"]
-    done = subprocess.run([*merge, merged], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = AutoPeftModelForCausalLM.from_pretrained(adapter)(ids).logits
-        logits = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
-    assert torch.allclose(expected, logits, atol=1e-4)
-
-    from common.convert import adapter as adapters
-
-    base = Path(json.loads((adapter / adapters.BASE_FILE).read_text())["base_model"])
-    other = tmp_path / "other"
-    shutil.copytree(base, other)
-    stranger = AutoModelForCausalLM.from_pretrained(base)
-    stranger.model.layers[0].mlp.up_proj.weight.data.normal_()
-    stranger.save_pretrained(other)
-    line = error_line(
-        subprocess.run([*merge, tmp_path / "m2", "--base", other], capture_output=True, text=True),
-        1,
-    )
-    assert "weights" in line and str(other) in line and not (tmp_path / "m2").exists()
+    return make
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_copied_recipe_runs_under_another_name(tmp_path, recipe):
-    shutil.copytree(
-        ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copytree(
-        ROOT / recipe, tmp_path / "my recipe", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    expect(shell(tmp_path / "my recipe/train_zero2.sh", *SHORT, cwd="/", fork=True))
-    found = next(
-        (tmp_path / "output/my recipe").rglob("report.json")
-    ).parent  # a recipe of stages has a folder for each
-    assert report(found)["recipe"] == "my recipe"
+def test_a_copy_under_another_name_runs(copied, recipe):
+    _, out = copied(recipe)
+    facts = report(out)
+    assert facts["recipe"] == "my recipe" and facts["engine"] == "zero-2"
+    assert facts["world_size"] == 2 and facts.keys() >= set(KEYS)
+    assert (out / "loss.png").is_file() and (out / "final").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_ranks_equal_one(copied, tmp_path, recipe):
+    """ZeRO-2 on two ranks and one plain process: the same losses, the same weights."""
+    folder, two = copied(recipe)
+    command = [
+        "python",
+        ROOT / "common/launch.py",
+        1,
+        folder / "train.py",
+        "--output_dir",
+        tmp_path,
+    ]
+    size = ["--per_device_train_batch_size", 4]
+    expect(finish(start([*command, *short_flags(folder, recipe), *size])))
+    expected = history(tmp_path)
+    found = history(two)
+    assert found.keys() == expected.keys() and len(expected) == 4
+    for step in expected:
+        assert abs(found[step] - expected[step]) < 1e-4 * abs(expected[step]), (step, expected)
+    one = weights(tmp_path / "final")
+    for name, tensor in weights(two / "final").items():
+        assert (tensor.float() - one[name].float()).abs().max() < 1e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_demo_opens(copied, recipe):
+    """build_demo on what the run left: a page that answers."""
+    import urllib.request
+
+    from common.demo import serve
+
+    folder, out = copied(recipe)
+    (app,) = own_modules(recipe, "app")
+    demo = app.build_demo(out)
+    try:
+        address = serve.serve(demo)
+        assert urllib.request.urlopen(address, timeout=20).status == 200
+    finally:
+        demo.close()

@@ -1,0 +1,138 @@
+"""train_qwen: what its default run learns and leaves, generation in training, merging."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, error_line, expect, report, shell, weights
+
+from common.runs.report import KEYS
+
+
+@pytest.mark.slow
+def test_default_run_learns_and_reports(tiny_run):
+    """`bash train_qwen/train_zero2.sh`: trained by DeepSpeed on two processes, and it shows."""
+    out, printed = tiny_run
+    facts = report(out)
+    assert facts.keys() >= set(KEYS)
+    assert (
+        facts["world_size"] >= 1 and facts["engine"] == "zero-2" and facts["recipe"] == "train_qwen"
+    )
+    before, after = facts["metrics"]["before"], facts["metrics"]["after"]
+    assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
+    assert after["loss"] < 0.2 * before["loss"]
+    assert facts["loss"]["last"] < 0.2 * facts["loss"]["first"]
+    assert "| exact match |" in printed and "| held out | before | after |" in printed
+    assert facts["tokens"]["total"] > facts["tokens"]["label"] > 0 and facts["peak_memory_mb"] > 100
+    assert "![loss](loss.png)" in (out / "report.md").read_text()
+    from PIL import Image
+
+    assert Image.open(out / "loss.png").size[0] > 600
+
+
+@pytest.mark.slow
+def test_saved_model_opens_with_plain_transformers_and_answers(tiny_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = tiny_run
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out / "final"),
+        AutoTokenizer.from_pretrained(out / "final"),
+    )
+    chat = [{"role": "user", "content": "你是谁"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    assert "小丹" in tokenizer.decode(
+        answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
+SHORT = [
+    "--max_steps",
+    "6",
+    "--logging_steps",
+    "2",
+    "--eval_generate",
+    "8",
+    "--report_to",
+    "none",
+    "--save_steps",
+    "6",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_zero3.sh", "train_lora.sh"])
+def test_generation_of_the_saved_model_equals_that_of_the_model_in_training(tmp_path, script):
+    """The answers in the report came from the model in training (spread over two ranks under ZeRO-3)."""
+    expect(
+        shell(ROOT / "train_qwen" / script, *SHORT, "--bf16", "false", OUTPUT=tmp_path, fork=True)
+    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from common.data.labels import encode_prompt
+    from common.runs.generate import generate_answers
+
+    final = tmp_path / "final"
+    if script == "train_lora.sh":
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(final)
+        assert all("lora_" in name for name in weights(final))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    samples = report(tmp_path)["samples"]
+    prompts = [encode_prompt(tokenizer, sample["messages"], sample["tools"]) for sample in samples]
+    answers = [
+        answer.split("</think>")[-1].strip()
+        for answer in generate_answers(model, tokenizer, prompts, 48)
+    ]
+    assert len(samples) == 8 and answers == [sample["after"] for sample in samples]
+
+
+@pytest.mark.slow
+def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    expect(
+        shell(
+            ROOT / "train_qwen/train_lora.sh",
+            *SHORT,
+            "--use_dora",
+            "true",
+            "--bf16",
+            "false",
+            OUTPUT=tmp_path / "run",
+        )
+    )
+    adapter, merged = tmp_path / "run/final", tmp_path / "merged"
+    merge = [sys.executable, ROOT / "train_qwen/merge.py", "--adapter", adapter, "--output_dir"]
+    done = subprocess.run([*merge, merged], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = AutoPeftModelForCausalLM.from_pretrained(adapter)(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+    assert torch.allclose(expected, logits, atol=1e-4)
+
+    from common.convert import adapter as adapters
+
+    base = Path(json.loads((adapter / adapters.BASE_FILE).read_text())["base_model"])
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    stranger = AutoModelForCausalLM.from_pretrained(base)
+    stranger.model.layers[0].mlp.up_proj.weight.data.normal_()
+    stranger.save_pretrained(other)
+    line = error_line(
+        subprocess.run([*merge, tmp_path / "m2", "--base", other], capture_output=True, text=True),
+        1,
+    )
+    assert "weights" in line and str(other) in line and not (tmp_path / "m2").exists()
