@@ -16,6 +16,8 @@ import random
 import sys
 import warnings
 
+# Importing this module changes the environment and sys.modules, on purpose: torch must not load a
+# broken torch_npu by itself, and afterwards no library may find one.
 _wanted = os.environ.get("DANPU_DEVICE", "").lower()
 _autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
 if "torch" not in sys.modules:
@@ -41,23 +43,30 @@ def npu_hardware() -> bool:
     return bool(glob.glob("/dev/davinci[0-9]*"))
 
 
+def _version_mismatch() -> ImportError | None:
+    """torch_npu works with the torch of its own version only."""
+    try:
+        torch_version = importlib.metadata.version("torch").split("+")[0]
+        npu_version = importlib.metadata.version("torch-npu").split("+")[0]
+    except importlib.metadata.PackageNotFoundError:  # built from source: its import will tell
+        return None
+    wanted = npu_version.split(".post")[0].split("rc")[0]
+    if torch_version.split(".post")[0].split("rc")[0] == wanted:
+        return None
+    return ImportError(
+        f"torch-npu {npu_version} belongs to torch {wanted}, and torch is {torch_version}: "
+        "pip install -r requirements-npu.txt"
+    )
+
+
 def _load_torch_npu() -> Exception | None:
     """Import torch_npu if it is installed; what stands in the way, in one line with the remedy,
     else None."""
     if importlib.util.find_spec("torch_npu") is None or _wanted in ("cpu", "cuda"):
         return None
-    try:
-        versions = [
-            importlib.metadata.version(name).split("+")[0] for name in ("torch", "torch-npu")
-        ]
-    except importlib.metadata.PackageNotFoundError:  # built from source: its import will tell
-        versions = ["0", "0"]
-    torch_version, own = (version.split(".post")[0].split("rc")[0] for version in versions)
-    if torch_version != own:
-        return ImportError(
-            f"torch-npu {versions[1]} belongs to torch {own}, and torch is {versions[0]}: "
-            "pip install -r requirements-npu.txt"
-        )
+    mismatch = _version_mismatch()
+    if mismatch:
+        return mismatch
     try:
         with warnings.catch_warnings():  # it changes the filters of the whole process
             import torch_npu  # noqa: F401

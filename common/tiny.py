@@ -29,15 +29,17 @@ def make_tokenizer(
     paraphrases look alike to a small model. The same texts give the same tokenizer in every
     process.
 
-    texts: what to learn merges from. vocab_size: upper bound, tokens; texts with few different
-        words end below it.
-    special_tokens: get ids 0, 1, ... in this order and are skipped by
-        decode(skip_special_tokens=True).
-    plain_tokens: get the last ids; one id each too, but part of the visible text (<think>,
-        <tool_call>).
-    settings: go to PreTrainedTokenizerFast: eos_token, pad_token, bos_token, model_max_length
-    (tokens), ...; their tokens have to be among special_tokens, else ValueError. Returns a
-    PreTrainedTokenizerFast; pad_token defaults to eos_token.
+    Args:
+        texts: what to learn merges from.
+        vocab_size: upper bound, tokens; texts with few different words end below it.
+        special_tokens: get ids 0, 1, ... in this order and are skipped by
+            decode(skip_special_tokens=True).
+        plain_tokens: get the last ids; one id each too, but part of the visible text (<think>,
+            <tool_call>).
+        settings: go to PreTrainedTokenizerFast: eos_token, pad_token, bos_token, model_max_length
+            (tokens) ...; their tokens have to be among special_tokens, else ValueError.
+    Returns:
+        a PreTrainedTokenizerFast; pad_token defaults to eos_token.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -75,15 +77,14 @@ def _random_model(config, seed: int, dtype, model_class, tokenizer):
         model_class = model_class or AutoModelForCausalLM._model_mapping[type(config)]
         model = model_class(config).to(dtype or torch.float32)
     config.dtype = dtype or torch.float32
-    model.should_save_on_this_rank = lambda is_main_process: (
-        is_main_process
-    )  # the rank that holds the lock writes
+    # the rank that holds the lock writes
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
     if model.can_generate():
-        ids = {
-            f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None)
-            for k in ("bos", "eos", "pad")
-        }
-        model.generation_config = GenerationConfig(**ids)
+        model.generation_config = GenerationConfig(
+            bos_token_id=getattr(tokenizer, "bos_token_id", None),
+            eos_token_id=getattr(tokenizer, "eos_token_id", None),
+            pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        )
     return model
 
 
@@ -101,21 +102,23 @@ def save_tiny(
 
     The key is a hash of config, tokenizer files, seed, dtype and class, so nothing is ever
     overwritten or outdated.
-    config: the model's config, its vocab_size at least len(tokenizer).
-    tokenizer: anything with save_pretrained (a processor too).
-    seed: of the weights; the global generator stays as it was. dtype: torch dtype of the weights,
-        default float32.
-    model_class: default AutoModelForCausalLM.
-    teach: called with the random model before it is saved; the file it stands in belongs to the
-    key. Raises ValueError for a config with too few tokens, OSError when the folder cannot be
-    written.
+    Args:
+        config: the model's config, its vocab_size at least len(tokenizer).
+        tokenizer: anything with save_pretrained (a processor too).
+        seed: of the weights; the global generator stays as it was.
+        dtype: torch dtype of the weights, default float32.
+        model_class: default AutoModelForCausalLM.
+        teach: called with the random model before it is saved; the file it stands in belongs to the
+            key.
+    Raises ValueError for a config with too few tokens, OSError when the folder cannot be written.
     """
     from filelock import FileLock
 
     text = config.get_text_config()
     if hasattr(tokenizer, "vocab_size") and text.vocab_size < len(tokenizer):
         raise ValueError(
-            f"vocab_size {text.vocab_size} of the config is below the tokenizer's {len(tokenizer)} tokens"
+            f"vocab_size {text.vocab_size} of the config is below the tokenizer's "
+            f"{len(tokenizer)} tokens"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,15 +126,12 @@ def save_tiny(
     try:
         tokenizer.save_pretrained(draft)
         parts = [config.to_json_string(use_diff=False), str((seed, dtype, model_class))]
-        source = inspect.getsourcefile(getattr(teach, "func", teach)) if teach else None
-        parts += [Path(source).read_text(encoding="utf-8")] if source else []
-        files = [f.name.encode() + f.read_bytes() for f in sorted(draft.iterdir())]
-        final = (
-            folder
-            / hashlib.sha256(b"\n".join([*(part.encode() for part in parts), *files])).hexdigest()[
-                :16
-            ]
-        )
+        if teach:
+            source = inspect.getsourcefile(getattr(teach, "func", teach))
+            parts.append(Path(source).read_text(encoding="utf-8"))
+        key = [part.encode() for part in parts]
+        key += [file.name.encode() + file.read_bytes() for file in sorted(draft.iterdir())]
+        final = folder / hashlib.sha256(b"\n".join(key)).hexdigest()[:16]
         with FileLock(f"{final}.lock"):
             if not final.exists():
                 model = _random_model(config, seed, dtype, model_class, tokenizer)
