@@ -755,19 +755,17 @@ def test_tokenise_in_workers_keeps_order_and_errors(tmp_path):
 HANG = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from common.data.cache import cached
-from common.data.load import load_rows, prompt_key, summary
-from common.data.tokens import FORKED_FROM, tokenise, tokenise_split
-from common.data.split import leak_check, split_rows
+from common.data import tokens
+from common.data.load import load_rows
 torch.set_num_threads(4)
 big = torch.randn(600, 600)
 print((big @ big).sum().item() > 0, torch.randn(4_000_000).exp().sum() > 0)  # starts the OpenMP threads
 def encode(row):
     n = int((torch.ones(600, 600) @ torch.ones(600, 600))[0, 0] + torch.randn(300_000).exp().sum() * 0)
     return {{"input_ids": [1, n], "labels": [-100, n], "truncated": False}}
-FORKED_FROM = 10
+tokens.FORKED_FROM = 10
 dataset, _ = load_rows({path!r})
-print(len(tokenise(dataset, encode, "k", num_proc=2)[0]))
+print(len(tokens.tokenise(dataset, encode, "k", num_proc=2)[0]))
 """
 
 
@@ -791,10 +789,8 @@ MEMORY = """
 import json, resource, sys
 sys.path.insert(0, {root!r})
 import datasets, pyarrow, numpy
-from common.data.cache import cached
-from common.data.load import load_rows, prompt_key, summary
-from common.data.tokens import FORKED_FROM, tokenise, tokenise_split
-from common.data.split import leak_check, split_rows
+from common.data.load import load_rows
+from common.data.split import split_rows
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 load_rows({small!r})
 before = peak()
