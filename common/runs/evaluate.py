@@ -84,7 +84,9 @@ class HeldOutCurve(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps
         if self.rows and (state.global_step % self.every == 0 or last):
+            asked = control.should_log
             self.measure()
+            control.should_log = asked  # transformers clears it with every log
 
     def measure(self) -> None:
         began = time.time()
