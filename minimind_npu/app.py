@@ -18,16 +18,18 @@ from common.demo import page
 from common.demo.page import IDLE, MAX_CHARS, MAX_WAITING, SAMPLING, launch
 
 import gradio as gr
-from engine.generation import Speaker, newest
+from engine.generation import MiniMindChatModel, newest
 
 EXAMPLES = ["你是谁？", "七加五等于几？", "西班牙的首都是哪里？", "想一想再回答：6加2再减5等于几？"]
 BEGINNINGS = ["冬天里的一天，", "傍晚，小丽", "山羊有", "三加五等于"]
 
 
-def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
+def build_demo(model: str | Path | MiniMindChatModel | None = None) -> gr.Blocks:
     """The chat page for a run, model or adapter folder (default: the newest run); SystemExit when
     there is no model."""
-    chat_model = model if isinstance(model, Speaker) else Speaker(model or newest())
+    chat_model = (
+        model if isinstance(model, MiniMindChatModel) else MiniMindChatModel(model or newest())
+    )
     chat = page.Chat(chat_model, ("use_adapter", "thinking", "max_new_tokens", *SAMPLING))
     kind = " · LoRA" * chat_model.adapter + " · 续写" * (not chat_model.chats)
     about = f"{chat_model.name}{kind} · {page.size(chat_model.model)} 参数 · {device.name()} · {chat_model.model.dtype}"
@@ -59,7 +61,7 @@ def build_demo(model: str | Path | Speaker | None = None) -> gr.Blocks:
     return demo.queue(max_size=MAX_WAITING)
 
 
-def settings(chat_model: Speaker) -> list[gr.components.Component]:
+def settings(chat_model: MiniMindChatModel) -> list[gr.components.Component]:
     """The controls under the chat, in the order of Chat.ask; their defaults are those of the
     model."""
     with gr.Row():

@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 
-from engine.generation import Sampling, Speaker, newest
+from engine.generation import Sampling, MiniMindChatModel, newest
 
 from common.demo.chat_model import split_thought
 
@@ -33,8 +33,10 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_toke
 class Chat:
     """A conversation and the commands on it."""
 
-    def __init__(self, speaker: Speaker, system: str = "", thinking: bool = False, **sampling):
-        """sampling: what Speaker.stream takes of SAMPLING."""
+    def __init__(
+        self, speaker: MiniMindChatModel, system: str = "", thinking: bool = False, **sampling
+    ):
+        """sampling: what MiniMindChatModel.stream takes of SAMPLING."""
         self.speaker, self.system, self.thinking, self.sampling = (
             speaker,
             system,
@@ -140,7 +142,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def sampling(args, speaker: Speaker) -> dict:
+def sampling(args, speaker: MiniMindChatModel) -> dict:
     """What was given, over what the model's generation config says."""
     own = speaker.model.generation_config
     heat = (own.temperature or 0) if own.do_sample else 0
@@ -163,7 +165,7 @@ def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
     device.training_defaults(set())
-    speaker = Speaker(args.adapter or args.model_name_or_path or newest())
+    speaker = MiniMindChatModel(args.adapter or args.model_name_or_path or newest())
     chat = Chat(speaker, args.system, args.think == "on", **sampling(args, speaker))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C at the prompt leaves
     what = HELP if speaker.chats else "pre-trained: goes on with a text  /exit"

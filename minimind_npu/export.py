@@ -2,9 +2,12 @@
 read one back.
 
     python minimind_npu/export.py --model output/minimind_npu/sft --output_dir my_model
-    python minimind_npu/export.py --adapter output/minimind_npu/lora --output_dir my_model        # merged into its base
-    python minimind_npu/export.py --import --model my_model --output_dir back                     # to train it on
-    python minimind_npu/export.py --import --model full_sft_512.pth --tokenizer FOLDER --output_dir back
+    python minimind_npu/export.py --adapter output/minimind_npu/lora --output_dir my_model
+    python minimind_npu/export.py --import --model my_model --output_dir back
+    python minimind_npu/export.py --import --model full_sft_512.pth --tokenizer FOLDER \\
+        --output_dir back
+
+An adapter is merged into its base; what --import writes can be trained on.
 
 Generation 3 becomes Qwen3 or Qwen3-MoE, generation 2 Llama or Qwen2-MoE (whose shared expert stands
 behind a gate and whose query, key and value have biases: the gate is 0, which halves, the expert's
@@ -77,110 +80,120 @@ DTYPES = {
 CLOSE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of the largest logit
 
 
-# ---- out ------------------------------------------------------------------------------------------------------------
+# ---- out -----------------------------------------------------------------------------------------
 
 
 def native_config(config: MiniMindConfig) -> PretrainedConfig:
     """The config of transformers' own model that computes the same; SystemExit where there is
     none."""
     kind, architecture = KINDS[config.generation, config.use_moe]
-    fields = {name: getattr(config, name) for name in SAME} | {
-        "rope_parameters": rope_parameters(config)
-    }
+    fields = {name: getattr(config, name) for name in SAME}
+    fields["rope_parameters"] = rope_parameters(config)
     if config.use_moe:
-        fields |= {name: getattr(config, name) for name in SPARSE}
-        # one expert alone keeps its probability in generation 2, whatever the config says
-        fields["norm_topk_prob"] = config.norm_topk_prob and (
-            config.generation == 3 or config.num_experts_per_tok > 1
-        )
-        fields["moe_intermediate_size"] = config.moe_intermediate_size
-    if config.use_moe and config.generation == 3 and config.n_shared_experts:
-        raise SystemExit(
-            "this model cannot be exported: generation 3 with shared experts is no architecture of transformers "
-            "(Qwen3-MoE has none, Qwen2-MoE does not normalise query and key)"
-        )
-    if config.use_moe and config.generation == 2:
-        fields["moe_intermediate_size"] = config.intermediate_size
-        fields["shared_expert_intermediate_size"] = config.intermediate_size * max(
-            1, config.n_shared_experts
-        )
-        fields["qkv_bias"] = True
+        fields |= native_expert_fields(config)
     return kind(**fields, architectures=[architecture])
 
 
+def native_expert_fields(config: MiniMindConfig) -> dict:
+    fields = {name: getattr(config, name) for name in SPARSE}
+    # one expert alone keeps its probability in generation 2, whatever the config says
+    several = config.generation == 3 or config.num_experts_per_tok > 1
+    fields["norm_topk_prob"] = config.norm_topk_prob and several
+    if config.generation == 3:
+        if config.n_shared_experts:
+            raise SystemExit(
+                "this model cannot be exported: generation 3 with shared experts is no "
+                "architecture of transformers (Qwen3-MoE has none, Qwen2-MoE does not normalise "
+                "query and key)"
+            )
+        fields["moe_intermediate_size"] = config.moe_intermediate_size
+        return fields
+    width = config.intermediate_size
+    fields["moe_intermediate_size"] = width
+    fields["shared_expert_intermediate_size"] = width * max(1, config.n_shared_experts)
+    fields["qkv_bias"] = True
+    return fields
+
+
 def rope_parameters(config: MiniMindConfig) -> dict:
-    plain = {"rope_type": "default", "rope_theta": float(config.rope_theta)}
+    theta = {"rope_theta": float(config.rope_theta)}
     longer = config.max_position_embeddings > YARN["original_max_position_embeddings"]
-    stretched = config.inference_rope_scaling and longer
-    return plain | YARN | {"rope_type": "yarn", "attention_factor": 1.0} if stretched else plain
+    if config.inference_rope_scaling and longer:
+        return theta | YARN | {"rope_type": "yarn", "attention_factor": 1.0}
+    return theta | {"rope_type": "default"}
 
 
 def native_tensors(config: MiniMindConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names of transformers; only Qwen2-MoE's differ."""
-    tensors = {
-        k: v
-        for k, v in weights.items()
-        if not (k == "lm_head.weight" and config.tie_word_embeddings)
-    }
-    if not (config.use_moe and config.generation == 2):
-        return tensors
-    for layer in range(config.num_hidden_layers):
-        block = f"model.layers.{layer}."
-        shared = [name for name in tensors if name.startswith(f"{block}mlp.shared_experts.")]
-        mine = {name.removeprefix(block): tensors.pop(name) for name in shared}
-        tensors |= {
-            f"{block}mlp.{name}": value for name, value in shared_expert(config, mine).items()
-        }
-        for part in ("q_proj", "k_proj", "v_proj"):
-            rows = tensors[f"{block}self_attn.{part}.weight"]
-            tensors[f"{block}self_attn.{part}.bias"] = rows.new_zeros(len(rows))
+    tensors = dict(weights)
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if config.use_moe and config.generation == 2:
+        for layer in range(config.num_hidden_layers):
+            as_qwen2_moe(config, tensors, f"model.layers.{layer}.")
     return tensors
 
 
-def shared_expert(config: MiniMindConfig, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_qwen2_moe(config: MiniMindConfig, tensors: dict[str, Tensor], block: str) -> None:
+    """One block's shared experts under the other name, and biases of 0."""
+    shared = {}
+    for name in list(tensors):
+        if name.startswith(f"{block}mlp.shared_experts."):
+            shared[name.removeprefix(f"{block}mlp.shared_experts.")] = tensors.pop(name)
+    for name, value in shared_expert(config, shared).items():
+        tensors[f"{block}mlp.{name}"] = value
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        rows = tensors[f"{block}self_attn.{projection}.weight"]
+        tensors[f"{block}self_attn.{projection}.bias"] = rows.new_zeros(len(rows))
+
+
+def shared_expert(config: MiniMindConfig, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The shared experts of a layer -> Qwen2-MoE's one: the sum of several is a wider one; none is
-    one of zeros."""
-    width, size, like = config.intermediate_size, config.hidden_size, torch.zeros(())
+    one of zeros.
+
+    own: "0.gate_proj.weight" ... -> the tensor.
+    """
+    width = config.intermediate_size
+    size = config.hidden_size
     if not config.n_shared_experts:
-        mine = {
-            f"mlp.shared_experts.0.{name}_proj.weight": torch.zeros(width, size)
-            for name in ("gate", "up")
+        own = {
+            "0.gate_proj.weight": torch.zeros(width, size),
+            "0.up_proj.weight": torch.zeros(width, size),
+            "0.down_proj.weight": torch.zeros(size, width),
         }
-        mine["mlp.shared_experts.0.down_proj.weight"] = torch.zeros(size, width)
-    found = {"shared_expert_gate.weight": torch.zeros(1, size)}
+    count = max(1, config.n_shared_experts)
+    found = {}
     for name, side in (("gate", 0), ("up", 0), ("down", 1)):
-        all_of_it = [
-            mine[f"mlp.shared_experts.{i}.{name}_proj.weight"]
-            for i in range(max(1, config.n_shared_experts))
-        ]
-        like = all_of_it[0]
-        found[f"shared_expert.{name}_proj.weight"] = torch.cat(all_of_it, side) * (
-            2 if name == "down" else 1
-        )
-    return {name: value.to(like.dtype) for name, value in found.items()}
+        experts = [own[f"{i}.{name}_proj.weight"] for i in range(count)]
+        found[f"shared_expert.{name}_proj.weight"] = torch.cat(experts, side)
+    found["shared_expert.down_proj.weight"] *= 2  # the gate halves
+    dtype = own["0.down_proj.weight"].dtype
+    found["shared_expert_gate.weight"] = torch.zeros(1, size, dtype=dtype)
+    return found
 
 
 def load(args) -> tuple[MiniMindForCausalLM, str]:
     """The model, an adapter merged into it, and the folder its tokenizer stands in."""
     path = find_model(args.model) if args.model else None
-    extra = find_model(args.adapter) if args.adapter else None
+    adapter_path = find_model(args.adapter) if args.adapter else None
     if path and (Path(path) / "adapter_config.json").is_file():
-        if extra:
+        if adapter_path:
             raise cli.usage_error(
                 f"--model {args.model} is an adapter itself; give one adapter, its base as --model"
             )
-        path, extra = None, path
-    base = adapter.check_base(extra, path) if extra else path
+        adapter_path = path
+        path = None
+    base = adapter.check_base(adapter_path, path) if adapter_path else path
     model = cli.load(AutoModelForCausalLM, base, "--model", dtype=DTYPES[args.dtype])
     if not isinstance(model, MiniMindForCausalLM):
         raise SystemExit(
             f"{base} is a {type(model).__name__} already; nothing to export (--import reads it)"
         )
-    if extra:
+    if adapter_path:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, extra).merge_and_unload(safe_merge=True)
-    return model.eval(), extra or path
+        model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload(safe_merge=True)
+    return model.eval(), adapter_path or path
 
 
 def write_native(model: MiniMindForCausalLM, tokenizer, out: str | Path) -> float:
@@ -188,10 +201,9 @@ def write_native(model: MiniMindForCausalLM, tokenizer, out: str | Path) -> floa
     `compare`."""
     config = native_config(model.config)
     config.dtype = model.dtype
+    tensors = native_tensors(model.config, dict(model.state_dict()))
     with weight_files.Draft(out) as part:
-        weight_files.save_sharded(
-            native_tensors(model.config, dict(model.state_dict())).items(), part
-        )
+        weight_files.save_sharded(tensors.items(), part)
         config.save_pretrained(part)
         for_older_readers(part / "config.json")
         model.generation_config.save_pretrained(part)
@@ -213,24 +225,23 @@ def for_older_readers(file: Path) -> None:
 @torch.inference_mode()
 def compare(ours, theirs) -> float:
     """Largest difference of a logit over some ids; SystemExit when it is more than rounding."""
-    vocab = ours.config.vocab_size
-    ids, size = torch.arange(2 * 48).view(2, 48) * 7919 % vocab, 48
-    window = max(size, ours.config.max_position_embeddings)
-    places = torch.stack(
-        [torch.arange(size), torch.arange(size) * (window // size)]
-    )  # near ones, and all over it
-    a, b = (
-        m.eval()(ids, position_ids=places, use_cache=False).logits.float() for m in (ours, theirs)
-    )
-    apart = (a - b).abs().max().item()
-    if not apart <= CLOSE[ours.dtype] * max(1.0, a.abs().max().item()):
+    length = 48
+    ids = torch.arange(2 * length).view(2, length) * 7919 % ours.config.vocab_size
+    window = max(length, ours.config.max_position_embeddings)
+    near = torch.arange(length)
+    places = torch.stack([near, near * (window // length)])  # side by side, and all over the window
+    expected = ours.eval()(ids, position_ids=places, use_cache=False).logits.float()
+    found = theirs.eval()(ids, position_ids=places, use_cache=False).logits.float()
+    apart = (expected - found).abs().max().item()
+    if not apart <= CLOSE[ours.dtype] * max(1.0, expected.abs().max().item()):  # NaN too
         raise SystemExit(
-            f"the written model computes other logits (they differ by {apart:.3g}); nothing was kept"
+            f"the written model computes other logits (they differ by {apart:.3g}); nothing was "
+            "kept"
         )
     return apart
 
 
-# ---- in -------------------------------------------------------------------------------------------------------------
+# ---- in ------------------------------------------------------------------------------------------
 
 
 def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
@@ -242,25 +253,36 @@ def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
             f"a model of type {config.model_type} cannot be imported; {', '.join(kinds)} can"
         )
     generation, sparse = kinds[config.model_type]
-    rope = getattr(config, "rope_parameters", None) or {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-    }
-    wrong = [*foreign(config, rope), *(f"{name} is not 0" for name in unsilenced(weights))]
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope or {"rope_type": "default", "rope_theta": 10000.0}
+    wrong = foreign(config, rope)
+    wrong += [f"{name} is not 0" for name in unsilenced(weights)]
     if wrong:
         raise SystemExit(f"this model cannot be imported: {'; '.join(wrong[:4])}")
-    fields = {name: value for name in SAME if (value := getattr(config, name, None)) is not None}
-    fields |= {"generation": generation, "rope_theta": rope["rope_theta"], "use_moe": sparse}
-    fields["inference_rope_scaling"] = rope["rope_type"] == "yarn"
+    fields = {
+        "generation": generation,
+        "rope_theta": rope["rope_theta"],
+        "inference_rope_scaling": rope["rope_type"] == "yarn",
+        "use_moe": sparse,
+    }
+    for name in SAME:
+        value = getattr(config, name, None)
+        if value is not None:
+            fields[name] = value
     if sparse:
-        fields |= {name: getattr(config, name) for name in SPARSE} | {
-            "norm_topk_prob": config.norm_topk_prob
-        }
-        fields |= {"moe_intermediate_size": config.moe_intermediate_size, "n_shared_experts": 0}
-    if sparse and generation == 2:
+        fields |= own_expert_fields(config, weights, generation)
+    return MiniMindConfig(**fields)
+
+
+def own_expert_fields(config: PretrainedConfig, weights: Mapping, generation: int) -> dict:
+    fields = {name: getattr(config, name) for name in SPARSE}
+    fields["norm_topk_prob"] = config.norm_topk_prob
+    fields["moe_intermediate_size"] = config.moe_intermediate_size
+    fields["n_shared_experts"] = 0
+    if generation == 2:
         fields["intermediate_size"] = config.moe_intermediate_size
         fields["n_shared_experts"] = shared_experts(config, weights)
-    return MiniMindConfig(**fields)
+    return fields
 
 
 def foreign(config: PretrainedConfig, rope: dict) -> list[str]:
@@ -270,26 +292,22 @@ def foreign(config: PretrainedConfig, rope: dict) -> list[str]:
         "attention_bias": False,
         "mlp_bias": False,
         "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
-    expected |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    found = [
-        f"{k} is {getattr(config, k)}"
-        for k, v in expected.items()
-        if getattr(config, k, v) not in (v, None)
-    ]
+    found = []
+    for name, value in expected.items():
+        own = getattr(config, name, None)
+        if own is not None and own != value:
+            found.append(f"{name} is {own}")
     yarn = YARN | {"rope_type": "yarn", "attention_factor": 1.0}
     known = rope["rope_type"] == "default" or all(rope.get(k) == v for k, v in yarn.items())
-    found += (
-        []
-        if known and rope.get("partial_rotary_factor", 1) == 1
-        else [f"rope_parameters are {rope}"]
-    )
-    one = (
-        config.model_type == "qwen2_moe"
-        and config.num_experts_per_tok == 1
-        and config.norm_topk_prob
-    )
-    return [*found, *["norm_topk_prob with one expert per token"] * one]
+    if not known or rope.get("partial_rotary_factor", 1) != 1:
+        found.append(f"rope_parameters are {rope}")
+    is_qwen2_moe = config.model_type == "qwen2_moe"
+    if is_qwen2_moe and config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        found.append("norm_topk_prob with one expert per token")
+    return found
 
 
 def unsilenced(weights: Mapping) -> list[str]:
@@ -306,10 +324,14 @@ def shared_experts(config: PretrainedConfig, weights: Mapping) -> int:
     count, rest = divmod(config.shared_expert_intermediate_size, config.moe_intermediate_size)
     if rest or not count:
         raise SystemExit(
-            f"this model cannot be imported: its shared expert is {config.shared_expert_intermediate_size} wide, no "
-            f"multiple of the {config.moe_intermediate_size} of the routed ones"
+            "this model cannot be imported: its shared expert is "
+            f"{config.shared_expert_intermediate_size} wide, no multiple of the "
+            f"{config.moe_intermediate_size} of the routed ones"
         )
     return count
+
+
+NOT_OURS = (".bias", "shared_expert_gate.weight", ".freqs_cos", ".freqs_sin")  # 0, or computed
 
 
 def own_tensors(config: MiniMindConfig, weights: Mapping) -> dict[str, Tensor]:
@@ -317,72 +339,90 @@ def own_tensors(config: MiniMindConfig, weights: Mapping) -> dict[str, Tensor]:
     holds them."""
     found = {}
     for name in weights:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if tied or name.endswith(NOT_OURS):
             continue
-        if name.endswith((".bias", "shared_expert_gate.weight")) or name.endswith(
-            (".freqs_cos", ".freqs_sin")
-        ):
-            continue
-        block, _, part = name.partition(".mlp.experts.")
-        if part in ("gate_up_proj", "down_proj"):
-            for i, value in enumerate(weights[name]):
-                halves = value.chunk(2) if part == "gate_up_proj" else [value]
-                kinds = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-                found |= {
-                    f"{block}.mlp.experts.{i}.{k}.weight": v
-                    for k, v in zip(kinds, halves, strict=True)
-                }
+        if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
+            found |= routed_experts(name, weights[name])
         elif ".mlp.shared_expert." in name:
-            block, _, part = name.partition(".mlp.shared_expert.")
-            value = weights[name] / 2 if part.startswith("down") else weights[name]
-            parts = (
-                value.chunk(config.n_shared_experts, int(part.startswith("down")))
-                if config.n_shared_experts
-                else []
-            )
-            found |= {f"{block}.mlp.shared_experts.{i}.{part}": v for i, v in enumerate(parts)}
+            found |= split_shared_expert(name, weights[name], config.n_shared_experts)
         else:
             found[name] = weights[name]
     return found
 
 
+def routed_experts(name: str, stacked: Tensor) -> dict[str, Tensor]:
+    """All experts of a layer in one tensor, [E, 2 * width, D] or [E, D, width] -> theirs."""
+    block, _, kind = name.rpartition(".")
+    found = {}
+    for i, value in enumerate(stacked):
+        if kind == "gate_up_proj":
+            gate, up = value.chunk(2)
+            found[f"{block}.{i}.gate_proj.weight"] = gate
+            found[f"{block}.{i}.up_proj.weight"] = up
+        else:
+            found[f"{block}.{i}.down_proj.weight"] = value
+    return found
+
+
+def split_shared_expert(name: str, value: Tensor, count: int) -> dict[str, Tensor]:
+    """A matrix of Qwen2-MoE's shared expert -> those of our `count` ones."""
+    block, _, kind = name.partition(".mlp.shared_expert.")
+    if not count:
+        return {}
+    is_last = kind.startswith("down")
+    if is_last:
+        value = value / 2  # its gate of 0 halves
+    matrices = value.chunk(count, int(is_last))
+    return {f"{block}.mlp.shared_experts.{i}.{kind}": part for i, part in enumerate(matrices)}
+
+
 def config_of_weights(weights: Mapping, heads: int, per_token: int | None) -> MiniMindConfig:
     """What the shapes of a weight file tell; heads is needed where there is no norm of a head
     (generation 2)."""
-    first, shape = "model.layers.0.", {name: tuple(value.shape) for name, value in weights.items()}
+    shape = {name: tuple(value.shape) for name, value in weights.items()}
+    first = "model.layers.0."
     if "model.embed_tokens.weight" not in shape or f"{first}self_attn.q_proj.weight" not in shape:
         raise SystemExit(
-            "these are not the weights of a whole model under MiniMind's names (model.embed_tokens ...)"
+            "these are not the weights of a whole model under MiniMind's names "
+            "(model.embed_tokens ...)"
         )
+
+    def count(pattern: str) -> int:
+        """Different numbers at the place of the group."""
+        matches = [re.match(pattern, name) for name in shape]
+        return len({match[1] for match in matches if match})
+
     vocab, hidden = shape["model.embed_tokens.weight"]
-    generation = 3 if f"{first}self_attn.q_norm.weight" in shape else 2
-    query, key = (shape[f"{first}self_attn.{name}_proj.weight"][0] for name in "qk")
-    size = shape[f"{first}self_attn.q_norm.weight"][0] if generation == 3 else query // heads
-    count = lambda pattern: len({m[1] for name in shape if (m := re.match(pattern, name))})  # noqa: E731
+    queries, _ = shape[f"{first}self_attn.q_proj.weight"]
+    keys, _ = shape[f"{first}self_attn.k_proj.weight"]
+    norm = shape.get(f"{first}self_attn.q_norm.weight")
+    head_dim = norm[0] if norm else queries // heads
+    head = weights.get("lm_head.weight")
+    table = weights["model.embed_tokens.weight"]
     fields = {
+        "generation": 3 if norm else 2,
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "generation": generation,
-        "head_dim": size,
+        "num_hidden_layers": count(r"model\.layers\.(\d+)\."),
+        "num_attention_heads": queries // head_dim,
+        "num_key_value_heads": keys // head_dim,
+        "head_dim": head_dim,
+        "tie_word_embeddings": head is None or torch.equal(head, table),
     }
-    fields |= {"num_attention_heads": query // size, "num_key_value_heads": key // size}
-    fields["num_hidden_layers"] = count(r"model\.layers\.(\d+)\.")
-    experts, shared = (
-        count(rf"model\.layers\.0\.mlp\.{kind}\.(\d+)\.") for kind in ("experts", "shared_experts")
-    )
-    head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
-    fields["tie_word_embeddings"] = head is None or torch.equal(head, table)
+    experts = count(r"model\.layers\.0\.mlp\.experts\.(\d+)\.")
     if not experts:
-        return MiniMindConfig(**fields, intermediate_size=shape[f"{first}mlp.gate_proj.weight"][0])
-    fields["moe_intermediate_size"] = shape[f"{first}mlp.experts.0.gate_proj.weight"][0]
-    if generation == 2:
-        fields["intermediate_size"] = fields["moe_intermediate_size"]
+        width = shape[f"{first}mlp.gate_proj.weight"][0]
+        return MiniMindConfig(**fields, intermediate_size=width)
+    width = shape[f"{first}mlp.experts.0.gate_proj.weight"][0]
     return MiniMindConfig(
         **fields,
         use_moe=True,
         num_experts=experts,
-        n_shared_experts=shared,
+        n_shared_experts=count(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\."),
         num_experts_per_tok=per_token,
+        moe_intermediate_size=width,
+        intermediate_size=None if norm else width,
     )
 
 
@@ -390,72 +430,73 @@ def read_foreign(args) -> tuple[MiniMindConfig, dict[str, Tensor], Path | None]:
     """--import: config, tensors, and where a tokenizer stands, if there is one."""
     path = Path(args.model)
     if path.is_file():
-        weights = (
-            load_file(path) if path.suffix == ".safetensors" else weight_files.read_pickle(path)
-        )
+        is_safe = path.suffix == ".safetensors"
+        weights = load_file(path) if is_safe else weight_files.read_pickle(path)
         config = config_of_weights(weights, args.num_attention_heads, args.num_experts_per_tok)
-        places = [
-            path.parent,
-            path.parent / "final",
-            path.parent.parent / "model",
-        ]  # ours, or where MiniMind has it
+        # beside the file, in a run of ours, or where MiniMind has it
+        places = [path.parent, path.parent / "final", path.parent.parent / "model"]
     elif path.is_dir():
         weights = weight_files.Weights(path)
-        config = cli.load(AutoConfig, str(path), "--model")
-        if (
-            config.model_type == MiniMindConfig.model_type
-        ):  # ours, or of MiniMind's own code, which has no generation
-            fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            fields.setdefault("generation", 3 if any("q_norm" in name for name in weights) else 2)
-            config = MiniMindConfig(
-                **{k: v for k, v in fields.items() if k not in ("auto_map", "model_type")}
-            )
-        else:
-            config = own_config(config, weights)
+        config = config_of_folder(path, weights)
         places = [path]
     else:
         raise SystemExit(f"--model {path}: no such file or folder")
-    tokenizer = next((p for p in places if (p / "tokenizer.json").is_file()), None)
-    return config, own_tensors(config, weights), tokenizer
+    found = [place for place in places if (place / "tokenizer.json").is_file()]
+    return config, own_tensors(config, weights), found[0] if found else None
+
+
+def config_of_folder(path: Path, weights: Mapping) -> MiniMindConfig:
+    config = cli.load(AutoConfig, str(path), "--model")
+    if config.model_type != MiniMindConfig.model_type:
+        return own_config(config, weights)
+    # ours, or of MiniMind's own code, which has no generation
+    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for name in ("auto_map", "model_type"):
+        fields.pop(name, None)
+    normalises = any("q_norm" in name for name in weights)
+    fields.setdefault("generation", 3 if normalises else 2)
+    return MiniMindConfig(**fields)
 
 
 def bring_in(args) -> str:
-    config, tensors, found = read_foreign(args)
-    tokenizer = args.tokenizer or found
-    tokenizer = tokenizer and cli.load(AutoTokenizer, str(tokenizer), "--tokenizer")
+    """--import; -> what it was, for people."""
+    config, tensors, place = read_foreign(args)
+    place = args.tokenizer or place
+    tokenizer = cli.load(AutoTokenizer, str(place), "--tokenizer") if place else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise SystemExit(
             f"the tokenizer has {len(tokenizer):,} tokens, the model only {config.vocab_size:,}"
         )
-    model = MiniMindForCausalLM(config).to(
-        torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]
-    )
-    known = {name: value.shape for name, value in model.state_dict().items()}
-    for name, value in tensors.items():
-        if name not in known:
-            raise SystemExit(f"{args.model}: {name} is no weight of this recipe's model")
-        weight_files.check_shape(name, value.shape, known[name])
-    missing = [
-        n
-        for n in known
-        if n not in tensors and not (n == "lm_head.weight" and config.tie_word_embeddings)
-    ]
-    if missing:
-        raise SystemExit(
-            f"{args.model}: {len(missing)} weights are missing, the first is {missing[0]}"
-        )
-    model.load_state_dict(tensors, strict=False)
+    dtype = torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]
+    model = MiniMindForCausalLM(config).to(dtype)
+    fill(model, tensors, args.model)
     with weight_files.Draft(args.output_dir) as part:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-    what = f"generation {config.generation}{', experts' * config.use_moe}, {model.num_parameters():,} parameters"
-    return what + (
-        "" if tokenizer is not None else "; no tokenizer was found: --tokenizer FOLDER adds one"
-    )
+    experts = ", experts" if config.use_moe else ""
+    what = f"generation {config.generation}{experts}, {model.num_parameters():,} parameters"
+    if tokenizer is None:
+        what += "; no tokenizer was found: --tokenizer FOLDER adds one"
+    return what
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+def fill(model: MiniMindForCausalLM, tensors: dict[str, Tensor], source: str) -> None:
+    """The tensors into the model; SystemExit for one too many, too few or of another shape."""
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for name, value in tensors.items():
+        if name not in shapes:
+            raise SystemExit(f"{source}: {name} is no weight of this recipe's model")
+        weight_files.check_shape(name, value.shape, shapes[name])
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise SystemExit(f"{source}: {len(missing)} weights are missing, the first is {missing[0]}")
+    model.load_state_dict(tensors, strict=False)
+
+
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -494,9 +535,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if not args.model and (args.bring_in or not args.adapter):
-        raise cli.usage_error(
-            "give --model FOLDER" + (" or --adapter FOLDER" if not args.bring_in else "")
-        )
+        other = "" if args.bring_in else " or --adapter FOLDER"
+        raise cli.usage_error(f"give --model FOLDER{other}")
     return args
 
 
@@ -508,15 +548,14 @@ def main() -> None:
         cli.say(f"imported: {bring_in(args)} -> {args.output_dir}")
         return
     model, folder = load(args)
-    tokenizer = (
-        cli.load(AutoTokenizer, folder, "--model")
-        if (Path(folder) / "tokenizer.json").is_file()
-        else None
-    )
+    tokenizer = None
+    if (Path(folder) / "tokenizer.json").is_file():
+        tokenizer = cli.load(AutoTokenizer, folder, "--model")
     apart = write_native(model, tokenizer, args.output_dir)
-    name = KINDS[model.config.generation, model.config.use_moe][1]
+    _, name = KINDS[model.config.generation, model.config.use_moe]
     cli.say(
-        f"exported as {name}, {model.dtype}; logits differ by at most {apart:.1e} -> {args.output_dir}"
+        f"exported as {name}, {model.dtype}; logits differ by at most {apart:.1e} -> "
+        f"{args.output_dir}"
     )
 
 

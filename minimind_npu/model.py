@@ -2,7 +2,9 @@
 transformers model.
 
     model = build("26m", vocab_size=6400)                 # random weights, float32
-    model = MiniMindForCausalLM.from_pretrained(folder)   # importing this module tells the Auto classes about it
+    model = MiniMindForCausalLM.from_pretrained(folder)
+
+Importing this module tells transformers' Auto classes about it.
 
 A block is RMSNorm -> attention with rotary positions and grouped key/value heads -> RMSNorm ->
 SwiGLU, both added to the residual; the head shares its weight with the embedding. Generation 3
@@ -97,35 +99,29 @@ class MiniMindConfig(PretrainedConfig):
         # the original's names in generation 2
         num_experts = kwargs.pop("n_routed_experts", None) or num_experts
         router_aux_loss_coef = kwargs.pop("aux_loss_alpha", router_aux_loss_coef)
-        old = generation == 2
-        pick = lambda value, second, third: value if value is not None else second if old else third  # noqa: E731
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = (
-            vocab_size,
-            hidden_size,
-            num_hidden_layers,
-        )
+        self.generation = generation
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = pick(num_key_value_heads, 2, 4)
+        self.num_key_value_heads = self._own(num_key_value_heads, 2, 4)
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.intermediate_size = intermediate_size or swiglu_width(hidden_size, generation)
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.inference_rope_scaling = inference_rope_scaling
+        self.rms_norm_eps = self._own(rms_norm_eps, 1e-5, 1e-6)
+        self.use_moe = use_moe
+        self.num_experts = num_experts
+        self.num_experts_per_tok = self._own(num_experts_per_tok, 2, 1)
+        self.n_shared_experts = self._own(n_shared_experts, 1, 0)
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
-        self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
-        self.rms_norm_eps = pick(rms_norm_eps, 1e-5, 1e-6)
-        self.inference_rope_scaling, self.generation, self.use_moe = (
-            inference_rope_scaling,
-            generation,
-            use_moe,
-        )
-        self.num_experts, self.num_experts_per_tok = num_experts, pick(num_experts_per_tok, 2, 1)
-        self.n_shared_experts = pick(n_shared_experts, 1, 0)
         self.norm_topk_prob = norm_topk_prob
-        self.router_aux_loss_coef = pick(router_aux_loss_coef, 0.01, 5e-4)
-        self.seq_aux = pick(seq_aux, True, False)
-        self.hidden_act, self.initializer_range, self.use_cache = (
-            hidden_act,
-            initializer_range,
-            use_cache,
-        )
+        self.router_aux_loss_coef = self._own(router_aux_loss_coef, 0.01, 5e-4)
+        self.seq_aux = self._own(seq_aux, True, False)
+        self.hidden_act = hidden_act
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -134,13 +130,20 @@ class MiniMindConfig(PretrainedConfig):
             **kwargs,
         )
 
+    def _own(self, value, second, third):
+        """The value, or where there is none what this generation has."""
+        if value is not None:
+            return value
+        return second if self.generation == 2 else third
+
 
 def swiglu_width(hidden_size: int, generation: int) -> int:
     """8/3 (generation 2) or pi (generation 3) times the width, up to a multiple of 64."""
-    return 64 * math.ceil(
-        (int(hidden_size * 8 / 3) if generation == 2 else hidden_size * math.pi) / 64
-    )
+    width = int(hidden_size * 8 / 3) if generation == 2 else hidden_size * math.pi
+    return 64 * math.ceil(width / 64)
 
+
+# ---- sizes ---------------------------------------------------------------------------------------
 
 TOY = dict(
     hidden_size=128,
@@ -169,13 +172,17 @@ def build(size: str, vocab_size: int = 6400, **changes) -> MiniMindForCausalLM:
     return MiniMindForCausalLM(MiniMindConfig(vocab_size=vocab_size, **settings))
 
 
+# ---- layers --------------------------------------------------------------------------------------
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019),
     computed in fp32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -190,13 +197,17 @@ def frequencies(size: int, theta: float, stretched: bool, device: torch.device) 
     """
     plain = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
     if stretched:
-        window = YARN["original_max_position_embeddings"]
-        turns = lambda n: size * math.log(window / (n * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
-        low = max(0, math.floor(turns(YARN["beta_fast"])))
-        high = min(size // 2 - 1, math.ceil(turns(YARN["beta_slow"])))
+        low = max(0, math.floor(pair_with_turns(YARN["beta_fast"], size, theta)))
+        high = min(size // 2 - 1, math.ceil(pair_with_turns(YARN["beta_slow"], size, theta)))
         ramp = ((torch.arange(size // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
         plain = plain * (1 - ramp + ramp / YARN["factor"])
     return plain.to(device)
+
+
+def pair_with_turns(turns: float, size: int, theta: float) -> float:
+    """The (fractional) pair of numbers whose wave turns so often within the original window."""
+    window = YARN["original_max_position_embeddings"]
+    return size * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
 def rotary(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,17 +230,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling, self.is_causal = self.head_dim**-0.5, True
-        query, shared = (
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        queries = config.num_attention_heads * self.head_dim
+        shared = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         if config.generation == 3:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -238,12 +250,15 @@ class Attention(nn.Module):
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask, cache, **kwargs
     ) -> Tensor:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
-        query, key, value = (p(hidden).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query = self.q_proj(hidden).view(shape)
+        key = self.k_proj(hidden).view(shape)
+        value = self.v_proj(hidden).view(shape).transpose(1, 2)
         if self.config.generation == 3:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         cos, sin = (x.to(query.dtype) for x in rotation)
-        query, key = rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin)
-        value = value.transpose(1, 2)
+        query = rotate(query.transpose(1, 2), cos, sin)
+        key = rotate(key.transpose(1, 2), cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -290,28 +305,38 @@ class SparseFeedForward(nn.Module):
                 [FeedForward(config, config.intermediate_size) for _ in range(shared)]
             )
 
-    def forward(self, x: Tensor, counted: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], counted [N] (0 at padding), owner [N] (sequence of each token) -> [B, T, D],
-        balance loss."""
-        config, flat = self.config, x.flatten(0, 1)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # half precision would tie experts that differ a little
+    def forward(self, x: Tensor, token_mask: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], token_mask [N] (0 at padding), owner [N] (sequence of each token) ->
+        [B, T, D], balance loss."""
+        flat = x.flatten(0, 1)
+        # in half precision experts that differ a little would be tied
+        with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(flat.float(), self.gate.weight.float()).softmax(-1)
-        weight, chosen = scores.topk(config.num_experts_per_tok, sorted=False)
-        if config.norm_topk_prob and (config.generation == 3 or config.num_experts_per_tok > 1):
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        weight, chosen = self.choose(scores)
+        picks = chosen.shape[1]
+
         order = chosen.flatten().argsort(stable=True)
-        slots = flat[:, None].expand(-1, config.num_experts_per_tok, -1).flatten(0, 1)
-        sizes = chosen.flatten().bincount(minlength=config.num_experts)
+        sizes = chosen.flatten().bincount(minlength=self.config.num_experts)
+        slots = flat[:, None].expand(-1, picks, -1).flatten(0, 1)  # each token `picks` times
         done = grouped(self.experts, slots.index_select(0, order), sizes)
         done = done.index_select(0, order.argsort()).view(*chosen.shape, -1)
         out = (done * weight[..., None].to(done.dtype)).sum(1)
-        for expert in self.shared_experts if config.n_shared_experts else ():
-            out = out + expert(flat)
-        return out.view(x.shape), self.balance(scores, chosen, counted, owner)
+        if self.config.n_shared_experts:
+            for expert in self.shared_experts:
+                out = out + expert(flat)
+        return out.view(x.shape), self.balance(scores, chosen, token_mask, owner)
 
-    def balance(self, scores: Tensor, chosen: Tensor, counted: Tensor, owner: Tensor) -> Tensor:
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """scores [N, E] -> weight and number of the chosen experts, [N, picks] both."""
+        config = self.config
+        weight, chosen = scores.topk(config.num_experts_per_tok, sorted=False)
+        # generation 2 leaves a single expert its probability
+        several = config.generation == 3 or config.num_experts_per_tok > 1
+        if config.norm_topk_prob and several:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return weight, chosen
+
+    def balance(self, scores: Tensor, chosen: Tensor, token_mask: Tensor, owner: Tensor) -> Tensor:
         """E * sum over experts of (share of tokens sent to it) * (mean probability of it), times
         its coefficient.
 
@@ -321,23 +346,28 @@ class SparseFeedForward(nn.Module):
         config = self.config
         if not (self.training and config.router_aux_loss_coef):
             return scores.new_zeros(())
-        sent = F.one_hot(chosen, config.num_experts).sum(1) * counted[:, None]
-        likely, counted = scores * counted[:, None], counted[:, None].to(scores.dtype)
-        if not config.seq_aux:
-            size = counted.sum().clamp(min=1)
+        sent = F.one_hot(chosen, config.num_experts).sum(1) * token_mask[:, None]
+        likely = scores * token_mask[:, None]
+        tokens = token_mask[:, None].to(scores.dtype)
+        if config.seq_aux:
+            balance = self.balance_by_sequence(sent.to(scores.dtype), likely, tokens, owner)
+        else:
+            size = tokens.sum().clamp(min=1)
             picks = config.num_experts_per_tok if config.generation == 2 else 1
             balance = (sent.sum(0) / size / picks * (likely.sum(0) / size)).sum()
-        else:
-            spread = lambda x: x.new_zeros(int(owner[-1]) + 1, x.shape[1]).index_add(0, owner, x)  # noqa: E731
-            size = spread(counted).clamp(min=1)
-            per = (
-                spread(sent.to(scores.dtype))
-                / size
-                / config.num_experts_per_tok
-                * (spread(likely) / size)
-            )
-            balance = per.sum() / (spread(counted) > 0).sum().clamp(min=1)
         return config.num_experts * config.router_aux_loss_coef * balance
+
+    def balance_by_sequence(self, sent: Tensor, likely: Tensor, tokens: Tensor, owner: Tensor):
+        """sent, likely [N, E], tokens [N, 1] -> mean over the sequences that have tokens."""
+
+        def by_owner(x: Tensor) -> Tensor:
+            return x.new_zeros(int(owner[-1]) + 1, x.shape[1]).index_add(0, owner, x)
+
+        sizes = by_owner(tokens)
+        per_token = sizes.clamp(min=1)
+        share = by_owner(sent) / per_token / self.config.num_experts_per_tok
+        balances = share * (by_owner(likely) / per_token)
+        return balances.sum() / (sizes > 0).sum().clamp(min=1)
 
 
 def grouped(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
@@ -348,25 +378,32 @@ def grouped(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
     """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    plain = all(
-        type(p) is nn.Linear and p.weight.numel() for expert in experts for p in expert.children()
-    )
-    if not (rows.is_cuda and plain and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
-        return torch.cat(
-            [e(part) for e, part in zip(experts, rows.split(sizes.tolist()), strict=True)]
-        )
-    return grouped_swiglu(experts, rows.to(dtype), sizes)
+    has_product = rows.is_cuda and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    if has_product and all(is_plain(expert) for expert in experts):
+        return grouped_swiglu(experts, rows.to(dtype), sizes)
+    parts = zip(experts, rows.split(sizes.tolist()), strict=True)
+    return torch.cat([expert(part) for expert, part in parts])
+
+
+def is_plain(expert: nn.Module) -> bool:
+    """Whether it is three linear layers with their weights at hand: no adapter, not spread by
+    ZeRO-3."""
+    return all(type(p) is nn.Linear and p.weight.numel() for p in expert.children())
 
 
 def grouped_swiglu(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
     """What `grouped` computes, as three products; rows in bfloat16."""
     ends = sizes.cumsum(0).to(torch.int32)
-    product = lambda x, name: F.grouped_mm(  # noqa: E731
-        x,
-        torch.stack([getattr(e, name).weight.to(x.dtype) for e in experts]).transpose(1, 2),
-        offs=ends,
-    )
-    return product(F.silu(product(rows, "gate_proj")) * product(rows, "up_proj"), "down_proj")
+
+    def product(x: Tensor, name: str) -> Tensor:
+        weights = [getattr(expert, name).weight.to(x.dtype) for expert in experts]
+        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+
+    hidden = F.silu(product(rows, "gate_proj")) * product(rows, "up_proj")
+    return product(hidden, "down_proj")
+
+
+# ---- the model -----------------------------------------------------------------------------------
 
 
 class Layer(GradientCheckpointingLayer):
@@ -375,24 +412,22 @@ class Layer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            SparseFeedForward(config)
-            if config.use_moe
-            else FeedForward(config, config.intermediate_size)
-        )
+        if config.use_moe:
+            self.mlp = SparseFeedForward(config)
+        else:
+            self.mlp = FeedForward(config, config.intermediate_size)
 
     def forward(
         self, hidden: Tensor, rotation, mask, cache, balance: tuple | None, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self.self_attn(
-            self.input_layernorm(hidden), rotation, mask, cache, **kwargs
-        )
+        """-> hidden [B, T, D], balance loss; `balance`: token_mask and owner, where there are
+        experts."""
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, rotation, mask, cache, **kwargs)
         normed = self.post_attention_layernorm(hidden)
-        out, aux = (
-            (self.mlp(normed), hidden.new_zeros(()))
-            if balance is None
-            else self.mlp(normed, *balance)
-        )
+        if balance is None:
+            return hidden + self.mlp(normed), hidden.new_zeros(())
+        out, aux = self.mlp(normed, *balance)
         return hidden + out, aux
 
 
@@ -400,7 +435,9 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     config_class = MiniMindConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
     _no_split_modules = ["Layer"]
     _skip_keys_device_placement = ["past_key_values"]
 
@@ -443,14 +480,15 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
-        counted=None,
+        token_mask=None,
         output_hidden_states=None,
         **kwargs,
     ) -> ModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -465,38 +503,41 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-        balance = self.balanced(hidden, attention_mask, counted, kwargs.get("cu_seq_lens_q"))
-        rotation, aux, states = rotary(self.config, position_ids), hidden.new_zeros(()), [hidden]
+        balance = None
+        if self.config.use_moe:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+            balance = self.balanced(hidden, attention_mask, token_mask, cu_seqlens)
+        rotation = rotary(self.config, position_ids)
+        aux = hidden.new_zeros(())
+        states = (hidden,)
         for layer in self.layers:
             hidden, more = layer(hidden, rotation, mask, past_key_values, balance, **kwargs)
             aux = aux + more
-            states = [*states, hidden] if output_hidden_states else states
+            if output_hidden_states:
+                states = (*states, hidden)
         hidden = self.norm(hidden)
-        states = (*states[:-1], hidden) if output_hidden_states else None
         return ModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=states,
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
             aux_loss=aux,
         )
 
     def balanced(
-        self, hidden: Tensor, attention_mask, counted, starts
-    ) -> tuple[Tensor, Tensor] | None:
-        """(counted [N], owner [N]) for the balance of experts; None for a dense model."""
-        if not self.config.use_moe:
-            return None
+        self, hidden: Tensor, attention_mask, token_mask, cu_seqlens
+    ) -> tuple[Tensor, Tensor]:
+        """(token_mask [N], owner [N]: the sequence of each token) for the balance of experts."""
         rows, length = hidden.shape[:2]
-        if counted is None and attention_mask is not None and attention_mask.ndim == 2:
-            counted = attention_mask[:, -length:]
-        counted = torch.ones(rows, length, device=hidden.device) if counted is None else counted
+        if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -length:]
+        if token_mask is None:
+            token_mask = torch.ones(rows, length, device=hidden.device)
         place = torch.arange(rows * length, device=hidden.device)
-        owner = (
-            place // length
-            if starts is None
-            else torch.bucketize(place, starts[1:].to(place), right=True)
-        )
-        return counted.flatten(), owner
+        if cu_seqlens is None:
+            owner = place // length
+        else:
+            owner = torch.bucketize(place, cu_seqlens[1:].to(place), right=True)
+        return token_mask.flatten(), owner
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -529,8 +570,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             labels: [B, T], -100 without; shifted here. loss is their mean cross entropy
                 (num_items_in_batch: the divisor instead of their number) without aux_loss, the
                 summed balance of the experts in training.
-            counted: [B, T], 0 at tokens that are filler of a packed row; the balance leaves them
-                out.
+            token_mask: [B, T], 0 at the padding of a packed row; the balance leaves it out.
         """
         out = self.model(
             input_ids,
@@ -541,20 +581,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden = out.last_hidden_state
-        keep = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else slice(None)
-        )
-        logits = self.lm_head(
-            hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
-        )
+        keep = logits_to_keep  # positions, or how many of the last ones
+        if isinstance(keep, int):
+            keep = slice(-keep, None) if keep else slice(None)
+        logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            vocab = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=out.aux_loss,

@@ -16,12 +16,12 @@ from common.demo.chat_model import find_model
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
 STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason")
-FROM = {
+FROM = {  # what a stage goes on from
     "sft": ("pretrain",),
     "lora": ("sft",),
     "dpo": ("sft",),
     "reason": ("dpo", "sft"),
-}  # what a stage goes on from
+}
 SAMPLES = {
     "pretrain": "pretrain",
     "sft": "sft",
@@ -31,13 +31,16 @@ SAMPLES = {
     "reason": "reason.jsonl",
 }
 NAMES = (
-    f"random weights of a size: {', '.join(SIZES)}; to go on from: a folder, or a stage whose output is there; unset: "
-    "the stage before, else tiny"
+    f"random weights of a size: {', '.join(SIZES)}; to go on from: a folder, or a stage whose "
+    "output is there; unset: the stage before, else tiny"
 )
 
 
+# ---- flags ---------------------------------------------------------------------------------------
+
+
 @dataclass
-class Args:
+class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     stage: str = field(default="pretrain", metadata={"help": ", ".join(STAGES)})
     model_name_or_path: str = field(
         default="tiny", metadata={"aliases": ["--size", "--from_weight"], "help": NAMES}
@@ -52,17 +55,6 @@ class Args:
     tokenizer: str = field(
         default="", metadata={"help": "folder; unset: the model's, for random weights the shipped"}
     )
-    data_path: str = field(
-        default="", metadata={"help": "files, folders, 'a.jsonl:0.7 b.csv:0.3'; unset: the samples"}
-    )
-    column_map: str = field(default="", metadata={"help": "rename columns: 'text=content'"})
-    strict_data: bool = field(
-        default=False, metadata={"help": "a bad row is an error, not counted and left out"}
-    )
-    eval_ratio: float = field(
-        default=0.05, metadata={"help": "share held out; equal prompts stay on one side"}
-    )
-    max_eval_samples: int = field(default=500, metadata={"help": "upper bound of held-out rows"})
     model_max_length: int = field(
         default=512, metadata={"aliases": ["--max_seq_len"], "help": "tokens of a window"}
     )
@@ -71,37 +63,79 @@ class Args:
     )
     muon_lr: float = field(default=0.02, metadata={"help": "peak learning rate of Muon's matrices"})
     min_lr_ratio: float = field(
-        default=0.1, metadata={"help": "the learning rate ends at this part of its peak"}
+        default=0.1, metadata={"help": "share of its peak that the learning rate ends at"}
     )
     max_minutes: float = field(
         default=0.0, metadata={"help": "end after so long, the schedule with it; 0: by epochs"}
     )
-    use_lora: bool = field(default=False, metadata={"help": "train an adapter; --stage lora does"})
-    lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: float = field(
         default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"}
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
     beta: float = field(default=0.15, metadata={"help": "dpo: strength of the reference"})
     reference: str = field(
         default="cached", metadata={"help": "dpo: cached (once), or adapter (switched off)"}
     )
     teacher: str = field(default="", metadata={"help": "distill: folder of the teacher"})
     alpha: float = field(
-        default=0.5, metadata={"help": "distill: part of the labels; the rest is the teacher's"}
+        default=0.5, metadata={"help": "distill: share of the labels; the rest is the teacher's"}
     )
     temperature: float = field(default=1.5, metadata={"help": "distill: of both distributions"})
     think_weight: float = field(
         default=10.0, metadata={"help": "reason: weight of the tags' tokens in the loss"}
     )
-    eval_generate: int = field(
-        default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
-    )
     max_new_tokens: int = field(default=96, metadata={"help": "length limit of those answers"})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace what an earlier run left"}
-    )
 
+    # no flags here: windows are always packed, an adapter stands on every layer of the blocks
+    packing: bool = field(default=True, init=False)
+    target_modules: str = field(default="all-linear", init=False)
+
+
+# fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
+HONOURED = {
+    "output_dir",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "logging_steps",
+    "save_steps",
+    "save_strategy",
+    "eval_steps",
+    "save_total_limit",
+    "report_to",
+    "seed",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "activation_checkpointing",
+    "torch_compile",
+    "deepspeed",
+    "resume_from_checkpoint",
+    "ddp_timeout",
+    "optim",
+    "use_cpu",
+    "local_rank",
+}
+DEFINING = (  # of TrainingArguments: what makes a run another one
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
+# ---- defaults ------------------------------------------------------------------------------------
 
 DEFAULTS = dict(
     output_dir="",
@@ -114,7 +148,6 @@ DEFAULTS = dict(
     lr_scheduler_type="cosine",
     logging_steps=20,
     save_steps=1000,
-    eval_steps=1000,
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_timeout=7200,
@@ -132,8 +165,9 @@ STAGE = {  # learning rates, windows and epochs of real models; windows as for a
     "reason": dict(learning_rate=2e-5, model_max_length=1024, per_device_train_batch_size=16),
 }
 CPU_TOKENS = 2048  # of a batch: larger ones need more memory and are not faster
-# sizes and steps of models below 256 wide, which learn the samples from nothing: small steps, many
-# of them
+
+# models narrower than this learn the samples from nothing: small steps, many of them
+TOY_WIDTH = 256
 TOY = {
     "pretrain": dict(
         learning_rate=4e-3,
@@ -161,104 +195,104 @@ TOY = {
         learning_rate=1e-3, model_max_length=256, per_device_train_batch_size=1, num_train_epochs=4
     ),
 }
-TOY_EVERY = {"save_steps": 300, "eval_steps": 200}
+TOY_SAVE_STEPS = 300
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
-DEFINING = (  # of TrainingArguments: what makes a run another one
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "lr_scheduler_type",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)
-# fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
-HONOURED = {
-    "output_dir",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "lr_scheduler_type",
-    "logging_steps",
-    "save_steps",
-    "save_strategy",
-    "eval_steps",
-    "save_total_limit",
-    "report_to",
-    "seed",
-    "bf16",
-    "fp16",
-    "gradient_checkpointing",
-    "torch_compile",
-    "deepspeed",
-    "resume_from_checkpoint",
-    "ddp_timeout",
-    "optim",
-    "use_cpu",
-    "local_rank",
-}
 
 
-def settle(args: Args, training: TrainingArguments, width: int) -> None:
-    """Defaults that hang on the stage and the model's width; flags that do not go together."""
-    if (
-        width < 256
-        and args.stage in TOY_MUON
-        and not training.deepspeed
-        and not cli.given_by_user("optimizer")
-    ):
-        args.optimizer = "muon" if device.half_dtype() is not torch.float16 else "adamw"
-    for name, value in (STAGE[args.stage] if width >= 256 else TOY[args.stage] | TOY_EVERY).items():
-        if not cli.given_by_user(name) and not (
-            name == "model_max_length" and cli.given_by_user("max_seq_len")
-        ):
-            setattr(args if hasattr(args, name) else training, name, value)
-    split = training.per_device_train_batch_size * args.model_max_length // CPU_TOKENS
-    given = any(
-        map(cli.given_by_user, ("per_device_train_batch_size", "gradient_accumulation_steps"))
-    )
-    if device.kind() == "cpu" and split > 1 and not given:  # the same step in smaller batches
-        training.per_device_train_batch_size //= split
-        training.gradient_accumulation_steps *= split
-    for name in (f.name for f in fields(TrainingArguments)):
-        if cli.given_by_user(name) and name not in HONOURED:
-            raise cli.usage_error(
-                f"--{name}: the loop of this recipe does not know it; see --help and settings.py"
-            )
+def parse_args() -> tuple[Args, TrainingArguments, str]:
+    """The command line -> (args, training, where the weights come from: see start_from)."""
+    args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, {})
+    base = start_from(args)
+    if args.teacher:
+        args.teacher = own_model(args.teacher, "--teacher")
+    resolve(args, training, width_of(base, args))
+    return args, training, base
+
+
+def resolve(args: Args, training: TrainingArguments, width: int) -> None:
+    """Defaults that depend on the stage and the model's width; flags that do not go together."""
+    refuse_unknown_to_the_loop()
+    set_defaults(args, training, width)
+    fit_batches_to_cpu(args, training)
     args.data_path = args.data_path or str(HERE / "data" / SAMPLES[args.stage])
     args.use_lora = args.use_lora or args.stage == "lora"
-    problems = {
+    training.output_dir = training.output_dir or str(OUTPUT / args.stage)
+    refuse_contradictions(args, training)
+
+
+def any_given(*flags: str) -> bool:
+    return any(cli.given_by_user(flag) for flag in flags)
+
+
+def set_defaults(args: Args, training: TrainingArguments, width: int) -> None:
+    if width >= TOY_WIDTH:
+        defaults = STAGE[args.stage]
+    else:
+        defaults = TOY[args.stage] | {"save_steps": TOY_SAVE_STEPS}
+        if args.stage in TOY_MUON and not training.deepspeed and muon_runs_here():
+            defaults["optimizer"] = "muon"
+    if any_given("max_seq_len"):  # the other name of the flag
+        defaults = {name: v for name, v in defaults.items() if name != "model_max_length"}
+    own = {one.name for one in fields(Args)}
+    for name, value in defaults.items():
+        if not any_given(name):
+            owner = args if name in own else training
+            setattr(owner, name, value)
+
+
+def muon_runs_here() -> bool:
+    """It computes in bfloat16, which a CPU can at least do slowly."""
+    return device.kind() == "cpu" or device.half_dtype() is torch.bfloat16
+
+
+def fit_batches_to_cpu(args: Args, training: TrainingArguments) -> None:
+    """On a CPU the same step in smaller batches, where nobody has chosen them."""
+    if any_given("per_device_train_batch_size", "gradient_accumulation_steps"):
+        return
+    parts = training.per_device_train_batch_size * args.model_max_length // CPU_TOKENS
+    if device.kind() == "cpu" and parts > 1:
+        training.per_device_train_batch_size //= parts
+        training.gradient_accumulation_steps *= parts
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def refuse_unknown_to_the_loop() -> None:
+    for one in fields(TrainingArguments):
+        if any_given(one.name) and one.name not in HONOURED:
+            raise cli.usage_error(
+                f"--{one.name}: the loop of this recipe does not know it; see --help and "
+                "settings.py"
+            )
+
+
+def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
+    muon = args.optimizer == "muon"
+    distills = args.stage == "distill"
+    problems = {  # message -> whether that is so
         f"--optimizer {args.optimizer}: adamw or muon": args.optimizer not in ("adamw", "muon"),
-        f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": training.lr_scheduler_type
-        not in optim.SCHEDULES,
-        "--optimizer muon: DeepSpeed cuts the matrices that it needs whole; train without --deepspeed": args.optimizer
-        == "muon"
-        and bool(training.deepspeed),
-        f"--optimizer muon computes in bfloat16, which {device.name()} lacks": args.optimizer
-        == "muon"
-        and device.kind() != "cpu"
-        and device.half_dtype() is not torch.bfloat16,
-        "--teacher: --stage distill needs the folder of one": args.stage == "distill"
-        and not args.teacher,
-        f"--teacher: --stage {args.stage} has none": args.stage != "distill" and bool(args.teacher),
+        f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": (
+            training.lr_scheduler_type not in optim.SCHEDULES
+        ),
+        "--optimizer muon: DeepSpeed cuts the matrices that it needs whole; train without "
+        "--deepspeed": muon and bool(training.deepspeed),
+        f"--optimizer muon computes in bfloat16, which {device.name()} lacks": (
+            muon and not muon_runs_here()
+        ),
+        "--teacher: --stage distill needs the folder of one": distills and not args.teacher,
+        f"--teacher: --stage {args.stage} has none": not distills and bool(args.teacher),
         f"--model_max_length {args.model_max_length}: 16 or more": args.model_max_length < 16,
-        f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": not 0
-        <= training.warmup_steps
-        < 1,
+        f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": (
+            not 0 <= training.warmup_steps < 1
+        ),
         f"--beta {args.beta}: above 0": args.beta <= 0,
-        f"--reference {args.reference}: cached or adapter": args.reference
-        not in ("cached", "adapter"),
-        "--reference adapter: there is no adapter to switch off; add --use_lora true": args.reference
-        == "adapter"
-        and not args.use_lora,
+        f"--reference {args.reference}: cached or adapter": (
+            args.reference not in ("cached", "adapter")
+        ),
+        "--reference adapter: there is no adapter to switch off; add --use_lora true": (
+            args.reference == "adapter" and not args.use_lora
+        ),
         f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
         f"--temperature {args.temperature}: above 0": args.temperature <= 0,
     }
@@ -267,25 +301,28 @@ def settle(args: Args, training: TrainingArguments, width: int) -> None:
             raise cli.usage_error(message)
 
 
+# ---- models and tokenizers by name ---------------------------------------------------------------
+
+
 def start_from(args: Args) -> str:
     """Where the weights come from: a name of SIZES (random ones), or a folder."""
     if args.stage not in STAGES:
         raise cli.usage_error(f"--stage {args.stage}: {', '.join(STAGES)}")
-    name, given = (
-        args.model_name_or_path,
-        any(map(cli.given_by_user, ("model_name_or_path", "size", "from_weight"))),
-    )
-    choices = (name,) if name in STAGES else () if given else FROM.get(args.stage, ())
-    for stage in choices:
+    name = args.model_name_or_path
+    stages = FROM.get(args.stage, ())
+    if name in STAGES:
+        stages = (name,)
+    elif any_given("model_name_or_path", "size", "from_weight"):
+        stages = ()
+    for stage in stages:
         if (OUTPUT / stage / "final").is_dir():
             return own_model(str(OUTPUT / stage), "--from_weight")
     if name in STAGES:
-        raise SystemExit(
-            f"--from_weight {name}: {OUTPUT / name / 'final'} is not there; train that stage first"
-        )
-    if choices:
+        final = OUTPUT / name / "final"
+        raise SystemExit(f"--from_weight {name}: {final} is not there; train that stage first")
+    if stages:
         cli.say(
-            f"note: no output of {' or '.join(choices)} to go on from; starting from random weights"
+            f"note: no output of {' or '.join(stages)} to go on from; starting from random weights"
         )
     return name if name in SIZES else own_model(name, "--from_weight")
 
@@ -295,9 +332,8 @@ def own_model(name: str, flag: str) -> str:
     model class cannot go on from: a folder of transformers' own classes would load in part, with
     random weights for the rest."""
     if "/" not in name and not Path(name).is_dir():
-        raise SystemExit(
-            f"{flag} {name}: neither a folder nor a size ({', '.join(SIZES)}) nor a stage"
-        )
+        sizes = ", ".join(SIZES)
+        raise SystemExit(f"{flag} {name}: neither a folder nor a size ({sizes}) nor a stage")
     folder = find_model(name)
     if Path(folder, "adapter_config.json").is_file():
         raise SystemExit(
@@ -306,19 +342,32 @@ def own_model(name: str, flag: str) -> str:
     kind = cli.model_config(folder, flag).model_type
     if kind != MiniMindConfig.model_type:
         raise SystemExit(
-            f"{flag} {name} is a {kind} model; bring it over first: export.py --import --model {name}"
+            f"{flag} {name} is a {kind} model; bring it over first: export.py --import "
+            f"--model {name}"
         )
     return folder
 
 
+def width_of(base: str, args: Args) -> int:
+    """Of the model that starts from `base`."""
+    if base in SIZES:
+        return args.hidden_size or SIZES[base]["hidden_size"]
+    return cli.model_config(base).hidden_size
+
+
 def tokenizer_of(args: Args, base: str) -> str:
-    """The folder of the tokenizer: the one named, the teacher's, the model's, or for random weights
+    """The folder of the tokenizer: the one named, the model's, the teacher's, or for random weights
     the shipped one."""
-    if args.tokenizer or base not in SIZES or args.teacher:
-        return args.tokenizer or (base if base not in SIZES else args.teacher)
+    if args.tokenizer:
+        return args.tokenizer
+    if base not in SIZES:
+        return base
+    if args.teacher:
+        return args.teacher
     if not base.startswith("tiny"):
         cli.say(
-            "warning: the shipped tokenizer knows the characters of the sample data and spells other text byte by "
-            f"byte; for --size {base} train one on your texts (train_tokenizer.py) and give it with --tokenizer"
+            "warning: the shipped tokenizer knows the characters of the sample data and spells "
+            f"other text byte by byte; for --size {base} train one on your texts "
+            "(train_tokenizer.py) and give it with --tokenizer"
         )
     return str(HERE / "tokenizer")

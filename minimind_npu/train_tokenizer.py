@@ -1,8 +1,8 @@
 """Train a byte-level BPE tokenizer with the chat format of this recipe, and say how well it
 compresses a text.
 
-python minimind_npu/train_tokenizer.py                                                 # our sample data, 6,400 tokens
-python minimind_npu/train_tokenizer.py --data_path my_texts.jsonl my_chats/ --max_rows 100000 --eval_path other.txt
+    python minimind_npu/train_tokenizer.py                # our sample data, at most 6,400 tokens
+    python minimind_npu/train_tokenizer.py --data_path my.jsonl my_chats/ --eval_path other.txt
 
 Rows of every kind are read: {"text"}, {"conversations"}, {"chosen", "rejected"}, tables, .txt. The
 output folder is an ordinary Hugging Face tokenizer: AutoTokenizer.from_pretrained(FOLDER). The one
@@ -17,7 +17,6 @@ those that llama.cpp has under the name deepseek-coder.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -29,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from common import cli
 from common.data import files, shapes
+from common.data.files import atomic_file
+from common.data.progress import Progress
 
 SPECIAL = [
     "<|endoftext|>",
@@ -37,9 +38,14 @@ SPECIAL = [
     *(f"<|reserved_{i}|>" for i in range(3, 21)),
 ]
 TAGS = [
-    f"<{slash}{tag}>"
-    for tag in ("tool_call", "tool_response", "think", "answer")
-    for slash in ("", "/")
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
 ]
 BUFFERS = [f"<|buffer{i}|>" for i in range(1, 8)]
 FIXED = SPECIAL + TAGS + BUFFERS
@@ -50,7 +56,7 @@ CONTEXT = 32768  # tokens
 KINDS = ("text", "chat", "preference")
 
 
-# ---- texts of rows --------------------------------------------------------------------------------------------
+# ---- texts of rows -------------------------------------------------------------------------------
 
 
 def strings(value) -> Iterator[str]:
@@ -74,19 +80,13 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
     without known rows."""
     records = files.records(path, files.encoding_of(path))
     start = list(islice(records, 50))
-    head = [record for _, record in start if isinstance(record, dict)]
-    shape = next((shape for kind in KINDS if (shape := shapes.detect(kind, head))), None)
-    if shape is None:
-        seen = ", ".join(dict.fromkeys(chain(*head))) or "nothing"
-        raise SystemExit(
-            f"{path}: no rows of text, chat or preference recognised; columns seen: {seen[:200]}"
-        )
+    shape = shape_of([record for _, record in start if isinstance(record, dict)], path)
     for _, record in chain(start, records):
         try:
+            if isinstance(record, shapes.BadRow):
+                raise record
             if not isinstance(record, dict):
-                raise (
-                    record if isinstance(record, shapes.BadRow) else shapes.BadRow("not an object")
-                )
+                raise shapes.BadRow("not an object")
             texts = list(strings(shape.convert(record)))
             "".join(texts).encode()
             yield texts
@@ -96,6 +96,18 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
             dropped[bad.reason] += 1
 
 
+def shape_of(records: list[dict], path: Path):
+    """What the first rows of a file are. SystemExit where they are nothing known."""
+    for kind in KINDS:
+        shape = shapes.detect(kind, records)
+        if shape is not None:
+            return shape
+    columns = ", ".join(dict.fromkeys(chain(*records))) or "nothing"
+    raise SystemExit(
+        f"{path}: no rows of text, chat or preference recognised; columns seen: {columns[:200]}"
+    )
+
+
 def paths(data_path: list[str]) -> list[Path]:
     """The data files of files and folders; says which others lie there. Raises SystemExit for
     weights (a.jsonl:0.7)."""
@@ -103,7 +115,8 @@ def paths(data_path: list[str]) -> list[Path]:
     for path, weight in files.entries(data_path):
         if weight is not None:
             raise SystemExit(
-                f"{path}:{weight:g}: weights mean nothing here, every row is read; give the path alone"
+                f"{path}:{weight:g}: weights mean nothing here, every row is read; give the path "
+                "alone"
             )
         inside, ignored = files.data_files(path)
         found += inside
@@ -112,17 +125,16 @@ def paths(data_path: list[str]) -> list[Path]:
     return found
 
 
-def read_texts(data_path: list[str], max_rows: int, dropped: Counter, say=None) -> Iterator[str]:
-    """Texts of at most `max_rows` rows (0: all) of files and folders; say(rows) is called every
-    thousand rows."""
-    every = (texts for path in paths(data_path) for texts in texts_of_file(path, dropped))
-    for number, texts in enumerate(islice(every, max_rows or None), 1):
-        if say and number % 1000 == 0:
-            say(number)
-        yield from texts
+def read_texts(data_path: list[str], max_rows: int, dropped: Counter) -> Iterator[str]:
+    """Texts of at most `max_rows` rows (0: all) of files and folders."""
+    rows = (texts for path in paths(data_path) for texts in texts_of_file(path, dropped))
+    with Progress("read") as progress:
+        for texts in islice(rows, max_rows or None):
+            yield from texts
+            progress.update(1)
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 
 def train(
@@ -132,15 +144,17 @@ def train(
     split_numerals: bool = True,
     coverage: float = 0.9995,
 ):
-    """A byte-level BPE with the fixed ids; texts with few different words end below `vocab_size`
-    tokens.
+    """A byte-level BPE with the fixed ids, a PreTrainedTokenizerFast with the chat template; texts
+    with few different words end below `vocab_size` tokens.
 
     Merges are learned between characters, and the bytes of each frequent character are merged
     before all else: so no token ends inside a character, but for rare ones, which stay bytes.
-    max_han: Chinese characters in one token, at most. split_numerals: 一, 二, 十 … are never merged,
-    like digits, so that sums in words look alike to a small model. coverage: share of the text
-    whose characters become tokens (they get half of the vocabulary at most). Returns a
-    PreTrainedTokenizerFast with the chat template.
+
+    max_han: Chinese characters in one token, at most.
+    split_numerals: 一, 二, 十 … are never merged, like digits, so that sums in words look alike to
+        a small model.
+    coverage: share of the text whose characters become tokens (they get half of the vocabulary at
+        most).
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -151,11 +165,10 @@ def train(
             counts.update(text)
             yield text
 
+    cuts = [*CUTS, NUMERALS] if split_numerals else CUTS
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
     core = Tokenizer(models.BPE())
-    cuts = CUTS + [NUMERALS] * split_numerals
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
-    )
+    core.pre_tokenizer = pre_tokenizers.Sequence(splits)
     trainer = trainers.BpeTrainer(
         vocab_size=3 * vocab_size,  # some merges will be refused
         limit_alphabet=vocab_size,
@@ -163,22 +176,22 @@ def train(
         show_progress=sys.stderr.isatty(),
     )
     core.train_from_iterator(counted(), trainer)
-    merges = [tuple(merge) for merge in json.loads(core.to_str())["model"]["merges"]]
+
     chars = frequent(counts, coverage, (vocab_size - SMALLEST) // 2)
-    merges = [
-        merge
-        for merge in merges
-        if chars.issuperset(whole := "".join(merge)) and han(whole) <= max_han
-    ]
-    return wrapped(
-        core.pre_tokenizer,
-        *byte_level(sorted(chars, key=lambda c: (-counts[c], c)), merges, vocab_size),
-    )
+    merges = []
+    for left, right in json.loads(core.to_str())["model"]["merges"]:
+        token = left + right
+        if chars.issuperset(token) and han(token) <= max_han:
+            merges.append((left, right))
+    ordered = sorted(chars, key=lambda char: (-counts[char], char))
+    vocabulary, kept = byte_level(ordered, merges, vocab_size)
+    return wrapped(core.pre_tokenizer, vocabulary, kept)
 
 
 def frequent(counts: Counter, coverage: float, most: int) -> set[str]:
     """The most frequent characters that make up `coverage` of a text, `most` of them at most."""
-    room, chars = coverage * counts.total(), set()
+    room = coverage * counts.total()
+    chars = set()
     for char, number in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:most]:
         if room <= 0:
             break
@@ -196,20 +209,22 @@ def byte_level(chars: list[str], merges: list[tuple], vocab_size: int) -> tuple[
     byte, merges."""
     from tokenizers import normalizers, pre_tokenizers
 
-    spell = normalizers.ByteLevel().normalize_str
+    spell = normalizers.ByteLevel().normalize_str  # each byte as one printable character
     steps = []
     for char in chars:
-        size = len(spelt := spell(char))
-        steps += [(spelt[:i], spelt[i]) for i in range(1, size)]
-    steps = list(dict.fromkeys(steps)) + [(spell(left), spell(right)) for left, right in merges]
-    vocabulary = {
-        token: i for i, token in enumerate(FIXED + sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
+        spelt = spell(char)
+        steps += [(spelt[:i], spelt[i]) for i in range(1, len(spelt))]
+    steps = list(dict.fromkeys(steps))
+    steps += [(spell(left), spell(right)) for left, right in merges]
+
+    first = [*FIXED, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {token: i for i, token in enumerate(first)}
     kept = []
     for left, right in steps:
-        if len(vocabulary) == vocab_size and left + right not in vocabulary:
+        token = left + right
+        if len(vocabulary) == vocab_size and token not in vocabulary:
             break
-        vocabulary.setdefault(left + right, len(vocabulary))
+        vocabulary.setdefault(token, len(vocabulary))
         kept.append((left, right))
     return vocabulary, kept
 
@@ -224,9 +239,8 @@ def wrapped(cuts, vocabulary: dict, merges: list):
         [cuts, pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     core.decoder = decoders.ByteLevel()
-    core.add_tokens(
-        [AddedToken(name, special=name not in TAGS, normalized=False) for name in FIXED]
-    )
+    fixed = [AddedToken(name, special=name not in TAGS, normalized=False) for name in FIXED]
+    core.add_tokens(fixed)
     end, start, stop = SPECIAL[:3]
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -252,21 +266,27 @@ def save(tokenizer, folder: Path) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    draft = file.with_suffix(".draft")
-    draft.write_text(text + "\n", encoding="utf-8")
-    os.replace(draft, file)
+    with atomic_file(file) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
-# ---- what it is worth -----------------------------------------------------------------------------------------
+# ---- what it is worth ----------------------------------------------------------------------------
 
 
 def measure(tokenizer, texts: list[str]) -> dict:
     """Compression of `texts`: counts, chars_per_token, bytes_per_token, and how many tokens of the
     vocabulary occur."""
     ids = [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
-    chars, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-    counts = {"chars": chars, "bytes": size, "tokens": len(ids), "different_tokens": len(set(ids))}
-    return counts | {"chars_per_token": chars / len(ids), "bytes_per_token": size / len(ids)}
+    chars = sum(len(text) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "chars": chars,
+        "bytes": size,
+        "tokens": len(ids),
+        "different_tokens": len(set(ids)),
+        "chars_per_token": chars / len(ids),
+        "bytes_per_token": size / len(ids),
+    }
 
 
 def streams(tokenizer, texts: Iterable[str]) -> bool:
@@ -290,34 +310,27 @@ def flag(text: str) -> bool:
 
 def arguments() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
+    add = parser.add_argument
     sample = [str(HERE / "data" / name) for name in ("pretrain", "sft")]
+    held_out = [str(HERE / "data" / "eval" / "held_out.txt")]
     output = HERE.parent / "output" / HERE.name / "tokenizer"
-    parser.add_argument(
-        "--data_path", nargs="+", default=sample, help="files and folders to learn from"
-    )
-    parser.add_argument("--output_dir", type=Path, default=output, help="where the tokenizer goes")
-    parser.add_argument(
-        "--vocab_size", type=int, default=6400, help="tokens, at most (default 6400)"
-    )
-    parser.add_argument(
-        "--max_rows", type=int, default=100000, help="rows read (default 100000), 0: all"
-    )
-    parser.add_argument(
+    add("--data_path", nargs="+", default=sample, help="files and folders to learn from")
+    add("--output_dir", type=Path, default=output, help="where the tokenizer goes")
+    add("--vocab_size", type=int, default=6400, help="tokens, at most (default 6400)")
+    add("--max_rows", type=int, default=100000, help="rows read (default 100000), 0: all")
+    add(
         "--max_han",
         type=int,
         default=2,
         help="Chinese characters in one token, at most; 4 save 1 %% of tokens",
     )
-    parser.add_argument(
+    add(
         "--split_numerals",
         type=flag,
         default=True,
         help="Chinese numerals never merge, like digits",
     )
-    held_out = [str(HERE / "data" / "eval" / "held_out.txt")]
-    parser.add_argument(
-        "--eval_path", nargs="+", default=held_out, help="texts to measure the compression on"
-    )
+    add("--eval_path", nargs="+", default=held_out, help="texts to measure the compression on")
     args = parser.parse_args()
     if args.vocab_size < SMALLEST:
         raise cli.usage_error(
@@ -335,39 +348,35 @@ def arguments() -> argparse.Namespace:
 def report(tokenizer, eval_path: list[str]) -> None:
     """Print what the tokenizer makes of a text. Raises SystemExit when a text does not survive the
     round trip."""
+    name = " ".join(eval_path)
     texts = list(read_texts(eval_path, 0, Counter()))
     if not any(texts):
-        raise SystemExit(f"{' '.join(eval_path)}: no text")
+        raise SystemExit(f"{name}: no text")
     found = measure(tokenizer, texts)
     cli.say(
-        f"{' '.join(eval_path)}: {found['chars']:,} characters, {found['bytes']:,} bytes, {found['tokens']:,} tokens"
+        f"{name}: {found['chars']:,} characters, {found['bytes']:,} bytes, "
+        f"{found['tokens']:,} tokens\n"
+        f"{found['chars_per_token']:.2f} characters/token, "
+        f"{found['bytes_per_token']:.2f} bytes/token\n"
+        f"{found['different_tokens']:,} of {len(tokenizer):,} tokens occur"
     )
-    cli.say(
-        f"{found['chars_per_token']:.2f} characters/token, {found['bytes_per_token']:.2f} bytes/token"
-    )
-    cli.say(f"{found['different_tokens']:,} of {len(tokenizer):,} tokens occur")
     if not streams(tokenizer, texts):
-        raise SystemExit(
-            f"{' '.join(eval_path)}: a text is not the same after encoding and decoding"
-        )
+        raise SystemExit(f"{name}: a text is not the same after encoding and decoding")
     cli.say("decoded token by token: equal to the text")
 
 
 def main() -> None:
     args = arguments()
-    started, dropped = time.time(), Counter()
-
-    def say(number: int) -> None:
-        if number % 20_000 == 0:
-            cli.say(f"{number:,} rows read, {number / (time.time() - started):,.0f} rows/s")
-
-    texts = read_texts(args.data_path, args.max_rows, dropped, say)
+    started = time.time()
+    dropped = Counter()
+    texts = read_texts(args.data_path, args.max_rows, dropped)
     tokenizer = train(texts, args.vocab_size, args.max_han, args.split_numerals)
     for reason, number in dropped.items():
         cli.say(f"{number:,} rows left out: {reason}")
     if len(tokenizer) < args.vocab_size:
         cli.say(
-            f"these texts have merges for {len(tokenizer):,} tokens only, not for {args.vocab_size:,}"
+            f"these texts have merges for {len(tokenizer):,} tokens only, not for "
+            f"{args.vocab_size:,}"
         )
     save(tokenizer, args.output_dir)
     cli.say(f"{args.output_dir}: {len(tokenizer):,} tokens after {time.time() - started:.0f} s")

@@ -2,10 +2,11 @@
 soon as a row ends.
 
     engine = Engine(model, slots=8)
-    engine.generate(prompts, max_new_tokens=64)                      # token ids -> new ids of each prompt, in order
+    engine.generate(prompts, max_new_tokens=64)          # token ids -> new ids of each, in order
     for index, token in engine.stream(prompts, temperature=0.8):     # as they come
         ...
-    request = engine.submit(prompt, Sampling(top_p=0.9)); engine.step()     # what both are made of
+    request = engine.submit(prompt, Sampling(top_p=0.9))     # what both are made of
+    engine.step()
 
 A step is one forward pass over one row without padding: what stands before the last token of the
 prompts that have just been given a slot (attention of a packed row), then one token of every slot
@@ -33,8 +34,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from common.demo.chat_model import ChatModel, find_model
-from common.fast.attention import compute_packed
+from common.demo.chat_model import ChatModel
+from common.fast.attention import varlen_kernel
+from common.runs.generate import end_token_ids
 
 HERE = Path(__file__).resolve().parents[1]
 OUTPUT = HERE.parent / "output" / HERE.name
@@ -51,10 +53,16 @@ PREFILL = 2048
 NUCLEUS = 256  # candidates looked at before the whole vocabulary is sorted
 
 
+# ---- requests ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a request is answered. temperature 0: always the likeliest token; top_k 0: among all;
-    ends: token ids that end an answer, None: those of the model's generation config."""
+    """How a request is answered.
+
+    temperature 0: always the likeliest token; top_k 0: among all; ends: token ids that end an
+    answer, None: those of the model's generation config.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -65,35 +73,37 @@ class Sampling:
     ends: frozenset[int] | None = None
 
     def __post_init__(self):
-        good = {
+        makes_sense = {
             "max_new_tokens": self.max_new_tokens >= 1,
             "temperature": self.temperature >= 0,
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
         }
-        for name, fits in good.items():
-            if not fits:
+        for name, good in makes_sense.items():
+            if not good:
                 raise ValueError(f"{name} {getattr(self, name)} makes no sense")
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what has been generated for it: tokens, the end token among them. finished: ""
-    while it runs, then "stop", "length" or "cancelled". on_token: called with each new token; what
-    it returns is not looked at."""
+    """A prompt and what has been generated for it.
+
+    tokens: the end token is among them.
+    finished: "" while it runs, then "stop", "length" or "cancelled".
+    on_token: called with each new token; what it returns is not looked at.
+    """
 
     prompt: list[int]
     sampling: Sampling
     on_token: Callable[[int], object] | None = None
     tokens: list[int] = field(default_factory=list)
     finished: str = ""
-    seen: Tensor | None = None  # [V], tokens of prompt and answer, where they are punished
+    seen: Tensor | None = None  # bool [V]: tokens of prompt and answer, where they are penalised
 
     def __post_init__(self):
-        self.numbers = random.Random(
-            f"{self.sampling.seed}"
-        )  # its own, whoever is answered beside it
+        # of its own: an answer is the same whoever is answered beside it
+        self.numbers = random.Random(f"{self.sampling.seed}")
 
     @property
     def place(self) -> int:
@@ -115,7 +125,7 @@ class Request:
             self.on_token(token)
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 class SlotCache(Cache):
@@ -124,15 +134,16 @@ class SlotCache(Cache):
 
     def __init__(self, slots: int):
         super().__init__(layers=[])
-        self.slots, self.columns = slots, FIRST
+        self.slots = slots
+        self.columns = FIRST
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def begin(
-        self, rows: Tensor, columns: Tensor, active: int, width: int, starts: list[int], dtype
+        self, rows: Tensor, columns: Tensor, active: int, width: int, cu_seqlens: list[int], dtype
     ) -> None:
         """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width`
-        columns, those before them are documents with boundaries `starts`."""
+        columns, those before them are documents with boundaries `cu_seqlens`."""
         width = -(-width // STEP) * STEP
         while self.columns < width:
             self.columns *= 2
@@ -140,14 +151,15 @@ class SlotCache(Cache):
             for i, old in enumerate(kept):
                 if old.shape[2] < self.columns:
                     kept[i] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
-        self.rows, self.places, self.active, self.width = rows, columns, active, width
-        self.starts = torch.tensor(starts, dtype=torch.int32, device=rows.device)
-        self.edges = list(pairwise(starts))
-        hidden = torch.arange(width, device=rows.device) > columns[-active:, None]
-        self.bias = torch.zeros(hidden.shape, dtype=dtype, device=rows.device).masked_fill_(
-            hidden, -torch.inf
-        )
-        self.bias = self.bias[:, None, None]
+        self.rows = rows
+        self.places = columns
+        self.active = active
+        self.width = width
+        self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=rows.device)
+        self.documents = list(pairwise(cu_seqlens))
+        not_yet = torch.arange(width, device=rows.device) > columns[-active:, None]
+        bias = torch.zeros(not_yet.shape, dtype=dtype, device=rows.device)
+        self.bias = bias.masked_fill_(not_yet, -torch.inf)[:, None, None]  # [A, 1, 1, W]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         """key, value [1, K, N, d] of this step are stored, and returned as they are."""
@@ -163,6 +175,7 @@ class SlotCache(Cache):
         return 0
 
     def move(self, start: int, goal: int, length: int) -> None:
+        """The first `length` columns of slot `start` to slot `goal`."""
         for tensor in (*self.keys, *self.values):
             tensor[goal, :, :length] = tensor[start, :, :length]
 
@@ -172,19 +185,20 @@ def _attention(
 ):
     """query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d], None (the interface of
     transformers)."""
-    layer, active = module.layer_idx, slots.active
-    new, (_, heads, _, size) = query.shape[2] - active, query.shape
+    _, heads, tokens, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
-    keys, values = (kept[layer][:active, :, : slots.width] for kept in (slots.keys, slots.values))
+    active = slots.active
+    begun = tokens - active  # tokens of prompts that begin; after them one of every slot
+    keys = slots.keys[module.layer_idx][:active, :, : slots.width]
+    values = slots.values[module.layer_idx][:active, :, : slots.width]
     # the heads that share a key/value head are its queries: nothing is repeated
-    last = query[0, :, new:].transpose(0, 1).reshape(active, keys.shape[1], -1, size)
-    out = _looked_up(last, keys, values, slots.bias.to(query.dtype), scale).reshape(
-        1, active, heads, size
-    )
-    if not new:
-        return out, None
-    begun = _documents(*(x[0, :, :new] for x in (query, key, value)), slots, scale)
-    return torch.cat([begun[None], out], 1), None
+    last = query[0, :, begun:].transpose(0, 1).reshape(active, keys.shape[1], -1, size)
+    out = _looked_up(last, keys, values, slots.bias.to(query.dtype), scale)
+    out = out.reshape(1, active, heads, size)
+    if begun:
+        prompts = (x[0, :, :begun] for x in (query, key, value))
+        out = torch.cat([_documents(*prompts, slots, scale)[None], out], 1)
+    return out, None
 
 
 def _looked_up(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -197,24 +211,23 @@ def _looked_up(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: f
 
 def _documents(query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, scale: float) -> Tensor:
     """query [H, T, d], key and value [K, T, d] of documents side by side -> [T, H, d]."""
-    compute = compute_packed(query)
-    if compute:
-        return compute(query, key, value, slots.starts, max(b - a for a, b in slots.edges), scale)
-    parts, grouped = [], len(query) != len(key)
-    for a, b in slots.edges:
-        q, k, v = (x[None, :, a:b] for x in (query, key, value))
-        parts.append(
-            F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-            )[0]
-        )
-    return torch.cat(parts, 1).transpose(0, 1)
+    kernel = varlen_kernel(query)
+    if kernel:
+        max_seqlen = max(end - start for start, end in slots.documents)
+        return kernel(query, key, value, slots.cu_seqlens, max_seqlen, scale)
+    grouped = len(query) != len(key)
+    found = []
+    for start, end in slots.documents:
+        q, k, v = (x[None, :, start:end] for x in (query, key, value))
+        attend = F.scaled_dot_product_attention
+        found.append(attend(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)[0])
+    return torch.cat(found, 1).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, _attention)
 
 
-# ---- the engine -----------------------------------------------------------------------------------------------------
+# ---- the engine ----------------------------------------------------------------------------------
 
 
 class Engine:
@@ -225,12 +238,16 @@ class Engine:
 
     def __init__(self, model, slots: int = 8, max_length: int | None = None):
         window = getattr(model.config, "max_position_embeddings", None) or 4096
-        self.model, self.slots, self.max_length = model, slots, min(max_length or window, window)
-        own = model.generation_config.eos_token_id
-        self.ends = frozenset(own if isinstance(own, list) else [own]) - {None}
+        ends = model.generation_config.eos_token_id
+        self.model = model
+        self.slots = slots
+        self.max_length = min(max_length or window, window)
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends]) - {None}
         self.cache = SlotCache(slots)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # number i has slot i; there are no gaps in a step
+
+    # ---- asking ----
 
     def submit(
         self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None
@@ -245,8 +262,9 @@ class Engine:
             )
         if sampling.ends is None:
             sampling = replace(sampling, ends=self.ends)
-        self.waiting.append(Request(list(prompt), sampling, on_token))
-        return self.waiting[-1]
+        request = Request(list(prompt), sampling, on_token)
+        self.waiting.append(request)
+        return request
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int = 256, **sampling
@@ -267,9 +285,10 @@ class Engine:
         others.
         """
         how = Sampling(max_new_tokens, **sampling)
-        number = {
-            self.submit(p, replace(how, seed=f"{how.seed}:{i}")): i for i, p in enumerate(prompts)
-        }
+        number = {}
+        for i, prompt in enumerate(prompts):
+            request = self.submit(prompt, replace(how, seed=f"{how.seed}:{i}"))
+            number[request] = i
         try:
             while any(not request.finished for request in number):
                 for request, token in self.step():
@@ -279,11 +298,14 @@ class Engine:
             for request in number:
                 request.cancel()
 
+    # ---- one step ----
+
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, int]]:
         """One forward pass: a new token of every request that has a slot; [] when there is nothing
         to do."""
-        fresh = self._turn_over()
+        fresh = self._fill_slots()
+        self._close_gaps()
         if not self.running:
             return []
         tokens = choose(self._logits(fresh), self.running).tolist()  # the only wait for the device
@@ -292,90 +314,103 @@ class Engine:
             request.take(token, request.sampling.ends, self.max_length)
         return done
 
-    def _turn_over(self) -> list[int]:
-        """Give the slots of what has ended to waiting requests and close the gaps; -> slots that
-        begin now."""
+    def _fill_slots(self) -> list[int]:
+        """Give the slots of what has ended to waiting requests; -> slots that begin now."""
         self.waiting = deque(request for request in self.waiting if not request.finished)
-        fresh, room = [], PREFILL
+        fresh = []
+        room = PREFILL
         for slot in range(self.slots):
             busy = slot < len(self.running) and not self.running[slot].finished
             if busy or not self.waiting or (fresh and len(self.waiting[0].prompt) > room):
                 continue
-            self.running[slot : slot + 1] = [self.waiting.popleft()]
-            room -= len(self.running[slot].prompt)
+            request = self.waiting.popleft()
+            self.running[slot : slot + 1] = [request]
+            room -= len(request.prompt)
             fresh.append(slot)
-        for slot in reversed(
-            range(len(self.running))
-        ):  # those that begin stand before the first gap
+        return fresh
+
+    def _close_gaps(self) -> None:
+        """Requests in the last slots move to those that are free; those that begin now stand before
+        the first gap."""
+        for slot in reversed(range(len(self.running))):
             if self.running[slot].finished:
                 last = self.running.pop()
                 if slot < len(self.running):
                     self.cache.move(len(self.running), slot, last.place)
                     self.running[slot] = last
-        return fresh
 
     def _logits(self, fresh: list[int]) -> Tensor:
         """Logits after the newest token of every slot, [A, V]."""
-        ids, columns, rows, starts = [], [], [], [0]
+        ids = []
+        columns = []
+        rows = []
+        cu_seqlens = [0]
         for slot in fresh:
             begun = self.running[slot].prompt[:-1]
             ids += begun
             columns += range(len(begun))
             rows += [slot] * len(begun)
-            starts += [len(ids)] if begun else []
+            if begun:
+                cu_seqlens.append(len(ids))
         for slot, request in enumerate(self.running):
             ids.append((request.tokens or request.prompt)[-1])
             columns.append(request.place)
             rows.append(slot)
-        device, active = self.model.device, len(self.running)
-        ids, columns, rows = torch.tensor([ids, columns, rows]).to(device)
+        active = len(self.running)
         width = 1 + max(request.place for request in self.running)
-        self.cache.begin(rows, columns, active, width, starts, self.model.dtype)
+        ids, columns, rows = torch.tensor([ids, columns, rows]).to(self.model.device)
+        self.cache.begin(rows, columns, active, width, cu_seqlens, self.model.dtype)
         with self._attending():
-            return self.model(
+            out = self.model(
                 input_ids=ids[None],
                 position_ids=columns[None],
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=active,
                 slots=self.cache,
-            ).logits[0]
+            )
+        return out.logits[0]
 
     @contextmanager
     def _attending(self):
         """The model computes with this module's attention, without dropout; afterwards as
         before."""
-        config, training = self.model.config, self.model.training
+        config = self.model.config
+        was_training = self.model.training
         before = config._attn_implementation
         config._attn_implementation = NAME
-        if training:
+        if was_training:
             self.model.eval()
         try:
             yield
         finally:
             config._attn_implementation = before
-            if training:
+            if was_training:
                 self.model.train()
 
 
-# ---- choosing a token -----------------------------------------------------------------------------------------------
+# ---- choosing a token ----------------------------------------------------------------------------
 
 
 def choose(logits: Tensor, requests: list[Request]) -> Tensor:
     """logits [A, V] -> the next token of each request, [A]."""
     logits = _penalised(logits.float(), requests)
     tokens = logits.argmax(-1)
-    kinds: dict[
-        str, list[int]
-    ] = {}  # drawn apart, so that a draw is the same whoever is in the batch
-    for i, how in enumerate(request.sampling for request in requests):
-        if how.temperature > 0:
-            kinds.setdefault(
-                "top_k" if how.top_k else "top_p" if how.top_p < 1 else "all", []
-            ).append(i)
+    # each kind is drawn apart, so that a draw is the same whoever is in the batch
+    kinds: dict[str, list[int]] = {}
+    for row, request in enumerate(requests):
+        if request.sampling.temperature > 0:
+            kinds.setdefault(_kind(request.sampling), []).append(row)
     for kind, rows in kinds.items():
-        tokens[rows] = _drawn(logits[rows], [requests[i] for i in rows], kind)
+        tokens[rows] = _drawn(logits[rows], [requests[row] for row in rows], kind)
     return tokens
+
+
+def _kind(sampling: Sampling) -> str:
+    """ "top_k" (the rest of the vocabulary is not looked at), "top_p" (of all tokens) or "all"."""
+    if sampling.top_k:
+        return "top_k"
+    return "top_p" if sampling.top_p < 1 else "all"
 
 
 def _penalised(logits: Tensor, requests: list[Request]) -> Tensor:
@@ -384,43 +419,49 @@ def _penalised(logits: Tensor, requests: list[Request]) -> Tensor:
     rows = [i for i, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
     if not rows:
         return logits
-    for request in (requests[i] for i in rows):
+    penalised = [requests[row] for row in rows]
+    for request in penalised:
         if request.seen is None:
             request.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
             request.seen[request.prompt + request.tokens] = True
-    seen = torch.stack([requests[i].seen for i in rows])
-    factor = logits.new_tensor([requests[i].sampling.repetition_penalty for i in rows])[:, None]
-    part = logits[rows]
-    logits[rows] = torch.where(seen, torch.where(part > 0, part / factor, part * factor), part)
+    seen = torch.stack([request.seen for request in penalised])
+    factor = _column("repetition_penalty", penalised, logits)
+    old = logits[rows]
+    lower = torch.where(old > 0, old / factor, old * factor)
+    logits[rows] = torch.where(seen, lower, old)
     return logits
+
+
+def _column(name: str, requests: list[Request], like: Tensor) -> Tensor:
+    """A field of each request's Sampling, [R, 1]."""
+    return like.new_tensor([getattr(request.sampling, name) for request in requests])[:, None]
 
 
 def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
     """One token for each row of logits [R, V]: temperature, top_k, top_p, then a random number of
-    the request's own.
-
-    kind: "top_k" (the rest of the vocabulary is not looked at), "top_p" (of all tokens), "all".
-    """
-    column = lambda name: logits.new_tensor([getattr(r.sampling, name) for r in requests])[:, None]  # noqa: E731
-    logits, order, top_p = logits / column("temperature"), None, column("top_p")
+    the request's own. kind: see _kind; all requests are of it."""
+    logits = logits / _column("temperature", requests, logits)
+    top_p = _column("top_p", requests, logits)
+    order = None  # token of each column, where they are no longer in the vocabulary's order
     if kind == "top_k":
         top_k = [min(request.sampling.top_k, logits.shape[1]) for request in requests]
         logits, order = logits.topk(max(top_k))
         rank = torch.arange(logits.shape[1], device=logits.device)
-        logits = logits.masked_fill(rank >= column("top_k"), -torch.inf)
+        beyond = rank >= _column("top_k", requests, logits)
+        logits = logits.masked_fill(beyond, -torch.inf)
     chances = logits.softmax(-1)
     if kind == "top_p":
         chances, order = _likeliest(chances, top_p)
     if kind != "all":
-        chances = chances * ((chances.cumsum(-1) - chances < top_p) | (top_p >= 1))
+        before = chances.cumsum(-1) - chances
+        chances = chances * ((before < top_p) | (top_p >= 1))
     sums = chances.cumsum(-1)
-    numbers = sums.new_tensor([request.numbers.getrandbits(24) / 2**24 for request in requests])[
-        :, None
-    ]
-    place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp(
-        max=sums.shape[1] - 1
-    )
-    return (place if order is None else order.gather(1, place))[:, 0]
+    numbers = [request.numbers.getrandbits(24) / 2**24 for request in requests]
+    drawn = sums.new_tensor(numbers)[:, None] * sums[:, -1:]
+    place = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+    if order is not None:
+        place = order.gather(1, place)
+    return place[:, 0]
 
 
 def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -432,7 +473,7 @@ def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     return chances.sort(-1, descending=True)
 
 
-# ---- one conversation -----------------------------------------------------------------------------------------------
+# ---- one conversation ----------------------------------------------------------------------------
 
 
 def newest(root: Path = OUTPUT) -> str:
@@ -443,40 +484,31 @@ def newest(root: Path = OUTPUT) -> str:
         if found:
             return str(max(found, key=lambda path: path.stat().st_mtime).parents[1])
     raise SystemExit(
-        f"no finished run under {root}: bash {HERE.name}/run_all.sh trains one, or name a model's folder"
+        f"no finished run under {root}: bash {HERE.name}/run_all.sh trains one, or name a model's "
+        "folder"
     )
 
 
-class Speaker(ChatModel):
-    """A ChatModel (see there) that answers through the engine, and goes on with the last text where it
-    was pre-trained.
+class MiniMindChatModel(ChatModel):
+    """Answers through the engine; a model that was only pre-trained continues the last text.
 
-    path: the model's folder; ends: token ids that end an answer; chats: whether it is asked in its
-        chat template.
+    ends: token ids that end an answer.
     """
 
     def __init__(self, model: str | Path):
-        super().__init__(model)
-        self.path = find_model(model)
-        self.ends = Engine(self.model, 1).ends | {self.tokenizer.eos_token_id} - {None}
-        self.chats = (
-            self.tokenizer.chat_template is not None and self.settings.get("stage") != "pretrain"
-        )
+        super().__init__(model, pretraining_stage="pretrain")
+        self.ends = frozenset(end_token_ids(self.model, self.tokenizer))
 
-    def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
-        if self.chats:
-            return super().prompt(messages, room, thinking)
-        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        begins = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return [*begins, *ids][-(self.window - room) :]
+    def text_prompt(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        ids = super().text_prompt(text)
+        return ids if bos is None else [bos, *ids]
 
     def _generate(self, prompt, room, heard, **sampling):
-        engine, ids = Engine(self.model, slots=1), [*prompt]
-        for _, token in engine.stream(
-            [prompt], room, seed=random.getrandbits(32), ends=self.ends, **sampling
-        ):
+        engine = Engine(self.model, slots=1)
+        seed = random.getrandbits(32)
+        ids = list(prompt)
+        for _, token in engine.stream([prompt], room, seed=seed, ends=self.ends, **sampling):
             ids.append(token)
             if heard(torch.tensor([ids])).all():
                 return

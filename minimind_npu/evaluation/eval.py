@@ -1,11 +1,11 @@
 """Measure a trained model: bits per byte of held-out text, multiple choice, exact answers. All
 batched.
 
-    python minimind_npu/evaluation/eval.py                                                   # newest run on the built-in questions
-    python minimind_npu/evaluation/eval.py --model_name_or_path output/minimind_npu/sft --held_out my.txt --choice ceval/val
-    python minimind_npu/evaluation/eval.py --model_name_or_path my_model --choice q.csv --choice_by text --shots 5
-    python minimind_npu/evaluation/eval.py --exact gsm8k_test.jsonl --max_new_tokens 256 --dtype bfloat16
-    python minimind_npu/evaluation/eval.py --backend lm_eval --tasks ceval-valid,arc_easy    # lm-evaluation-harness on an export
+    python minimind_npu/evaluation/eval.py               # the newest run on the built-in questions
+    python minimind_npu/evaluation/eval.py --model output/minimind_npu/sft --held_out my.txt
+    python minimind_npu/evaluation/eval.py --choice q.csv --choice_by text --shots 5
+    python minimind_npu/evaluation/eval.py --exact gsm8k_test.jsonl --max_new_tokens 256
+    python minimind_npu/evaluation/eval.py --backend lm_eval --tasks ceval-valid,arc_easy
 
 --held_out: texts (a line of a .txt, or {"text"}). bits per byte = nats of all tokens and the end
 token / (ln 2 * UTF-8 bytes); a document longer than --window is read in windows that overlap by
@@ -13,7 +13,8 @@ window - stride tokens, which count once. --choice: questions.py has the layouts
 likeliest of A, B, C, D after the question with its choices; by text: the choice with the highest
 log-likelihood per UTF-8 byte after the bare question. --exact: the greedy answer's last number, or
 its text, against the given one. Chat models are asked in their chat template, others (--prompt
-plain) go on with a text. Result: a table (eval.md too) and eval.json.
+plain) go on with a text. lm_eval is lm-evaluation-harness, on an export of the model. Result: a
+table (eval.md too) and eval.json.
 """
 
 import sys
@@ -26,23 +27,25 @@ from common import cli, device  # noqa: I001  (device before torch and transform
 import argparse
 import json
 import math
-import os
 import re
 import tempfile
 import time
 
-from evaluation import questions
 import torch
-from engine.generation import Engine, Speaker, newest
-from model import MiniMindForCausalLM
+from engine.generation import Engine, MiniMindChatModel, newest
+from evaluation import questions
 from evaluation.questions import Choice, Exact
+from model import MiniMindForCausalLM
 from torch import Tensor
 
 from common import collators
-from common.fast import attention, losses
-from common.runs import report
+from common.collators import IGNORE
+from common.data.files import atomic_file
 from common.data.labels import encode_prompt
 from common.data.load import load_rows, summary
+from common.data.progress import Progress
+from common.fast import attention, losses
+from common.runs import report
 
 SAMPLES = HERE / "data" / "eval"
 BUILT_IN = {
@@ -58,9 +61,10 @@ DTYPES = {
     "float16": torch.float16,
 }
 SHOWN = 20  # answers kept in eval.json
+TOO_LONG = "longer than the model's window"
 
 
-# ---- scoring: packed rows, no padding -------------------------------------------------------------------------------
+# ---- scoring: packed rows, no padding ------------------------------------------------------------
 
 
 class Scorer:
@@ -69,31 +73,38 @@ class Scorer:
 
     def __init__(self, model, tokens: int = PACK):
         model.config._attn_implementation = attention.register()
-        self.model, self.tokens = losses.use_chunked_loss(model.eval()), tokens
+        self.model = losses.use_chunked_loss(model.eval())
+        self.tokens = tokens
 
     def batches(self, rows: list[dict]):
         """Rows -> packed batches on the model's device, and the numbers of the rows in each."""
         rows = [row | {"row_id": i} for i, row in enumerate(rows)]
+        sizes = [len(row["input_ids"]) for row in rows]
         collate = collators.PackedCollator()
-        for chosen in collators.pack_bins([len(row["input_ids"]) for row in rows], self.tokens):
-            batch = collate([[rows[i] for i in chosen]])
-            ids = batch.pop("row_ids")
-            yield (
-                {k: v.to(self.model.device) if torch.is_tensor(v) else v for k, v in batch.items()},
-                ids,
-            )
+        with Progress("score", total=len(rows)) as progress:
+            for chosen in collators.pack_bins(sizes, self.tokens):
+                batch = collate([[rows[i] for i in chosen]])
+                numbers = batch.pop("row_ids")
+                yield self.on_device(batch), numbers
+                progress.update(len(numbers))
+
+    def on_device(self, batch: dict) -> dict:
+        where = self.model.device
+        return {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     @torch.no_grad()
     def log_probs(self, rows: list[tuple[list[int], int]]) -> list[Tensor]:
         """[(ids, first)] -> log-probability of each of ids[first:] after what stands before it;
         first is at least 1."""
-        made = [{"input_ids": ids, "labels": [-100] * first + ids[first:]} for ids, first in rows]
+        made = []
+        for ids, first in rows:
+            made.append({"input_ids": ids, "labels": [IGNORE] * first + ids[first:]})
         found: list[Tensor] = [torch.zeros(0)] * len(rows)
         for batch, numbers in self.batches(made):
             values, owner, count = losses.answer_logprobs(self.model, **batch, use_cache=False)
             sizes = owner.bincount(minlength=count).tolist()
-            for number, part in zip(numbers, values.float().cpu().split(sizes), strict=True):
-                found[number] = part
+            for number, of_row in zip(numbers, values.float().cpu().split(sizes), strict=True):
+                found[number] = of_row
         return found
 
     @torch.no_grad()
@@ -102,43 +113,41 @@ class Scorer:
         found = torch.zeros(len(prompts), len(among))
         for batch, numbers in self.batches([{"input_ids": p, "labels": p} for p in prompts]):
             batch.pop("labels")
-            ends = batch["cu_seq_lens_q"][1:].long() - 1
-            found[numbers] = (
-                self.model(**batch, logits_to_keep=ends, use_cache=False)
-                .logits[0, :, among]
-                .float()
-                .cpu()
-            )
+            last = batch["cu_seq_lens_q"][1:].long() - 1
+            out = self.model(**batch, logits_to_keep=last, use_cache=False)
+            found[numbers] = out.logits[0, :, among].float().cpu()
         return found
 
 
-# ---- held-out text --------------------------------------------------------------------------------------------------
+# ---- held-out text -------------------------------------------------------------------------------
 
 
 def windows(ids: list[int], size: int, stride: int) -> list[tuple[list[int], int]]:
     """A document -> [(tokens, first one that counts)]: every token but the first counts once, with
     at least size - stride tokens before it where the document has them."""
-    out, counted = [], 1
+    found = []
+    counted = 1
     while counted < len(ids):
         end = min(len(ids), size if counted == 1 else counted + stride)
         start = max(0, end - size)
-        out.append((ids[start:end], counted - start))
+        found.append((ids[start:end], counted - start))
         counted = end
-    return out
+    return found
 
 
 def held_out(scorer: Scorer, tokenizer, paths, size: int, stride: int, limit: int | None) -> dict:
     texts, stats = load_rows(paths, "text")
     cli.say(summary(stats))
     texts = [json.loads(row)["text"] for row in texts["row"]][:limit]
-    rows, count = [], 0
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    begins = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else ends
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begins = ends if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         rows += windows([*begins, *ids, *ends], size, stride)
-    parts = scorer.log_probs(rows)
-    nats, count = -sum(part.double().sum().item() for part in parts), sum(map(len, parts))
+    log_probs = scorer.log_probs(rows)
+    nats = -sum(of_row.double().sum().item() for of_row in log_probs)
+    count = sum(len(of_row) for of_row in log_probs)
     total = sum(len(text.encode()) for text in texts)
     return {
         "bits_per_byte": nats / math.log(2) / total,
@@ -154,23 +163,27 @@ def held_out(scorer: Scorer, tokenizer, paths, size: int, stride: int, limit: in
     }
 
 
-# ---- questions ------------------------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 
 
 class Asker:
     """Questions -> token ids, as a chat or as a text to go on with, with examples before them.
 
-    window: tokens; room: how many are kept for the answer.
+    window: tokens of prompt and answer together; thinking: for templates that know it, None: as
+        they have it.
     """
 
     def __init__(self, tokenizer, as_chat: bool, window: int, thinking: bool | None = None):
-        self.tokenizer, self.as_chat, self.window = tokenizer, as_chat, window
-        knows = "enable_thinking" in str(tokenizer.chat_template)
-        self.template = {} if thinking is None or not knows else {"enable_thinking": thinking}
+        self.tokenizer = tokenizer
+        self.as_chat = as_chat
+        self.window = window
+        self.template = {}
+        if thinking is not None and "enable_thinking" in str(tokenizer.chat_template):
+            self.template = {"enable_thinking": thinking}
 
     def prompt(self, shown: list[tuple[str, str]], asked: str, room: int) -> list[int] | None:
         """Examples (question, answer) and a question -> ids; examples go, the first ones first,
-        where they do not fit. None where the question alone does not."""
+        where they and `room` more tokens do not fit. None where the question alone does not."""
         for left_out in range(len(shown) + 1):
             ids = self._ids(shown[left_out:], asked)
             if len(ids) + room <= self.window:
@@ -179,14 +192,15 @@ class Asker:
 
     def _ids(self, shown: list[tuple[str, str]], asked: str) -> list[int]:
         if self.as_chat:
-            turns = [
-                turn for pair in shown for turn in zip(("user", "assistant"), pair, strict=True)
-            ]
-            messages = [{"role": role, "content": text} for role, text in [*turns, ("user", asked)]]
+            messages = []
+            for question, answer in shown:
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": asked})
             return encode_prompt(self.tokenizer, messages, **self.template)
         text = "".join(f"{question}{answer}\n\n" for question, answer in shown) + asked
-        begins = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return begins + self.ids(text)
+        bos = self.tokenizer.bos_token_id
+        return self.ids(text) if bos is None else [bos, *self.ids(text)]
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -195,11 +209,19 @@ class Asker:
 def listed(question: Choice) -> str:
     """A question with its choices, in its own language."""
     chinese = re.search("[\u4e00-\u9fff]", question.question + "".join(question.options))
-    lines = [
-        f"{letter}. {option}"
-        for letter, option in zip(questions.LETTERS, question.options, strict=False)
-    ]
-    return "\n".join([question.question, *lines, "答案：" if chinese else "Answer:"])
+    lines = [question.question]
+    for letter, option in zip(questions.LETTERS, question.options, strict=False):
+        lines.append(f"{letter}. {option}")
+    lines.append("答案：" if chinese else "Answer:")
+    return "\n".join(lines)
+
+
+def as_text(question: Choice, asker: Asker) -> str:
+    return question.question if asker.as_chat else question.question + "\n"
+
+
+def as_exact(question: str, asker: Asker) -> str:
+    return question if asker.as_chat else f"问：{question}\n答："
 
 
 def with_examples(
@@ -207,70 +229,120 @@ def with_examples(
 ) -> list[tuple[list, list]]:
     """[(examples, questions to ask)] of each subject: `shots` of another set, or the subject's own
     first ones."""
-    if elsewhere is None:
-        return [(asked[:shots], asked[shots:]) for asked in found.subjects.values()]
-    others = elsewhere.subjects
-    everything = elsewhere.questions
-    return [
-        (others.get(subject, everything)[:shots], asked)
-        for subject, asked in found.subjects.items()
-    ]
-
-
-def choose(
-    scorer: Scorer, asker: Asker, found: questions.Read, shots: int, elsewhere, by_letter: bool
-) -> list[tuple[Choice, int]]:
-    """The model's choice of every question that fits into the window; the others are counted as
-    left out."""
-    rows, asked = [], []
-    for examples, group in with_examples(found, shots, elsewhere):
-        if by_letter:
-            shown = [(listed(example), questions.LETTERS[example.right]) for example in examples]
+    groups = []
+    for subject, own in found.subjects.items():
+        if elsewhere is None:
+            groups.append((own[:shots], own[shots:]))
         else:
-            shown = [
-                (as_text(example, asker), example.options[example.right]) for example in examples
-            ]
-        for question in group:
-            options = [] if by_letter else [asker.ids(option) for option in question.options]
-            room = 1 if by_letter else max(map(len, options))
-            ids = asker.prompt(
-                shown, listed(question) if by_letter else as_text(question, asker), room
-            )
-            if ids is None:
-                found.drop(question.source, "longer than the model's window")
-                continue
-            asked.append(question)
-            rows.append((ids, options))
-    pick = picked_letters if by_letter else picked_texts
-    return list(zip(asked, pick(scorer, asker, asked, rows), strict=True))
+            others = elsewhere.subjects.get(subject, elsewhere.questions)
+            groups.append((others[:shots], own))
+    return groups
 
 
-def as_text(question: Choice, asker: Asker) -> str:
-    return question.question if asker.as_chat else question.question + "\n"
+def read_examples(args, kind: type) -> questions.Read | None:
+    """The questions of --shots_from, where examples are wanted."""
+    if not (args.shots and args.shots_from):
+        return None
+    return questions.read(args.shots_from, kind)
 
 
-def picked_letters(scorer: Scorer, asker: Asker, asked: list[Choice], rows: list) -> list[int]:
-    count = max((len(question.options) for question in asked), default=0)
-    letters = [asker.ids(letter) for letter in questions.LETTERS[:count]]
-    if any(len(ids) != 1 for ids in letters):
-        raise SystemExit("a letter is no single token of this tokenizer: --choice_by text")
-    logits = scorer.next_logits([ids for ids, _ in rows], [ids[0] for ids in letters])
-    return [int(row[: len(q.options)].argmax()) for q, row in zip(asked, logits, strict=True)]
-
-
-def picked_texts(scorer: Scorer, asker: Asker, asked: list[Choice], rows: list) -> list[int]:
-    flat = [(ids + option, len(ids)) for ids, options in rows for option in options]
-    sums = iter([part.sum().item() for part in scorer.log_probs(flat)])
-    values = [
-        [next(sums) / len(option.encode()) for option in question.options] for question in asked
-    ]
-    return [row.index(max(row)) for row in values]
+def tell_dropped(found: questions.Read) -> None:
+    for reason, count in found.dropped.items():
+        cli.say(f"  {count:,} left out, e.g. {found.examples[reason]}")
 
 
 def accuracy(right: list[bool]) -> dict:
     """{"accuracy", "standard_error" (of a share), "questions"}."""
-    share, n = sum(right) / len(right), len(right)
-    return {"accuracy": share, "standard_error": math.sqrt(share * (1 - share) / n), "questions": n}
+    count = len(right)
+    share = sum(right) / count
+    error = math.sqrt(share * (1 - share) / count)
+    return {"accuracy": share, "standard_error": error, "questions": count}
+
+
+# ---- multiple choice -----------------------------------------------------------------------------
+
+
+def multiple_choice(scorer: Scorer, asker: Asker, args, by: str) -> dict:
+    """by: "letter" or "text"."""
+    found = questions.read(args.choice, Choice, args.num_rows)
+    elsewhere = read_examples(args, Choice)
+    choose = choose_letters if by == "letter" else choose_texts
+    answered = choose(scorer, asker, found, with_examples(found, args.shots, elsewhere))
+    tell_dropped(found)
+    if not answered:
+        raise SystemExit("--choice: no question is left to ask; fewer --shots, or a longer window")
+    by_subject: dict[str, list] = {}
+    for question, pick in answered:
+        by_subject.setdefault(question.subject, []).append((question, pick))
+    subjects = {name: score(pairs) for name, pairs in by_subject.items()}
+    more = {"shots": args.shots, "subjects": subjects, "dropped": found.dropped}
+    return score(answered) | more
+
+
+def choose_letters(
+    scorer: Scorer, asker: Asker, found: questions.Read, groups: list[tuple[list, list]]
+) -> list[tuple[Choice, int]]:
+    """The likeliest letter after every question that fits into the window; the others are counted
+    as left out."""
+    asked = []
+    prompts = []
+    for examples, group in groups:
+        shown = [(listed(example), questions.LETTERS[example.right]) for example in examples]
+        for question in group:
+            ids = asker.prompt(shown, listed(question), room=1)
+            if ids is None:
+                found.drop(question.source, TOO_LONG)
+                continue
+            asked.append(question)
+            prompts.append(ids)
+    picks = picked_letters(scorer, asker, asked, prompts)
+    return list(zip(asked, picks, strict=True))
+
+
+def choose_texts(
+    scorer: Scorer, asker: Asker, found: questions.Read, groups: list[tuple[list, list]]
+) -> list[tuple[Choice, int]]:
+    """The same by the text of the choices."""
+    asked = []
+    rows = []
+    for examples, group in groups:
+        shown = [(as_text(one, asker), one.options[one.right]) for one in examples]
+        for question in group:
+            options = [asker.ids(option) for option in question.options]
+            longest = max(len(option) for option in options)
+            ids = asker.prompt(shown, as_text(question, asker), room=longest)
+            if ids is None:
+                found.drop(question.source, TOO_LONG)
+                continue
+            asked.append(question)
+            rows.append((ids, options))
+    picks = picked_texts(scorer, asked, rows)
+    return list(zip(asked, picks, strict=True))
+
+
+def picked_letters(
+    scorer: Scorer, asker: Asker, asked: list[Choice], prompts: list[list[int]]
+) -> list[int]:
+    count = max((len(question.options) for question in asked), default=0)
+    letters = [asker.ids(letter) for letter in questions.LETTERS[:count]]
+    if any(len(ids) != 1 for ids in letters):
+        raise SystemExit("a letter is no single token of this tokenizer: --choice_by text")
+    logits = scorer.next_logits(prompts, [ids[0] for ids in letters])
+    picks = []
+    for question, row in zip(asked, logits, strict=True):
+        picks.append(int(row[: len(question.options)].argmax()))
+    return picks
+
+
+def picked_texts(scorer: Scorer, asked: list[Choice], rows: list) -> list[int]:
+    """rows: (ids of the prompt, ids of each choice)."""
+    flat = [(ids + option, len(ids)) for ids, options in rows for option in options]
+    sums = iter([of_row.sum().item() for of_row in scorer.log_probs(flat)])
+    picks = []
+    for question in asked:
+        values = [next(sums) / len(option.encode()) for option in question.options]
+        picks.append(values.index(max(values)))
+    return picks
 
 
 def score(pairs: list[tuple[Choice, int]]) -> dict:
@@ -279,75 +351,63 @@ def score(pairs: list[tuple[Choice, int]]) -> dict:
     return accuracy([pick == question.right for question, pick in pairs]) | {"chance": chance}
 
 
-def multiple_choice(scorer: Scorer, asker: Asker, args, by: str) -> dict:
-    found = questions.read(args.choice, Choice, args.num_rows)
-    elsewhere = questions.read(args.shots_from, Choice) if args.shots and args.shots_from else None
-    answered = choose(scorer, asker, found, args.shots, elsewhere, by == "letter")
-    tell_dropped(found)
-    if not answered:
-        raise SystemExit("--choice: no question is left to ask; fewer --shots, or a longer window")
-    subjects: dict[str, list] = {}
-    for question, pick in answered:
-        subjects.setdefault(question.subject, []).append((question, pick))
-    each = {name: score(pairs) for name, pairs in subjects.items()}
-    return score(answered) | {"shots": args.shots, "subjects": each, "dropped": found.dropped}
+# ---- exact answers -------------------------------------------------------------------------------
 
 
 def exact_match(model, asker: Asker, args, ends: frozenset[int]) -> dict:
     found = questions.read(args.exact, Exact, args.num_rows)
-    elsewhere = questions.read(args.shots_from, Exact) if args.shots and args.shots_from else None
-    asked, prompts = [], []
-    for examples, group in with_examples(found, args.shots, elsewhere):
-        shown = [(as_exact(e.question, asker), e.solution) for e in examples]
+    asked = []
+    prompts = []
+    for examples, group in with_examples(found, args.shots, read_examples(args, Exact)):
+        shown = [(as_exact(one.question, asker), one.solution) for one in examples]
         for question in group:
             ids = asker.prompt(shown, as_exact(question.question, asker), args.max_new_tokens)
             if ids is None:
-                found.drop(question.source, "longer than the model's window")
+                found.drop(question.source, TOO_LONG)
                 continue
             asked.append(question)
             prompts.append(ids)
     tell_dropped(found)
     if not asked:
         raise SystemExit("--exact: no question is left to ask; fewer --shots or --max_new_tokens")
+
     began = time.perf_counter()
-    new = Engine(model, args.batch_size).generate(prompts, args.max_new_tokens, ends=ends)
-    seconds, count = time.perf_counter() - began, sum(map(len, new))
+    new = answer(model, prompts, args, ends)
+    seconds = time.perf_counter() - began
     texts = asker.tokenizer.batch_decode(new, skip_special_tokens=True)
-    right = [
-        questions.same(cut(text, asker), q.final) for q, text in zip(asked, texts, strict=True)
-    ]
-    samples = [
-        {"question": q.question, "expected": q.final, "answer": text, "right": ok}
-        for q, text, ok in zip(asked, texts, right, strict=True)
-    ]
-    return accuracy(right) | {
+    samples = []
+    for question, text in zip(asked, texts, strict=True):
+        # a plain continuation ends where it begins the next question
+        said = text if asker.as_chat else text.split("\n问：")[0]
+        right = questions.same(said, question.final)
+        facts = {"question": question.question, "expected": question.final}
+        samples.append(facts | {"answer": text, "right": right})
+    tokens = sum(len(ids) for ids in new)
+    return accuracy([sample["right"] for sample in samples]) | {
         "ended": sum(ids[-1] in ends for ids in new) / len(new),
         "shots": args.shots,
         "dropped": found.dropped,
-        "tokens": count,
-        "tokens_per_second": count / seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
         "answers": samples[:SHOWN],
     }
 
 
-def as_exact(question: str, asker: Asker) -> str:
-    return question if asker.as_chat else f"问：{question}\n答："
+def answer(model, prompts: list[list[int]], args, ends: frozenset[int]) -> list[list[int]]:
+    """New token ids of each prompt, greedy, the end token among them."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    engine = Engine(model, args.batch_size)
+    with Progress("answer", unit="tokens") as progress:
+        for index, token in engine.stream(prompts, args.max_new_tokens, ends=ends):
+            answers[index].append(token)
+            progress.update(1)
+    return answers
 
 
-def cut(text: str, asker: Asker) -> str:
-    """A plain continuation ends where it begins the next question."""
-    return text if asker.as_chat else text.split("\n问：")[0]
+# ---- lm-evaluation-harness -----------------------------------------------------------------------
 
 
-def tell_dropped(found: questions.Read) -> None:
-    for reason, count in found.dropped.items():
-        cli.say(f"  {count:,} left out, e.g. {found.examples[reason]}")
-
-
-# ---- lm-evaluation-harness ------------------------------------------------------------------------------------------
-
-
-def harness(speaker: Speaker, args) -> dict:
+def harness(chat_model: MiniMindChatModel, args) -> dict:
     """lm-evaluation-harness on the model as transformers knows it (export.py). -> {task: {metric:
     value}}."""
     try:
@@ -358,30 +418,31 @@ def harness(speaker: Speaker, args) -> dict:
         ) from None
     import export
 
+    model = chat_model.model
+    place = chat_model.path
+    if chat_model.adapter:
+        model = model.merge_and_unload()
     with tempfile.TemporaryDirectory() as folder:
-        model, place = speaker.model, speaker.path
-        if speaker.adapter:
-            model = model.merge_and_unload()
         if isinstance(model, MiniMindForCausalLM):
             place = str(Path(folder) / "exported")
-            export.write_native(model, speaker.tokenizer, place)
-        where = {"pretrained": place, "dtype": str(model.dtype).removeprefix("torch.")}
-        found = lm_eval.simple_evaluate(
+            export.write_native(model, chat_model.tokenizer, place)
+        dtype = str(model.dtype).removeprefix("torch.")
+        results = lm_eval.simple_evaluate(
             model="hf",
-            model_args=where,
+            model_args={"pretrained": place, "dtype": dtype},
             tasks=args.tasks.split(","),
             num_fewshot=args.shots or None,
             batch_size=args.batch_size,
             limit=args.num_rows,
             device=str(model.device),
         )["results"]
-    return {
-        task: {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        for task, values in found.items()
-    }
+    found = {}
+    for task, values in results.items():
+        found[task] = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+    return found
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -441,7 +502,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not any((args.held_out, args.choice, args.exact)) and args.backend == "own":
         vars(args).update({name: [str(path)] for name, path in BUILT_IN.items()})
     args.stride = args.stride or max(1, args.window // 2)
-    if problem := contradiction(args):
+    problem = contradiction(args)
+    if problem:
         raise cli.usage_error(problem)
     return args
 
@@ -464,22 +526,24 @@ def contradiction(args) -> str | None:
 
 def evaluate(args) -> dict:
     """All that was asked for, by name; SystemExit with one line for what the user has to repair."""
-    speaker = Speaker(args.model_name_or_path or newest())
+    chat_model = MiniMindChatModel(args.model_name_or_path or newest())
+    model = chat_model.model
     if DTYPES[args.dtype] is not None:
-        speaker.model.to(DTYPES[args.dtype])
-    model, began = speaker.model, time.perf_counter()
+        model.to(DTYPES[args.dtype])
+    began = time.perf_counter()
     facts = {
-        "model": speaker.name,
+        "model": chat_model.name,
         "device": device.name(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     cli.say(
-        f"{speaker.name}: {model.num_parameters():,} parameters, {facts['dtype']} on {facts['device']}"
+        f"{chat_model.name}: {model.num_parameters():,} parameters, {facts['dtype']} on "
+        f"{facts['device']}"
     )
     if args.backend == "lm_eval":
-        results: dict = {"lm_eval": harness(speaker, args)}
+        results: dict = {"lm_eval": harness(chat_model, args)}
     else:
-        results = own(speaker, args)
+        results = own(chat_model, args)
     facts |= {
         "recipe": HERE.name,
         "seconds": time.perf_counter() - began,
@@ -488,65 +552,85 @@ def evaluate(args) -> dict:
     return facts | results | {"command": f"python {' '.join(sys.argv)}"}
 
 
-def own(speaker: Speaker, args) -> dict:
-    as_chat = speaker.chats if args.prompt == "auto" else args.prompt == "chat"
-    if as_chat and speaker.tokenizer.chat_template is None:
+def own(chat_model: MiniMindChatModel, args) -> dict:
+    tokenizer = chat_model.tokenizer
+    window = chat_model.window
+    as_chat = chat_model.chats if args.prompt == "auto" else args.prompt == "chat"
+    if as_chat and tokenizer.chat_template is None:
         raise SystemExit("--prompt chat: this model's tokenizer has no chat template")
-    results, scorer = {}, Scorer(speaker.model)
-    asker = Asker(
-        speaker.tokenizer, as_chat, speaker.window, {"on": True, "off": False}.get(args.thinking)
-    )
+    scorer = Scorer(chat_model.model)
+    results = {}
     if args.held_out:
-        size = min(args.window, speaker.window)
+        size = min(args.window, window)
+        stride = min(args.stride, size - 1)
         results["held_out"] = held_out(
-            scorer,
-            speaker.tokenizer,
-            args.held_out,
-            size,
-            min(args.stride, size - 1),
-            args.num_rows,
+            scorer, tokenizer, args.held_out, size, stride, args.num_rows
         )
     if args.choice:
-        plain = Asker(
-            speaker.tokenizer, as_chat, speaker.window
-        )  # nothing is thought before a letter
-        results["choice"] = {by: multiple_choice(scorer, plain, args, by) for by in args.choice_by}
+        asker = Asker(tokenizer, as_chat, window)  # nothing is thought before a letter
+        results["choice"] = {by: multiple_choice(scorer, asker, args, by) for by in args.choice_by}
     if args.exact:
-        results["exact"] = exact_match(speaker.model, asker, args, speaker.ends)
+        thinking = {"template": None, "on": True, "off": False}[args.thinking]
+        asker = Asker(tokenizer, as_chat, window, thinking)
+        results["exact"] = exact_match(chat_model.model, asker, args, chat_model.ends)
     return results
+
+
+# ---- what people see -----------------------------------------------------------------------------
 
 
 def table(results: dict) -> str:
     lines = []
-    if found := results.get("held_out"):
-        lines += [
-            "| held out | bits per byte | perplexity | tokens | bytes |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        cells = f"{found['bits_per_byte']:.4f} | {found['perplexity']:,.2f} | {found['tokens']:,} | {found['bytes']:,}"
-        lines += [f"| {found['documents']:,} texts | {cells} |", ""]
+    if "held_out" in results:
+        lines += held_out_table(results["held_out"])
     for by, found in results.get("choice", {}).items():
-        lines += [f"| choice by {by} | accuracy | chance | questions |", "|---|---:|---:|---:|"]
-        named = (
-            {**found["subjects"], "all": found} if len(found["subjects"]) > 1 else found["subjects"]
-        )
-        lines += [
-            f"| {name} | {share(row)} | {row['chance']:.1%} | {row['questions']:,} |"
-            for name, row in named.items()
-        ]
-        lines += [""]
-    if found := results.get("exact"):
-        lines += [
-            "| exact answers | right | ended by themselves | questions |",
-            "|---|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {found['shots']} shots | {share(found)} | {found['ended']:.1%} | {found['questions']:,} |",
-            "",
-        ]
+        lines += choice_table(by, found)
+    if "exact" in results:
+        lines += exact_table(results["exact"])
     for task, values in results.get("lm_eval", {}).items():
-        lines += [f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())]
+        lines.append(f"{task}: " + ", ".join(f"{name} {v:.4g}" for name, v in values.items()))
     return "\n".join(lines).rstrip()
+
+
+def held_out_table(found: dict) -> list[str]:
+    cells = (
+        f"{found['documents']:,} texts",
+        f"{found['bits_per_byte']:.4f}",
+        f"{found['perplexity']:,.2f}",
+        f"{found['tokens']:,}",
+        f"{found['bytes']:,}",
+    )
+    return [
+        "| held out | bits per byte | perplexity | tokens | bytes |",
+        "|---|---:|---:|---:|---:|",
+        f"| {' | '.join(cells)} |",
+        "",
+    ]
+
+
+def choice_table(by: str, found: dict) -> list[str]:
+    rows = dict(found["subjects"])
+    if len(rows) > 1:
+        rows["all"] = found
+    lines = [f"| choice by {by} | accuracy | chance | questions |", "|---|---:|---:|---:|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {share(row)} | {row['chance']:.1%} | {row['questions']:,} |")
+    return [*lines, ""]
+
+
+def exact_table(found: dict) -> list[str]:
+    cells = (
+        f"{found['shots']} shots",
+        share(found),
+        f"{found['ended']:.1%}",
+        f"{found['questions']:,}",
+    )
+    return [
+        "| exact answers | right | ended by themselves | questions |",
+        "|---|---:|---:|---:|",
+        f"| {' | '.join(cells)} |",
+        "",
+    ]
 
 
 def share(row: dict) -> str:
@@ -565,9 +649,8 @@ def main() -> None:
         "eval.md": table(results) + "\n",
     }
     for name, text in texts.items():
-        part = out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / name)
+        with atomic_file(out / name) as part:
+            part.write_text(text, encoding="utf-8")
     cli.say(f"{table(results)}\n{results['seconds']:,.1f} s -> {out / 'eval.json'}")
 
 

@@ -56,7 +56,8 @@ class Read:
 
     def drop(self, source: str, reason: str, detail: str = "") -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.examples.setdefault(reason, f"{source}: {reason}" + (f" ({detail})" if detail else ""))
+        more = f" ({detail})" if detail else ""
+        self.examples.setdefault(reason, f"{source}: {reason}{more}")
 
     @property
     def subjects(self) -> dict[str, list]:
@@ -72,17 +73,17 @@ def read(paths, kind: type, limit: int | None = None) -> Read:
 
     kind: Choice or Exact. SystemExit when there is none at all.
     """
-    out, convert = Read(), {Choice: choice, Exact: exact}[kind]
+    out = Read()
+    convert = {Choice: choice, Exact: exact}[kind]
     for path, weight in files.entries(paths):
         if weight is not None:
             raise SystemExit(f"{path}:{weight}: questions have no weights; every one is asked once")
         for file in files.data_files(path)[0]:
             read_file(file, convert, out, limit)
     if not out.questions:
+        where = paths if isinstance(paths, str) else " ".join(map(str, paths))
         why = "; ".join(out.examples.values()) or "the files are empty"
-        raise SystemExit(
-            f"no usable question in {paths if isinstance(paths, str) else ' '.join(map(str, paths))}: {why}"
-        )
+        raise SystemExit(f"no usable question in {where}: {why}")
     return out
 
 
@@ -105,36 +106,43 @@ def read_file(file: Path, convert: Callable, out: Read, limit: int | None) -> No
 
 
 def choice(record: dict, stem: str, source: str) -> Choice:
-    """BadRow for a record of none of the layouts."""
-    row = {str(name).strip().lower(): value for name, value in record.items()}
-    question, listed = text(row.get("question"), "no question"), row.get("choices")
-    if isinstance(listed, dict):  # ARC
-        options, labels = (
-            listed.get("text") or [],
-            [str(label) for label in listed.get("label") or []],
-        )
-        answer = row.get("answerkey", row.get("answer"))
-    elif isinstance(listed, list):  # MMLU
-        options, labels, answer = (
-            listed,
-            list(LETTERS[: len(listed)]),
-            row.get("answer", row.get("answerkey")),
-        )
-    else:
-        labels = [letter for letter in LETTERS if text(row.get(letter.lower()), None)]
-        options, answer = [row[letter.lower()] for letter in labels], row.get("answer")
+    """BadRow for a record of none of the layouts. stem: the subject where the record has none."""
+    row = lower_names(record)
+    question = text(row.get("question"), "no question")
+    options, labels, answer = options_of(row)
     options = [text(option, "an empty choice") for option in options]
     if len(options) < 2 or len(labels) != len(options) or len(options) > len(LETTERS):
         raise BadRow("no choices", f"columns: {', '.join(str(name) for name in record)[:80]}")
-    subject = str(row.get("subject") or row.get("category") or stem)
-    return Choice(subject, source, question, options, place(answer, labels))
+    return Choice(subject_of(row, stem), source, question, options, place(answer, labels))
+
+
+def options_of(row: dict) -> tuple[list, list[str], object]:
+    """-> (choices, their labels, the answer as it is given)."""
+    listed = row.get("choices")
+    if isinstance(listed, dict):  # ARC
+        labels = [str(label) for label in listed.get("label") or []]
+        return listed.get("text") or [], labels, row.get("answerkey", row.get("answer"))
+    if isinstance(listed, list):  # MMLU
+        labels = list(LETTERS[: len(listed)])
+        return listed, labels, row.get("answer", row.get("answerkey"))
+    labels = [letter for letter in LETTERS if text(row.get(letter.lower()), None)]
+    return [row[letter.lower()] for letter in labels], labels, row.get("answer")
+
+
+def lower_names(record: dict) -> dict:
+    return {str(name).strip().lower(): value for name, value in record.items()}
+
+
+def subject_of(row: dict, stem: str) -> str:
+    return str(row.get("subject") or row.get("category") or stem)
 
 
 def place(answer, labels: list[str]) -> int:
     """Index of the right choice, from its label or (as a number) its index."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
         return answer
-    word = str(answer if answer is not None else "").strip().strip("().（）").upper()
+    word = "" if answer is None else str(answer)
+    word = word.strip().strip("().（）").upper()
     if not word:
         raise BadRow("no answer given")
     known = [label.upper() for label in labels]
@@ -144,11 +152,14 @@ def place(answer, labels: list[str]) -> int:
 
 
 def exact(record: dict, stem: str, source: str) -> Exact:
-    row = {str(name).strip().lower(): value for name, value in record.items()}
-    question, answer = text(row.get("question"), "no question"), row.get("answer")
-    solution = text(str(answer) if isinstance(answer, (int, float)) else answer, "no answer given")
-    subject = str(row.get("subject") or row.get("category") or stem)
-    return Exact(subject, source, question, solution, final_part(solution))
+    """BadRow for a record without question or answer. stem: the subject where it has none."""
+    row = lower_names(record)
+    question = text(row.get("question"), "no question")
+    answer = row.get("answer")
+    if isinstance(answer, (int, float)):
+        answer = str(answer)
+    solution = text(answer, "no answer given")
+    return Exact(subject_of(row, stem), source, question, solution, final_answer(solution))
 
 
 def text(value, reason: str | None) -> str:
@@ -160,32 +171,34 @@ def text(value, reason: str | None) -> str:
     raise BadRow(reason)
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
-def final_part(answer: str) -> str:
+def final_answer(answer: str) -> str:
     """What counts of an answer: after its last ####, in its last <answer>, or all that follows its
     thought."""
     said = answer.split("</think>")[-1]
     if "<answer>" in said:
-        return said.split("<answer>")[-1].split("</answer>")[0].strip()
-    return (said.split("####")[-1] if "####" in said else said).strip()
+        said = said.split("<answer>")[-1].split("</answer>")[0]
+    else:
+        said = said.split("####")[-1]
+    return said.strip()
 
 
 def numbers(words: str) -> list[Fraction]:
     """The numbers in a text; 1,200 and full-width digits are read, a dot at the end of a sentence
     is none of theirs."""
-    plain = unicodedata.normalize("NFKC", words).replace("−", "-")
-    return [
-        Fraction(*map(Fraction, found.replace(",", "").split("/")))
-        for found in NUMBER.findall(plain)
-    ]
+    found = []
+    for number in NUMBER.findall(normalised(words)):
+        numerator, _, denominator = number.replace(",", "").partition("/")
+        found.append(Fraction(numerator) / Fraction(denominator or 1))
+    return found
 
 
 def same(given: str, wanted: str) -> bool:
     """Whether an answer's final part is the wanted one: numbers by value, its last one counts; else
     word by word."""
-    given = final_part(given)
+    given = final_answer(given)
     target = numbers(wanted)
     if len(target) == 1 and is_number(wanted):
         return numbers(given)[-1:] == target
@@ -195,8 +208,12 @@ def same(given: str, wanted: str) -> bool:
 def is_number(words: str) -> bool:
     """Whether a text is one number, perhaps with a sign of money, a percent sign or a dot around
     it."""
-    bare = unicodedata.normalize("NFKC", words).replace("−", "-").strip(" $¥€%.。\n")
-    return bool(NUMBER.fullmatch(bare))
+    return bool(NUMBER.fullmatch(normalised(words).strip(" $¥€%.。\n")))
+
+
+def normalised(words: str) -> str:
+    """Full-width characters as ordinary ones, one kind of minus."""
+    return unicodedata.normalize("NFKC", words).replace("−", "-")
 
 
 def plain(words: str) -> str:

@@ -13,6 +13,7 @@ import torch
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 BETAS = (0.9, 0.95)
+STABLE = 0.6  # share of warmup_stable_decay after the warm-up in which the rate stays at its peak
 
 
 class Muon:
@@ -21,72 +22,76 @@ class Muon:
 
     def __init__(self, matrices: list, rest: torch.optim.AdamW, lr: float, weight_decay: float):
         muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
-        self.parts = (muon, rest)
+        self.optimizers = (muon, rest)
 
     @property
     def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
+        return [group for one in self.optimizers for group in one.param_groups]
 
     def step(self) -> None:
-        for part in self.parts:
-            part.step()
+        for one in self.optimizers:
+            one.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
+        for one in self.optimizers:
+            one.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict:
-        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+        return {str(i): one.state_dict() for i, one in enumerate(self.optimizers)}
 
     def load_state_dict(self, state: dict) -> None:
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(state[str(i)])
+        for i, one in enumerate(self.optimizers):
+            one.load_state_dict(state[str(i)])
 
 
 def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused: bool):
     """The optimizer of a model's trainable parameters; each group keeps its peak rate as "peak".
 
-    fused: 3 times as fast, and unusable with the fp16 scaler of an NPU.
+    kind: "adamw" or "muon"; fused: 3 times as fast, and unusable with the fp16 scaler of an NPU.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [
-        p
-        for name, p in named
-        if p.ndim == 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
-    ]
-    muon = {id(p) for p in inner} if kind == "muon" else set()
-    rest = [p for _, p in named if id(p) not in muon]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = {}
+    if kind == "muon":
+        inner = {name: p for name, p in trained.items() if is_inner_matrix(name, p)}
+    rest = [p for name, p in trained.items() if name not in inner]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=fused)
-    found = Muon(inner, adam, muon_lr, weight_decay) if kind == "muon" else adam
-    for group in found.param_groups:
-        group["peak"] = group["lr"]
-    return found
-
-
-def rate(progress: float, kind: str, warmup: float, floor: float) -> float:
-    """Part of the peak learning rate after `progress` (0 to 1) of the run.
-
-    warmup: part of the run in which it rises; floor: what it ends at. warmup_stable_decay falls in
-        the last 40 %.
-    """
-    if progress < warmup:
-        return progress / warmup
-    rest = (progress - warmup) / max(1e-9, 1 - warmup)
-    fallen = {
-        "cosine": 0.5 - 0.5 * math.cos(math.pi * min(1.0, rest)),
-        "linear": min(1.0, rest),
-        "constant": 0.0,
-        "warmup_stable_decay": max(0.0, (min(1.0, rest) - 0.6) / 0.4),
-    }[kind]
-    return 1 - (1 - floor) * fallen
-
-
-def set_rate(optimizer, part: float) -> float:
-    """Give every group `part` of its peak; returns the first group's rate."""
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
+    if kind == "muon":
+        optimizer = Muon(list(inner.values()), optimizer, muon_lr, weight_decay)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * part
+        group["peak"] = group["lr"]
+    return optimizer
+
+
+def is_inner_matrix(name: str, p: torch.Tensor) -> bool:
+    """Whether it is a matrix of a block, and not its router."""
+    return p.ndim == 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+
+
+def lr_scale(fraction_done: float, kind: str, warmup: float, floor: float) -> float:
+    """Share of the peak learning rate after `fraction_done` (0 to 1) of the run.
+
+    kind: one of SCHEDULES; warmup: fraction of the run in which the rate rises; floor: share of the
+        peak that it ends at.
+    """
+    if fraction_done < warmup:
+        return fraction_done / warmup
+    after_warmup = min(1.0, (fraction_done - warmup) / max(1e-9, 1 - warmup))
+    fallen = {  # from 0, the peak, to 1, the floor
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * after_warmup),
+        "linear": after_warmup,
+        "constant": 0.0,
+        "warmup_stable_decay": max(0.0, (after_warmup - STABLE) / (1 - STABLE)),
+    }
+    return 1 - (1 - floor) * fallen[kind]
+
+
+def set_lr(optimizer, scale: float) -> float:
+    """Give every group `scale` of its peak rate; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * scale
     return optimizer.param_groups[0]["lr"]

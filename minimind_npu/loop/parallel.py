@@ -1,51 +1,89 @@
-"""One process, DistributedDataParallel, or DeepSpeed ZeRO: what differs between them, out of the
-loop's way."""
+"""One process, DistributedDataParallel or DeepSpeed ZeRO: what differs between them, kept out of
+the loop."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from model import SparseFeedForward
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import cli, device
+from common import cli
+from common.runs.engine import patch_overflow_check
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextlib.contextmanager
 def whole_weights():
     """Inside, loading does not spread weights over ranks although ZeRO-3 is configured: the engine
     does that later."""
-    from transformers.integrations import deepspeed as settings
+    from transformers.integrations import deepspeed as integration
 
-    config = (
-        settings._hf_deepspeed_config_weak_ref() if settings._hf_deepspeed_config_weak_ref else None
-    )
-    settings.unset_hf_deepspeed_config()
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference else None
+    integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         if config is not None:
-            settings.set_hf_deepspeed_config(config)
+            integration.set_hf_deepspeed_config(config)
 
 
-def wrap(objective: nn.Module, optimizer, training, dtype: torch.dtype):
-    """-> (what to call, DeepSpeed's engine or None)."""
+def wrap(
+    module: nn.Module,
+    optimizer,
+    training,
+    dtype: torch.dtype,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+):
+    """-> (what to call for a forward, DeepSpeed's engine or None).
+
+    leaf_modules: classes whose weights ZeRO-3 gathers together, because a forward may leave out
+        some of their parts (an expert that gets no token).
+    """
     if training.deepspeed:
-        return (zero_engine(objective, optimizer, training, dtype),) * 2
+        engine = zero_engine(module, optimizer, training, dtype, leaf_modules)
+        return engine, engine
     if training.world_size == 1:
-        return objective, None
-    where = [training.device.index] if training.device.type != "cpu" else None
-    return DistributedDataParallel(objective, device_ids=where), None
+        return module, None
+    cards = None if training.device.type == "cpu" else [training.device.index]
+    return DistributedDataParallel(module, device_ids=cards), None
 
 
-def zero_engine(objective: nn.Module, optimizer, training, dtype: torch.dtype):
+def zero_engine(module: nn.Module, optimizer, training, dtype: torch.dtype, leaf_modules):
     """deepspeed.initialize with the file's settings and what the flags say."""
     import deepspeed
 
+    config = zero_config(training, dtype)
+    present = {type(part) for part in module.modules()}
+    leaves = [kind for kind in leaf_modules if kind in present]
+    if leaves and config["zero_optimization"]["stage"] == 3:
+        deepspeed.utils.set_z3_leaf_modules(module, leaves)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        config=config,
+    )
+    if dtype is torch.float16:
+        patch_overflow_check(engine.optimizer)
+    return engine
+
+
+def zero_config(training, dtype: torch.dtype) -> dict:
     config = copy.deepcopy(training.hf_deepspeed_config.config)
     config |= {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
@@ -54,49 +92,44 @@ def zero_engine(objective: nn.Module, optimizer, training, dtype: torch.dtype):
         "zero_allow_untested_optimizer": True,
     }
     config.pop("train_batch_size", None)
-    for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        config[name] = {**config.get(name, {}), "enabled": dtype is kind}
+    config["bf16"] = {**config.get("bf16", {}), "enabled": dtype is torch.bfloat16}
+    config["fp16"] = {**config.get("fp16", {}), "enabled": dtype is torch.float16}
     zero = config["zero_optimization"]
-    for name in [key for key, value in zero.items() if value == "auto"]:
-        zero.pop(name)  # DeepSpeed's own default
-    if zero["stage"] == 3 and any(isinstance(m, SparseFeedForward) for m in objective.modules()):
-        deepspeed.utils.set_z3_leaf_modules(
-            objective, [SparseFeedForward]
-        )  # experts may get no token
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    engine = deepspeed.initialize(
-        model=objective, optimizer=optimizer, model_parameters=parameters, config=config
-    )[0]
-    if dtype is torch.float16:
-        device.patch_overflow_check(engine.optimizer)
-    return engine
+    # without a value DeepSpeed takes its own default
+    config["zero_optimization"] = {k: value for k, value in zero.items() if value != "auto"}
+    return config
 
 
-def last_of(micro: int, steps: int, net):
-    """The context of a forward and backward: DDP exchanges gradients in the last micro-batch of a
-    step only."""
-    quiet = micro < steps - 1 and isinstance(net, DistributedDataParallel)
-    return net.no_sync() if quiet else contextlib.nullcontext()
+def sync_in_last(net, micro: int, steps: int):
+    """The context of the forward and backward of micro-batch `micro` of `steps`: DDP exchanges
+    gradients in the last one only."""
+    if micro < steps - 1 and isinstance(net, DistributedDataParallel):
+        return net.no_sync()
+    return contextlib.nullcontext()
 
 
 def backward(engine, scaler, loss: torch.Tensor, micro: int, steps: int) -> None:
-    """Gradients of one micro-batch; `loss` is its part of the ranks' mean."""
+    """Gradients of one micro-batch; `loss` is its share of the ranks' mean."""
     if engine is None:
         scaler.scale(loss).backward()
         return
     engine.backward(loss * steps)  # DeepSpeed averages over micro-batches
     if micro < steps - 1:
-        engine.step()
+        engine.step()  # counts the micro-batch; weights change in the last one
 
 
-def update(engine, optimizer, scaler, trained: list, limit: float) -> None:
-    """Clip the gradients and step, unless fp16 overflowed."""
+def update(engine, optimizer, scaler, trained: list, max_norm: float) -> None:
+    """Clip the gradients (0: not at all) and step, unless fp16 overflowed."""
     if engine is not None:
         engine.step()
         return
-    scaler.unscale_(optimizer) if scaler.is_enabled() else None
-    torch.nn.utils.clip_grad_norm_(trained, limit or float("inf"))
-    scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
+    if scaler.is_enabled():
+        scaler.unscale_(optimizer)  # the norm to clip is that of the true gradients
+    torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    else:
+        optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
@@ -104,12 +137,11 @@ def update(engine, optimizer, scaler, trained: list, limit: float) -> None:
 def summed(values: dict, where: torch.device) -> dict[str, float]:
     """Each value (tensor or number) added up over the ranks, in float32 (HCCL has no float64)."""
     names = sorted(values)
-    numbers = torch.stack(
-        [torch.as_tensor(values[name], dtype=torch.float32, device=where) for name in names]
-    )
+    scalars = [torch.as_tensor(values[name], dtype=torch.float32, device=where) for name in names]
+    totals = torch.stack(scalars)
     if dist.is_initialized():
-        dist.all_reduce(numbers)
-    return dict(zip(names, numbers.tolist(), strict=True))
+        dist.all_reduce(totals)
+    return dict(zip(names, totals.tolist(), strict=True))
 
 
 def largest(value: float, where: torch.device) -> float:
@@ -122,9 +154,9 @@ def largest(value: float, where: torch.device) -> float:
 
 
 def refuse_nan(loss: float, step: int) -> None:
-    """End before the update when the loss is no number; every rank has the same sum."""
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    """End before the update when the loss is not finite; every rank has the same sum."""
+    if not math.isfinite(loss):
         cli.fail(
-            f"step {step}: the loss is {loss}; stopped before the update. The last checkpoint is whole: lower "
-            "--learning_rate, or --bf16 false for float32"
+            f"step {step}: the loss is {loss}; stopped before the update. The last checkpoint is "
+            "complete: lower --learning_rate, or --bf16 false for float32"
         )

@@ -1,5 +1,5 @@
-"""Where a run stands and what it shows: the line per step, speed and MFU, the trackers, the report
-at its end."""
+"""Where a run stands and what it shows: the line per step, speed and MFU, the held-out curve, the
+trackers, the report at its end."""
 
 from __future__ import annotations
 
@@ -17,283 +17,302 @@ from common import cli, device
 from common.callbacks import clock
 from common.runs import report, run_folder
 
+CURVE_POINTS = 10  # measurements of held-out rows along a run ...
+CURVE_COST = 0.05  # ... and the share of the training's work that they may take
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
 
 class Run:
-    """Where the run stands, and what it shows: a bar on a terminal, a plain line per logging step
-    elsewhere.
+    """Counts steps, losses, tokens and seconds, and shows them: a bar on a terminal, a plain line
+    per logging step elsewhere.
 
-    The position is an epoch and the bins taken of it by all processes together; `progress` is what
-    a checkpoint keeps.
+    training: TrainingArguments, or what has their output_dir, world_size, device, logging_steps and
+        report_to.
+    progress: see state.new_progress; what a checkpoint keeps.
+    plan: has describe(), total_steps() (None where the clock ends the run) and fraction_done().
+    settings: for the trackers.
     """
 
-    def __init__(self, args, training, progress: dict, model, loader, dtype):
-        self.args, self.training, self.progress, self.model, self.loader = (
-            args,
-            training,
-            progress,
-            model,
-            loader,
-        )
-        self.dtype, self.out, self.stopped = (
-            str(dtype).removeprefix("torch."),
-            Path(training.output_dir),
-            False,
-        )
-        self.world = training.world_size
-        self.per_step = (
-            training.per_device_train_batch_size * training.gradient_accumulation_steps * self.world
-        )
-        self.recent, self.shown = (
-            [],
-            (progress["tokens"], progress["seconds"], progress["label_tokens"]),
-        )
-        self.begun, self.start_seconds = self.part(), progress["seconds"]
+    def __init__(self, training, progress: dict, model: nn.Module, dtype, plan, settings: dict):
+        self.training = training
+        self.progress = progress
+        self.model = model
+        self.plan = plan
+        self.out = Path(training.output_dir)
+        self.stopped = False
+
+        self.recent: list[float] = []  # losses since the last line
+        self.at_last_line = dict(progress)
+        self.at_start = {"fraction": plan.fraction_done(), "seconds": progress["seconds"]}
         self.flops = flops_per_token(model)
-        self.peak = self.world * peak_flops(dtype, training.device)
-        total = sum(p.numel() for p in model.parameters())
-        every = f", {self.steps():,} steps" if self.steps() else ""
+        self.peak = training.world_size * peak_flops(dtype, training.device)
+        total = report.parameters(model)["total"]
         cli.say(
-            f"model: {args.stage}, {total:,} parameters; {self.world} x {device.name()}, {self.dtype}\n"
-            f"{len(loader.order):,} windows of {loader.max_length} tokens, {self.per_step} a step{every}; peak "
-            f"{self.peak / 1e12:.2f} TFLOP/s measured"
+            f"model: {total:,} parameters; {training.world_size} x {device.name()}, "
+            f"{str(dtype).removeprefix('torch.')}; peak {self.peak / 1e12:.2f} TFLOP/s measured\n"
+            f"{plan.describe()}"
         )
-        quiet = None if cli.is_main() else True
         self.bar = tqdm(
-            total=self.steps(),
+            total=plan.total_steps(),
             initial=progress["step"],
             unit="step",
             dynamic_ncols=True,
-            disable=quiet,
+            disable=None if cli.is_main() else True,
         )
         names = [] if training.report_to == ["none"] else list(training.report_to)
-        self.trackers = Trackers(
-            names, self.out, vars(args), progress["trackers"], progress["step"]
-        )
+        self.trackers = Trackers(names, self.out, settings, progress["trackers"], progress["step"])
 
-    def steps(self) -> int | None:
-        """All steps of the run; None where the clock ends it."""
-        if self.training.max_steps > 0:
-            return self.training.max_steps
-        if self.args.max_minutes:
-            return None
-        size, epochs = len(self.loader.order), self.training.num_train_epochs
-        whole = int(epochs)
-        return whole * -(-size // self.per_step) + math.ceil(
-            (epochs - whole) * size / self.per_step
-        )
-
-    def part(self) -> float:
-        """How much of the run is done, 0 to 1."""
-        now, size = self.progress, len(self.loader.order)
-        if self.training.max_steps > 0:
-            done = now["step"] / self.training.max_steps
-        else:
-            done = (now["epoch"] * size + now["at"]) / (size * self.training.num_train_epochs)
-        minutes = self.args.max_minutes
-        return max(done, now["seconds"] / 60 / minutes) if minutes else done
-
-    def next_bins(self) -> list[list[int]]:
-        """The bins of the next step, of all processes; fewer at the end of an epoch, so that none
-        comes twice."""
+    def count(self, loss: float, lr: float, seconds: float, tokens: int, label_tokens: int) -> None:
+        """Book the step that progress["step"] names."""
         now = self.progress
-        bins = self.loader.order.take(now["epoch"], now["at"], self.per_step)
-        now["step"], now["at"] = now["step"] + 1, now["at"] + len(bins)
-        now["tokens"] += self.loader.tokens(bins)
-        now["label_tokens"] += int(
-            self.loader.rows.labels[[row for one in bins for row in one]].sum()
-        )
-        if now["at"] >= len(self.loader.order):
-            now["epoch"], now["at"] = now["epoch"] + 1, 0
-        return bins
-
-    def count(self, loss: float, lr: float, seconds: float, asked: float) -> None:
-        """Book a finished step; `asked`: whether somebody wants the run to stop."""
-        now, where = self.progress, self.training.device
+        now["tokens"] += tokens
+        now["label_tokens"] += label_tokens
         now["seconds"] += seconds
-        if self.args.max_minutes:
-            now["seconds"] = parallel.largest(now["seconds"], where)
-        self.stopped = parallel.largest(float(bool(asked)), where) > 0 and self.part() < 1
         now["history"].append({"step": now["step"], "loss": loss, "learning_rate": lr})
         self.recent.append(loss)
-        if now["step"] == 1 or self.due(self.training.logging_steps) or self.part() >= 1:
+        last = self.plan.fraction_done() >= 1
+        if now["step"] == 1 or last or self.is_due(self.training.logging_steps):
             self.show(lr)
 
     def show(self, lr: float) -> None:
-        now, (tokens, seconds, labels) = self.progress, self.shown
-        loss, spent = sum(self.recent) / len(self.recent), max(1e-9, now["seconds"] - seconds)
-        speed = (now["tokens"] - tokens) / spent
+        now = self.progress
+        before = self.at_last_line
+        seconds = max(1e-9, now["seconds"] - before["seconds"])
+        speed = (now["tokens"] - before["tokens"]) / seconds
+        label_speed = (now["label_tokens"] - before["label_tokens"]) / seconds
         values = {
-            "loss": loss,
+            "loss": sum(self.recent) / len(self.recent),
             "learning_rate": lr,
             "tokens_per_second": speed,
             "mfu": speed * self.flops / self.peak,
         }
         text = (
-            f"loss {loss:.4f} | lr {lr:.1e} | {(now['label_tokens'] - labels) / spent:,.0f} label tok/s | "
-            f"{speed:,.0f} tok/s | MFU {values['mfu']:.0%} | {device.peak_memory_mb() / 1024:.1f} GiB"
+            f"loss {values['loss']:.4f} | lr {lr:.1e} | {label_speed:,.0f} label tok/s | "
+            f"{speed:,.0f} tok/s | MFU {values['mfu']:.0%} | "
+            f"{device.peak_memory_mb() / 1024:.1f} GiB"
         )
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(now["step"] - self.bar.n)
         if self.bar.disable:
-            done = max(1e-9, self.part() - self.begun)
-            left = (now["seconds"] - self.start_seconds) * max(0.0, 1 - self.part()) / done
-            of = f"/{self.steps()}" if self.steps() else ""
-            cli.say(
-                f"step {now['step']}{of} {min(1.0, self.part()):4.0%} | {text} | left {clock(left)}"
-            )
+            fraction = self.plan.fraction_done()
+            total = self.plan.total_steps()
+            step = f"{now['step']}/{total}" if total else f"{now['step']}"
+            cli.say(f"step {step} {min(1.0, fraction):4.0%} | {text} | left {self.time_left()}")
         self.trackers.log(now["step"], values)
-        self.recent, self.shown = [], (now["tokens"], now["seconds"], now["label_tokens"])
+        self.recent = []
+        self.at_last_line = dict(now)
 
-    def due(self, every: float) -> bool:
-        return every >= 1 and self.progress["step"] % int(every) == 0
+    def time_left(self) -> str:
+        fraction = self.plan.fraction_done()
+        done = max(1e-9, fraction - self.at_start["fraction"])
+        seconds = self.progress["seconds"] - self.at_start["seconds"]
+        return clock(seconds * max(0.0, 1 - fraction) / done)
+
+    def is_due(self, every: float | None) -> bool:
+        """Whether something that happens every so many steps happens now; 0: it never does."""
+        return bool(every) and every >= 1 and self.progress["step"] % int(every) == 0
+
+    def save_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint."""
+        if self.stopped:
+            return True
+        return self.training.save_strategy != "no" and self.is_due(self.training.save_steps)
 
     def note(self, metrics: dict) -> None:
         """Held-out metrics in the middle of the run."""
-        now, found = self.progress, {f"eval_{name}": value for name, value in metrics.items()}
-        now["history"].append({"step": now["step"], "seconds": now["seconds"]} | found)
-        self.trackers.log(now["step"], found)
+        now = self.progress
+        values = {f"eval_{name}": value for name, value in metrics.items()}
+        now["history"].append({"step": now["step"], "seconds": now["seconds"]} | values)
+        self.trackers.log(now["step"], values)
         if cli.is_main() and metrics:
-            text = ", ".join(
-                f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()
-            )
-            tqdm.write(f"held out at step {now['step']}: {text}")
+            words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()]
+            tqdm.write(f"held out at step {now['step']}: {', '.join(words)}")
 
-    def facts(self) -> dict:
-        """What the marker of a checkpoint says."""
-        return {
-            "step": self.progress["step"],
-            "world_size": self.world,
-            "engine": run_folder.engine(self.training),
-        }
+    def stop_if(self, asked: float) -> None:
+        """`asked`: whether somebody wants this process to stop; then all of them do, together."""
+        anybody = parallel.largest(float(bool(asked)), self.training.device) > 0
+        self.stopped = anybody and self.plan.fraction_done() < 1
 
     def exit_if_stopped(self) -> None:
         self.bar.close()
         if self.stopped:
             self.trackers.close()
             cli.say(
-                f"interrupted at step {self.progress['step']}, saved. Continue with:\n  {cli.resume_command()}"
+                f"interrupted at step {self.progress['step']}, saved. Continue with:\n"
+                f"  {cli.resume_command()}"
             )
             raise SystemExit(cli.INTERRUPTED)
 
-    def weight_name(self) -> str:
-        config = self.model.config
-        return f"{self.args.stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
-
-    def report(self, recipe: str, base: str, rows: dict, after: dict) -> None:
-        """loss.png, report.md, report.json, trainer_state.json and the printed table; the run
-        counts as finished."""
+    def report(self, recipe: str, model_name: str, rows: dict, after: dict, **more) -> None:
+        """loss.png, report.md, report.json (`more` too), trainer_state.json and the printed table;
+        the run counts as finished."""
+        self.bar.close()
         self.trackers.close()
         if not cli.is_main():
             return
-        now, before = self.progress, self.progress["before"]
-        steps = [entry for entry in now["history"] if "loss" in entry]
-        counts = {"total": now["tokens"], "label": now["label_tokens"]}
-        weights = [
-            (p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.model.parameters()
-        ]
-        facts = {
-            "recipe": recipe,
-            "stage": self.args.stage,
-            "model": base,
-            "device": device.name(),
-            "dtype": self.dtype,
-            "world_size": self.world,
-            "engine": run_folder.engine(self.training),
-            "rows": rows,
-            "tokens": counts,
-            "parameters": {
-                "total": sum(n for _, n in weights),
-                "trained": sum(n for trained, n in weights if trained),
-            },
-            "seconds": round(now["seconds"], 3),
-            "steps": now["step"],
-            "tokens_per_second": round(now["tokens"] / max(now["seconds"], 1e-9), 1),
-            "mfu": round(now["tokens"] / max(now["seconds"], 1e-9) * self.flops / self.peak, 4),
-            "peak_memory_mb": round(device.peak_memory_mb(), 1),
-            "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
-            "metrics": {"before": before["metrics"], "after": after["metrics"]},
-            "command": cli.resume_command(),
-        }
-        ends = [(0, before["metrics"]), (now["step"], after["metrics"])]
-        ends = [
-            {"step": step} | {f"eval_{k}": found[k] for k in report.PLOTS if k in found}
-            for step, found in ends
-        ]
-        old = {sample["prompt"]: sample["answer"] for sample in before["samples"]}
-        samples = [
-            {**s, "before": old.get(s["prompt"], ""), "after": s["answer"]}
-            for s in after["samples"]
-        ]
-        samples = samples[:: max(1, len(samples) // 12)][:12]
-        table = report.write_report(self.out, facts, [*now["history"], *ends], samples)
-        (self.out / "trainer_state.json").write_text(
-            json.dumps({"log_history": now["history"]}, indent=1)
+        now = self.progress
+        facts = report.facts(
+            recipe,
+            model_name,
+            self.model,
+            self.training,
+            rows,
+            steps=now["step"],
+            tokens=now["tokens"],
+            label_tokens=now["label_tokens"],
+            seconds=now["seconds"],
+            losses=[entry["loss"] for entry in now["history"] if "loss" in entry],
+            before=now["before"],
+            after=after,
         )
-        run = json.loads((self.out / run_folder.RUN_FILE).read_text())
+        speed = now["tokens"] / max(now["seconds"], 1e-9)
+        facts["mfu"] = round(speed * self.flops / self.peak, 4)
+        samples = report.before_and_after(now["before"]["samples"], after["samples"])
+        table = report.write_report(self.out, facts | more, self.curve(after), samples)
+
+        state = json.dumps({"log_history": now["history"]}, indent=1)
+        (self.out / "trainer_state.json").write_text(state)
+        run = run_folder.read_run_file(self.out)
         run_folder.write_run_file(self.out, run | {"step": now["step"]})
-        print(
-            f"\n{table}\n\nmodel   {self.out / 'final'}\nreport  {self.out / 'report.md'}",
-            flush=True,
-        )
+        print(f"\n{table}\n\nmodel   {self.out / 'final'}\nreport  {self.out / 'report.md'}")
+
+    def curve(self, after: dict) -> list[dict]:
+        """The history behind the first and the last measurement, which count where it has none."""
+        now = self.progress
+        ends = []
+        for step, metrics in ((0, now["before"]["metrics"]), (now["step"], after["metrics"])):
+            values = {f"eval_{name}": metrics[name] for name in report.PLOTS if name in metrics}
+            ends.append({"step": step} | values)
+        return [*ends, *now["history"]]
 
 
-class Trackers:
-    """tensorboard, wandb and swanlab, on rank 0; `ids` are the runs, so that a resumed one goes on
-    in its curve."""
+class Curve:
+    """The held-out rows measured along a run, for loss.png.
 
-    def __init__(self, names: list[str], out: Path, settings: dict, ids: dict, step: int):
-        self.ids, self.log_to = ids, []
-        for name in names if cli.is_main() else []:
-            getattr(self, f"_{name}", lambda *_, name=name: self._unknown(name))(
-                out, settings, step
-            )
+    every: steps between two measurements of all rows, 0: none. None: CURVE_POINTS times or fewer,
+        on as many windows as cost CURVE_COST of the training (a forward is a third of a step).
+    loader: of the held-out rows, None where there are none; measure(bins of it, None: all) ->
+        metrics.
+    """
 
-    def _unknown(self, name: str) -> None:
-        raise SystemExit(f"--report_to {name}: tensorboard, wandb, swanlab or none")
+    def __init__(self, every: float | None, run: Run, loader, windows_to_come: int, measure):
+        self.every = every
+        self.run = run
+        self.measure = measure
+        self.bins = None
+        self.points = 0
+        if loader is None:
+            self.every = 0
+        elif every is None:
+            budget = int(3 * CURVE_COST * windows_to_come)
+            self.points = min(CURVE_POINTS, budget // (loader.windows * loader.world))
+        if self.points:
+            self.bins = loader.some(budget // self.points)
+        self.passed = self.points_passed()
+        if self.points and run.progress["step"] == 0:
+            run.note(measure(self.bins))
 
-    def _tensorboard(self, out: Path, settings: dict, step: int) -> None:
+    def points_passed(self) -> int:
+        return math.floor(self.points * min(1.0, self.run.plan.fraction_done()))
+
+    def step(self) -> None:
+        """Measure where it is time; after each step, on all ranks."""
+        before = self.passed
+        self.passed = self.points_passed()
+        if self.passed > before or self.run.is_due(self.every):
+            self.run.note(self.measure(self.bins))
+
+
+# ---- trackers ------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """One of --report_to: Tracker(out, settings, ids, step), log(step, values)."""
+
+    def close(self) -> None:
+        """Some end with the process."""
+
+
+class TensorBoard(Tracker):
+    def __init__(self, out: Path, settings: dict, ids: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self.ids.setdefault("tensorboard", str(out / "runs"))
-        writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        self.log_to.append(
-            lambda at, values: [writer.add_scalar(k, v, at) for k, v in values.items()]
-        )
-        self.close = writer.close
+        folder = ids.setdefault("tensorboard", str(out / "runs"))
+        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
-    def _wandb(self, out: Path, settings: dict, step: int) -> None:
+    def log(self, step: int, values: dict) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB(Tracker):
+    def __init__(self, out: Path, settings: dict, ids: dict, step: int):
         import wandb
 
-        run = wandb.init(
+        self.run = wandb.init(
             project=out.parent.name,
             name=out.name,
             dir=out,
             config=settings,
-            id=self.ids.get("wandb"),
+            id=ids.get("wandb"),
             resume="allow",
         )
-        self.ids["wandb"] = run.id
-        self.log_to.append(lambda at, values: run.log(values, step=at))
+        ids["wandb"] = self.run.id
 
-    def _swanlab(self, out: Path, settings: dict, step: int) -> None:
+    def log(self, step: int, values: dict) -> None:
+        self.run.log(values, step=step)
+
+
+class SwanLab(Tracker):
+    def __init__(self, out: Path, settings: dict, ids: dict, step: int):
         import swanlab
 
         run = swanlab.init(
             project=out.parent.name,
             experiment_name=out.name,
             config=settings,
-            id=self.ids.get("swanlab"),
+            id=ids.get("swanlab"),
             resume="allow",
         )
-        self.ids["swanlab"] = run.public.run_id
-        self.log_to.append(lambda at, values: swanlab.log(values, step=at))
-
-    def close(self) -> None:
-        pass
+        ids["swanlab"] = run.public.run_id
+        self.send = swanlab.log
 
     def log(self, step: int, values: dict) -> None:
-        for send in self.log_to:
-            send(step, values)
+        self.send(values, step=step)
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab}
+
+
+class Trackers:
+    """Those of --report_to, on rank 0.
+
+    ids: name -> the tracker's own id of the run, kept in checkpoints so that a resumed one goes on
+        in its curve.
+    """
+
+    def __init__(self, names: list[str], out: Path, settings: dict, ids: dict, step: int):
+        self.open = []
+        for name in names if cli.is_main() else []:
+            if name not in TRACKERS:
+                raise SystemExit(f"--report_to {name}: {', '.join(TRACKERS)} or none")
+            self.open.append(TRACKERS[name](out, settings, ids, step))
+
+    def log(self, step: int, values: dict) -> None:
+        for tracker in self.open:
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        for tracker in self.open:
+            tracker.close()
+
+
+# ---- speed ---------------------------------------------------------------------------------------
 
 
 def peak_flops(dtype: torch.dtype, where: torch.device) -> float:
@@ -302,29 +321,38 @@ def peak_flops(dtype: torch.dtype, where: torch.device) -> float:
 
     The product grows until it takes 5 ms, which on an accelerator is 4096 to 16384 wide.
     """
-    wait = (lambda: None) if where.type == "cpu" else device.module().synchronize
-    best, size, spent = 0.0, 512, 0.0
-    while spent < 5e-3 and size < 16384:
+
+    def wait() -> None:
+        if where.type != "cpu":
+            device.module().synchronize()
+
+    best = 0.0
+    size = 512
+    seconds = 0.0
+    while seconds < 5e-3 and size < 16384:
         size *= 2
-        a = torch.full((size, size), 1 / size, device=where).to(
-            dtype
-        )  # no random numbers: a resumed run has its own
+        # no random numbers: a resumed run has its own
+        a = torch.full((size, size), 1 / size, device=where).to(dtype)
         for _ in range(2):
             wait()
             began = time.perf_counter()
             a @ a
             wait()
-            spent = time.perf_counter() - began
-            best = max(best, 2 * size**3 / spent)
+            seconds = time.perf_counter() - began
+            best = max(best, 2 * size**3 / seconds)
     return best
 
 
 def flops_per_token(model: nn.Module) -> float:
     """Forward and backward of one token: 2 N forward, 2 N for the inputs' gradients, 2 per trained
-    weight (Kaplan et al. 2020); of the experts only those that a token goes through. Attention is
-    left out."""
-    config, total = model.config, 0.0
+    weight (Kaplan et al. 2020); of experts only those that a token goes through. Attention is left
+    out."""
+    config = model.config
+    total = 0.0
     for name, p in model.named_parameters():
-        share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
-        total += share * getattr(p, "ds_numel", p.numel()) * (6 if p.requires_grad else 4)
+        used = 1.0
+        if ".experts." in name:
+            used = config.num_experts_per_tok / config.num_experts
+        per_weight = 6 if p.requires_grad else 4
+        total += used * per_weight * getattr(p, "ds_numel", p.numel())
     return total

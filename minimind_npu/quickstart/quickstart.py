@@ -1,33 +1,30 @@
 """GPT-2 from scratch in plain PyTorch on whichever device is there: the first thing to run on a new
 machine.
 
-    bash minimind_npu/quickstart.sh                        # 124M on an accelerator, a tiny one on CPU; no network
+    bash minimind_npu/quickstart.sh        # 124M on an accelerator, a tiny one on a CPU; no network
     DEVICES=0,1 bash minimind_npu/quickstart.sh --epochs 5
-    the same command again                                 # continues after a crash with the last whole epoch
+    the same command again                 # continues after a crash with the last complete epoch
 
 Data: synthetic Chinese sentences, or DATA=file.txt with a document per line. B windows a batch, T
-tokens a window. Order of the story: arguments -> model -> one step -> measure -> the run. Text and
-files: the two modules beside it.
+tokens a window. Order of the story: arguments -> model -> one step -> measure -> the run. The text:
+text.py; checkpoints, the lines people see and the report: ../loop, as for train.py.
 """
 
-import difflib
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this one
-from common import cli, device  # device before torch and transformers
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms of this recipe
+from common import cli, device  # before torch and transformers
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import (
     AutoModelForCausalLM,
@@ -39,20 +36,25 @@ from transformers import (
 
 from common import tiny
 from common.runs import run_folder
-from quickstart.files import display, finish, note, restore, save
+from loop import parallel, state, tracking
 from quickstart.text import endings, questions, read_text, windows
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOG_STEPS = 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NAMES = "gpt2: 124M, random weights; tiny: a toy; a folder or hub id: go on from it; auto: gpt2, on CPU tiny"
 
 
 # 1. Arguments
 @dataclass
 class Args:
     model_name: str = field(
-        default="auto", metadata={"aliases": ["--model_name_or_path"], "help": NAMES}
+        default="auto",
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": "gpt2: 124M, random weights; tiny: a toy; a folder or hub id: go on from it; "
+            "auto: gpt2, on CPU tiny",
+        },
     )
     data_path: str = field(
         default="", metadata={"help": "text files, a document per line; unset: synthetic text"}
@@ -88,25 +90,19 @@ TINY = dict(max_length=128, epochs=5, learning_rate=6e-3, warmup_steps=20, num_s
 def parse() -> Args:
     """The command line; a mistake is one line and exit code 2."""
     parser = HfArgumentParser(Args, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(cli.usage_error(message).code)
-    first, unknown = parser.parse_known_args()
-    if unknown:
-        near = difflib.get_close_matches(
-            unknown[0], [o for a in parser._actions for o in a.option_strings], 1, 0.5
-        )
-        raise cli.usage_error(
-            f"unknown flag {unknown[0]}"
-            + (f"; did you mean {near[0]}?" if near else "; see --help")
-        )
-    name = {"auto": "tiny" if device.kind() == "cpu" else "gpt2"}.get(
-        first.model_name, first.model_name
-    )
-    parser.set_defaults(**(TINY if name == "tiny" else {}))
-    args = parser.parse_args_into_dataclasses()[0]
+    parser.error = partial(cli.Parser.error, parser)
+    name = parser.parse_args().model_name
+    if name == "auto":
+        name = "tiny" if device.kind() == "cpu" else "gpt2"
+    if name == "tiny":
+        parser.set_defaults(**TINY)
+    args = Args(**vars(parser.parse_args()))
     args.model_name = name
+
     for flag in ("batch_size", "max_length", "epochs", "learning_rate", "num_samples"):
-        if getattr(args, flag) <= 0:
-            raise cli.usage_error(f"--{flag} {getattr(args, flag)}: must be above 0")
+        value = getattr(args, flag)
+        if value <= 0:
+            raise cli.usage_error(f"--{flag} {value}: must be above 0")
     if args.dtype not in ("auto", *DTYPES):
         raise cli.usage_error(f"--dtype {args.dtype}: one of auto, {', '.join(DTYPES)}")
     if args.dtype == "fp16" and device.kind() == "cpu":
@@ -120,6 +116,7 @@ def load(args: Args, texts: list[str], start: Path | None):
     from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
+        cli.say(f"loading {name}")
         model = cli.load(AutoModelForCausalLM, name, dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
@@ -127,17 +124,16 @@ def load(args: Args, texts: list[str], start: Path | None):
                 f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
             )
         return model, cli.load(AutoTokenizer, name)
+
     mark = "<|endoftext|>"
     tokenizer = tiny.make_tokenizer(texts[:50000], 8000, [mark], eos_token=mark, bos_token=mark)
-    toy = {
-        "n_embd": 96,
-        "n_layer": 2,
-        "n_head": 4,
-        "vocab_size": len(tokenizer),
-        "initializer_range": 0.05,
-    }
+    size = {}
+    if args.model_name == "tiny":
+        size = dict(
+            n_embd=96, n_layer=2, n_head=4, vocab_size=len(tokenizer), initializer_range=0.05
+        )
     config = GPT2Config(  # no dropout, so that 1 and N processes give the same numbers
-        **(toy if args.model_name == "tiny" else {}),
+        **size,
         n_positions=max(1024, args.max_length),
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -157,10 +153,13 @@ def make_optimizer(model, peak: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear up to `peak` over `warmup` steps, linear down to 0 after `total`; `step` counts from
-    1."""
-    return peak * min(step / max(1, warmup), (total - step + 1) / (total - warmup + 1))
+def write_model(model, tokenizer, folder: Path) -> None:
+    """What state.py calls on all ranks: a folder for from_pretrained."""
+    if cli.is_main():
+        model.config.use_cache = True
+        model.save_pretrained(folder)
+        model.config.use_cache = False
+        tokenizer.save_pretrained(folder)
 
 
 # 3. One step, and the training loss over all ranks
@@ -178,149 +177,200 @@ def train_step(net, ids: torch.Tensor, optimizer, scaler, dtype: torch.dtype) ->
     return loss.detach().float()
 
 
-def mean_losses(recent: list[torch.Tensor], last_step: int) -> list[dict]:
-    """[{"step", "loss"}] of the last steps, averaged over the ranks in float32 (HCCL has no
-    float64)."""
-    losses = torch.stack(recent)
+def mean_losses(losses: list[torch.Tensor]) -> list[float]:
+    """Of some steps, averaged over the ranks in float32 (HCCL has no float64)."""
+    values = torch.stack(losses)
     if WORLD > 1:
-        dist.all_reduce(losses)
-    values = (losses / WORLD).tolist()
-    return [
-        {"step": step, "loss": finite(x, step)}
-        for step, x in enumerate(values, last_step - len(values) + 1)
-    ]
+        dist.all_reduce(values)
+    return (values / WORLD).tolist()
 
 
-def finite(loss: float, step: int) -> float:
-    """The same loss; a NaN or infinite one ends the run."""
+def refuse_nan(loss: float, step: int) -> None:
+    """End the run at a loss that is not finite; every rank has the same."""
     if not math.isfinite(loss):
         raise SystemExit(
             f"step {step}: the loss is {loss}; stopped, and nothing of this epoch is saved. "
             "Try a lower --learning_rate or --dtype fp32 in a new folder"
         )
-    return loss
 
 
 # 4. What the model can do with text that it was not trained on
 @torch.no_grad()
 def held_out_loss(model, held_out: torch.Tensor, batch_size: int, dtype: torch.dtype) -> float:
     """Mean loss per token over windows [N, T], each of them on one rank."""
-    sums = torch.zeros(2, dtype=torch.float32, device=model.device)
+    total = torch.zeros((), device=model.device)
+    count = 0
     model.eval()
     for ids in held_out[RANK::WORLD].to(model.device).split(batch_size):
         with device.autocast(dtype):
-            loss = model(input_ids=ids, labels=ids).loss.float()
-        sums += torch.stack([loss * len(ids), torch.full_like(loss, len(ids))])
+            loss = model(input_ids=ids, labels=ids).loss
+        total += loss.float() * len(ids)
+        count += len(ids)
     model.train()
-    if WORLD > 1:
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+    sums = parallel.summed({"loss": total, "windows": count}, model.device)
+    return sums["loss"] / sums["windows"]
 
 
-def measure(
-    model, tokenizer, held_out: torch.Tensor, asked: list[tuple[str, str]], batch_size: int, dtype
-) -> dict:
-    """{"metrics", "answers": how the model ends the sentences of `asked`}. All ranks call it."""
-    loss = held_out_loss(model, held_out, batch_size, dtype)
+def measure(model, tokenizer, asked: list[tuple[str, str]], eval_loss) -> dict:
+    """{"metrics", "samples": how the model ends the sentences of `asked`}. All ranks call it."""
+    loss = eval_loss()
     answers, right = endings(model, tokenizer, asked)
+    samples = []
+    for (beginning, ending), answer in zip(asked, answers, strict=True):
+        samples.append({"prompt": beginning, "reference": ending, "answer": answer})
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50)), "sentences_ended_right": right}
-    return {"metrics": metrics, "answers": answers}
+    return {"metrics": metrics, "samples": samples}
 
 
 # 5. The run
-def plan(train_set: torch.Tensor, args: Args) -> tuple[DataLoader, int, Callable[[int], float]]:
-    """(loader of this rank's batches, steps in all, step -> learning rate)."""
+def make_loader(train_set: torch.Tensor, args: Args) -> DataLoader:
+    """This rank's batches of windows [N, T]."""
     sampler = DistributedSampler(train_set, WORLD, RANK, seed=args.seed, drop_last=True)
-    # a generator of its own: the loader would draw from the global one, and resume would not be
-    # exact
     loader = DataLoader(
-        train_set, args.batch_size, sampler=sampler, drop_last=True, generator=torch.Generator()
+        train_set,
+        args.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        # of its own: the loader would draw from the global one, and resume would not be exact
+        generator=torch.Generator(),
     )
-    total, warmup = len(loader) * args.epochs, args.warmup_steps
-    if not total:
-        need = f"--batch_size {args.batch_size} on {WORLD} device(s)"
+    if not len(loader):
         raise SystemExit(
-            f"{len(train_set)} windows are not one step of {need}: give more text or a smaller one"
+            f"{len(train_set)} windows are not one step of --batch_size {args.batch_size} on "
+            f"{WORLD} device(s): give more text or a smaller one"
         )
-    if warmup >= total:
-        warmup = max(1, total // 10)
-        cli.say(
-            f"warm-up shortened from {args.warmup_steps} to {warmup} steps: the run has {total}"
-        )
-    return loader, total, lambda step: learning_rate(step, total, warmup, args.learning_rate)
+    return loader
 
 
-def run_epoch(
-    net, loader, optimizer, scaler, dtype, rate: Callable, show: Callable, progress: dict
-) -> None:
-    """One time through the text; counts steps, losses and seconds in `progress`."""
-    began, recent, where = time.time(), [], next(net.parameters()).device
-    loader.sampler.set_epoch(progress["epoch"])
-    for number, ids in enumerate(loader, 1):
-        progress["step"] += 1
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear up to `peak` over `warmup` steps, linear down to 0 after `total`; `step` counts from
+    1."""
+    return peak * min(step / max(1, warmup), (total - step + 1) / (total - warmup + 1))
+
+
+class Plan:
+    """How long the run is, and its learning rate."""
+
+    def __init__(self, args: Args, steps_of_epoch: int, progress: dict):
+        self.args = args
+        self.progress = progress
+        self.total = steps_of_epoch * args.epochs
+        self.warmup = args.warmup_steps
+        self.windows = args.batch_size * WORLD  # of a step
+        if self.warmup >= self.total:
+            self.warmup = max(1, self.total // 10)
+            cli.say(
+                f"warm-up shortened from {args.warmup_steps} to {self.warmup} steps: the run has "
+                f"{self.total}"
+            )
+
+    def describe(self) -> str:
+        return (
+            f"steps: {self.total:,} of {self.windows * self.args.max_length:,} tokens; a "
+            f"checkpoint after each of {self.args.epochs} epochs"
+        )
+
+    def total_steps(self) -> int:
+        return self.total
+
+    def fraction_done(self) -> float:
+        return self.progress["step"] / self.total
+
+    def set_lr(self, optimizer, step: int) -> float:
+        lr = learning_rate(step, self.total, self.warmup, self.args.learning_rate)
         for group in optimizer.param_groups:
-            group["lr"] = rate(progress["step"])
-        recent.append(train_step(net, ids.to(where), optimizer, scaler, dtype))
-        if number % LOG_STEPS == 0 or number == len(
-            loader
-        ):  # reading a loss waits for the device, so not each step
-            new = mean_losses(recent, progress["step"])
-            show(progress["step"], sum(entry["loss"] for entry in new) / len(new))
-            progress["history"] += new
-            recent = []
-    progress["epoch"] += 1
-    progress["seconds"] += time.time() - began
+            group["lr"] = lr
+        return lr
+
+
+def run_epoch(net, loader: DataLoader, optimizer, scaler, dtype, plan: Plan, run) -> None:
+    """One time through the text. Reading a loss waits for the device, so not after each step."""
+    where = next(net.parameters()).device
+    loader.sampler.set_epoch(run.progress["epoch"])
+    losses = []
+    rates = []
+    began = time.time()
+    for number, ids in enumerate(loader, 1):
+        step = run.progress["step"] + len(losses) + 1
+        rates.append(plan.set_lr(optimizer, step))
+        losses.append(train_step(net, ids.to(where), optimizer, scaler, dtype))
+        if number % LOG_STEPS == 0 or number == len(loader):
+            book(run, plan, mean_losses(losses), rates, time.time() - began)
+            losses = []
+            rates = []
+            began = time.time()
+    run.progress["epoch"] += 1
+
+
+def book(run, plan: Plan, losses: list[float], rates: list[float], seconds: float) -> None:
+    """Count the steps since the last reading."""
+    length = plan.args.max_length
+    for loss, lr in zip(losses, rates, strict=True):
+        run.progress["step"] += 1
+        refuse_nan(loss, run.progress["step"])
+        tokens = plan.windows * length
+        label_tokens = plan.windows * (length - 1)
+        run.count(loss, lr, seconds / len(losses), tokens, label_tokens)
+
+
+def settings_for_loop(args: Args, dtype: torch.dtype) -> SimpleNamespace:
+    """What ../loop and common/runs read from TrainingArguments."""
+    return SimpleNamespace(
+        output_dir=args.output_dir,
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        device=device.device(),
+        world_size=WORLD,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        deepspeed=None,
+        max_steps=-1,
+        logging_steps=LOG_STEPS,
+        save_total_limit=1,
+        report_to=[],
+    )
 
 
 def run(args: Args) -> None:
-    where = device.device()
+    dtype = DTYPES.get(args.dtype) or device.half_dtype() or torch.float32
+    training = settings_for_loop(args, dtype)
     if WORLD > 1:
         dist.init_process_group(device.dist_backend())
     device.seed_all(args.seed)
-    dtype = DTYPES.get(args.dtype) or device.half_dtype() or torch.float32
-    train_texts, held_texts, rows = read_text(args)
+    train_texts, eval_texts, rows = read_text(args)
     settings = asdict(args) | {"dtype": str(dtype), "data": rows["sha256"], "processes": WORLD}
-    folder = SimpleNamespace(**asdict(args), world_size=WORLD, max_steps=-1)
-    start = run_folder.open_output(folder, settings, args.overwrite_output_dir)
+    start = run_folder.open_output(training, settings, args.overwrite_output_dir)
 
     model, tokenizer = load(args, train_texts, start)
-    model.to(where).config.use_cache = False
-    train_set, held_out = (
-        windows(tokenizer, texts, args.max_length) for texts in (train_texts, held_texts)
-    )
-    asked = questions(held_texts, 32)
-    loader, total, rate = plan(train_set, args)
-    facts = {"dtype": str(dtype).removeprefix("torch."), "world_size": WORLD, "rows": rows}
-    facts |= {
-        "parameters": model.num_parameters(),
-        "tokens_a_step": args.batch_size * args.max_length * WORLD,
-    }
-    cli.say(
-        f"model: {args.model_name}, {facts['parameters']:,} parameters; {WORLD} x {device.name()}, {facts['dtype']}\n"
-        f"steps: {total:,} of {facts['tokens_a_step']:,} tokens; a checkpoint after each of {args.epochs} epochs"
-    )
-    parts = {
-        "optimizer": make_optimizer(model, args.learning_rate),
-        "scaler": device.grad_scaler(dtype),
-    }
-    test = partial(measure, model, tokenizer, held_out, asked, args.batch_size, dtype)
+    model.to(training.device).config.use_cache = False
+    loader = make_loader(windows(tokenizer, train_texts, args.max_length), args)
+    held_out = windows(tokenizer, eval_texts, args.max_length)
+    optimizer = make_optimizer(model, args.learning_rate)
+    stateful = {"optimizer": optimizer, "scaler": device.grad_scaler(dtype)}
+    write = partial(write_model, model, tokenizer)
+    eval_loss = partial(held_out_loss, model, held_out, args.batch_size, dtype)
+    measured = partial(measure, model, tokenizer, questions(eval_texts, 32), eval_loss)
+
     torch.manual_seed(args.seed + RANK)  # dropout, where a model has it, differs between the ranks
     if start:
-        progress = restore(start, parts, where)
+        progress = state.read_progress(start)
+        state.restore(start, model, stateful, None, args.seed)
     else:
-        progress = {"step": 0, "epoch": 0, "seconds": 0.0, "history": [], "before": test()}
-
-    net = DistributedDataParallel(model) if WORLD > 1 else model
-    show = display(total, progress["step"], facts["tokens_a_step"])
+        progress = state.new_progress(measured())
+    net, _ = parallel.wrap(model, optimizer, training, dtype)
+    plan = Plan(args, len(loader), progress)
+    tracked = tracking.Run(training, progress, model, dtype, plan, asdict(args))
     while progress["epoch"] < args.epochs:
-        run_epoch(net, loader, **parts, dtype=dtype, rate=rate, show=show, progress=progress)
-        loss = finite(held_out_loss(model, held_out, args.batch_size, dtype), progress["step"])
-        progress["history"].append({"step": progress["step"], "eval_loss": loss})
-        note(f"epoch {progress['epoch']}/{args.epochs}, held out: loss {loss:.4f}")
-        save(Path(args.output_dir), model, tokenizer, parts, progress, RANK, WORLD)
-    after = test()
-    if cli.is_main():
-        finish(args, model, tokenizer, facts, progress, after, asked)
+        run_epoch(net, loader, **stateful, dtype=dtype, plan=plan, run=tracked)
+        loss = eval_loss()
+        refuse_nan(loss, progress["step"])
+        tracked.note({"loss": loss})
+        state.save(training, write, stateful, None, progress)
+    state.save_final(args.output_dir, write)
+    after = measured()
+    tracked.report("quickstart", args.model_name, rows, after)
+    cli.say("\nthe model goes on after the bar:")
+    for sample in after["samples"][:3]:
+        cli.say(f"  {sample['prompt']}|{sample['answer']}")
 
 
 def main() -> None:
@@ -334,7 +384,7 @@ def main() -> None:
     except SystemExit as error:
         if error.code == cli.INTERRUPTED:
             cli.say(
-                f"interrupted. This goes on with the last whole epoch:\n  {cli.resume_command()}"
+                f"interrupted. This goes on with the last complete epoch:\n  {cli.resume_command()}"
             )
         raise
 

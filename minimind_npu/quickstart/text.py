@@ -51,10 +51,16 @@ OPPOSITES = {
     "新": "旧",
     "黑": "白",
 }
+EVAL_RATIO = 0.05
+
+
+# ---- sentences -----------------------------------------------------------------------------------
 
 
 def _sum(rng: random.Random, name: str) -> str:
-    a, b, fruit = rng.randint(1, 9), rng.randint(1, 9), rng.choice(FRUITS)
+    a = rng.randint(1, 9)
+    b = rng.randint(1, 9)
+    fruit = rng.choice(FRUITS)
     return f"{name}有{a}个{fruit}，又买了{b}个，一共有{a + b}个{fruit}。"
 
 
@@ -97,11 +103,16 @@ SENTENCES = (_sum, _rest, _day, _city, _animal, _opposite, _order)
 def documents(count: int, seed: int) -> list[str]:
     """`count` different documents of two to four sentences about one person; the same list for the
     same seed."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found = {}
     while len(found) < count:
         name = rng.choice(NAMES)
-        found["".join(tell(rng, name) for tell in rng.sample(SENTENCES, rng.randint(2, 4)))] = True
+        kinds = rng.sample(SENTENCES, rng.randint(2, 4))
+        found["".join(sentence(rng, name) for sentence in kinds)] = True
     return list(found)
+
+
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def read_text(args) -> tuple[list[str], list[str], dict]:
@@ -110,17 +121,19 @@ def read_text(args) -> tuple[list[str], list[str], dict]:
     if args.data_path:
         rows, stats = load_rows(args.data_path, "text", seed=args.seed)
         cli.say(summary(stats))
-        parts = split_rows(rows, 0.05, 500, args.seed)
-        train, held_out = ([json.loads(row)["text"] for row in part["row"]] for part in parts)
+        train_rows, eval_rows = split_rows(rows, EVAL_RATIO, 500, args.seed)
+        train_texts = [json.loads(row)["text"] for row in train_rows["row"]]
+        eval_texts = [json.loads(row)["text"] for row in eval_rows["row"]]
     else:
-        texts, cut = documents(args.num_samples, args.seed), max(1, args.num_samples // 20)
-        train, held_out = texts[cut:], texts[:cut]
-        stats = {
-            "read": len(texts),
-            "dropped": {},
-            "sha256": hashlib.sha256("".join(texts).encode()).hexdigest(),
-        }
-    return train, held_out, stats | {"used": len(train), "held_out": len(held_out)}
+        texts = documents(args.num_samples, args.seed)
+        cut = max(1, int(EVAL_RATIO * args.num_samples))
+        train_texts = texts[cut:]
+        eval_texts = texts[:cut]
+        digest = hashlib.sha256("".join(texts).encode()).hexdigest()
+        stats = {"read": len(texts), "dropped": {}, "sha256": digest}
+    stats["used"] = len(train_texts)
+    stats["held_out"] = len(eval_texts)
+    return train_texts, eval_texts, stats
 
 
 def windows(tokenizer, texts: list[str], length: int) -> torch.Tensor:
@@ -128,27 +141,36 @@ def windows(tokenizer, texts: list[str], length: int) -> torch.Tensor:
     end is left out."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    ids = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
+    ids = [token for row in rows for token in (*row, *end)]
     if len(ids) < length:
-        less = f"{len(texts)} documents are {len(ids)} tokens, less than one window of {length}"
-        raise SystemExit(f"{less}: give more text, or a smaller --max_length")
-    return ids[: len(ids) // length * length].view(-1, length)
+        raise SystemExit(
+            f"{len(texts)} documents are {len(ids)} tokens, less than one window of {length}: "
+            "give more text, or a smaller --max_length"
+        )
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+# ---- what the model makes of it ------------------------------------------------------------------
 
 
 def questions(texts: list[str], count: int) -> list[tuple[str, str]]:
     """The first sentence of some texts: (up to its last comma, what comes after)."""
-    sentences = [text.split("。")[0][:100] + "。" for text in texts[:count]]
-    cuts = [sentence.rfind("，") + 1 or len(sentence) // 2 for sentence in sentences]
-    return [(sentence[:cut], sentence[cut:]) for sentence, cut in zip(sentences, cuts, strict=True)]
+    found = []
+    for text in texts[:count]:
+        sentence = text.split("。")[0][:100] + "。"
+        cut = sentence.rfind("，") + 1 or len(sentence) // 2
+        found.append((sentence[:cut], sentence[cut:]))
+    return found
 
 
 def endings(model, tokenizer, asked: list[tuple[str, str]]) -> tuple[list[str], float]:
     """(how the model ends each beginning, up to the full stop; the share that is right). All ranks
     call it."""
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in asked]
-    answers = [
-        text.split("。")[0] + "。" for text in generate_answers(model, tokenizer, prompts, 24)
+    prompts = [
+        tokenizer(beginning, add_special_tokens=False)["input_ids"] for beginning, _ in asked
     ]
-    return answers, sum(
-        answer == wanted for answer, (_, wanted) in zip(answers, asked, strict=True)
-    ) / len(asked)
+    texts = generate_answers(model, tokenizer, prompts, 24)
+    answers = [text.split("。")[0] + "。" for text in texts]
+    right = [answer == wanted for answer, (_, wanted) in zip(answers, asked, strict=True)]
+    return answers, sum(right) / len(asked)

@@ -19,47 +19,57 @@ from safetensors.torch import save_file
 from stages import lora
 from stages.pretrain import INPUTS
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from common import cli, device
+from common.collators import IGNORE
 from common.data.labels import encode_chat
+from common.data.progress import Progress
 from common.fast import losses
 
 KIND = "preference"
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
+# ---- rows ----------------------------------------------------------------------------------------
+
+
 def encode(row: dict, tokenizer, max_length: int) -> dict | None:
     """A canonical pair -> tokens and labels of both sides, max_length tokens together; labels on
     the last answer."""
-    sides, cut = {}, False
+    pair = {"truncated": False}
     for side in ("chosen", "rejected"):
         found = encode_chat(tokenizer, row["prompt"] + row[side], max_length // 2)
         if found is None:
             return None
-        last = max(i for i, label in enumerate(found["labels"]) if label != -100)
-        start = last
-        while start and found["labels"][start - 1] != -100:
-            start -= 1
-        labels = [-100] * start + found["labels"][start:]
-        sides |= {f"{side}_input_ids": found["input_ids"], f"{side}_labels": labels}
-        cut |= found["truncated"]
-    return sides | {"truncated": cut}
+        pair[f"{side}_input_ids"] = found["input_ids"]
+        pair[f"{side}_labels"] = only_last_answer(found["labels"])
+        pair["truncated"] |= found["truncated"]
+    return pair
+
+
+def only_last_answer(labels: list[int]) -> list[int]:
+    """The labels of a conversation without those of all answers but the last."""
+    start = max(i for i, label in enumerate(labels) if label != IGNORE)
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return [IGNORE] * start + labels[start:]
+
+
+# ---- loss ----------------------------------------------------------------------------------------
 
 
 def log_probs(model, batch: dict) -> torch.Tensor:
     """Summed log-probs of the answers, fp32 [pairs, 2]: chosen, rejected."""
-    sums = losses.sequence_logprobs(
-        model, labels=batch["labels"], **{name: batch[name] for name in INPUTS}
-    )
+    inputs = {name: batch[name] for name in INPUTS}
+    sums = losses.sequence_logprobs(model, labels=batch["labels"], **inputs)
     return sums[: batch["documents"]].view(-1, 2)
 
 
-def loss(model, batch: dict, items: float, beta: float):
-    """-> (loss of the batch as its part of a step with `items` pairs, sums over this batch).
+def loss(model, batch: dict, denominator: float, beta: float):
+    """-> (this batch's share of the loss of a step with `denominator` pairs, sums over this batch).
 
     batch["reference"]: [pairs, 2] log-probs under the reference; without it the model's adapters
-    are switched off.
+        are switched off.
     """
     policy = log_probs(model, batch)
     if "reference" in batch:
@@ -70,17 +80,16 @@ def loss(model, batch: dict, items: float, beta: float):
     gained = policy - reference
     margin = beta * (gained[:, 0] - gained[:, 1])
     each = -F.logsigmoid(margin)
-    seen = margin.detach()
-    right = (seen > 0).float().sum() + 0.5 * (
-        seen == 0
-    ).float().sum()  # a tie, as before the first step, is half
+
+    margin = margin.detach()
+    ties = (margin == 0).float().sum()  # all of them before the first step: half right
     sums = {
         "nll": each.detach().sum(),
-        "accuracy": right,
-        "margin": seen.sum(),
-        "count": seen.new_tensor(len(seen)),
+        "accuracy": (margin > 0).float().sum() + 0.5 * ties,
+        "margin": margin.sum(),
+        "count": margin.new_tensor(len(margin)),
     }
-    return each.sum() / items, sums
+    return each.sum() / denominator, sums
 
 
 def metrics(sums: dict) -> dict:
@@ -93,38 +102,46 @@ def metrics(sums: dict) -> dict:
     }
 
 
-@torch.no_grad()
-def reference(model, loader, dtype: torch.dtype, file: Path, *about) -> torch.Tensor:
-    """Log-probs of all rows under the model as it is now, [rows, 2] on the CPU; all ranks compute
-    their part.
+# ---- the reference -------------------------------------------------------------------------------
 
-    file: where they are kept for a run that is continued; `about` names what they were computed
-        from.
+
+@torch.no_grad()
+def reference(model, loader, dtype: torch.dtype, file: Path, computed_from: str) -> torch.Tensor:
+    """Log-probs of all rows under the model as it is now, [rows, 2] on the CPU; all ranks compute
+    their share.
+
+    file: where they are kept for a run that is continued; computed_from: names the weights and the
+        rows, so that others are not taken for them.
     """
-    about = json.dumps([*about, str(dtype), loader.windows, loader.world], default=str)
-    kept = kept_reference(file, about)
+    key = json.dumps([computed_from, str(dtype), loader.windows, loader.world])
+    kept = kept_reference(file, key)
     if kept is not None:
         return kept
-    values, was_training = torch.zeros(len(loader.rows), 2), model.training
+    values = torch.zeros(len(loader.rows), 2)
+    was_training = model.training
     model.eval()
-    for batch in tqdm(loader.all(), desc="reference", disable=None if cli.is_main() else True):
-        with device.autocast(dtype):
-            found = log_probs(model, batch)
-        values[batch["row_ids"]] = found.float().cpu()
+    with Progress("reference", total=len(loader.rows), unit="pairs") as progress:
+        for batch in loader.all():
+            with device.autocast(dtype):
+                found = log_probs(model, batch)
+            values[batch["row_ids"]] = found.float().cpu()
+            progress.update(len(batch["row_ids"]) * loader.world)
     model.train(was_training)
     if loader.world > 1:  # each row is on one rank, and 0 on the others
         shared = values.to(loader.where)
         dist.all_reduce(shared)
         values = shared.cpu()
     if cli.is_main():
-        save_file({"log_probs": values}, file, {"about": about})
+        save_file({"log_probs": values}, file, {"key": key})
     return values
 
 
-def kept_reference(file: Path, about: str) -> torch.Tensor | None:
-    """What an earlier start of this run kept; None where it is another's, or torn."""
+def kept_reference(file: Path, key: str) -> torch.Tensor | None:
+    """What an earlier start of this run kept; None where it is another's, or incomplete."""
     try:
         with safe_open(file, "pt") as kept:
-            return kept.get_tensor("log_probs") if kept.metadata() == {"about": about} else None
+            if kept.metadata() == {"key": key}:
+                return kept.get_tensor("log_probs")
     except (OSError, SafetensorError):
-        return None
+        pass
+    return None

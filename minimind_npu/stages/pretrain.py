@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import math
 
-KIND, COLUMNS = "text", ("input_ids",)
+KIND = "text"
+COLUMNS = ("input_ids",)
 INPUTS = (
     "input_ids",
     "position_ids",
-    "counted",
+    "token_mask",
     "cu_seq_lens_q",
     "cu_seq_lens_k",
     "max_length_q",
@@ -27,47 +28,44 @@ def encode(row: dict, tokenizer, max_length: int) -> list[dict]:
     """A document -> pieces {"input_ids": [T]}, T <= max_length, none of a single token."""
     ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    size = math.ceil(len(ids) / math.ceil(len(ids) / max_length))
-    pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
-    return [{"input_ids": piece} for piece in pieces if len(piece) > 1]
+    pieces = math.ceil(len(ids) / max_length)
+    size = math.ceil(len(ids) / pieces)
+    cut = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [{"input_ids": piece} for piece in cut if len(piece) > 1]
 
 
-def loss(model, batch: dict, items: float):
-    """-> (loss of the batch as its part of a step with `items` label tokens, sums over this batch).
+def loss(model, batch: dict, denominator: float):
+    """-> (this batch's share of the loss of a step with `denominator` label tokens, sums over this
+    batch).
 
     model: under losses.use_chunked_loss, which computes logits at label positions only, chunk by
-        chunk.
+        chunk; what it calls logits are sums.
     """
-    out = model(
-        **{name: batch[name] for name in INPUTS}, labels=batch["labels"], num_items_in_batch=items
-    )
+    inputs = {name: batch[name] for name in INPUTS}
+    out = model(**inputs, labels=batch["labels"], num_items_in_batch=denominator)
     nll, correct, count = out.logits[:3].detach().unbind()
-    return out.loss + balance(out.aux_loss, count, items), {
-        "nll": nll,
-        "correct": correct,
-        "count": count,
-    }
+    sums = {"nll": nll, "correct": correct, "count": count}
+    return out.loss + balance(out.aux_loss, count, denominator), sums
 
 
-def balance(aux_loss, count, items: float):
-    """The balance of the experts, weighted by this batch's part of the step."""
-    return aux_loss * (count / items)
+def balance(aux_loss, count, denominator: float):
+    """The balance of the experts, weighted by this batch's share of the step."""
+    return aux_loss * (count / denominator)
 
 
 def metrics(sums: dict) -> dict:
-    """Sums over the held-out rows -> {"loss", "perplexity", "token_accuracy"}."""
+    """Sums over the held-out rows -> {"loss", "perplexity", "token_accuracy"}, the last one where
+    right tokens were counted."""
     mean = sums["nll"] / sums["count"]
-    return {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 50)),
-        "token_accuracy": sums["correct"] / sums["count"],
-    }
+    found = {"loss": mean, "perplexity": math.exp(min(mean, 50))}
+    if "correct" in sums:
+        found["token_accuracy"] = sums["correct"] / sums["count"]
+    return found
 
 
-def text_bytes(held_out, encoded) -> int:
+def text_bytes(eval_rows, eval_ids) -> int:
     """UTF-8 bytes of the held-out texts (rows as read) that were encoded: what bits per byte divide
     by."""
-    used = set(encoded["source"])
-    return sum(
-        len(json.loads(row["row"])["text"].encode()) for row in held_out if row["source"] in used
-    )
+    encoded = set(eval_ids["source"])
+    texts = [json.loads(row["row"])["text"] for row in eval_rows if row["source"] in encoded]
+    return sum(len(text.encode()) for text in texts)

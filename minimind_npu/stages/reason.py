@@ -23,57 +23,60 @@ from common.runs.generate import generate_answers
 from common.runs.metrics import answer_match
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+IN_FORM = re.compile(r"\s*<think>.*?</think>\s*(<answer>.*?</answer>|(?!<answer>).+?)\s*", re.S)
+FINAL = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.S)
 
 
 def tag_ids(tokenizer) -> list[int]:
     """Ids of the tags; SystemExit where one is no token of its own."""
-    ids = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in TAGS]
-    for tag, found in zip(TAGS, ids, strict=True):
-        if len(found) != 1:
+    found = []
+    for tag in TAGS:
+        ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
             raise SystemExit(
-                f"--stage reason: {tag} is {len(found)} tokens here; train_tokenizer.py makes it one"
+                f"--stage reason: {tag} is {len(ids)} tokens here; train_tokenizer.py makes it one"
             )
-    return [found[0] for found in ids]
+        found.append(ids[0])
+    return found
 
 
-def loss(model, batch: dict, items: float, tags: torch.Tensor, think_weight: float):
-    """-> (weighted loss of the batch as its part of a step with `items` label tokens, sums over
-    this batch)."""
+def loss(model, batch: dict, denominator: float, tags: torch.Tensor, think_weight: float):
+    """-> (this batch's share of the weighted loss of a step with `denominator` label tokens, sums
+    over this batch).
+
+    tags: token ids of TAGS, [4].
+    """
     labels = batch["labels"]
-    log_probs, _, _ = losses.answer_logprobs(
-        model, labels=labels, **{name: batch[name] for name in INPUTS}
-    )
+    inputs = {name: batch[name] for name in INPUTS}
+    log_probs, _, _ = losses.answer_logprobs(model, labels=labels, **inputs)
     targets = labels[labels != IGNORE]
     weights = torch.where(torch.isin(targets, tags.to(targets.device)), think_weight, 1.0)
-    nll, count = -log_probs.detach().sum(), log_probs.new_tensor(float(len(targets)))
-    return -(weights * log_probs).sum() / items, {
-        "nll": nll,
-        "correct": nll * float("nan"),
-        "count": count,
-    }
+    count = log_probs.new_tensor(float(len(targets)))
+    sums = {"nll": -log_probs.detach().sum(), "count": count}
+    return -(weights * log_probs).sum() / denominator, sums
 
 
-def parts(text: str) -> tuple[str, bool]:
+def split_answer(text: str) -> tuple[str, bool]:
     """An answer -> (what its <answer> holds, or what follows its thought; whether it keeps to the
     form)."""
-    form = re.fullmatch(
-        r"\s*<think>(.*?)</think>\s*(<answer>(.*?)</answer>|(?!<answer>).+?)\s*", text, re.S
-    )
-    found = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.S)
-    return (found[-1] if found else text.split("</think>")[-1]).strip(), bool(form)
+    in_form = IN_FORM.fullmatch(text) is not None
+    finals = FINAL.findall(text)
+    final = finals[-1] if finals else text.split("</think>")[-1]
+    return final.strip(), in_form
 
 
 def measure(model, tokenizer, rows: list[dict], max_new_tokens: int) -> tuple[dict, list[dict]]:
     """Greedy answers to held-out rows -> {"exact_match": of the final answers, "in_form"} and
     samples to look at."""
     prompts = [encode_prompt(tokenizer, row["messages"][:-1], row.get("tools")) for row in rows]
-    raw = generate_answers(model, tokenizer, prompts, max_new_tokens)
-    wanted = [parts(row["messages"][-1]["content"])[0] for row in rows]
-    found = [parts(answer) for answer in raw]
-    share = sum(kept for _, kept in found) / max(1, len(found))
-    right = answer_match([text for text, _ in found], wanted)["exact_match"]
-    samples = [
-        {"prompt": row["messages"][-2]["content"], "reference": reference, "answer": answer}
-        for row, reference, answer in zip(rows, wanted, raw, strict=True)
-    ]
-    return {"exact_match": right, "in_form": share}, samples
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
+    found = [split_answer(answer) for answer in answers]
+    samples = []
+    for row, answer in zip(rows, answers, strict=True):
+        reference, _ = split_answer(row["messages"][-1]["content"])
+        question = row["messages"][-2]["content"]
+        samples.append({"prompt": question, "reference": reference, "answer": answer})
+    references = [sample["reference"] for sample in samples]
+    right = answer_match([final for final, _ in found], references)["exact_match"]
+    in_form = sum(kept for _, kept in found) / max(1, len(found))
+    return {"exact_match": right, "in_form": in_form}, samples

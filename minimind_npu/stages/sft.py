@@ -5,11 +5,12 @@ Rows: {"conversations": [{"role", "content", "reasoning_content"?, "tools"?, "to
 the other shapes of common/data/shapes.py.
 """
 
-from stages.pretrain import INPUTS, balance, loss, metrics  # noqa: F401  (the same loss, on other labels)
+from stages.pretrain import INPUTS, balance, loss, metrics  # noqa: F401  (on other labels)
 
 from common.data.labels import encode_chat
 
-KIND, COLUMNS = "chat", ("input_ids", "labels")
+KIND = "chat"
+COLUMNS = ("input_ids", "labels")
 
 
 def encode(row: dict, tokenizer, max_length: int) -> dict | None:

@@ -25,12 +25,12 @@ def visit(browser):
     opened = []
 
     def open_page(model):
-        chat_model = app.Speaker(model)
+        chat_model = app.MiniMindChatModel(model)
         prompt, asked = chat_model.prompt, []
         chat_model.prompt = lambda *args: asked.append(prompt(*args)) or asked[-1]
         demo = app.build_demo(chat_model)
         opened.append((demo, Visit(browser, app.launch(demo))))
-        texts = lambda: [chat_model.tokenizer.decode(ids) for ids in asked]  # noqa: E731
+        texts = lambda: [chat_model.tokenizer.decode(ids) for ids in asked]
         return SimpleNamespace(tab=opened[-1][1], page=opened[-1][1].page, asked=texts)
 
     yield open_page

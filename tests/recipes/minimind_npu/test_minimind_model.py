@@ -122,7 +122,7 @@ def test_balance_ignores_padding(generation):
     row = F.pad(ids.flatten(), (0, 7), value=3)[None]
     found = model(
         row,
-        counted=F.pad(torch.ones(1, 24), (0, 7)),
+        token_mask=F.pad(torch.ones(1, 24), (0, 7)),
         cu_seq_lens_k=packed["cu_seq_lens_q"],
         **packed,
     )

@@ -70,14 +70,14 @@ def test_a_batch_is_a_packed_row_filled_up():
     expected = pack([rows[i] for i in (2, 0, 3, 1)])
     assert (
         batch["input_ids"].shape == (1, 256)
-        and batch["counted"].sum() == 51
+        and batch["token_mask"].sum() == 51
         and batch["documents"] == 4
     )
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(batch[name][:, :51], expected[name])
     assert torch.equal(batch["cu_seq_lens_q"][:5], expected["cu_seq_lens_q"])
     assert (batch["labels"][:, 51:] == -100).all() and batch["cu_seq_lens_q"][-1] == 256
-    assert batch["cu_seq_lens_q"].diff()[4:].max() <= batches.FILLER and batch["row_ids"] == [
+    assert batch["cu_seq_lens_q"].diff()[4:].max() <= batches.PAD_DOCUMENT and batch["row_ids"] == [
         2,
         0,
         3,
@@ -111,7 +111,7 @@ def test_no_row_twice_and_none_left_out_whatever_the_processes(seed):
                 batch = loader.batch(bins, micro)
                 seen[epoch] += batch["row_ids"]
                 items.append((batch["labels"] != -100).sum().item())
-        assert sum(items) == loader.items(bins)
+        assert sum(items) == loader.loss_denominator(bins)
         at += len(bins)
         if at >= len(order):
             epoch, at = epoch + 1, 0
@@ -148,14 +148,17 @@ def test_accumulation_changes_neither_loss_nor_gradient(sizes):
         net = train.Objective(model, pretrain.loss)
         loader = batches.Loader(found, order, windows, 48, 0, torch.device("cpu"))
         training = SimpleNamespace(
-            gradient_accumulation_steps=steps, world_size=1, max_grad_norm=0, device="cpu"
+            gradient_accumulation_steps=steps,
+            world_size=1,
+            max_grad_norm=0,
+            device="cpu",
+            bf16=False,
+            fp16=False,
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = train.train_step(
-            net, None, loader, order.bins, optimizer, scaler, training, torch.float32, 1
-        )
+        loss = train.train_step(net, None, loader, order.bins, optimizer, scaler, training, 1)
         results.append(
             (loss, [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)])
         )
@@ -203,8 +206,8 @@ def test_tags_are_tokens_of_their_own():
     ("<think>二加三</think>\n<answer>5</answer>", "5", True), ("<think>二加三</think>\n\n5", "5", True),
     ("<think>二加三\n<answer>5</answer>", "5", False), ("5", "5", False), ("<think>a</think><answer>5", "5", False),
 ])  # fmt: skip
-def test_parts_of_a_reasoned_answer(text, answer, kept):
-    assert reason.parts(text) == (answer, kept)
+def test_a_reasoned_answer_is_split(text, answer, kept):
+    assert reason.split_answer(text) == (answer, kept)
 
 
 def pairs(lengths, seed=0):
@@ -254,7 +257,7 @@ def test_dpo_with_the_adapter_switched_off_equals_the_cached_reference(tmp_path)
     loader = batches.Loader(
         made, batches.Order(made, 64, 0), 4, 64, 0, torch.device("cpu"), pairs=True
     )
-    kept = dpo.reference(base, loader, torch.float32, tmp_path / "r.safetensors")
+    kept = dpo.reference(base, loader, torch.float32, tmp_path / "r.safetensors", "x")
     model = adapted(base)
     batch = next(loader.all())
     live, _ = dpo.loss(model, batch, 2.0, 0.15)
@@ -343,7 +346,8 @@ def test_an_adapter_opens_with_peft_and_merges(tmp_path, sizes):
 
 def test_learning_rates():
     curve = {
-        kind: [optim.rate(i / 100, kind, 0.1, 0.1) for i in range(101)] for kind in optim.SCHEDULES
+        kind: [optim.lr_scale(i / 100, kind, 0.1, 0.1) for i in range(101)]
+        for kind in optim.SCHEDULES
     }
     for values in curve.values():
         assert (
@@ -385,7 +389,7 @@ def test_groups_and_state_of_the_optimizer(kind):
         == groups["model.embed_tokens.weight"]["lr"]
         == 1e-3
     )
-    optim.set_rate(optimizer, 0.5)
+    optim.set_lr(optimizer, 0.5)
     assert {g["lr"] for g in optimizer.param_groups} == ({0.01, 5e-4} if kind == "muon" else {5e-4})
     steps(model, optimizer, 2)
     other, second = made()

@@ -126,7 +126,7 @@ def trained(tmp_path_factory):
     model = models.build("tiny", len(tokenizer), hidden_size=64, num_hidden_layers=2)
     rows = [encode_chat(tokenizer, user(*pair), 96) for pair in TALK.items()]
     width = max(len(row["input_ids"]) for row in rows)
-    pad = lambda ids, value: ids + [value] * (width - len(ids))  # noqa: E731
+    pad = lambda ids, value: ids + [value] * (width - len(ids))
     ids = torch.tensor([pad(row["input_ids"], 0) for row in rows])
     labels = torch.tensor([pad(row["labels"], -100) for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -145,8 +145,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaker(trained):
-    return generation.Speaker(trained)
+def chat_model(trained):
+    return generation.MiniMindChatModel(trained)
 
 
 # ---- the engine -----------------------------------------------------------------------------------------------------
@@ -606,9 +606,9 @@ def test_export_from_the_command_line_with_an_adapter_merged(trained, out, tmp_p
 # ---- eval -----------------------------------------------------------------------------------------------------------
 
 
-def evaluated(speaker, monkeypatch, *flags):
+def evaluated(chat_model, monkeypatch, *flags):
     """What eval.py finds with these flags, on a model that is loaded already."""
-    monkeypatch.setattr(evaluation, "Speaker", lambda _: speaker)
+    monkeypatch.setattr(evaluation, "MiniMindChatModel", lambda _: chat_model)
     return evaluation.evaluate(evaluation.parse_args(["--model", "loaded", *map(str, flags)]))
 
 
@@ -616,36 +616,40 @@ def evaluated(speaker, monkeypatch, *flags):
 def plain_attention(request):
     """Scoring sets the attention of the model it is given; tests share one."""
     yield
-    if "speaker" in request.fixturenames:
-        request.getfixturevalue("speaker").model.config._attn_implementation = "sdpa"
+    if "chat_model" in request.fixturenames:
+        request.getfixturevalue("chat_model").model.config._attn_implementation = "sdpa"
 
 
-def direct(speaker, ids):
+def direct(chat_model, ids):
     """Log-probability of each of ids[1:], computed plainly."""
-    scores = logits(speaker.model, torch.tensor([ids]))[0, :-1].log_softmax(-1)
+    scores = logits(chat_model.model, torch.tensor([ids]))[0, :-1].log_softmax(-1)
     return scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def test_bits_per_byte_are_those_of_a_plain_computation(speaker, tmp_path, monkeypatch):
+def test_bits_per_byte_are_those_of_a_plain_computation(chat_model, tmp_path, monkeypatch):
     texts = ["西班牙的首都是马德里。", "法国的首都。" * 40, "a"]
     (tmp_path / "t.txt").write_text("\n".join(texts), encoding="utf-8")
-    tokenize = lambda text: [1, *speaker.tokenizer(text, add_special_tokens=False)["input_ids"], 2]  # noqa: E731
+    tokenize = lambda text: [
+        1,
+        *chat_model.tokenizer(text, add_special_tokens=False)["input_ids"],
+        2,
+    ]
     rows = [tokenize(text) for text in texts]
-    nats = -sum(direct(speaker, ids).sum().item() for ids in rows)
+    nats = -sum(direct(chat_model, ids).sum().item() for ids in rows)
     size = sum(len(text.encode()) for text in texts)
-    found = evaluated(speaker, monkeypatch, "--held_out", tmp_path, "--window", 512)["held_out"]
+    found = evaluated(chat_model, monkeypatch, "--held_out", tmp_path, "--window", 512)["held_out"]
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
     count = sum(len(ids) - 1 for ids in rows)
     assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-3)
     assert (found["tokens"], found["bytes"], found["documents"]) == (count, size, 3)
     nats = -sum(
-        direct(speaker, part)[first - 1 :].sum().item()
+        direct(chat_model, part)[first - 1 :].sum().item()
         for ids in rows
         for part, first in by_hand(ids, 40, 10)
     )
-    found = evaluated(speaker, monkeypatch, "--held_out", tmp_path, "--window", 40, "--stride", 10)[
-        "held_out"
-    ]
+    found = evaluated(
+        chat_model, monkeypatch, "--held_out", tmp_path, "--window", 40, "--stride", 10
+    )["held_out"]
     assert found["loss"] == pytest.approx(nats / count, rel=1e-4) and found["tokens"] == count
 
 
@@ -737,7 +741,7 @@ def test_numbers_are_read_by_value():
     assert questions.exact(row, "s", "f:1").final == "1,018" and questions.same("1018.0", "1,018")
 
 
-def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(speaker, tmp_path, monkeypatch):
+def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(chat_model, tmp_path, monkeypatch):
     asked = [
         {
             "question": "西班牙的首都是哪里？",
@@ -755,7 +759,7 @@ def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(speaker, tmp_path
     path.write_text(
         "\n".join(json.dumps(row, ensure_ascii=False) for row in asked), encoding="utf-8"
     )
-    found = evaluated(speaker, monkeypatch, "--choice", path, "--choice_by", "text")["choice"][
+    found = evaluated(chat_model, monkeypatch, "--choice", path, "--choice_by", "text")["choice"][
         "text"
     ]
     assert found["accuracy"] == pytest.approx(2 / 3) and found["questions"] == 3, (
@@ -765,35 +769,35 @@ def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(speaker, tmp_path
     assert found["standard_error"] == pytest.approx(math.sqrt(2 / 9 / 3))
     rows = []
     for row in asked:
-        prompt = encode_prompt(speaker.tokenizer, user(row["question"]))
+        prompt = encode_prompt(chat_model.tokenizer, user(row["question"]))
         rows += [
-            (prompt + speaker.tokenizer(c, add_special_tokens=False)["input_ids"], len(prompt))
+            (prompt + chat_model.tokenizer(c, add_special_tokens=False)["input_ids"], len(prompt))
             for c in row["choices"]
         ]
     for (ids, first), part in zip(
-        rows, evaluation.Scorer(speaker.model, 64).log_probs(rows), strict=True
+        rows, evaluation.Scorer(chat_model.model, 64).log_probs(rows), strict=True
     ):
-        assert torch.allclose(part, direct(speaker, ids)[first - 1 :], atol=1e-4)
-    letters = [speaker.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in "ABC"]
+        assert torch.allclose(part, direct(chat_model, ids)[first - 1 :], atol=1e-4)
+    letters = [chat_model.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in "ABC"]
     prompts = [ids[:first] for ids, first in rows]
     for prompt, row in zip(
-        prompts, evaluation.Scorer(speaker.model, 64).next_logits(prompts, letters), strict=True
+        prompts, evaluation.Scorer(chat_model.model, 64).next_logits(prompts, letters), strict=True
     ):
         assert torch.allclose(
-            row, logits(speaker.model, torch.tensor([prompt]))[0, -1, letters], atol=1e-4
+            row, logits(chat_model.model, torch.tensor([prompt]))[0, -1, letters], atol=1e-4
         )
 
 
-def test_a_long_choice_is_not_less_likely_for_its_length(speaker, monkeypatch):
+def test_a_long_choice_is_not_less_likely_for_its_length(chat_model, monkeypatch):
     sums = {1: -2.0, 4: -4.0}
-    said = lambda self, rows: [torch.tensor([sums[len(ids) - first]]) for ids, first in rows]  # noqa: E731
+    said = lambda self, rows: [torch.tensor([sums[len(ids) - first]]) for ids, first in rows]
     monkeypatch.setattr(evaluation.Scorer, "log_probs", said)
     asked = [questions.Choice("s", "f:1", "?", ["甲", "甲乙丙丁"], 1)]
     rows = [([5, 6], [[7], [7, 8, 9, 10]])]
-    assert evaluation.picked_texts(evaluation.Scorer(speaker.model), None, asked, rows) == [1]
+    assert evaluation.picked_texts(evaluation.Scorer(chat_model.model), asked, rows) == [1]
 
 
-def test_letters_are_chosen_by_their_logits_with_examples_before(speaker, tmp_path, monkeypatch):
+def test_letters_are_chosen_by_their_logits_with_examples_before(chat_model, tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text(
         "id,question,A,B,C,D,answer\n"
         + "".join(f"{i},第{i}题,甲,乙,丙,丁,{'ABCD'[i % 4]}\n" for i in range(6)),
@@ -805,9 +809,9 @@ def test_letters_are_chosen_by_their_logits_with_examples_before(speaker, tmp_pa
         lambda self, prompts, among: seen.extend(prompts) or torch.eye(4)[[0, 1, 0, 1]] if len(among) == 4 else None,
     )  # fmt: skip
     flags = ("--choice", tmp_path, "--choice_by", "letter", "--shots", 2)
-    found = evaluated(speaker, monkeypatch, *flags)["choice"]["letter"]
+    found = evaluated(chat_model, monkeypatch, *flags)["choice"]["letter"]
     assert found["questions"] == 4 and found["accuracy"] == 0.5, "right: C D A B, picked: A B A B"
-    text = speaker.tokenizer.decode(seen[0])
+    text = chat_model.tokenizer.decode(seen[0])
     example = (
         "第0题\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：<|im_end|>\n<|im_start|>assistant\nA<|im_end|>"
     )
@@ -817,26 +821,28 @@ def test_letters_are_chosen_by_their_logits_with_examples_before(speaker, tmp_pa
     )
 
 
-def test_examples_go_where_the_window_is_short_and_too_long_questions_are_counted(speaker):
-    asker = evaluation.Asker(speaker.tokenizer, True, 60)
+def test_examples_go_where_the_window_is_short_and_too_long_questions_are_counted(chat_model):
+    asker = evaluation.Asker(chat_model.tokenizer, True, 60)
     shown = [("一" * 10, "甲"), ("二" * 10, "乙")]
-    full = evaluation.Asker(speaker.tokenizer, True, 999).prompt(shown, "问", 4)
+    full = evaluation.Asker(chat_model.tokenizer, True, 999).prompt(shown, "问", 4)
     short = asker.prompt(shown, "问", 60 - len(full) + 1)
-    assert "一" not in speaker.tokenizer.decode(short) and "二" in speaker.tokenizer.decode(short)
+    assert "一" not in chat_model.tokenizer.decode(short) and "二" in chat_model.tokenizer.decode(
+        short
+    )
     assert asker.prompt(shown, "问" * 80, 4) is None
-    plain = evaluation.Asker(speaker.tokenizer, False, 60).prompt(
+    plain = evaluation.Asker(chat_model.tokenizer, False, 60).prompt(
         [("问：a\n答：", "b")], "问：c\n答：", 4
     )
-    assert speaker.tokenizer.decode(plain) == "<|im_start|>问：a\n答：b\n\n问：c\n答："
+    assert chat_model.tokenizer.decode(plain) == "<|im_start|>问：a\n答：b\n\n问：c\n答："
 
 
-def test_exact_match_asks_the_model(speaker, tmp_path, monkeypatch):
+def test_exact_match_asks_the_model(chat_model, tmp_path, monkeypatch):
     rows = [{"question": q, "answer": a} for q, a in TALK.items() if q[0] in "59"]
     rows += [{"question": "法国的首都是哪里？", "answer": "法国的首都是罗马。"}, {"question": "?"}]
     (tmp_path / "g.jsonl").write_text(
         "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8"
     )
-    found = evaluated(speaker, monkeypatch, "--exact", tmp_path, "--max_new_tokens", 40)["exact"]
+    found = evaluated(chat_model, monkeypatch, "--exact", tmp_path, "--max_new_tokens", 40)["exact"]
     assert (
         found["accuracy"] == pytest.approx(2 / 3)
         and found["ended"] == 1
@@ -849,7 +855,7 @@ def test_exact_match_asks_the_model(speaker, tmp_path, monkeypatch):
 def test_eval_from_the_command_line(trained, tmp_path):
     command = [
         sys.executable,
-        RECIPE / "eval.py",
+        RECIPE / "evaluation/eval.py",
         "--model_name_or_path",
         trained,
         "--output_dir",
@@ -868,11 +874,11 @@ def test_eval_from_the_command_line(trained, tmp_path):
     assert "no trained model here" in error_line(finish(start([*command, "--model", tmp_path])), 1)
 
 
-def test_the_harness_is_optional_and_gets_a_native_model(speaker, monkeypatch):
+def test_the_harness_is_optional_and_gets_a_native_model(chat_model, monkeypatch):
     flags = ("--backend", "lm_eval", "--tasks", "ceval-valid,arc_easy", "--num_rows", 5)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match="pip install lm-eval"):
-        evaluated(speaker, monkeypatch, *flags)
+        evaluated(chat_model, monkeypatch, *flags)
     fake, asked = ModuleType("lm_eval"), []
 
     def simple_evaluate(**how):
@@ -884,7 +890,7 @@ def test_the_harness_is_optional_and_gets_a_native_model(speaker, monkeypatch):
     fake.simple_evaluate = simple_evaluate
     monkeypatch.setitem(sys.modules, "lm_eval", fake)
     monkeypatch.setitem(sys.modules, "export", export)
-    found = evaluated(speaker, monkeypatch, *flags)
+    found = evaluated(chat_model, monkeypatch, *flags)
     assert found["lm_eval"] == {
         "arc_easy": {"acc,none": 0.25}
     } and "arc_easy: acc,none 0.25" in evaluation.table(found)
@@ -900,21 +906,23 @@ def test_the_harness_is_optional_and_gets_a_native_model(speaker, monkeypatch):
 # ---- the terminal chat ----------------------------------------------------------------------------------------------
 
 
-def said(speaker, lines, **how):
+def said(chat_model, lines, **how):
     """Everything a chat prints for these lines."""
     words: list[str] = []
-    talk = terminal.Chat(speaker, max_new_tokens=40, **how)
+    talk = terminal.Chat(chat_model, max_new_tokens=40, **how)
     terminal.talk(talk, lines, lambda text="", end="\n", **_: words.append(f"{text}{end}"))
     return "".join(words), talk
 
 
-def test_the_terminal_answers_and_keeps_a_history(speaker):
-    text, talk = said(speaker, ["你是谁？", "", "法国的首都是哪里？", "/undo", "/exit", "没有人听"])
+def test_the_terminal_answers_and_keeps_a_history(chat_model):
+    text, talk = said(
+        chat_model, ["你是谁？", "", "法国的首都是哪里？", "/undo", "/exit", "没有人听"]
+    )
     assert text.splitlines()[:2] == ["> 你是谁？", "我是小丹。"] and "没有人听" not in text
     assert "(taken back: 法国的首都是哪里？)" in text
     answer = {"role": "assistant", "content": "我是小丹。", "reasoning_content": ""}
     assert talk.history == [{"role": "user", "content": "你是谁？"}, answer]
-    text, talk = said(speaker, ["9减4等于几？", "/clear", "/undo", "/nonsense"])
+    text, talk = said(chat_model, ["9减4等于几？", "/clear", "/undo", "/nonsense"])
     assert (
         "<think>" in text
         and "(nothing to take back)" in text
@@ -923,30 +931,32 @@ def test_the_terminal_answers_and_keeps_a_history(speaker):
     )
 
 
-def test_thinking_and_system_prompt_reach_the_template(speaker, monkeypatch):
-    prompts, prompt = [], speaker.prompt
+def test_thinking_and_system_prompt_reach_the_template(chat_model, monkeypatch):
+    prompts, prompt = [], chat_model.prompt
     monkeypatch.setattr(
-        speaker, "prompt", lambda *args: prompts.append(prompt(*args)) or prompts[-1]
+        chat_model, "prompt", lambda *args: prompts.append(prompt(*args)) or prompts[-1]
     )
-    said(speaker, ["/system 短一点", "/think on", "你是谁？", "/think off", "/system", "你是谁？"])
-    first, second = (speaker.tokenizer.decode(ids) for ids in prompts)
+    said(
+        chat_model, ["/system 短一点", "/think on", "你是谁？", "/think off", "/system", "你是谁？"]
+    )
+    first, second = (chat_model.tokenizer.decode(ids) for ids in prompts)
     assert first.startswith("<|im_start|>system\n短一点<|im_end|>") and first.endswith(
         "assistant\n<think>\n"
     )
     assert second.startswith("<|im_start|>user\n你是谁？") and second.endswith("assistant\n")
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_chat(speaker):
+def test_ctrl_c_ends_the_answer_and_not_the_chat(chat_model):
     def endless(_, __, out):
         time.sleep(0.01)
         out.logits[..., 2] = -1e9
 
-    hook = speaker.model.register_forward_hook(endless)
+    hook = chat_model.model.register_forward_hook(endless)
     before = signal.getsignal(signal.SIGINT)
     threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         began = time.perf_counter()
-        talk = terminal.Chat(speaker, max_new_tokens=16000)
+        talk = terminal.Chat(chat_model, max_new_tokens=16000)
         words: list[str] = []
         terminal.talk(
             talk, ["你是谁？", "/undo"], lambda text="", end="\n", **_: words.append(f"{text}{end}")
@@ -993,15 +1003,19 @@ def test_a_pretrained_model_goes_on_with_the_text(trained, tmp_path):
 
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/run.json").write_text(json.dumps({"settings": {"stage": "pretrain"}}))
-    writer = generation.Speaker(tmp_path / "run")
+    writer = generation.MiniMindChatModel(tmp_path / "run")
     ids = writer.prompt(user("西班牙", "不看", "马德里"), 20)
     assert not writer.chats and writer.tokenizer.decode(ids) == "<|im_start|>马德里"
 
 
-def test_speaker_and_generate_say_the_same(speaker):
-    prompt = speaker.prompt(user("西班牙的首都是哪里？"), 40, False)
-    expected = speaker.tokenizer.decode(alone(speaker.model, prompt, 40), skip_special_tokens=True)
+def test_chat_model_and_generate_say_the_same(chat_model):
+    prompt = chat_model.prompt(user("西班牙的首都是哪里？"), 40, False)
+    expected = chat_model.tokenizer.decode(
+        alone(chat_model.model, prompt, 40), skip_special_tokens=True
+    )
     asked = SimpleNamespace(
-        steps=list(speaker.stream(user("西班牙的首都是哪里？"), thinking=False, max_new_tokens=40))
+        steps=list(
+            chat_model.stream(user("西班牙的首都是哪里？"), thinking=False, max_new_tokens=40)
+        )
     )
     assert asked.steps[-1][0] == expected == TALK["西班牙的首都是哪里？"]

@@ -75,7 +75,9 @@ def test_default_command_learns_and_its_model_reopens(tmp_path):
     assert before["loss"] > 5.5 and after["loss"] < 0.7, facts["metrics"]
     assert before["sentences_ended_right"] == 0 and after["sentences_ended_right"] > 0.4
     assert facts["model"] == "tiny" and facts["world_size"] == 2 and facts["tokens_per_second"] > 0
-    assert "epoch 5/5, held out: loss" in printed and "tok/s | left" in printed
+    steps = facts["steps"]
+    assert f"step {steps}/{steps} 100%" in printed and "tok/s" in printed and "| left" in printed
+    assert printed.count("held out at step") == 5 and f"held out at step {steps}: loss" in printed
     assert (
         "the model goes on after the bar:" in printed and "| held out | before | after |" in printed
     )

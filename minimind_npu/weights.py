@@ -1,0 +1,109 @@
+"""Where a run's model comes from, and how it is written: random weights, a folder, an adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import model as models
+import torch
+from loop import parallel, state
+from stages import lora
+from transformers import AutoTokenizer
+
+from common import cli, device
+from common.convert import adapter
+from common.fast import attention, losses
+
+
+def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausalLM:
+    """Random weights of a size or those of a folder: float32; a base under an adapter in the dtype
+    it runs in."""
+    packed = attention.register()
+    with parallel.whole_weights():
+        if name in models.SIZES:
+            given = ("hidden_size", "num_hidden_layers", "use_moe")
+            changes = {one: getattr(args, one) for one in given if getattr(args, one)}
+            model = models.build(name, len(tokenizer), **changes)
+            model.config._attn_implementation = packed
+        else:
+            cli.say(f"loading {name}")
+            dtype = device.train_dtype(training) if args.use_lora else torch.float32
+            kind = models.MiniMindForCausalLM
+            model = cli.load(kind, name, dtype=dtype, attn_implementation=packed)
+    losses.use_chunked_loss(model)  # its logits are sums from here on: see stages/pretrain.py
+    model.config.use_cache = False
+    if cli.recompute(training):
+        model.gradient_checkpointing_enable()
+    if training.torch_compile:
+        for layer in model.model.layers:
+            layer.compile()
+    return model.to(training.device)
+
+
+def load_teacher(name: str, training, tokenizer) -> models.MiniMindForCausalLM:
+    """A model to learn from, in the dtype it runs in; SystemExit when it has another tokenizer."""
+    cli.say(f"loading {name}")
+    with parallel.whole_weights():
+        teacher = cli.load(
+            models.MiniMindForCausalLM,
+            name,
+            "--teacher",
+            dtype=device.train_dtype(training),
+            use_cache=False,
+            attn_implementation=attention.register(),
+        )
+    if cli.load(AutoTokenizer, name, "--teacher").get_vocab() != tokenizer.get_vocab():
+        raise SystemExit(f"--teacher {name} has another tokenizer than the student")
+    return teacher.to(training.device).requires_grad_(False).eval()
+
+
+def fingerprint(name: str) -> str:
+    """Of the weights that a run starts from; random ones follow from its seed."""
+    return "random" if name in models.SIZES else adapter.base_fingerprint(name)
+
+
+def add_adapter(model, name: str, args, training, tokenizer) -> str:
+    """Adapters on the model of `name`; -> the folder of their base. Random weights are saved as
+    OUTPUT/base."""
+    if name in models.SIZES:
+        name = str(Path(training.output_dir) / "base")
+        write_model(model, tokenizer, None, "", Path(name))
+    lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    return name
+
+
+def write_model(model, tokenizer, engine, adapter_of: str, folder: Path) -> None:
+    """Model and tokenizer, ready to be loaded. All ranks call it.
+
+    engine: DeepSpeed's or None; adapter_of: where the model has adapters, their base (then only
+        they are written), else "".
+    """
+    weights = state.full_weights(model, engine)
+    if cli.is_main():
+        if adapter_of:
+            lora.save(model, folder, adapter_of, weights)
+        else:
+            model.config.use_cache = True
+            model.save_pretrained(folder, state_dict=weights)
+            model.config.use_cache = False
+        tokenizer.save_pretrained(folder)
+    parallel.barrier()
+
+
+def complete_final(final: Path, stage: str, config, adapter_of: str) -> None:
+    """Rank 0: beside the finished model its weights under the name that MiniMind gives them; in the
+    folder of an adapter what its base is."""
+    if not cli.is_main():
+        return
+    if adapter_of:
+        adapter.remember_base(final, adapter_of)
+    name = f"{stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}.safetensors"
+    named = final.parent / name
+    named.unlink(missing_ok=True)
+    weights = next(final.glob("*model.safetensors"))
+    try:
+        os.link(weights, named)
+    except OSError:  # a file system without links
+        shutil.copy2(weights, named)
