@@ -31,6 +31,7 @@ from common.runs.engine import engine, patch_overflow_check
 from common.runs.run_folder import read_run_file, write_run_file
 
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
+BEFORE_THE_STEP = "before the optimizer step"
 
 
 class RecipeTrainer(Trainer):
@@ -210,7 +211,7 @@ class RecipeTrainer(Trainer):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def stop_on_rows(self, what: str, where: str = "") -> None:
+    def stop_on_rows(self, what: str, where: str = BEFORE_THE_STEP) -> None:
         """End the run and leave the batch's rows in nan_rows_<rank>.json.
 
         where: how far the step had come, for people.
@@ -222,7 +223,7 @@ class RecipeTrainer(Trainer):
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False))
         shown = ", ".join(row["source"] for row in rows[:3]) or "unknown rows"
         print(
-            f"error: step {step}: a batch {what}; stopped {where or BEFORE_THE_STEP}. "
+            f"error: step {step}: a batch {what}; stopped {where}. "
             f"Its {len(rows)} rows ({shown} ...) are in {path}; checkpoints so far are sound",
             file=sys.stderr,
             flush=True,
@@ -412,6 +413,3 @@ class RecipeTrainer(Trainer):
 
     def compute_dtype(self) -> str:
         return str(device.train_dtype(self.args)).removeprefix("torch.")
-
-
-BEFORE_THE_STEP = "before the optimizer step"
