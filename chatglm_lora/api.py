@@ -1,14 +1,13 @@
 r"""OpenAI-compatible server for a trained model: a run's output folder, a model folder, a LoRA
 adapter or a hub id.
 
-    python chatglm_lora/api.py                          # what `bash chatglm_lora/train_zero2.sh` left in output/
+    python chatglm_lora/api.py         # what `bash chatglm_lora/train_zero2.sh` left in output/
     python chatglm_lora/api.py --model output/my_run --port 8000 --temperature 0.95 --top_p 0.7
     DANPU_API_KEY=... python chatglm_lora/api.py --host 0.0.0.0    # other machines too, with a key
 
-    curl http://127.0.0.1:8000/v1/chat/completions \ -d '{"model": "chatglm_lora", "messages":
-        [{"role": "user", "content": "你是谁？"}], "temperature": 0}'
-    openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any").chat.completions.create(...,
-    stream=True)
+    curl http://127.0.0.1:8000/v1/chat/completions \
+        -d '{"model": "chatglm_lora", "messages": [{"role": "user", "content": "你是谁？"}]}'
+    openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any")
 
 Model ids: the folder's name; where it is an adapter, `base` is the model without it. Prompts are
 built from the chat template saved with the model, by the code that built the training rows
@@ -21,11 +20,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the files beside this one
 from common import cli, device  # noqa: I001  (device before torch and transformers)
-from common.demo import serve
-from common.demo.chat_model import ChatModel
-from common.data.labels import encode_prompt
 
 import argparse
 import asyncio
@@ -53,16 +49,24 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import modeling_chatglm  # noqa: F401  (registers ChatGLM)
+from common.data.labels import encode_prompt
+from common.demo import serve
+from common.demo.chat_model import ChatModel
+from common.runs.generate import end_token_ids
 
 DEFAULT = HERE.parent / "output" / HERE.name
+COMPLETIONS = "/v1/chat/completions"
+MODELS = "/v1/models"
+HEALTH = "/health"
+PATHS = (COMPLETIONS, MODELS, HEALTH)
 MAX_BODY = 1 << 20  # bytes
-BODY_SECONDS, READ_SECONDS = (
-    30,
-    60,
-)  # a body that takes longer, and an answer that is not read so long, is given up
-PATHS = ("/v1/chat/completions", "/v1/models", "/health")
+BODY_SECONDS = 30  # a body that takes longer is given up
+READ_SECONDS = 60  # and an answer that nobody reads for so long
+CLIENT_LEFT = 499  # in the log
 BASE = "base"  # the model id without the adapter
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
+MAX_HELD = 64  # tokens that wait for the last bytes of a character; after so many it is broken
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # as OpenAI's
 # fields that would change the answer, with the only value that this server can do (or null)
 ONLY = {
     "n": 1,
@@ -75,17 +79,12 @@ ONLY = {
     "tools": [],
     "functions": [],
 }
-MAX_HELD = 64  # tokens that wait for the last bytes of a character; after so many it is broken
-NEUTRAL = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-}  # as OpenAI's when nobody says
 
 
 class Refusal(Exception):
     """An error for the client, in OpenAI's words."""
+
+    KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
     def __init__(
         self,
@@ -95,12 +94,12 @@ class Refusal(Exception):
         code: str | None = None,
         **headers: str,
     ):
-        self.status, self.headers = (
-            status,
-            {name.replace("_", "-"): value for name, value in headers.items()},
-        )
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+        """headers: of the answer, with _ for -."""
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        kind = self.KINDS.get(status, "invalid_request_error")
+        if status >= 500:
+            kind = "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
@@ -111,19 +110,22 @@ class Left(Exception):
     """The client has gone."""
 
 
-# ---- the request ---------------------------------------------------------------------------------------------
+# ---- the request -------------------------------------------------------------------------------
 
 
 def text_of(content):
     """A string, or the text of a list of text parts."""
     if not isinstance(content, list):
         return content
-    if not all(
-        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
-        for p in content
-    ):
+    if not all(is_text_part(part) for part in content):
         raise ValueError('only parts like {"type": "text", "text": "..."} are supported')
     return "".join(part["text"] for part in content)
+
+
+def is_text_part(part) -> bool:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        return False
+    return isinstance(part.get("text"), str)
 
 
 def role_of(role):
@@ -145,6 +147,9 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+StopString = Annotated[str, Field(min_length=1)]
+
+
 class Ask(BaseModel):
     """Body of POST /v1/chat/completions; other fields than these and ONLY are ignored."""
 
@@ -158,9 +163,7 @@ class Ask(BaseModel):
     top_k: int | None = Field(None, ge=0)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(listed)] = Field(
-        [], max_length=4
-    )
+    stop: Annotated[list[StopString], BeforeValidator(listed)] = Field([], max_length=4)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -168,13 +171,17 @@ class Ask(BaseModel):
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def sampling(self, defaults: dict) -> dict:
         """The arguments of generation: what the request says, else `defaults`."""
-        said = {name: getattr(self, name) for name in defaults if getattr(self, name) is not None}
-        chosen = defaults | said
-        return chosen | {
-            "temperature": chosen["temperature"] if chosen["temperature"] >= COLDEST else 0.0
-        }
+        said = {name: getattr(self, name) for name in defaults}
+        chosen = defaults | {name: value for name, value in said.items() if value is not None}
+        if chosen["temperature"] < COLDEST:
+            chosen["temperature"] = 0.0
+        return chosen
 
 
 def parse(body: bytes) -> Ask:
@@ -182,63 +189,71 @@ def parse(body: bytes) -> Ask:
     try:
         ask = Ask.model_validate_json(body)
     except ValidationError as error:
-        found = [
-            (where(e["loc"]), e["msg"].removeprefix("Value error, "), e["type"])
-            for e in error.errors()
-        ]
-        if found[0][2] == "json_invalid":
-            raise Refusal(400, f"the body is not valid JSON in UTF-8: {found[0][1]}") from None
-        told = "; ".join(f"{field or 'body'}: {message}" for field, message, _ in found[:8])
-        raise Refusal(400, told, found[0][0] or None, "invalid_value") from None
+        raise refusal_of(error) from None
     for name, only in ONLY.items():
         if ask.model_extra.get(name) not in (None, only):
-            raise Refusal(
-                400, f"{name}: only {json.dumps(only)} is supported here", name, "unsupported_value"
-            )
+            told = f"{name}: only {json.dumps(only)} is supported here"
+            raise Refusal(400, told, name, "unsupported_value")
     if ask.stream_options is not None and not ask.stream:
-        raise Refusal(
-            400,
-            "stream_options: only allowed when stream is true",
-            "stream_options",
-            "invalid_value",
-        )
+        told = "stream_options: only allowed when stream is true"
+        raise Refusal(400, told, "stream_options", "invalid_value")
     return ask
+
+
+def refusal_of(error: ValidationError) -> Refusal:
+    """All fields that are wrong (at most 8), in one message."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return Refusal(400, f"the body is not valid JSON in UTF-8: {errors[0]['msg']}")
+    fields = [where(e["loc"]) for e in errors]
+    reasons = [e["msg"].removeprefix("Value error, ") for e in errors]
+    told = [f"{field or 'body'}: {why}" for field, why in zip(fields, reasons, strict=True)]
+    return Refusal(400, "; ".join(told[:8]), fields[0] or None, "invalid_value")
 
 
 def where(loc: tuple) -> str:
     """("messages", 0, "content") -> "messages[0].content"."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return path.lstrip(".")
 
 
 async def read_body(receive) -> bytes:
-    """The body, also a chunked one. Of one that is too large some more is read, so that the client
-    sees the answer."""
-    body, size, more = bytearray(), 0, True
+    """The body, also a chunked one.
+
+    Of one that is too large some more is read, so that the client sees the answer.
+    """
+    body = bytearray()
+    size = 0
+    more = True
     while more and size <= 8 * MAX_BODY:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Left
-        size, more = size + len(message["body"]), message["more_body"]
-        body += message["body"] if size <= MAX_BODY else b""
+        size += len(message["body"])
+        more = message["more_body"]
+        if size <= MAX_BODY:
+            body += message["body"]
     if size > MAX_BODY:
         raise Refusal(413, f"the body is larger than {MAX_BODY} bytes", connection="close")
     return bytes(body)
 
 
-# ---- the answer ----------------------------------------------------------------------------------------------
+# ---- the answer --------------------------------------------------------------------------------
 
 
 class Text:
-    """Growing token ids -> text in whole characters, up to the first stop string."""
+    """Growing token ids -> text in whole characters, up to the first stop string.
+
+    Blanks depend on neighbours, so ids are decoded together with those of the piece before.
+    """
 
     def __init__(self, tokenizer, stops: list[str]):
         self.decode = partial(tokenizer.decode, skip_special_tokens=True)
-        self.stops, self.stopped = stops, False
-        self.ids, self.start, self.told = (
-            [],
-            0,
-            0,
-        )  # ids[start:told] are decoded again: blanks depend on neighbours
+        self.stops = stops
+        self.stopped = False
+        self.ids: list[int] = []
+        self.start = 0  # of the piece before
+        self.told = 0  # ids whose text is out, or held
         self.held = ""  # maybe the beginning of a stop string
 
     def add(self, ids: list[int], last: bool = False) -> str:
@@ -247,100 +262,105 @@ class Text:
         if self.stopped:
             return ""
         self.ids += ids
-        old, all_ = (
-            self.decode(self.ids[self.start : self.told]),
-            self.decode(self.ids[self.start :]),
-        )
-        partial_character = len(all_) <= len(old) or all_.endswith("\ufffd")
-        if partial_character and not last and len(self.ids) - self.told < MAX_HELD:
+        before = self.decode(self.ids[self.start : self.told])
+        now = self.decode(self.ids[self.start :])
+        waits_for_bytes = len(now) <= len(before) or now.endswith("\ufffd")
+        if waits_for_bytes and not last and len(self.ids) - self.told < MAX_HELD:
             return ""
-        self.start, self.told = self.told, len(self.ids)
-        text = self.held + all_[len(old) :]
-        found = min((at for at in map(text.find, self.stops) if at >= 0), default=-1)
-        if found >= 0:
+        self.start = self.told
+        self.told = len(self.ids)
+        return self._until_stop(self.held + now[len(before) :], last)
+
+    def _until_stop(self, text: str, last: bool) -> str:
+        """What may be told of `text`; the rest is held."""
+        found = [at for at in map(text.find, self.stops) if at >= 0]
+        if found:
             self.stopped = True
-            return text[:found]
-        begun = (
-            n
-            for stop in self.stops
-            for n in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:n])
-        )
-        cut = len(text) - (0 if last else max(begun, default=0))
+            return text[: min(found)]
+        cut = len(text)
+        if not last:
+            cut -= max((overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[cut:]
         return text[:cut]
 
 
-class Speaker(ChatModel):
+def overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class ServedChatModel(ChatModel):
     """A ChatModel that tells each piece of an answer at once, and why the answer ended."""
 
     def __init__(self, model: str | Path):
         super().__init__(model)
-        if not self.tokenizer.chat_template:
-            raise SystemExit(
-                f"{model}: no chat template is saved with this model, so it cannot be asked in chats"
-            )
-        own = self.model.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        self.ends = {self.tokenizer.eos_token_id, *ends}
-        chosen = {
-            name: getattr(own, name)
-            for name in NEUTRAL
-            if own.do_sample or name == "repetition_penalty"
-        }
-        self.defaults = NEUTRAL | {
-            name: value for name, value in chosen.items() if value is not None
-        }
+        if not self.chats:
+            told = "no chat template is saved with this model, so it cannot be asked in chats"
+            raise SystemExit(f"{model}: {told}")
+        self.ends = end_token_ids(self.model, self.tokenizer)
+        self.defaults = self.sampling_defaults()
+        if not self.defaults["temperature"]:  # it says nothing about drawing
+            penalty = self.defaults["repetition_penalty"]
+            self.defaults = NEUTRAL | {"repetition_penalty": penalty}
 
     def answer(self, prompt, limit, tell, gone, use_adapter=True, stop=(), seed=None, **sampling):
-        """Generate at most `limit` tokens after `prompt` [T]; returns ("stop" or "length" or None
-        when gone, tokens).
+        """Generate at most `limit` tokens after `prompt` [T].
 
-        tell(text, tokens so far): called with each new piece. gone(): asked at each token, True
-        ends the answer.
+        Args:
+            tell: called with (text, tokens so far) for each new piece.
+            gone: asked at each token; True ends the answer.
+        Returns:
+            ("stop" or "length", or None when gone; tokens)
         """
-        text, count, reason = Text(self.tokenizer, list(stop)), 0, None
+        text = Text(self.tokenizer, list(stop))
+        count = 0
+        reason = None
 
         def heard(tokens, *_, **__):
             nonlocal count, reason
             new = tokens[0, len(prompt) + count :].tolist()
-            count, ended = count + len(new), new[-1] in self.ends
+            count += len(new)
+            ended = new[-1] in self.ends
             tell(text.add([] if ended else new), count)
-            reason = "stop" if ended or text.stopped else reason
+            if ended or text.stopped:
+                reason = "stop"
             return tokens.new_full((1,), reason == "stop" or gone()).bool()
 
-        with (
-            self.lock,
-            contextlib.nullcontext()
-            if use_adapter or not self.adapter
-            else self.model.disable_adapter(),
-        ):
-            torch.seed() if seed is None else torch.manual_seed(seed)
+        with self.turn(use_adapter):
+            if seed is None:
+                torch.seed()
+            else:
+                torch.manual_seed(seed)
             self._generate(prompt, limit, heard, **sampling)
         tell(text.add([], last=True), count)
-        return "stop" if text.stopped else reason or ("length" if count >= limit else None), count
+        if text.stopped:
+            reason = "stop"
+        elif reason is None and count >= limit:
+            reason = "length"
+        return reason, count
 
 
 class Desk:
     """Takes one question at a time to the model; at most `max_waiting` more wait, in the order they
     came."""
 
-    def __init__(self, speaker: Speaker, max_waiting: int):
-        self.speaker, self.max_waiting = speaker, max_waiting
-        self.present, self.closing, self.turn = 0, False, asyncio.Lock()
-        self.reading, self.speaking = (
-            ThreadPoolExecutor(1),
-            ThreadPoolExecutor(1),
-        )  # tokenizers take one at a time
+    def __init__(self, chat_model: ServedChatModel, max_waiting: int):
+        self.chat_model = chat_model
+        self.max_waiting = max_waiting
+        self.present = 0
+        self.closing = False
+        self.turn = asyncio.Lock()
+        self.reading = ThreadPoolExecutor(1)  # a tokenizer takes one text at a time
+        self.answering = ThreadPoolExecutor(1)
 
     @contextlib.contextmanager
     def place(self):
         """A place in the queue; Refusal 429 when there is none, 503 when the server ends."""
         self.check_open()
         if self.present > self.max_waiting:
-            raise Refusal(
-                429, f"{self.max_waiting} requests wait already; try again later", code="queue_full"
-            )
+            told = f"{self.max_waiting} requests wait already; try again later"
+            raise Refusal(429, told, code="queue_full")
         self.present += 1
         try:
             yield
@@ -355,50 +375,55 @@ class Desk:
         """The prompt's token ids; Refusal 400 when the template refuses the messages or they leave
         no room."""
         messages = [message.model_dump() for message in ask.messages]
-        encode = partial(encode_prompt, self.speaker.tokenizer, messages)
+        encode = partial(encode_prompt, self.chat_model.tokenizer, messages)
         with failures():
             try:
                 prompt = await asyncio.get_running_loop().run_in_executor(self.reading, encode)
             except ValueError as error:
                 raise Refusal(400, str(error), "messages", "invalid_value") from None
-        window, wanted = self.speaker.window, ask.limit or 1
-        if len(prompt) + wanted > window:
-            told = f"this model's maximum context length is {window} tokens; the messages have {len(prompt)}"
-            told += (
-                f" and max_tokens is {wanted}"
-                if ask.limit
-                else ", which leaves no room for an answer"
-            )
+        window = self.chat_model.window
+        if len(prompt) + (ask.limit or 1) > window:
+            told = f"this model's maximum context length is {window} tokens; "
+            told += f"the messages have {len(prompt)}"
+            if ask.limit:
+                told += f" and max_tokens is {ask.limit}"
+            else:
+                told += ", which leaves no room for an answer"
             raise Refusal(400, told, "messages", "context_length_exceeded")
         return prompt
 
-    async def speak(self, prompt: list[int], limit: int, **options):
-        """Iterate over (text, tokens so far, None) and at last ("", tokens, finish_reason); leaving
-        ends the answer."""
-        loop, pieces, left = asyncio.get_running_loop(), asyncio.Queue(), []
+    async def answer(self, prompt: list[int], limit: int, **options):
+        """Iterate over (text, tokens so far, None) and at last ("", tokens, finish_reason).
+
+        Leaving the iteration ends the answer.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue = asyncio.Queue()
+        left = False
 
         def tell(*piece):
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
+        def gone():
+            return left or self.closing
+
         # a task of its own: whoever reads slowly does not keep the others waiting
         async def take_turn():
+            work = partial(self.chat_model.answer, prompt, limit, tell, gone, **options)
             async with self.turn:  # not the executor's own queue, which keeps those who have left
                 self.check_open()
                 with failures():
-                    return await loop.run_in_executor(self.speaking, work)
+                    return await loop.run_in_executor(self.answering, work)
 
-        work = partial(
-            self.speaker.answer, prompt, limit, tell, lambda: left or self.closing, **options
-        )
-        answer = asyncio.ensure_future(take_turn())
-        answer.add_done_callback(lambda _: pieces.put_nowait(None))
+        task = asyncio.ensure_future(take_turn())
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while piece := await pieces.get():
                 yield *piece, None
-            reason, count = await answer
+            reason, count = await task
         finally:
-            left.append(True)
-            answer.cancel()
+            left = True
+            task.cancel()
         if reason is None:
             self.check_open()
         yield "", count, reason or "length"
@@ -417,44 +442,41 @@ def failures():
         raise
     except Exception as error:
         traceback.print_exc()
-        raise Refusal(
-            500, f"the model failed: {type(error).__name__}", code="generation_failed"
-        ) from None
+        told = f"the model failed: {type(error).__name__}"
+        raise Refusal(500, told, code="generation_failed") from None
 
 
 class Completions:
-    """ASGI endpoint of POST /v1/chat/completions. `models`: id -> whether the adapter is on."""
+    """ASGI endpoint of POST /v1/chat/completions."""
 
     def __init__(self, desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int):
-        """defaults: sampling of requests that do not name it; max_new_tokens: of those that name no
-        limit."""
-        self.desk, self.models, self.defaults, self.max_new_tokens = (
-            desk,
-            models,
-            defaults,
-            max_new_tokens,
-        )
+        """models: id -> whether the adapter is on; defaults: sampling of requests that do not name
+        it; max_new_tokens: of those that name no limit."""
+        self.desk = desk
+        self.models = models
+        self.defaults = defaults
+        self.max_new_tokens = max_new_tokens
 
     async def __call__(self, scope, receive, send):
         try:
             body = await asyncio.wait_for(read_body(receive), BODY_SECONDS)
             ask = parse(body)
-            known(ask.model, self.models)
+            check_model(ask.model, self.models)
             with self.desk.place():
                 await unless_gone(receive, self.respond(ask, scope, receive, patient(send)))
         except asyncio.TimeoutError:
-            raise Refusal(
-                408, f"the body took more than {BODY_SECONDS} s", connection="close"
-            ) from None
+            told = f"the body took more than {BODY_SECONDS} s"
+            raise Refusal(408, told, connection="close") from None
         except Left:
             scope["state"]["left"] = True
 
     async def respond(self, ask: Ask, scope, receive, send):
         prompt = await self.desk.read(ask)
-        limit = ask.limit or min(self.max_new_tokens, self.desk.speaker.window - len(prompt))
+        room = self.desk.chat_model.window - len(prompt)
+        limit = ask.limit or min(self.max_new_tokens, room)
         reply = Reply(ask, len(prompt), scope)
         options = ask.sampling(self.defaults) | {"stop": ask.stop, "seed": ask.seed}
-        answer = self.desk.speak(prompt, limit, use_adapter=self.models[ask.model], **options)
+        answer = self.desk.answer(prompt, limit, use_adapter=self.models[ask.model], **options)
         async with contextlib.aclosing(answer) as pieces:
             if ask.stream:
                 await reply.stream(pieces, send)
@@ -466,79 +488,82 @@ class Reply:
     """One answer in OpenAI's objects."""
 
     def __init__(self, ask: Ask, prompt_tokens: int, scope):
-        self.ask, self.state = ask, scope["state"]
+        self.ask = ask
+        self.state = scope["state"]
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": ask.model,
         }
-        self.usage(prompt_tokens, 0)
+        self.prompt_tokens = prompt_tokens
+        self.count(0)
 
-    def usage(self, prompt: int, completion: int) -> None:
-        total = prompt + completion
-        self.used = {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": total,
+    def count(self, completion_tokens: int) -> None:
+        """Set the usage, in the reply and in the log."""
+        self.usage = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
         }
-        self.state["tokens"] = f"{prompt}+{completion} tokens"
+        self.state["tokens"] = f"{self.prompt_tokens}+{completion_tokens} tokens"
 
-    async def told(self, pieces):
-        async for text, count, reason in pieces:
-            self.usage(self.used["prompt_tokens"], count)
+    async def counted(self, pieces):
+        async for text, tokens, reason in pieces:
+            self.count(tokens)
             yield text, reason
 
     async def whole(self, pieces) -> dict:
-        parts, reason = [], None
-        async for text, reason in self.told(pieces):  # noqa: B007
+        parts = []
+        reason = None
+        async for text, reason in self.counted(pieces):  # noqa: B007
             parts.append(text)
         message = {"role": "assistant", "content": "".join(parts), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return self.head | {"object": "chat.completion", "choices": [choice], "usage": self.used}
+        return self.head | {"object": "chat.completion", "choices": [choice], "usage": self.usage}
 
     async def stream(self, pieces, send):
-        wants = self.ask.stream_options is not None and self.ask.stream_options.include_usage
-
-        async def chunk(choices, usage=None):
-            body = self.head | {"object": "chat.completion.chunk", "choices": choices}
-            await event(send, body | ({"usage": usage} if wants else {}))
-
-        async def delta(reason=None, **said):
-            await chunk([{"index": 0, "delta": said, "logprobs": None, "finish_reason": reason}])
-
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),  # nginx passes each event on
         ]
-        headers += [(b"x-accel-buffering", b"no")]  # nginx passes each event on
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            await delta(role="assistant", content="")
-            async for text, reason in self.told(pieces):
+            await self.delta(send, role="assistant", content="")
+            async for text, reason in self.counted(pieces):
                 if text:
-                    await delta(content=text)
+                    await self.delta(send, content=text)
                 if reason:
-                    await delta(reason)
-            if wants:
-                await chunk([], self.used)
+                    await self.delta(send, reason)
+            if self.ask.wants_usage:
+                await self.chunk(send, [], self.usage)
             await send_data(send, "[DONE]")
         except Refusal as error:  # too late for another status
             self.state["failed"] = error.status
-            await event(send, error.body)
+            await send_event(send, error.body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def delta(self, send, reason: str | None = None, **said):
+        choice = {"index": 0, "delta": said, "logprobs": None, "finish_reason": reason}
+        await self.chunk(send, [choice])
 
-async def event(send, body: dict):
-    lines = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}  # some clients end a line there
-    await send_data(
-        send, json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(lines)
-    )
+    async def chunk(self, send, choices: list[dict], usage: dict | None = None):
+        body = self.head | {"object": "chat.completion.chunk", "choices": choices}
+        if self.ask.wants_usage:
+            body["usage"] = usage
+        await send_event(send, body)
+
+
+async def send_event(send, body: dict):
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    for code in (0x85, 0x2028, 0x2029):  # some clients end a line there
+        text = text.replace(chr(code), f"\\u{code:04x}")
+    await send_data(send, text)
 
 
 async def send_data(send, text: str):
-    await send(
-        {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True}
-    )
+    body = f"data: {text}\n\n".encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def patient(send):
@@ -548,9 +573,8 @@ def patient(send):
     async def sending(message):
         task = asyncio.ensure_future(send(message))
         try:
-            done, _ = await asyncio.wait(
-                [task], timeout=READ_SECONDS
-            )  # wait_for can lose a cancellation
+            # not wait_for, which can lose a cancellation
+            done, _ = await asyncio.wait([task], timeout=READ_SECONDS)
         finally:
             task.cancel()
         if not done:
@@ -567,22 +591,24 @@ async def unless_gone(receive, work):
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(leaving())]
+    working = asyncio.ensure_future(work)
+    tasks = [working, asyncio.ensure_future(leaving())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        if not working.done():
             raise Left
-        return tasks[0].result()
+        return working.result()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-# ---- the server ----------------------------------------------------------------------------------------------
+# ---- the server --------------------------------------------------------------------------------
 
 
-def known(model: str, models: dict) -> None:
+def check_model(model: str, models: dict[str, bool]) -> None:
+    """Refusal 404 for an id that this server does not have."""
     if model not in models:
         told = f"the model {model[:100]!r} does not exist; this server has {', '.join(models)}"
         raise Refusal(404, told, "model", "model_not_found")
@@ -592,15 +618,21 @@ class Keyed:
     """ASGI middleware: everything but /health needs the key."""
 
     def __init__(self, app, key: str | None):
-        self.app, self.key = app, None if key is None else f"Bearer {key}".encode()
+        self.app = app
+        self.expected = None if key is None else f"Bearer {key}".encode()
+
+    def lets_in(self, path: str, given: bytes) -> bool:
+        if self.expected is None or path == HEALTH:
+            return True
+        return hmac.compare_digest(given, self.expected)
 
     async def __call__(self, scope, receive, send):
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if self.key is None or scope["path"] == "/health" or hmac.compare_digest(given, self.key):
+        if self.lets_in(scope["path"], given):
             return await self.app(scope, receive, send)
-        told = (
-            "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
-        )
+        told = "an API key is needed: Authorization: Bearer KEY"
+        if given:
+            told = "the API key is wrong"
         refusal = Refusal(401, told, code="invalid_api_key", www_authenticate="Bearer")
         await refusal.response()(scope, receive, send)
 
@@ -614,36 +646,49 @@ class Front(serve.Guard):
         self.origins = {origin.encode() for origin in origins}
 
     async def __call__(self, scope, receive, send):
-        begun, status, app = time.perf_counter(), [], self.app
+        began = time.perf_counter()
+        sent_status = CLIENT_LEFT  # until an answer begins
 
-        async def noted(message):
-            status.extend([message["status"]] if message["type"] == "http.response.start" else [])
+        async def send_and_note(message):
+            nonlocal sent_status
+            if message["type"] == "http.response.start":
+                sent_status = message["status"]
             await send(message)
 
-        headers = dict(scope["headers"])
-        if b"*" in self.origins or headers.get(b"origin") in self.origins:
-            headers.pop(b"origin", None)
-        if refused := self.stranger(headers):
-            app = Refusal(refused[0], refused[1].decode(), code="forbidden").response()
+        app = self.refusing(dict(scope["headers"])) or self.app
         try:
-            await app(scope, receive, noted)
+            await app(scope, receive, send_and_note)
         finally:
             state = scope["state"]
-            ended = state.get("failed") or (
-                499 if state.get("left") else status[0] if status else 499
-            )
-            self.log(scope, ended, time.perf_counter() - begun)
+            status = CLIENT_LEFT if state.get("left") else sent_status
+            self.log(scope, state.get("failed") or status, time.perf_counter() - began)
+
+    def refusing(self, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        """The refusal of a stranger; pages of --allow_origin are none."""
+        if b"*" in self.origins or headers.get(b"origin") in self.origins:
+            headers.pop(b"origin", None)
+        refused = self.stranger(headers)
+        if not refused:
+            return None
+        status, text = refused
+        return Refusal(status, text.decode(), code="forbidden").response()
 
     def log(self, scope, status: int, seconds: float) -> None:
-        """status 499: the client left before the end."""
+        """status CLIENT_LEFT: the client left before the end."""
         path = next((path for path in PATHS if scope["path"].startswith(path)), "(unknown path)")
-        facts = [time.strftime("%Y-%m-%d %H:%M:%S"), str(status), scope["method"], path]
-        facts += [scope["state"].get("tokens"), f"{seconds:.2f} s"]
+        words = [time.strftime("%Y-%m-%d %H:%M:%S"), str(status), scope["method"], path]
+        if "tokens" in scope["state"]:
+            words.append(scope["state"]["tokens"])
         with contextlib.suppress(OSError):  # whoever read the log has gone
-            print(*filter(None, facts), flush=True)
+            print(*words, f"{seconds:.2f} s", flush=True)
 
 
-def problem(request, error: HTTPException):
+def answer_refusal(request, error: Refusal):
+    return error.response()
+
+
+def answer_problem(request, error: HTTPException):
+    """What Starlette refuses, in OpenAI's words."""
     told = {
         404: f"unknown path; this server has {', '.join(PATHS)}",
         405: "this path has other methods: see Allow",
@@ -653,44 +698,48 @@ def problem(request, error: HTTPException):
     return refusal.response()
 
 
+def answer_bug(request, error: Exception):
+    return Refusal(500, "internal error").response()
+
+
 def build_app(
     desk: Desk, models: dict[str, bool], defaults: dict, max_new_tokens: int, key=None, origins=()
 ):
-    """The ASGI application without its Front. models: id -> whether the adapter is on; key: None
-    for none."""
-    begun = int(time.time())
+    """The ASGI application without its Front.
+
+    models: id -> whether the adapter is on; key: None for none.
+    """
+    began = int(time.time())
 
     def card(name: str) -> dict:
-        return {"id": name, "object": "model", "created": begun, "owned_by": HERE.name}
+        return {"id": name, "object": "model", "created": began, "owned_by": HERE.name}
 
     async def all_models(request):
         return JSONResponse({"object": "list", "data": [card(name) for name in models]})
 
     async def one_model(request):
-        known(request.path_params["name"], models)
-        return JSONResponse(card(request.path_params["name"]))
+        name = request.path_params["name"]
+        check_model(name, models)
+        return JSONResponse(card(name))
 
     async def health(request):
         return JSONResponse({"status": "ok"})
 
+    completions = Completions(desk, models, defaults, max_new_tokens)
     routes = [
-        Route(PATHS[0], Completions(desk, models, defaults, max_new_tokens), methods=["POST"]),
-        Route(PATHS[1], all_models),
-        Route(PATHS[1] + "/{name:path}", one_model),
-        Route(PATHS[2], health),
+        Route(COMPLETIONS, completions, methods=["POST"]),
+        Route(MODELS, all_models),
+        Route(MODELS + "/{name:path}", one_model),
+        Route(HEALTH, health),
     ]
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=list(origins),
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-    )
-    handlers = {
-        Refusal: lambda request, error: error.response(),
-        HTTPException: problem,
-        Exception: lambda request, error: Refusal(500, "internal error").response(),
-    }
-    middleware = [cors] * bool(origins) + [Middleware(Keyed, key=key)]
+    middleware = [Middleware(Keyed, key=key)]
+    if origins:
+        methods = ["GET", "POST"]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=methods, allow_headers=["*"]
+        )
+        middleware.insert(0, cors)
+    handlers = {Refusal: answer_refusal, HTTPException: answer_problem, Exception: answer_bug}
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app
@@ -700,23 +749,23 @@ class Server(uvicorn.Server):
     """uvicorn that says when it can be asked, and whose signals end the answers under way."""
 
     def __init__(self, app, desk: Desk, ready: str):
-        settings = {
-            "loop": "asyncio",
-            "http": "h11",
-            "ws": "none",
-            "lifespan": "off",
-            "log_config": None,
-        }
-        settings |= {
-            "access_log": False,
-            "log_level": "warning",
-            "server_header": False,
-            "proxy_headers": False,
-        }
-        super().__init__(
-            uvicorn.Config(app, timeout_keep_alive=75, timeout_graceful_shutdown=10, **settings)
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=10,
         )
-        self.desk, self.ready = desk, ready
+        super().__init__(config)
+        self.desk = desk
+        self.ready = ready
 
     async def startup(self, sockets=None):
         try:
@@ -731,19 +780,19 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet; taken before the model loads, which takes longer than to
-    find it taken."""
+    """A socket that does not listen yet; SystemExit with one line when the port is taken.
+
+    Bound before the model loads, which takes longer than to find the port taken.
+    """
     try:
-        family, *_, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         sock = socket.socket(family)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
-        raise SystemExit(
-            f"cannot serve on {host}:{port}: {error.strerror}; choose another --port or --host"
-        ) from None
+        told = f"cannot serve on {host}:{port}: {error.strerror}"
+        raise SystemExit(f"{told}; choose another --port or --host") from None
     return sock
 
 
@@ -751,91 +800,78 @@ def model_ids(model: str, name: str | None, adapter: bool) -> dict[str, bool]:
     """id -> whether the adapter is on: the name, else the folder's (a run's, for its final/), and
     `base`."""
     folder = Path(model).resolve()
-    own = folder.parent.name if folder.name == "final" else folder.name
-    name = name or (own if folder.is_dir() else model)
-    if adapter and name == BASE:
-        raise SystemExit(
-            f"the model id {BASE} means the model without its adapter; choose another --name"
-        )
-    return {name: True} | ({BASE: False} if adapter else {})
+    if folder.name == "final":
+        folder = folder.parent
+    if not name:
+        name = folder.name if Path(model).is_dir() else model
+    ids = {name: True}
+    if adapter:
+        if name == BASE:
+            told = f"the model id {BASE} means the model without its adapter"
+            raise SystemExit(f"{told}; choose another --name")
+        ids[BASE] = False
+    return ids
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model",
-        default=os.environ.get("MODEL", DEFAULT),
-        help="folder of a run, model or adapter",
-    )
-    parser.add_argument("--name", help="model id; default: the folder's name")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask it")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument(
-        "--api_key", help="default: DANPU_API_KEY, which others cannot see in the list of processes"
-    )
-    parser.add_argument(
-        "--allow_origin",
-        nargs="+",
-        default=[],
-        help="web pages that may ask it: https://my.site, or *",
-    )
-    parser.add_argument(
-        "--max_waiting", type=int, default=16, help="requests that wait for the one being answered"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=2048, help="for requests without max_tokens"
-    )
-    parser.add_argument(
-        "--temperature", type=float, help="for requests without; default: the model's own, else 1"
-    )
-    parser.add_argument(
-        "--top_p", type=float, help="for requests without; default: the model's own, else 1"
-    )
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    default = os.environ.get("MODEL", DEFAULT)
+    add("--model", default=default, help="folder of a run, model or adapter")
+    add("--name", help="model id; default: the folder's name")
+    add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask it")
+    add("--port", type=int, default=8000, help="0: any free one")
+    add("--api_key", help="default: DANPU_API_KEY, which no list of processes shows")
+    add("--allow_origin", nargs="+", default=[], help="web pages that may ask: https://my.site, *")
+    add("--max_waiting", type=int, default=16, help="requests that wait for the one being answered")
+    add("--max_new_tokens", type=int, default=2048, help="for requests without max_tokens")
+    unsaid = "for requests without; default: the model's own, else 1"
+    add("--temperature", type=float, help=unsaid)
+    add("--top_p", type=float, help=unsaid)
     args = parser.parse_args()
     if args.api_key is not None and not args.api_key.strip():
         parser.error("--api_key is empty")  # an unset variable must not open the server
     args.api_key = (args.api_key or os.environ.get("DANPU_API_KEY", "")).strip() or None
+    check_arguments(args, parser)
+    return args
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.api_key and not args.api_key.isascii():
-        parser.error(
-            "--api_key (DANPU_API_KEY) has other characters than ASCII, which clients cannot send"
-        )
+        told = "has other characters than ASCII, which clients cannot send"
+        parser.error(f"--api_key (DANPU_API_KEY) {told}")
     if not 0 <= (args.temperature or 0) <= 2 or not 0 <= (args.top_p or 0) <= 1:
         parser.error("--temperature is from 0 to 2, --top_p from 0 to 1")
     if not 0 <= args.port < 1 << 16:
         parser.error("--port is from 0 to 65535")
     if args.max_waiting < 0 or args.max_new_tokens < 1:
         parser.error("--max_waiting is at least 0, --max_new_tokens at least 1")
-    return args
 
 
 def main() -> None:
     args = arguments()
     sock = bind(args.host, args.port)
-    speaker = Speaker(args.model)
-    models, desk = (
-        model_ids(str(args.model), args.name, speaker.adapter),
-        Desk(speaker, args.max_waiting),
-    )
-    said = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_p")
-        if getattr(args, name) is not None
-    }
-    app = build_app(
-        desk, models, speaker.defaults | said, args.max_new_tokens, args.api_key, args.allow_origin
-    )
+    chat_model = ServedChatModel(args.model)
+    models = model_ids(str(args.model), args.name, chat_model.adapter)
+    defaults = dict(chat_model.defaults)
+    if args.temperature is not None:
+        defaults["temperature"] = args.temperature
+    if args.top_p is not None:
+        defaults["top_p"] = args.top_p
+    desk = Desk(chat_model, args.max_waiting)
+    app = build_app(desk, models, defaults, args.max_new_tokens, args.api_key, args.allow_origin)
     host, port = sock.getsockname()[:2]
     if not args.api_key and host not in ("127.0.0.1", "::1"):
         print("warning: no --api_key: whoever reaches this port can use the model", flush=True)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    place = f"[{host}]" if ":" in host else host
+    url = f"http://{place}:{port}/v1"
     ready = f"serving {', '.join(models)} on {device.name()}: {url}  (Ctrl-C ends)"
     server = Server(Front(app, serve.own_names(args.host), args.allow_origin), desk, ready)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)  # uvicorn raises them once more after a clean end
     server.run(sockets=[sock])
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a second Ctrl-C does not wait for the token under way
+    # a second Ctrl-C does not wait for the token under way
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

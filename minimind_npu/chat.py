@@ -1,13 +1,13 @@
 """Talk to a trained model in the terminal.
 
-    python minimind_npu/chat.py                                                   # the newest run that answers
-    python minimind_npu/chat.py --model_name_or_path output/minimind_npu/reason --temperature 0.7 --top_p 0.9
-    python minimind_npu/chat.py --adapter output/minimind_npu/lora --think on --system 你是一位老师。
-    printf '%s\\n' 你是谁？ /exit | python minimind_npu/chat.py                     # questions from a pipe
+    python minimind_npu/chat.py                             # the newest run that answers
+    python minimind_npu/chat.py --model_name_or_path output/minimind_npu/reason --temperature 0.7
+    python minimind_npu/chat.py --adapter output/minimind_npu/lora --think on --system 像老师
+    printf '%s\\n' 你是谁？ /exit | python minimind_npu/chat.py           # questions from a pipe
 
 /clear forgets the conversation, /undo its last exchange; /think on|off opens a thought before each
 answer; /system TEXT sets the system prompt, /system alone takes it away; /exit, or Ctrl-D, leaves.
-Ctrl-C ends an answer that is being written. A pre-trained model goes on with what is typed.
+Ctrl-C ends an answer that is being written. A pre-trained model continues what is typed.
 """
 
 import sys
@@ -21,28 +21,25 @@ import argparse
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
-from engine.generation import Sampling, MiniMindChatModel, newest
-
-from common.demo.chat_model import split_thought
+from common.demo.chat_model import SAMPLING, split_thought
+from engine.generation import MiniMindChatModel, Sampling, newest
 
 HELP = "/clear  /undo  /think on|off  /system TEXT  /exit"
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
 
 
 class Chat:
     """A conversation and the commands on it."""
 
     def __init__(
-        self, speaker: MiniMindChatModel, system: str = "", thinking: bool = False, **sampling
+        self, chat_model: MiniMindChatModel, system: str = "", thinking: bool = False, **options
     ):
-        """sampling: what MiniMindChatModel.stream takes of SAMPLING."""
-        self.speaker, self.system, self.thinking, self.sampling = (
-            speaker,
-            system,
-            thinking,
-            sampling,
-        )
+        """options: of ChatModel.stream: max_new_tokens, and those of SAMPLING."""
+        self.chat_model = chat_model
+        self.system = system
+        self.thinking = thinking
+        self.options = options
         self.history: list[dict] = []
 
     def command(self, line: str) -> str | None:
@@ -55,36 +52,47 @@ class Chat:
             self.history.clear()
             return "(a new conversation)"
         if name == "undo":
-            gone, self.history = self.history[-2:], self.history[:-2]
-            return f"(taken back: {gone[0]['content']})" if gone else "(nothing to take back)"
+            return self.undo()
         if name == "system":
             self.system = rest
             return f"(system: {rest})" if rest else "(no system prompt)"
         if name == "think" and rest in ("on", "off"):
-            if not self.speaker.can_think:
-                return "(the chat template of this model knows no thinking)"
-            self.thinking = rest == "on"
-            return f"(think {rest})"
+            return self.think(rest)
         return HELP
 
-    def answer(self, question: str, stop: threading.Event):
+    def undo(self) -> str:
+        if not self.history:
+            return "(nothing to take back)"
+        question, _ = self.history[-2:]
+        del self.history[-2:]
+        return f"(taken back: {question['content']})"
+
+    def think(self, switch: str) -> str:
+        if not self.chat_model.can_think:
+            return "(the chat template of this model knows no thinking)"
+        self.thinking = switch == "on"
+        return f"(think {switch})"
+
+    def answer(self, question: str, stop: threading.Event) -> Iterator[str]:
         """Yield the answer piece by piece; what was said until `stop` stays in the history."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        asked, said = {"role": "user", "content": question}, ""
-        told = [*system, *self.history, asked]
-        for text, _ in self.speaker.stream(told, stop, thinking=self.thinking, **self.sampling):
+        asked = {"role": "user", "content": question}
+        messages = [*self.history, asked]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        said = ""
+        answers = self.chat_model.stream(messages, stop, thinking=self.thinking, **self.options)
+        for text, _ in answers:
             yield text[len(said) :]
             said = text
         thought, content, _ = split_thought(said)
-        self.history += [
-            asked,
-            {"role": "assistant", "content": content, "reasoning_content": thought},
-        ]
+        answer = {"role": "assistant", "content": content, "reasoning_content": thought}
+        self.history += [asked, answer]
 
 
 def show(chat: Chat, question: str, say) -> None:
     """Write the answer as it grows; Ctrl-C ends it."""
-    stop, began = threading.Event(), time.perf_counter()
+    stop = threading.Event()
+    began = time.perf_counter()
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         for piece in chat.answer(question, stop):
@@ -98,12 +106,15 @@ def show(chat: Chat, question: str, say) -> None:
 
 def talk(chat: Chat, lines=None, say=print) -> None:
     """Read questions from the terminal, or from `lines`, until they end or /exit."""
-    typed = lines is None and sys.stdin.isatty()
-    lines = iter(lambda: input("> "), None) if typed else lines or sys.stdin
+    on_terminal = lines is None and sys.stdin.isatty()
+    if on_terminal:
+        lines = typed_lines()
+    elif lines is None:
+        lines = sys.stdin
     try:
         for line in lines:
             line = line.strip()
-            if line and not typed:
+            if line and not on_terminal:
                 say(f"> {line}")
             if line.startswith("/"):
                 told = chat.command(line)
@@ -116,22 +127,20 @@ def talk(chat: Chat, lines=None, say=print) -> None:
         say("")
 
 
+def typed_lines() -> Iterator[str]:
+    while True:
+        yield input("> ")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--model_name_or_path",
-        "--model",
-        help="run, model or adapter folder; unset: the newest run",
-    )
+    which = "run, model or adapter folder; unset: the newest run"
+    add("--model_name_or_path", "--model", help=which)
     add("--adapter", help="LoRA folder; its base is found by itself")
     add("--system", default="", help="system prompt")
     add("--think", choices=("on", "off"), default="off")
-    add(
-        "--temperature",
-        type=float,
-        help="0: always the likeliest token; unset: the model's own settings",
-    )
+    add("--temperature", type=float, help="0: the likeliest token; unset: the model's own settings")
     add("--top_p", type=float)
     add("--top_k", type=int)
     add("--repetition_penalty", type=float)
@@ -142,34 +151,28 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def sampling(args, speaker: MiniMindChatModel) -> dict:
+def options_of(args, chat_model: MiniMindChatModel) -> dict:
     """What was given, over what the model's generation config says."""
-    own = speaker.model.generation_config
-    heat = (own.temperature or 0) if own.do_sample else 0
-    found = dict(
-        zip(
-            SAMPLING,
-            (heat, own.top_p or 1, own.top_k or 0, own.repetition_penalty or 1),
-            strict=False,
-        )
-    )
-    found |= {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    options = chat_model.sampling_defaults() | {"max_new_tokens": args.max_new_tokens}
+    given = {name: getattr(args, name) for name in SAMPLING}
+    options |= {name: value for name, value in given.items() if value is not None}
     try:
-        Sampling(**found)
+        Sampling(**options)
     except ValueError as error:
         raise cli.usage_error(f"--{error}") from None
-    return found
+    return options
 
 
 def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
     device.training_defaults(set())
-    speaker = MiniMindChatModel(args.adapter or args.model_name_or_path or newest())
-    chat = Chat(speaker, args.system, args.think == "on", **sampling(args, speaker))
+    chat_model = MiniMindChatModel(args.adapter or args.model_name_or_path or newest())
+    options = options_of(args, chat_model)
+    chat = Chat(chat_model, args.system, args.think == "on", **options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C at the prompt leaves
-    what = HELP if speaker.chats else "pre-trained: goes on with a text  /exit"
-    print(f"{speaker.name} on {device.name()}   {what}")
+    hint = HELP if chat_model.chats else "pre-trained: continues a text  /exit"
+    print(f"{chat_model.name} on {device.name()}   {hint}")
     talk(chat)
 
 

@@ -1,1 +1,1 @@
-"""What the pages share: a model to talk to, a page of one chat, a guarded server."""
+"""What the pages share: a model that answers, a page of one chat, a guarded server."""

@@ -1,5 +1,4 @@
-"""Talk to a trained model: load what a run left, stream an answer, stop it, switch its adapter
-off."""
+"""Ask a trained model: load what a run left, stream an answer, stop it, switch its adapter off."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import device
@@ -15,16 +14,21 @@ from common.convert import adapter
 from common.data.labels import encode_prompt
 
 REFRESH = 0.05  # seconds between two looks at a growing answer
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def find_model(model: str | Path) -> str:
-    """A run's output folder -> its final/; a folder with a model or an adapter, and a hub id, stay
-    as they are."""
+    """A run's output folder -> its final/; a model or adapter folder and a hub id stay as they are.
+
+    SystemExit with one line when it is none of these.
+    """
     folder = Path(model)
-    folder = folder / "final" if (folder / "final").is_dir() else folder
+    if (folder / "final").is_dir():
+        folder = folder / "final"
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return str(folder)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) and not folder.parent.is_dir():
+    looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model))
+    if looks_like_hub_id and not folder.parent.is_dir():
         return str(model)
     remedy = "train one first (bash RECIPE/train_zero2.sh), or name a run, model or adapter folder"
     raise SystemExit(f"{model}: no trained model here; {remedy}")
@@ -33,52 +37,97 @@ def find_model(model: str | Path) -> str:
 class ChatModel:
     """A model that answers one conversation at a time, token by token.
 
-    adapter: whether it can be switched off; can_think: the template knows enable_thinking; window:
-        tokens;
-    settings: the arguments of the run that left it, {} when there is no run.json beside it.
+    Attributes:
+        path, name: where it lies, and the end of that for people.
+        adapter: whether it is an adapter, which can be switched off.
+        chats: whether it is asked in its chat template; otherwise it continues the last text.
+        can_think, takes_system: what the chat template knows.
+        window: tokens of prompt and answer together.
+        settings: the arguments of the run that left it, {} when there is no run.json beside it.
     """
 
-    def __init__(self, model: str | Path):
-        """Load `model` (see find_model) on this machine's device: half precision on accelerators,
-        float32 on a CPU."""
+    def __init__(self, model: str | Path, pretraining_stage: str = ""):
+        """Load `model` (see find_model): half precision on accelerators, float32 on a CPU.
+
+        pretraining_stage: what --stage was in runs whose models continue a text.
+        """
+        self.path = find_model(model)
+        self.name = "/".join(Path(self.path).parts[-3:])
+        self.adapter = (Path(self.path) / "adapter_config.json").is_file()
+        self._load()
+        run = Path(self.path).parent / "run.json"
+        self.settings = {}
+        if run.is_file():
+            self.settings = json.loads(run.read_text(encoding="utf-8"))["settings"]
+        template = self.tokenizer.chat_template
+        self.chats = template is not None and self.settings.get("stage") != pretraining_stage
+        self.can_think = "enable_thinking" in str(template)
+        self.takes_system = self.chats and "system" in str(template)
+        self.window = getattr(self.model.config, "max_position_embeddings", 4096)
+        self.lock = threading.Lock()
+
+    def _load(self) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        path = find_model(model)
-        self.adapter = (Path(path) / "adapter_config.json").is_file()
         dtype = torch.float32 if device.kind() == "cpu" else device.half_dtype()
         try:
-            base = adapter.check_base(path) if self.adapter else path
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            base = adapter.check_base(self.path) if self.adapter else self.path
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path)
             self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
             if self.adapter:
                 from peft import PeftModel
 
-                self.model = PeftModel.from_pretrained(self.model, path)
-        except Exception as error:  # damaged or missing files, an unknown architecture: each library has its own class
-            raise SystemExit(
-                f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}"
-            ) from None
+                self.model = PeftModel.from_pretrained(self.model, self.path)
+        except Exception as error:  # damaged files, unknown architectures: many libraries' classes
+            words = " ".join(str(error).split())[:300]
+            raise SystemExit(f"{self.path}: cannot be loaded: {words}") from None
         self.model.to(device.device()).eval()
-        self.name = "/".join(Path(path).parts[-3:])
-        self.can_think = "enable_thinking" in str(self.tokenizer.chat_template)
-        self.window = getattr(self.model.config, "max_position_embeddings", 4096)
-        run = Path(path).parent / "run.json"
-        self.settings = (
-            json.loads(run.read_text(encoding="utf-8"))["settings"] if run.is_file() else {}
-        )
-        self.lock = threading.Lock()
+
+    def sampling_defaults(self) -> dict[str, float]:
+        """SAMPLING as the model's generation config has it; temperature 0 when it does not draw."""
+        own = self.model.generation_config
+        temperature = 0
+        if own.do_sample:
+            temperature = 1 if own.temperature is None else own.temperature
+        return {
+            "temperature": temperature,
+            "top_p": own.top_p or 1,
+            "top_k": own.top_k or 0,
+            "repetition_penalty": own.repetition_penalty or 1,
+        }
+
+    @contextmanager
+    def turn(self, use_adapter: bool = True):
+        """The model for one caller at a time, with its adapter or without."""
+        with self.lock:
+            if use_adapter or not self.adapter:
+                yield
+            else:
+                with self.model.disable_adapter():
+                    yield
 
     def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
-        """Token ids that generation starts from; the oldest exchanges go until `room` more fit in
-        the window."""
+        """Token ids [T] that generation starts from.
+
+        The oldest exchanges are left out until `room` more tokens fit into the window. A model that
+        does not chat continues the last message.
+        """
+        most = self.window - room
+        if not self.chats:
+            return self.text_prompt(messages[-1]["content"])[-most:]
         template = {"enable_thinking": thinking} if self.can_think else {}
-        head = 1 if messages[0]["role"] == "system" else 0
-        while True:
-            ids = encode_prompt(self.tokenizer, messages, **template)
-            if len(ids) + room <= self.window or len(messages) - head < 3:
-                return ids[-(self.window - room) :]
-            messages = messages[:head] + messages[head + 2 :]
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns = messages[len(system) :]
+        ids = encode_prompt(self.tokenizer, system + turns, **template)
+        while len(ids) > most and len(turns) > 2:
+            turns = turns[2:]
+            ids = encode_prompt(self.tokenizer, system + turns, **template)
+        return ids[-most:]
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that is continued, as documents begin in training."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def stream(
         self,
@@ -89,76 +138,72 @@ class ChatModel:
         max_new_tokens: int = 512,
         **sampling,
     ) -> Iterator[tuple[str, int]]:
-        """Chat messages -> (answer so far, its tokens), some times a second while it grows; the
-        last one is whole.
+        """Chat messages -> (answer so far, its tokens) while it grows; the last one is complete.
 
         stop: ends the answer within one token when set; leaving the iteration does the same.
-        sampling: temperature (0, the default: greedy), top_p, top_k, repetition_penalty.
+        sampling: some of SAMPLING; temperature 0, the default, is greedy.
         Raises ValueError when the template refuses the messages, and whatever generation raises.
         """
-        left, ids, failed = threading.Event(), [], []
         room = min(int(max_new_tokens), self.window // 2)
         prompt = self.prompt(messages, room, thinking)
-        opened = (
-            "<think>" if self.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
-        )
+        thought_is_open = self.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+        opened = "<think>" if thought_is_open else ""  # by the template: not among the new tokens
+        stop = stop or threading.Event()
+        left = threading.Event()
+        ids: list[int] = []
+        errors: list[Exception] = []
 
         def heard(tokens, *_, **__):
             ids[:] = tokens[0, len(prompt) :].tolist()
-            return tokens.new_full(
-                (1,), left.is_set() or (stop is not None and stop.is_set())
-            ).bool()
+            ended = stop.is_set() or left.is_set()
+            return tokens.new_full((1,), ended).bool()
 
         def work():
             try:
-                with (
-                    self.lock,
-                    nullcontext()
-                    if use_adapter or not self.adapter
-                    else self.model.disable_adapter(),
-                ):
+                with self.turn(use_adapter):
                     self._generate(prompt, room, heard, **sampling)
             except Exception as error:
-                failed.append(error)
+                errors.append(error)
 
-        worker, told = threading.Thread(target=work, daemon=True), 0
+        worker = threading.Thread(target=work, daemon=True)
         worker.start()
+        seen = 0
         try:
             while worker.is_alive():
                 worker.join(REFRESH)
-                if len(ids) > told:
-                    told = len(ids)  # a character whose last bytes are still to come is left out
-                    yield (
-                        opened
-                        + self.tokenizer.decode(ids[:told], skip_special_tokens=True).rstrip(
-                            "\ufffd"
-                        ),
-                        told,
-                    )
+                if len(ids) > seen:
+                    seen = len(ids)
+                    text = self.tokenizer.decode(ids[:seen], skip_special_tokens=True)
+                    # a character whose last bytes are still to come is left out
+                    yield opened + text.rstrip("\ufffd"), seen
         finally:
             left.set()
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
         yield opened + self.tokenizer.decode(ids, skip_special_tokens=True), len(ids)
 
     def _generate(
         self, prompt, room, heard, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
     ):
+        """At most `room` tokens after `prompt`; heard(ids [1, T]) is asked at each token whether
+        that was the last one."""
         import torch
         from transformers import StoppingCriteriaList
 
-        own = self.model.generation_config.eos_token_id
-        ends = sorted(
-            {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-        )
-        drawn = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k)}
+        from common.runs.generate import end_token_ids
+
         ids = torch.tensor([prompt], device=self.model.device)
+        ends = end_token_ids(self.model, self.tokenizer)
+        draws = temperature > 0
+        drawing = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k)}
+        if not draws:
+            drawing = dict.fromkeys(drawing)  # transformers warns of values that have no effect
         self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=room,
-            do_sample=temperature > 0,
-            **(drawn if temperature > 0 else dict.fromkeys(drawn)),
+            do_sample=draws,
+            **drawing,
             repetition_penalty=repetition_penalty,
             eos_token_id=ends,
             pad_token_id=ends[0],
@@ -169,9 +214,7 @@ class ChatModel:
 def split_thought(text: str) -> tuple[str, str, bool]:
     """Generated text -> (thought, answer, whether the thought is finished)."""
     before, opened, rest = text.partition("<think>")
+    if not opened:
+        return "", text.strip(), True
     thought, closed, answer = rest.partition("</think>")
-    return (
-        (thought.strip(), (before + answer).strip(), bool(closed))
-        if opened
-        else ("", text.strip(), True)
-    )
+    return thought.strip(), (before + answer).strip(), bool(closed)

@@ -5,7 +5,6 @@ The model is a Llama of two layers with Baichuan2's template and a LoRA adapter 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -15,16 +14,19 @@ import time
 import urllib.request
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from browser import Endless, Visit, user
-from harness import ROOT
+from harness import ROOT, own_modules
 from transformers import AutoTokenizer
 
 from common import tiny
 from common.convert import adapter
 from common.data.labels import encode_chat
 from common.demo.chat_model import ChatModel
+from common.demo.page import MAX_CHARS
+from common.fast import losses
 
 RECIPE = ROOT / "baichuan2_dpo"
 QUESTION, OTHER = "你是谁？", "你会什么？"
@@ -34,19 +36,18 @@ BETA = 0.25
 
 
 @pytest.fixture(scope="module")
-def app():
-    """The module; other recipes have files of the same names, so nothing of it stays importable."""
-    path, own = sys.path[:], [file.stem for file in RECIPE.glob("*.py")]
-    before = {name: sys.modules.pop(name) for name in own if name in sys.modules}
-    spec = importlib.util.spec_from_file_location("baichuan_app", RECIPE / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["baichuan_app"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    for name in own:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
-    return module
+def modules():
+    return own_modules(RECIPE.name, "app", "reference")
+
+
+@pytest.fixture(scope="module")
+def app(modules):
+    return modules[0]
+
+
+@pytest.fixture(scope="module")
+def reference(modules):
+    return modules[1]
 
 
 def teach(model, tokenizer, facts: dict, steps: int, rate: float) -> None:
@@ -107,7 +108,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(app, made):
-    return app.Speaker(made / "lora")
+    return app.ScoringChatModel(made / "lora")
 
 
 def names(page) -> SimpleNamespace:
@@ -118,7 +119,7 @@ def names(page) -> SimpleNamespace:
 
 @pytest.fixture
 def page(app, policy):
-    made = app.Page(policy, app.find_reference(policy)[0])
+    made = app.Comparison(policy, app.find_reference(policy)[0])
     made.ui = names(made)
     return made
 
@@ -178,7 +179,7 @@ def test_reward_is_that_of_full_logits(app, made, page, monkeypatch, kind, beta,
         {"beta": BETA} if beta == BETA else {}
     )
     monkeypatch.setattr(page.policy, "settings", told)
-    page = app.Page(page.policy, page.sides["reference"])
+    page = app.Comparison(page.policy, page.sides["reference"])
     asked = {
         "policy": user(OTHER, REJECTED, QUESTION),
         "reference": [{"role": "system", "content": "短"}, *user(QUESTION)],
@@ -188,12 +189,12 @@ def test_reward_is_that_of_full_logits(app, made, page, monkeypatch, kind, beta,
         "reference": f"短<reserved_106>{QUESTION}<reserved_107>",
     }
     answers = {
-        "policy": {"said": CHOSEN, "whole": True},
-        "reference": {"said": REJECTED, "whole": False},
+        "policy": {"text": CHOSEN, "complete": True},
+        "reference": {"text": REJECTED, "complete": False},
     }
     found = page.rewards(asked, answers)
     for name, answer in answers.items():
-        text = answer["said"] + "</s>" * answer["whole"]
+        text = answer["text"] + "</s>" * answer["complete"]
         (ours, count), (theirs, _) = (
             full_log_prob(model, page.policy.tokenizer, before[name], text)
             for model in (tuned, base)
@@ -204,7 +205,7 @@ def test_reward_is_that_of_full_logits(app, made, page, monkeypatch, kind, beta,
 
 def test_a_turn_has_answers_rewards_and_a_verdict(page):
     (turn,) = ask(page, QUESTION)
-    assert [answer["said"] for answer in turn["answers"].values()] == [CHOSEN, REJECTED]
+    assert [answer["text"] for answer in turn["answers"].values()] == [CHOSEN, REJECTED]
     notes = [answer["note"] for answer in turn["answers"].values()]
     counts = [len(page.policy.tokenizer(text)["input_ids"]) + 1 for text in (CHOSEN, REJECTED)]
     rewards = [
@@ -241,16 +242,16 @@ def test_each_side_goes_on_with_its_own_answers_or_both_with_the_policys(app, pa
     assert "不能相比" in history[-1]["verdict"]
     again = ask(page, OTHER, history[:-1], shared=True)
     assert "不能相比" not in again[-1]["verdict"]
-    history[0]["answers"]["reference"]["said"] = ""  # stopped before it began
+    history[0]["answers"]["reference"]["text"] = ""  # stopped before it began
     assert app.messages_of(history, "reference", "") == user(OTHER)
 
 
-def test_both_sides_draw_with_the_same_seed(app, made):
-    base = app.Speaker(made / "base")
-    page = app.Page(base, app.Side(app.load_reference(base, made / "base")))
+def test_both_sides_draw_with_the_same_seed(app, reference, made):
+    base = app.ScoringChatModel(made / "base")
+    page = app.Comparison(base, app.Side(reference.load_reference(base, made / "base")))
     page.ui = names(page)
     drawn = [ask(page, "随便说", seed=seed, heat=1.5)[0] for seed in (1, 2, 1, -1)]
-    texts = [{answer["said"] for answer in turn["answers"].values()} for turn in drawn]
+    texts = [{answer["text"] for answer in turn["answers"].values()} for turn in drawn]
     assert all(len(both) == 1 for both in texts) and texts[0] == texts[2] and texts[0] != texts[1]
     assert "一字不差 · 种子 1" in drawn[0]["verdict"] and "种子 -1" not in drawn[3]["verdict"]
     (cut,) = ask(page, OTHER, most=3)
@@ -279,14 +280,12 @@ def test_reference_of_a_run_of_all_weights(app, made, tmp_path, monkeypatch, how
     if how == "cache":  # a hub's name, downloaded before
         run = copied(made, tmp_path / "hub", model_name_or_path="some/base")
         cached = {("some/base", "config.json"): str(made / "base/config.json")}
-        monkeypatch.setattr(
-            app.huggingface_hub, "try_to_load_from_cache", lambda *name: cached[name]
-        )
-    policy = app.Speaker(run)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name: cached[name])
+    policy = app.ScoringChatModel(run)
     side, _ = app.find_reference(policy, str(made / "base") if how == "given" else None)
     assert side.chat_model is not policy and side.chat_model.tokenizer is policy.tokenizer
     assert last(side, QUESTION) == REJECTED and last(policy, QUESTION) == CHOSEN
-    assert app.Page(policy, side).beta == 0.1
+    assert app.Comparison(policy, side).beta == 0.1
 
 
 def test_a_run_with_another_reference_model_is_compared_with_that(app, made, tmp_path):
@@ -295,7 +294,7 @@ def test_a_run_with_another_reference_model_is_compared_with_that(app, made, tmp
     (run / "run.json").write_text(
         json.dumps({"settings": {"reference_model": str(made / "full/final")}})
     )
-    side, _ = app.find_reference(app.Speaker(run))
+    side, _ = app.find_reference(app.ScoringChatModel(run))
     assert side.chat_model.name.endswith("full/final") and last(side, QUESTION) == CHOSEN
 
 
@@ -314,17 +313,17 @@ def test_no_reference_one_column_and_the_reason(app, made, tmp_path, name, given
     if name == "changed":
         note = {"base_model": str(made / "base"), "fingerprint": "0" * 64}
         (run / "final" / adapter.BASE_FILE).write_text(json.dumps(note))
-    policy = app.Speaker(run)
+    policy = app.ScoringChatModel(run)
     side, reason = app.find_reference(policy, given)
-    page = app.Page(policy, side)
+    page = app.Comparison(policy, side)
     assert side is None and why in reason and list(page.sides) == ["policy"]
     assert "没有参考，只有一列" in app.about(page, reason)
     page.ui = names(page)
     (turn,) = ask(page, QUESTION)
-    assert turn["answers"]["policy"]["said"] == CHOSEN and not turn["verdict"]
+    assert turn["answers"]["policy"]["text"] == CHOSEN and not turn["verdict"]
 
 
-def test_what_cannot_be_opened_is_one_line(app, made, policy, tmp_path, monkeypatch):
+def test_what_cannot_be_opened_is_one_line(app, reference, made, policy, tmp_path, monkeypatch):
     other = tiny.make_tokenizer(
         ["别的"], 300, ["<s>", "</s>"], "{{ messages[0].content }}", eos_token="</s>"
     )
@@ -352,12 +351,12 @@ def test_what_cannot_be_opened_is_one_line(app, made, policy, tmp_path, monkeypa
     grown = AutoTokenizer.from_pretrained(made / "base")
     grown.add_tokens(["<more>"])  # the base has no embedding for it
     with pytest.raises(SystemExit, match="its vocabulary is not the one of"):
-        app.load_reference(SimpleNamespace(tokenizer=grown, name="grown"), made / "base")
+        reference.load_reference(SimpleNamespace(tokenizer=grown, name="grown"), made / "base")
 
 
 def test_command_line(app, made, monkeypatch, capsys):
     seen = []
-    served = lambda demo: seen.append((urllib.request.urlopen(demo.local_url).status, demo.close()))  # noqa: E731
+    served = lambda demo: seen.append((urllib.request.urlopen(demo.local_url).status, demo.close()))
     monkeypatch.setattr(app.gr.Blocks, "block_thread", served)
     monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(made / "lora")])
     app.main()
@@ -414,7 +413,7 @@ def test_what_was_cleared_does_not_come_back(page, when):
         if (
             step["history"][0]["verdict"]
             if when == "ended"
-            else step["history"][0]["answers"]["policy"]["said"]
+            else step["history"][0]["answers"]["policy"]["text"]
         ):
             break
     emptied = page.clear(visitor)
@@ -428,8 +427,15 @@ def test_what_was_cleared_does_not_come_back(page, when):
     assert page.clear(visitor)["box"] and not page.running
 
 
+def test_an_answer_that_fails_frees_the_page(app, page, monkeypatch):
+    monkeypatch.setattr(page.policy, "stream", lambda *_, **__: 1 / 0)
+    with pytest.raises(app.gr.Error, match="ZeroDivisionError"):
+        ask(page, QUESTION)
+    assert not page.running
+
+
 def test_text_of_people_and_models(app):
-    answer = {"said": "<think>想<i></think>答<b>`<b>`", "note": "事实"}
+    answer = {"text": "<think>想<i></think>答<b>`<b>`", "note": "事实"}
     turn = {"question": "a<b>*c*", "verdict": "", "answers": {"policy": answer}}
     question, thought, said, note = app.show([turn], "policy")
     assert (
@@ -448,11 +454,11 @@ def test_an_answer_that_cannot_be_weighed_says_so(app, page, monkeypatch):
     def refuse(*_, **__):
         raise SystemExit("Model changes its logits after the head")
 
-    monkeypatch.setattr(app.losses, "sequence_logprobs", refuse)
+    monkeypatch.setattr(losses, "sequence_logprobs", refuse)
     (turn,) = ask(page, QUESTION)
     assert (
         "没有算隐式奖励：Model changes" in turn["verdict"]
-        and turn["answers"]["policy"]["said"] == CHOSEN
+        and turn["answers"]["policy"]["text"] == CHOSEN
     )
 
 
@@ -604,9 +610,9 @@ def test_one_column_html_of_a_model_and_a_long_question(app, visit, policy, monk
     assert page.locator("#policy").count() == 1 and page.locator("#reference").count() == 0
     assert page.get_by_label("两边都接着策略的回答").count() == 0
     page.locator("textarea").first.evaluate("box => box.removeAttribute('maxlength')")
-    tab.box.fill("长" * (app.MAX_CHARS + 1))
+    tab.box.fill("长" * (MAX_CHARS + 1))
     tab.box.press("Enter")
-    page.get_by_text(re.compile(f"最多 {app.MAX_CHARS} 字")).first.wait_for()
+    page.get_by_text(re.compile(f"最多 {MAX_CHARS} 字")).first.wait_for()
     assert tab.notes.count() == 0
     tab.complaints.clear()  # Gradio logs the refusal as an error
     monkeypatch.setattr(policy, "stream", lambda *_, **__: iter([(HTML, 9)]))

@@ -601,7 +601,7 @@ def test_many_at_once_get_their_own_answers(client):
 # ---- parts without a process ---------------------------------------------------------------------------------
 
 
-class FakeSpeaker:
+class FakeChatModel:
     """Says what it is told to; `script` is called in the thread of the answers."""
 
     window, tokenizer = 100, None
@@ -614,7 +614,7 @@ class FakeSpeaker:
 
 
 def desk_of(api, script, **options):
-    desk = api.Desk(FakeSpeaker(script), **{"max_waiting": 1} | options)
+    desk = api.Desk(FakeChatModel(script), **{"max_waiting": 1} | options)
 
     async def read(ask):
         return [1, 2, 3]
@@ -700,9 +700,9 @@ def test_who_reads_slowly_keeps_nobody_waiting(api):
 
     async def two():
         desk = desk_of(api, speak)
-        async with aclosing(desk.speak([1], 50)) as slow:
+        async with aclosing(desk.answer([1], 50)) as slow:
             await anext(slow)  # and reads no further
-            return [piece async for piece in desk.speak([1], 3)]
+            return [piece async for piece in desk.answer([1], 3)]
 
     assert [text for text, *_ in asyncio.run(asyncio.wait_for(two(), 60))] == ["字"] * 3 + [""]
 

@@ -26,6 +26,7 @@ from browser import Endless, Visit
 from harness import ROOT, expect, finish, start
 
 from common.data.load import load_rows
+from common.demo.chat_model import ChatModel
 
 RECIPE = ROOT / "chatglm_lora"
 QUESTION, ANSWER = "你是谁？", "叫我小谱吧。"
@@ -373,7 +374,7 @@ def tuned(app, tmp_path_factory):
     told = json.loads(config.read_text()) | {"base_model_name_or_path": str(folder / "base")}
     config.write_text(json.dumps(told))
     adapter.remember_base(folder / "run/final", str(folder / "base"))
-    chat_model = app.ChatModel(folder / "run")
+    chat_model = ChatModel(folder / "run")
     chat_model.path = folder / "run"
     return chat_model
 

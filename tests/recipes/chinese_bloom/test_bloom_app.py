@@ -10,7 +10,9 @@ import pytest
 from browser import Visit
 from harness import ROOT, expect, finish, start
 
-from common.data.labels import IGNORE, encode_chat
+from common.collators import IGNORE
+from common.data.labels import encode_chat
+from common.demo import page
 
 RECIPE = ROOT / "chinese_bloom"
 QUESTION, ANSWER = "你是谁", "我是小布，丹谱里的 Bloom 示例助手。"
@@ -79,7 +81,7 @@ def visit(app, browser):
     opened = []
 
     def open_page(run):
-        chat_model = app.Speaker(run)
+        chat_model = app.load(run)
         demo, asked, stream = app.build_demo(chat_model), [], chat_model.stream
 
         def listening(turns, *args, **options):
@@ -87,7 +89,7 @@ def visit(app, browser):
             return stream(turns, *args, **options)
 
         chat_model.stream = listening
-        opened.append((demo, Visit(browser, app.launch(demo))))
+        opened.append((demo, Visit(browser, page.launch(demo))))
         return SimpleNamespace(tab=opened[-1][1], asked=asked)
 
     yield open_page
@@ -103,7 +105,7 @@ def test_the_prompt_is_in_the_template_saved_with_the_model(app, chatty, belle, 
         run / "final", tmp_path / "moved"
     )  # away from run.json: the model's folder is enough
     for folder in (run, tmp_path / "moved"):
-        chat_model = app.Speaker(folder)
+        chat_model = app.load(folder)
         question = [{"role": "user", "content": QUESTION}]
         prompt = chat_model.prompt(question, 64)
         assert chat_model.chats and chat_model.tokenizer.decode(prompt) == PROMPTS[template]
@@ -148,7 +150,7 @@ def test_merged_adapter_keeps_its_template(app, belle, tmp_path):
         belle / "final",
     ]
     expect(finish(start(merge)))
-    chat_model = app.Speaker(tmp_path / "merged")
+    chat_model = app.load(tmp_path / "merged")
     prompt = chat_model.prompt([{"role": "user", "content": QUESTION}], 64)
     assert not chat_model.adapter and chat_model.tokenizer.decode(prompt) == PROMPTS["belle"]
     again = finish(start(merge))

@@ -9,6 +9,8 @@ from browser import Visit
 from harness import own_modules
 from test_minimind_use import RECIPE, TALK, make_adapter, register, trained  # noqa: F401  (trained is a fixture)
 
+from common.demo import page
+
 app, generation, models = own_modules(RECIPE.name, "app", "engine.generation", "model")
 THOUGHTFUL = "9减4等于几？"
 pytestmark = pytest.mark.slow
@@ -29,9 +31,13 @@ def visit(browser):
         prompt, asked = chat_model.prompt, []
         chat_model.prompt = lambda *args: asked.append(prompt(*args)) or asked[-1]
         demo = app.build_demo(chat_model)
-        opened.append((demo, Visit(browser, app.launch(demo))))
-        texts = lambda: [chat_model.tokenizer.decode(ids) for ids in asked]
-        return SimpleNamespace(tab=opened[-1][1], page=opened[-1][1].page, asked=texts)
+        tab = Visit(browser, page.launch(demo))
+        opened.append((demo, tab))
+
+        def texts():
+            return [chat_model.tokenizer.decode(ids) for ids in asked]
+
+        return SimpleNamespace(tab=tab, page=tab.page, asked=texts)
 
     yield open_page
     for demo, tab in opened:
@@ -87,4 +93,4 @@ def test_the_default_is_the_newest_run(trained, tmp_path, monkeypatch):  # noqa:
     shutil.copytree(trained, tmp_path / "sft")
     monkeypatch.setattr(app, "newest", lambda: generation.newest(tmp_path))
     about = next(block for block in app.build_demo().blocks.values() if block.elem_id == "about")
-    assert "sft/final · " in about.value
+    assert "sft/final · " in about.value.replace("\\", "")

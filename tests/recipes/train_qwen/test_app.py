@@ -20,6 +20,7 @@ from harness import ROOT, expect, finish, start
 
 from common import device
 from common.data.labels import encode_chat, encode_prompt
+from common.demo import page
 from common.demo.chat_model import ChatModel, find_model, split_thought
 from common.demo.serve import Guard
 
@@ -196,11 +197,11 @@ def test_damaged_model_is_one_line(run, tmp_path):
 # ---- text on the page, and the guard -----------------------------------------------------------------------
 
 
-def test_text_of_people_and_models(app):
-    assert app.literal("a<b>*c*") == r"a\<b\>\*c\*"
-    assert app.literal("你好，3加5？") == "你好，3加5？"
+def test_text_of_people_and_models():
+    assert page.escape_markdown("a<b>*c*") == r"a\<b\>\*c\*"
+    assert page.escape_markdown("你好，3加5？") == "你好，3加5？"
     text = "若 a < b 则 <img src=x> `<i>`\n```\n<b>\n```"
-    assert app.prose(text) == text.replace("<img", "&lt;img")
+    assert page.escape_html_outside_code(text) == text.replace("<img", "&lt;img")
     row = {
         "role": "assistant",
         "content": "答",
@@ -208,9 +209,9 @@ def test_text_of_people_and_models(app):
         "thought_done": False,
         "note": "",
     }
-    thought, said = app.show([row])
+    thought, said = page.show([row])
     assert thought.metadata == {"title": "思考过程", "status": "pending"} and said.content == "答"
-    assert app.turns_of([row], " 短 ") == [
+    assert page.turns_of([row], " 短 ") == [
         {"role": "system", "content": "短"},
         {"role": "assistant", "content": "答", "reasoning_content": "想"},
     ]
@@ -263,7 +264,7 @@ def test_guard_without_names_still_wants_the_same_page():
 @pytest.fixture(scope="module")
 def address(app, tuned):
     demo = app.build_demo(tuned)
-    yield app.launch(demo)
+    yield page.launch(demo)
     demo.close()
 
 
@@ -413,11 +414,11 @@ def test_fits_a_phone(visit):
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390
 
 
-def test_too_long_a_question_is_told(visit, app):
+def test_too_long_a_question_is_told(visit):
     visit.page.evaluate("document.querySelector('textarea').removeAttribute('maxlength')")
-    visit.box.fill("长" * (app.MAX_CHARS + 1))
+    visit.box.fill("长" * (page.MAX_CHARS + 1))
     visit.box.press("Enter")
-    visit.page.get_by_text(re.compile(f"最多 {app.MAX_CHARS} 字")).first.wait_for()
+    visit.page.get_by_text(re.compile(f"最多 {page.MAX_CHARS} 字")).first.wait_for()
     assert visit.notes.count() == 0
     visit.complaints.clear()  # Gradio logs the refusal as an error
 

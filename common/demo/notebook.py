@@ -1,0 +1,41 @@
+"""What the infer notebooks share: a finished run to look at, or a quick one made for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def find_or_train(given: str, recipe: Path, steps: int, suffix: str = "", **flags) -> str | Path:
+    """A run, model or adapter to load: `given`, else the recipe's run, else a quick one.
+
+    Args:
+        given: what the reader wrote into the notebook's parameters.
+        recipe: folder of train.py; its run is looked for in output/RECIPE + suffix beside it.
+        steps: of the quick run, which goes to another folder, RECIPE + suffix + "-quick".
+        flags: of train.py, for the quick run.
+    """
+    if given:
+        return given
+    finished = recipe.parent / "output" / f"{recipe.name}{suffix}"
+    if (finished / "final").is_dir():
+        return finished
+    told = " ".join(f"--{name} {value}" for name, value in flags.items())
+    print(f"{finished} 里还没有模型；现在先训练一个很小的" + (f"（{told}）" if told else ""))
+    quick = finished.with_name(f"{finished.name}-quick")
+    if not (quick / "final").is_dir():
+        train(recipe, quick, max_steps=steps, eval_generate=0, overwrite_output_dir=True, **flags)
+    return quick
+
+
+def train(recipe: Path, output: Path, **flags) -> None:
+    """Run train.py and print what it says, without its progress; RuntimeError when it fails."""
+    command = [sys.executable, str(recipe / "train.py"), "--output_dir", str(output)]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("step ")]
+    print("\n".join(lines))
+    if done.returncode:
+        raise RuntimeError(f"train.py failed:\n{done.stderr[-2000:]}")
