@@ -4,10 +4,10 @@ normalised (NormHead).
 Importing this module tells the Auto classes about it. convert.py makes its checkpoints; a
 Baichuan2-7B whose head stays frozen needs none of this and becomes a plain LlamaForCausalLM.
 
-ALiBi (Press et al. 2022, "Train short, test long") is computed from the distance itself: slope *
+ALiBi (Press et al. 2021, "Train short, test long") is computed from the distance itself: slope *
 position in bfloat16, as the original adds it, cannot tell neighbours apart from position 256 on.
-Packed rows (`cu_seq_lens_q`) are computed document by document. Attention is always this module's
-own with ALiBi, whatever attn_implementation says.
+Packed rows (`cu_seq_lens_q`) are computed document by document. With ALiBi the attention is always
+this module's own, whatever attn_implementation says.
 
 B rows, T tokens, S keys, H heads, d size of a head, D width, V vocabulary.
 """
@@ -33,7 +33,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
 )
 
-from common.fast.attention import PACKS, alibi_attention, alibi_slopes
+from common.fast.alibi import alibi_attention, alibi_slopes
+from common.fast.attention import PACKS
 
 NAME = "baichuan_alibi"
 
@@ -74,25 +75,25 @@ class AlibiMask:
     layer needs it."""
 
     def __init__(self, **arguments):
-        self.arguments, self.built = arguments, {}
+        self.arguments = arguments  # of transformers' mask functions
+        self.built: dict[tuple, Tensor] = {}
 
     def bias(self, slopes: Tensor, like: Tensor) -> Tensor:
         """[B or 1, H, T, S] in the dtype of `like`: slope * (key - query), its lowest value where
         none may look."""
-        key = like.dtype, like.device
+        key = (like.dtype, like.device)
         if key not in self.built:
-            arguments = self.arguments
-            # never skipped: "causal" means two things where a static cache is longer than the
-            # queries
-            seen = sdpa_mask(**arguments | {"allow_is_causal_skip": False}).to(like.device)
-            query, place = (
-                torch.arange(arguments[f"{name}_length"], device=like.device)
-                + arguments[f"{name}_offset"]
-                for name in ("q", "kv")
-            )
-            bias = (slopes[:, None, None] * (place[None, :] - query[:, None])).to(like.dtype)
-            self.built[key] = bias.masked_fill(~seen, torch.finfo(like.dtype).min)
+            self.built[key] = self._build(slopes, like)
         return self.built[key]
+
+    def _build(self, slopes: Tensor, like: Tensor) -> Tensor:
+        # never skipped: "causal" means two things where a static cache is longer than the queries
+        arguments = self.arguments | {"allow_is_causal_skip": False}
+        seen = sdpa_mask(**arguments).to(like.device)
+        query = torch.arange(arguments["q_length"], device=like.device) + arguments["q_offset"]
+        key = torch.arange(arguments["kv_length"], device=like.device) + arguments["kv_offset"]
+        bias = (slopes[:, None, None] * (key[None, :] - query[:, None])).to(like.dtype)
+        return bias.masked_fill(~seen, torch.finfo(like.dtype).min)
 
 
 class AlibiAttention(LlamaAttention):
@@ -118,26 +119,24 @@ class AlibiAttention(LlamaAttention):
         if not isinstance(attention_mask, AlibiMask):
             raise ValueError("ALiBi takes a 2-D attention_mask, 0 on padding")
         slopes = alibi_slopes(self.config.num_attention_heads).to(query.device)
-        if cu_seq_lens_q is not None:
-            if (
-                len(query) > 1
-                or query.shape != key.shape
-                or attention_mask.arguments.get("attention_mask") is not None
-            ):
-                raise ValueError(
-                    "a packed row is one row, without attention_mask and without a filled cache"
-                )
-            longest = cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q
-            heads = alibi_attention(
-                query[0], key[0], value[0], cu_seq_lens_q, int(longest), self.scaling, slopes
-            )[None]
-        else:
+        if cu_seq_lens_q is None:
             bias = attention_mask.bias(slopes, query)
             heads = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=bias, scale=self.scaling
             )
-            heads = heads.transpose(1, 2)
-        return self.o_proj(heads.flatten(2)), None
+            return self.o_proj(heads.transpose(1, 2).flatten(2)), None
+
+        padded = attention_mask.arguments.get("attention_mask") is not None
+        if len(query) > 1 or query.shape != key.shape or padded:
+            raise ValueError(
+                "a packed row is one row, without attention_mask and without a filled cache"
+            )
+        if max_length_q is None:
+            max_length_q = cu_seq_lens_q.diff().max()
+        row = alibi_attention(
+            query[0], key[0], value[0], cu_seq_lens_q, int(max_length_q), self.scaling, slopes
+        )
+        return self.o_proj(row[None].flatten(2)), None
 
 
 class NoRotation(nn.Module):
@@ -156,7 +155,9 @@ class NormHead(nn.Module):
 
     def __init__(self, width: int, vocabulary: int):
         super().__init__()
-        self.in_features, self.out_features, self.bias = width, vocabulary, None
+        self.in_features = width
+        self.out_features = vocabulary
+        self.bias = None
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
@@ -189,15 +190,13 @@ class BaichuanPreTrainedModel(LlamaPreTrainedModel):
         not a warning."""
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if keys := sorted(map(str, info[what])):
-                hint = (
-                    "; a published checkpoint goes through convert.py"
-                    if "q_proj" in " ".join(keys)
-                    else ""
-                )
-                raise ValueError(
-                    f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}{hint}"
-                )
+            keys = sorted(map(str, info[what]))
+            if not keys:
+                continue
+            problem = f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}"
+            if "q_proj" in " ".join(keys):
+                problem += "; a published checkpoint goes through convert.py"
+            raise ValueError(problem)
         return (model, info) if output_loading_info else model
 
 
@@ -219,9 +218,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
     common.collators."""
 
     def __init__(self, config: BaichuanConfig):
-        LlamaPreTrainedModel.__init__(
-            self, config
-        )  # past LlamaForCausalLM, which would make its own blocks and head
+        # past LlamaForCausalLM, which would make its own blocks and head
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = BaichuanModel(config)
         self.vocab_size = config.vocab_size
         if config.norm_head:

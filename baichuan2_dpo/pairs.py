@@ -7,10 +7,11 @@ tail of an answer before its end token. Both answers keep the same prompt, else 
 would not be comparable.
 """
 
+from common.collators import IGNORE
 from common.data.labels import encode_chat, encode_prompt
 
-IGNORE = -100
-ALL = 1 << 30  # tokens; nothing is cut before both answers are known
+SIDES = ("chosen", "rejected")
+UNLIMITED = 1 << 30  # tokens; nothing is cut before both answers are known
 
 
 def encode(row: dict, tokenizer, max_length: int, system: str = "") -> dict:
@@ -20,57 +21,67 @@ def encode(row: dict, tokenizer, max_length: int, system: str = "") -> dict:
     Raises ValueError when the template refuses the row or writes the prompt in another way once an
     answer follows, and when the answers differ only in what is cut off.
     """
-    prompt, tools = with_system(row["prompt"], system), row.get("tools")
-    asked, answers = tokens(tokenizer, prompt, row, tools)
+    messages = with_system(row["prompt"], system)
     truncated = False
-    while len(asked) + max(map(len, answers)) > max_length and (shorter := without_oldest(prompt)):
-        prompt, truncated = shorter, True
-        asked, answers = tokens(tokenizer, prompt, row, tools)
-    room = max_length - max(map(len, answers))
-    if len(asked) > room:
-        kept = min(len(asked), max(room, max_length // 4))
-        asked, truncated = begin_clean(tokenizer, asked[len(asked) - kept :]), True
+    while True:
+        prompt, answers = tokens(tokenizer, messages, row)
+        longest = max(map(len, answers))
+        shorter = without_oldest(messages)
+        if len(prompt) + longest <= max_length or not shorter:
+            break
+        messages = shorter
+        truncated = True
+    room = max_length - longest
+    if len(prompt) > room:
+        kept = min(len(prompt), max(room, max_length // 4))
+        prompt = begin_clean(tokenizer, prompt[len(prompt) - kept :])
         answers = [shorten(tokenizer, answer, max_length - kept) for answer in answers]
+        truncated = True
     if answers[0] == answers[1]:
         raise ValueError(f"chosen and rejected are the same within {max_length} tokens")
     found = {"truncated": truncated}
-    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-        found[f"{side}_input_ids"] = asked + [token for token, _ in answer]
-        found[f"{side}_labels"] = [IGNORE] * len(asked) + [label for _, label in answer]
+    for side, answer in zip(SIDES, answers, strict=True):
+        found[f"{side}_input_ids"] = prompt + [token for token, _ in answer]
+        found[f"{side}_labels"] = [IGNORE] * len(prompt) + [label for _, label in answer]
     return found
 
 
 def tokens(
-    tokenizer, prompt: list[dict], row: dict, tools
+    tokenizer, messages: list[dict], row: dict
 ) -> tuple[list[int], list[list[tuple[int, int]]]]:
     """-> prompt [P], and for both answers their (token, label) pairs; what stands between turns has
     label -100."""
-    asked, answers = encode_prompt(tokenizer, prompt, tools), []
-    for side in ("chosen", "rejected"):
-        whole = encode_chat(tokenizer, prompt + row[side], ALL, tools)
-        if whole is None:
+    tools = row.get("tools")
+    prompt = encode_prompt(tokenizer, messages, tools)
+    answers = []
+    for side in SIDES:
+        chat = encode_chat(tokenizer, messages + row[side], UNLIMITED, tools)
+        if chat is None:
             raise ValueError(f"the chat template leaves nothing of the {side} answer")
-        if whole["input_ids"][: len(asked)] != asked:
+        if chat["input_ids"][: len(prompt)] != prompt:
             raise ValueError(
                 "the chat template writes the prompt in another way when an answer follows"
             )
-        answer = list(zip(whole["input_ids"], whole["labels"], strict=True))[len(asked) :]
+        answer = list(zip(chat["input_ids"], chat["labels"], strict=True))[len(prompt) :]
         while answer and answer[-1][1] == IGNORE:  # what a template writes after the end token
             answer.pop()
         answers.append(answer)
-    return asked, answers
+    return prompt, answers
 
 
 def with_system(messages: list[dict], system: str) -> list[dict]:
-    has = not system or messages[0]["role"] == "system"
-    return messages if has else [{"role": "system", "content": system}, *messages]
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def without_oldest(messages: list[dict]) -> list[dict] | None:
     """Without the oldest round, the system's turn kept; None when there is only one round."""
     head = 1 if messages[0]["role"] == "system" else 0
-    later = [i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"]
-    return messages[:head] + messages[later[0] :] if later else None
+    for i in range(head + 1, len(messages)):
+        if messages[i]["role"] == "user":
+            return messages[:head] + messages[i:]
+    return None
 
 
 def shorten(tokenizer, answer: list[tuple[int, int]], room: int) -> list[tuple[int, int]]:

@@ -10,11 +10,12 @@ class ChatGLMConfig(PreTrainedConfig):
     """ChatGLM-6B: 28 blocks of width 4096, 32 heads, two positions per token.
 
     Ids that a config.json leaves out are inferred from bos_token_id (<sop>), as both vocabularies
-    lay them out:
-    [MASK] = <sop> - 4, [gMASK] = <sop> - 3, <eop> = <sop> + 1.
+    lay them out: [MASK] = <sop> - 4, [gMASK] = <sop> - 3, <eop> = <sop> + 1.
+
     residual_scale_layers: the L of the residual factor sqrt(2 L). The original builds every block
-    with L = 28, however many blocks there are. ValueError for checkpoints that this class cannot
-    compute: ChatGLM2/3, p-tuning prefixes, quantised weights.
+        with L = 28, however many blocks there are.
+    ValueError for checkpoints that this class cannot compute: ChatGLM2/3, p-tuning prefixes,
+    quantised weights.
     """
 
     model_type = "chatglm"
@@ -55,21 +56,28 @@ class ChatGLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if getattr(self, "padded_vocab_size", None) or getattr(self, "multi_query_attention", None):
             raise ValueError(
-                "a ChatGLM2 or ChatGLM3 checkpoint: convert.py beside train.py makes a native model of it"
+                "a ChatGLM2 or ChatGLM3 checkpoint: convert.py beside train.py makes a native "
+                "model of it"
             )
         if getattr(self, "quantization_bit", 0):
             raise ValueError(
-                f"{self.quantization_bit}-bit weights cannot be trained: take the unquantised checkpoint"
+                f"{self.quantization_bit}-bit weights cannot be trained: take the unquantised "
+                "checkpoint"
             )
         if getattr(self, "pre_seq_len", None) or not self.position_encoding_2d:
             raise ValueError("a p-tuning prefix and one-dimensional positions are not supported")
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of 4n"
+                f"hidden_size {self.hidden_size} does not split into "
+                f"{self.num_attention_heads} heads of 4n"
             )
-        first = self.bos_token_id
-        self.mask_token_id = first - 4 if self.mask_token_id is None else self.mask_token_id
-        self.gmask_token_id = first - 3 if self.gmask_token_id is None else self.gmask_token_id
-        self.eos_token_id = first + 1 if self.eos_token_id is None else self.eos_token_id
+        sop = self.bos_token_id
+        if self.mask_token_id is None:
+            self.mask_token_id = sop - 4
+        if self.gmask_token_id is None:
+            self.gmask_token_id = sop - 3
+        if self.eos_token_id is None:
+            self.eos_token_id = sop + 1
         if self.pad_token_id is None:
-            self.pad_token_id = 3 + (IMAGE_TOKENS if first == 130004 + IMAGE_TOKENS else 0)
+            has_images = sop == 130004 + IMAGE_TOKENS
+            self.pad_token_id = 3 + IMAGE_TOKENS if has_images else 3

@@ -40,13 +40,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 
 def layout(
-    config: ChatGLMConfig, input_ids: Tensor, attention_mask: Tensor | None = None, starts=None
-):
+    config: ChatGLMConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Where the prefix of each row or document ends, and the two positions of each token.
 
     Args:
-        input_ids: [B, T]; attention_mask: [B, T], 0 on padding; starts: [n + 1] boundaries of a
-            packed row, B = 1.
+        input_ids: [B, T]
+        attention_mask: [B, T], 0 on padding
+        cu_seqlens: [n + 1] boundaries of the documents of a packed row, B = 1
     Returns:
         prefix [B] (or [n]): column of the row's (document's) first <sop>; position_ids [B, 2, T], 0
         on left padding.
@@ -54,22 +58,25 @@ def layout(
     """
     width = input_ids.shape[1]
     column = torch.arange(width, device=input_ids.device)
-    if starts is None:
-        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        begin, owner = kept.argmax(1), torch.arange(len(input_ids), device=column.device)[:, None]
+    if cu_seqlens is not None:
+        kept = torch.ones_like(input_ids)
+        begin = cu_seqlens[:-1].to(input_ids)
+        owner = torch.bucketize(column, cu_seqlens[1:].to(column), right=True)[None]
     else:
-        kept, begin = torch.ones_like(input_ids), starts[:-1].to(input_ids)
-        owner = torch.bucketize(column, starts[1:].to(column), right=True)[None]
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        begin = kept.argmax(1)
+        owner = torch.arange(len(input_ids), device=column.device)[:, None]
 
     def first(token: int) -> Tensor:
         """Column of the first `token` of each row or document, [B] or [n]; T where there is
         none."""
         at = torch.where((input_ids == token) & (kept > 0), column, width)
-        if starts is None:
+        if cu_seqlens is None:
             return at.amin(1)
         return torch.full_like(begin, width).scatter_reduce(0, owner[0], at[0], "amin")
 
-    prefix, mask = first(config.bos_token_id), first(config.gmask_token_id)
+    prefix = first(config.bos_token_id)
+    mask = first(config.gmask_token_id)
     mask = torch.where(mask < width, mask, first(config.mask_token_id))
     if (torch.maximum(prefix, mask) >= width).any():
         raise ValueError(
@@ -108,9 +115,8 @@ def rotary(position_ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     In half precision, as the original computes them, neighbouring positions fall together from some
     hundred on.
     """
-    angle = position_ids.transpose(1, 2)[..., None].float() * inverse_frequencies(
-        size, position_ids.device
-    )
+    frequencies = inverse_frequencies(size, position_ids.device)
+    angle = position_ids.transpose(1, 2)[..., None].float() * frequencies
     angle = torch.cat([angle, angle], -1)[:, :, None]
     return angle.cos(), angle.sin()
 
@@ -118,18 +124,19 @@ def rotary(position_ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, T, H, d]: its first half turned by the first position, its second half by the second
     one."""
-    pair = x.float().unflatten(-1, (2, -1))
-    a, b = pair.chunk(2, -1)
-    return (pair * cos + torch.cat([-b, a], -1) * sin).flatten(-2).to(x.dtype)
+    halves = x.float().unflatten(-1, (2, -1))
+    a, b = halves.chunk(2, -1)
+    turned = halves * cos + torch.cat([-b, a], -1) * sin
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
-        self.layer_idx, self.head_dim = layer_idx, config.hidden_size // config.num_attention_heads
-        self.query_key_value = nn.Linear(
-            config.hidden_size, 3 * config.hidden_size
-        )  # rows: q, k, v of head 0, of 1 ...
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        # rows: q, k, v of head 0, of 1 ...
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
@@ -141,11 +148,11 @@ class Attention(nn.Module):
         documents: Documents | None,
         cache: Cache | None,
     ):
-        fused = self.query_key_value(hidden)
-        query, key, value = fused.unflatten(-1, (-1, 3 * self.head_dim)).chunk(
-            3, -1
-        )  # heads of this rank, maybe not all
-        query, key = rotate(query, cos, sin).transpose(1, 2), rotate(key, cos, sin).transpose(1, 2)
+        # heads of this rank, maybe not all
+        fused = self.query_key_value(hidden).unflatten(-1, (-1, 3 * self.head_dim))
+        query, key, value = fused.chunk(3, -1)
+        query = rotate(query, cos, sin).transpose(1, 2)
+        key = rotate(key, cos, sin).transpose(1, 2)
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -162,7 +169,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # one query a row: torch's fused kernel for CPUs takes ten times as long in half precision
     scores = torch.matmul(query, key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
-    scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.matmul(torch.softmax(scores, -1).to(value.dtype), value)
 
 
@@ -201,9 +209,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["ChatGLMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [
-        r"rotary_emb\.inv_freq"
-    ]  # 28 buffers of the published files: recomputed
+    # 28 buffers of the published files: recomputed
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
     @classmethod
     def from_pretrained(
@@ -214,10 +221,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if keys := sorted(map(str, info[what])):
-                raise ValueError(
-                    f"{len(keys)} {what.replace('_', ' ')} in {name}: {', '.join(keys[:3])}"
-                )
+            keys = sorted(map(str, info[what]))
+            if keys:
+                some = ", ".join(keys[:3])
+                raise ValueError(f"{len(keys)} {what.replace('_', ' ')} in {name}: {some}")
         return (model, info) if output_loading_info else model
 
 
@@ -253,11 +260,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        packed = cu_seq_lens_q is not None
         dense = attention_mask is not None and attention_mask.dim() == 4
-        if prefix_lengths is None and not dense or position_ids is None:
+        if position_ids is None or (prefix_lengths is None and not dense):
             if past or input_ids is None:
                 raise ValueError(
-                    "position_ids and prefix_lengths (or a 4-D mask) are needed with a cache or embeddings"
+                    "position_ids and prefix_lengths (or a 4-D mask) are needed with a cache or "
+                    "embeddings"
                 )
             prefix_lengths, position_ids = layout(
                 self.config, input_ids, None if dense else attention_mask, cu_seq_lens_q
@@ -266,24 +275,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        packed = cu_seq_lens_q is not None
-        mask = documents = None
-        if packed and (past or use_cache and not self.training or dense):
+        if packed and (dense or past or (use_cache and not self.training)):
             raise ValueError("a packed row needs use_cache=False and no attention_mask")
+
+        mask = None
+        documents = None
         if packed:
             documents = Documents(cu_seq_lens_q, prefix_lengths)
         elif dense:
             mask = ~attention_mask  # of the original: True is hidden
         else:
             mask = visible(prefix_lengths, attention_mask, hidden.shape[1], past + hidden.shape[1])
-        cos, sin = rotary(
-            position_ids, self.config.hidden_size // self.config.num_attention_heads // 2
-        )
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary(position_ids, head_dim // 2)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask, documents, past_key_values)
-        return BaseModelOutputWithPast(
-            self.final_layernorm(hidden), past_key_values if use_cache else None
-        )
+        hidden = self.final_layernorm(hidden)
+        return BaseModelOutputWithPast(hidden, past_key_values if use_cache else None)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -318,14 +326,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Logits [B, T, V], and the loss where labels are given.
 
         Args:
-            input_ids: [B, T]; inputs_embeds: [B, T, D] instead, then with position_ids and
-                prefix_lengths.
+            input_ids: [B, T]
+            inputs_embeds: [B, T, D] instead, then with position_ids and prefix_lengths
             attention_mask: [B, S], 0 on padding; or as the original makes it: bool [B, 1, T, S],
-                True where hidden.
-            position_ids: [B, 2, T]; prefix_lengths: [B], or [n] of a packed row: from `layout`,
-                computed if unset.
-            cu_seq_lens_q: [n + 1] boundaries of the documents of a packed row (B = 1, no cache).
-            labels: [B, T], not shifted, -100 where there is none.
+                True where hidden
+            position_ids: [B, 2, T] from `layout`, computed if unset
+            prefix_lengths: [B], or [n] of a packed row, from `layout`, computed if unset
+            cu_seq_lens_q: [n + 1] boundaries of the documents of a packed row (B = 1, no cache)
+            labels: [B, T], not shifted, -100 where there is none
         """
         output = self.transformer(
             input_ids,
@@ -349,9 +357,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ):
         """The prefix and positions of training, from all tokens so far; with a cache only the new
         ones are run."""
-        kwargs.pop(
-            "position_ids", None
-        )  # generate()'s guess is one-dimensional; what a tokenizer gave is the same again
+        # generate()'s guess is one-dimensional; what a tokenizer gave is the same again
+        kwargs.pop("position_ids", None)
         if attention_mask is not None and attention_mask.dim() > 2:
             raise ValueError("generate() takes a 2-D attention_mask, 0 on padding")
         if getattr(kwargs.get("past_key_values"), "is_compileable", False):
@@ -372,11 +379,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 def register() -> None:
     AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
     AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-    for auto in (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-    ):  # as the published auto_map
+    # as the published auto_map
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 
 

@@ -20,7 +20,8 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 
-from common.fast.attention import PACKS, alibi_attention, alibi_slopes
+from common.fast.alibi import alibi_attention, alibi_slopes
+from common.fast.attention import PACKS, autocast_dtype
 
 NAME = "alibi"
 
@@ -29,8 +30,8 @@ class PackedRow(NamedTuple):
     """Takes the mask's place on its way through the blocks, so that recomputed activations find it
     too."""
 
-    starts: Tensor  # [documents + 1]
-    longest: int
+    cu_seqlens: Tensor  # [documents + 1]
+    max_seqlen: int
 
 
 _row: PackedRow | None = None  # of the forward pass that is building its mask
@@ -59,23 +60,25 @@ class FastBloomAttention(BloomAttention):
         query, key, value = self._reshape(self.query_key_value(hidden_states))  # [B, H, T, d]
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        slopes = alibi_slopes(self.num_heads).to(query.device)
-        dropout, scale = self.attention_dropout.p if self.training else 0.0, self.inv_norm_factor
-        if isinstance(attention_mask, PackedRow) and not dropout:
-            heads = alibi_attention(query[0], key[0], value[0], *attention_mask, scale, slopes)[
-                None
-            ]
-        else:
-            kind = query.device.type
-            dtype = (
-                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-            )
-            bias = self._bias(attention_mask, slopes, query.shape[2], key.shape[2], dtype)
-            heads = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
-            ).transpose(1, 2)
+        heads = self._attend(query, key, value, attention_mask)
         out = self.dense(heads.flatten(2))
         return dropout_add(out, residual, self.hidden_dropout, self.training), None
+
+    def _attend(self, query, key, value, mask) -> Tensor:
+        """query, key, value [B, H, T or S, d] -> [B, T, H, d]."""
+        slopes = alibi_slopes(self.num_heads).to(query.device)
+        scale = self.inv_norm_factor
+        dropout = self.attention_dropout.p if self.training else 0.0
+        if isinstance(mask, PackedRow) and not dropout:
+            row = alibi_attention(
+                query[0], key[0], value[0], mask.cu_seqlens, mask.max_seqlen, scale, slopes
+            )
+            return row[None]
+        bias = self._bias(mask, slopes, query.shape[2], key.shape[2], autocast_dtype(query))
+        heads = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
+        return heads.transpose(1, 2)
 
     def _bias(self, mask, slopes: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
         """[1 or B, H, queries, keys]: slope * (key - query), the dtype's lowest value where a query
@@ -84,7 +87,7 @@ class FastBloomAttention(BloomAttention):
         distance = place[None, :] - place[keys - queries :, None]
         allowed = distance <= 0
         if isinstance(mask, PackedRow):
-            owner = torch.bucketize(place, mask.starts[1:].long(), right=True)
+            owner = torch.bucketize(place, mask.cu_seqlens[1:].long(), right=True)
             allowed = allowed & (owner[:, None] == owner)
         elif mask is not None:  # [B, 1, queries, keys], true where a query may look
             allowed = mask[..., :keys]
@@ -94,8 +97,9 @@ class FastBloomAttention(BloomAttention):
 
 def _forward(self, *args, **kwargs):
     global _row
-    starts = kwargs.get("cu_seq_lens_q")
-    _row = None if starts is None else PackedRow(starts, int(kwargs["max_length_q"]))
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        _row = PackedRow(cu_seqlens, int(kwargs["max_length_q"]))
     try:
         return self._bloom_forward(*args, **kwargs)
     finally:
@@ -114,5 +118,6 @@ def use(model):
     if "_bloom_forward" not in model.__dict__:
         # with the signature, which generate reads
         forward = functools.wraps(type(model).forward)(_forward)
-        model._bloom_forward, model.forward = model.forward, MethodType(forward, model)
+        model._bloom_forward = model.forward
+        model.forward = MethodType(forward, model)
     return model

@@ -349,7 +349,7 @@ def baichuan2(folder: Path, config: dict, seven: bool) -> Model:
                 "norms": max(found + [difference(raw.norm(dim=-1), case.get("weight_raw_norms"))])
             }
         if "slopes_40" in case.arrays:
-            from common.fast.attention import alibi_slopes
+            from common.fast.alibi import alibi_slopes
 
             pairs = [(config["num_attention_heads"], "slopes_this"), (40, "slopes_40")]
             return {
@@ -675,7 +675,7 @@ def main() -> None:
 
     def run() -> None:
         report = check(name, folder)
-        plain = lambda x: x if not isinstance(x, float) or math.isfinite(x) else str(x)  # noqa: E731  (JSON has no nan)
+        plain = lambda x: x if not isinstance(x, float) or math.isfinite(x) else str(x)
         report["cases"] = {
             c: {k: plain(v) for k, v in found.items()} for c, found in report["cases"].items()
         }

@@ -77,14 +77,14 @@ def fill(lengths: list[tuple[int, int, int]], batch: int) -> float:
 def make_pairs(count: int, args) -> list[dict]:
     """Pairs of ids whose padding is that of a long run; the first one fills the window, as some pair soon does."""
     rng = random.Random(args.round)
-    draw = lambda n: lengths_like_preferences(n, rng, args.prompts)  # noqa: E731
+    draw = lambda n: lengths_like_preferences(n, rng, args.prompts)
     usual = fill(draw(20_000), args.batch)
     draws = [[(40, WINDOW - 40, WINDOW - 200), *draw(count - 1)] for _ in range(200)]
     lengths = min(
         draws, key=lambda one: abs(fill(one[STEP:], args.batch) - usual)
     )  # after the warm-up step
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    ids = lambda n: [rng.randrange(10, args.vocab) for _ in range(n)]  # noqa: E731
+    ids = lambda n: [rng.randrange(10, args.vocab) for _ in range(n)]
     return [dict(zip(names, map(ids, one), strict=True)) for one in lengths]
 
 
@@ -110,9 +110,11 @@ def load_model(args, ours: bool):
     torch.manual_seed(0)
     model = sft.random_model(args).to(getattr(torch, args.dtype))
     if ours:
-        from common.fast import attention, losses
+        import shared_prompt
 
-        model.set_attn_implementation(attention.register())
+        from common.fast import losses
+
+        model.set_attn_implementation(shared_prompt.register())
         model.config.use_cache = False
         losses.use_chunked_loss(model)
     return model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from common import collators, device
-from common.fast import attention, losses
+from common.fast import attention, attention_cpu, losses
 
 VOCAB = 97
 COMMON = {
@@ -79,7 +79,7 @@ def test_packed_dataset_reads_arrow_and_lists_alike():
     chosen = table.select([0, 1, 2, 3, 4][::-1])
     a, b = collators.PackedDataset(rows, 32, 1), collators.PackedDataset(table, 32, 1)
     assert [a[i] for i in range(len(a))] == [b[i] for i in range(len(b))]
-    assert collators._lengths(chosen).tolist() == [14, 2, 30, 9, 5]
+    assert collators.lengths_of(chosen).tolist() == [14, 2, 30, 9, 5]
 
 
 # ---- collators ----
@@ -126,7 +126,7 @@ def test_products_equal_sdpa_per_document(heads, groups, size):
     for x in (q, k, v):
         x.requires_grad_()
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    out = attention._on_cpu(q, k, v, starts, None, 0.3)
+    out = attention_cpu.packed_attention(q, k, v, starts, None, 0.3)
     grads = torch.autograd.grad(out, (q, k, v), g.transpose(0, 1))
     parts = [
         F.scaled_dot_product_attention(
@@ -182,9 +182,8 @@ def test_packed_rows_reach_the_products_and_build_no_mask(name, checkpointing, m
     if checkpointing:
         model.activation_checkpointing_enable()
     calls = []
-    monkeypatch.setattr(
-        attention, "_on_cpu", lambda *a, f=attention._on_cpu: calls.append(1) or f(*a)
-    )
+    stock = attention_cpu.packed_attention
+    monkeypatch.setattr(attention_cpu, "packed_attention", lambda *a: calls.append(1) or stock(*a))
     monkeypatch.setattr(
         attention._LazyMask, "tensor", property(lambda self: pytest.fail("a dense mask was built"))
     )
@@ -201,7 +200,9 @@ def test_packed_rows_reach_the_products_and_build_no_mask(name, checkpointing, m
 def test_other_batches_go_to_stock_sdpa(monkeypatch):
     attention.register()
     ours, stock = build("Qwen2", "packed").eval(), build("Qwen2", "sdpa").eval()
-    monkeypatch.setattr(attention, "_on_cpu", lambda *a: pytest.fail("not a packed row"))
+    monkeypatch.setattr(
+        attention_cpu, "packed_attention", lambda *a: pytest.fail("not a packed row")
+    )
     padded = collators.PaddedCollator(0)(make_rows([9, 20, 3]))
     padded.pop("row_ids")
     torch.testing.assert_close(ours(**padded).loss, stock(**padded).loss)

@@ -196,12 +196,23 @@ def answers(model):
     )
 
 
+def note_calls(used: set, module, *names):
+    """Their names come into `used` when they are called."""
+    for name in names:
+        stock = getattr(module, name)
+        setattr(
+            module,
+            name,
+            lambda *a, _stock=stock, _name=name, **k: (used.add(_name), _stock(*a, **k))[1],
+        )
+
+
 def packing():
     """Loss and gradients of one packed row and of its documents one by one, per dtype and attention path."""
     import transformers
 
     from common import collators
-    from common.fast import attention
+    from common.fast import attention, attention_cpu
 
     attention.register()
     here, generator = device.device(), torch.Generator().manual_seed(0)
@@ -210,11 +221,8 @@ def packing():
     rows = [{"row_id": i, "input_ids": x, "labels": [-100] * 2 + x[2:]} for i, x in enumerate(ids)]
     rows = [row | {"labels": row["labels"][: len(row["input_ids"])]} for row in rows]
     results, used = {}, set()
-    for name in ("_npu_varlen", "_on_cpu", "_torch_varlen"):
-        stock = getattr(attention, name)
-        setattr(
-            attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1]
-        )
+    note_calls(used, attention, "_npu_varlen", "_torch_varlen")
+    note_calls(used, attention_cpu, "packed_attention")
     half = device.half_dtype()
     for dtype in (torch.float32, half):
         torch.manual_seed(0)
@@ -264,22 +272,14 @@ def packing_alibi():
     import bloom_attention
 
     from common import collators
-    from common.fast import attention
+    from common.fast import alibi, attention, attention_cpu
 
     here, generator, used, results = device.device(), torch.Generator().manual_seed(0), set(), {}
     ids = [torch.randint(97, (n,), generator=generator).tolist() for n in (5, 37, 300, 64, 12)]
     rows = [{"row_id": i, "input_ids": x, "labels": [-100] * 2 + x[2:]} for i, x in enumerate(ids)]
-    for name in (
-        "_npu_varlen",
-        "_on_cpu",
-        "_torch_varlen",
-        "_alibi_columns",
-        "_document_by_document",
-    ):
-        stock = getattr(attention, name)
-        setattr(
-            attention, name, lambda *a, _stock=stock, _name=name: (used.add(_name), _stock(*a))[1]
-        )
+    note_calls(used, attention, "_npu_varlen", "_torch_varlen")
+    note_calls(used, attention_cpu, "packed_attention")
+    note_calls(used, alibi, "_on_cpu", "add_columns", "document_by_document")
     torch.manual_seed(0)
     config = transformers.BloomConfig(
         vocab_size=97, hidden_size=96, n_layer=2, n_head=6, initializer_range=0.1
@@ -334,7 +334,7 @@ def packing_prefix():
     from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
     from common import collators
-    from common.fast import attention
+    from common.fast import attention, attention_cpu
 
     here, generator, used, results = device.device(), torch.Generator().manual_seed(0), set(), {}
     rows = []
@@ -344,13 +344,8 @@ def packing_prefix():
         rows.append(
             {"row_id": i, "input_ids": ids, "labels": [-100] * (text + 2) + ids[text + 2 :]}
         )
-    for name in ("_npu_varlen", "_on_cpu", "_torch_varlen"):
-        stock = getattr(attention, name)
-        setattr(
-            attention,
-            name,
-            lambda *a, _stock=stock, _name=name, **k: (used.add(_name), _stock(*a, **k))[1],
-        )
+    note_calls(used, attention, "_npu_varlen", "_torch_varlen")
+    note_calls(used, attention_cpu, "packed_attention")
     torch.manual_seed(0)
     config = ChatGLMConfig(
         vocab_size=97, hidden_size=64, num_layers=2, num_attention_heads=4, inner_hidden_size=96, bos_token_id=94,

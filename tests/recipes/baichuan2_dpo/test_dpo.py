@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,15 @@ METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "r
            "logps/rejected", "kl")  # fmt: skip
 
 
-train, preference, pairs, merge = own_modules(
-    RECIPE.name, "train", "preference", "pairs", "merge", modeling_baichuan=modeling
+train, preference, shared_prompt, pairs, merge, tiny_base = own_modules(
+    RECIPE.name,
+    "train",
+    "preference",
+    "shared_prompt",
+    "pairs",
+    "merge",
+    "tiny_base",
+    modeling_baichuan=modeling,
 )
 
 
@@ -65,10 +73,10 @@ SIZES = [(1, 1, 1), (1, 30, 2), (40, 5, 9), (2, 3, 4), (100, 60, 20), (127, 1, 1
          (600, 39, 41), (650, 10, 3)]  # fmt: skip
 
 
-def build(name="Llama", implementation="packed", **more):
+def build(name="Llama", implementation=shared_prompt.NAME, **more):
     import transformers
 
-    attention.register()
+    shared_prompt.register()
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCAB,
@@ -178,7 +186,7 @@ def test_layout_of_a_shared_prompt():
         batch["cu_seq_lens_k"].tolist() == [0, 5, 12, 14, 17]
         and batch["cu_seq_lens_k"].dtype == torch.int32
     )
-    assert batch["key_columns"].tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert batch["kv_index"].tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert (batch["max_length_q"], batch["max_length_k"]) == (5, 7)
 
 
@@ -226,11 +234,8 @@ def test_shared_prompts_elsewhere(where, monkeypatch):
     if where == "checkpointing":
         model.train().gradient_checkpointing_enable()
     else:
-        calls, stock = [], attention._sequence_by_sequence
-        monkeypatch.setattr(attention, "compute_packed", lambda query: None)
-        monkeypatch.setattr(
-            attention, "_sequence_by_sequence", lambda *a, **k: calls.append(1) or stock(*a, **k)
-        )
+        calls, stock = [], shared_prompt.sequence_by_sequence
+        monkeypatch.setattr(shared_prompt, "on_cpu", lambda *a: calls.append(1) or stock(*a))
     assert_equal(token_losses(model, [collate(made)]), wanted)
     assert where == "checkpointing" or len(calls) == 2
 
@@ -252,12 +257,12 @@ def test_shared_prompts_under_lora_and_autocast():
         assert (half[1][name] - slope).norm() < 0.1 * slope.norm(), name
 
 
-def dense(starts, key_starts, columns):
+def dense(cu_seqlens_q, cu_seqlens_k, kv_index):
     """[T, T]: whether the token in a column of the row may look at another, written from the definition."""
-    total = int(starts[-1])
+    total = int(cu_seqlens_q[-1])
     seen = torch.zeros(total, total, dtype=torch.bool)
-    for a, b, c, d in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
-        keys = columns[c:d]
+    for (a, b), (c, d) in zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True):
+        keys = kv_index[c:d]
         for i in range(a, b):
             seen[i, keys[: len(keys) - (b - 1 - i)]] = True
     return seen
@@ -273,8 +278,8 @@ def by_mask(query, key, value, mask, scale):
 
 
 def through_the_interface(query, key, value, batch, scale):
-    names = ("cu_seq_lens_q", "cu_seq_lens_k", "key_columns", "max_length_q", "max_length_k")
-    return attention._attention(
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "kv_index", "max_length_q", "max_length_k")
+    return shared_prompt.forward(
         None, query, key, value, None, scaling=scale, **{k: batch[k] for k in names}
     )[0]
 
@@ -288,12 +293,12 @@ def check_against_the_mask(sizes, heads, groups, path, monkeypatch=None):
     for x in (q, k, v):
         x.requires_grad_()
     mask = dense(
-        batch["cu_seq_lens_q"].tolist(), batch["cu_seq_lens_k"].tolist(), batch["key_columns"]
+        batch["cu_seq_lens_q"].tolist(), batch["cu_seq_lens_k"].tolist(), batch["kv_index"]
     )
     wanted = by_mask(q, k, v, mask, 0.3)
     slopes = torch.autograd.grad(wanted, (q, k, v), g.transpose(1, 2).double())
     if path == "sequences":
-        monkeypatch.setattr(attention, "compute_packed", lambda query: None)
+        monkeypatch.setattr(shared_prompt, "on_cpu", shared_prompt.sequence_by_sequence)
     found = through_the_interface(q, k, v, batch, 0.3)
     assert (found - wanted).abs().max() < 1e-5
     for a, b in zip(torch.autograd.grad(found, (q, k, v), g.transpose(1, 2)), slopes, strict=True):
@@ -316,8 +321,8 @@ def test_short_pairs_share_a_block():
     """Twenty pairs of a few tokens are a handful of products, not forty."""
     batch = collate(make_pairs([(10, 4, 6)] * 20))
     edges = (tuple(batch[name].tolist()) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
-    blocks = attention._shared_blocks(*edges, 1, torch.float32)
-    assert len(blocks) == 5 and [b[1] for b in blocks[:-1]] == [b[0] for b in blocks[1:]]
+    blocks = shared_prompt.make_blocks(*edges, 1, torch.float32)
+    assert len(blocks) == 5 and [b.end for b in blocks[:-1]] == [b.start for b in blocks[1:]]
 
 
 def test_a_batch_with_a_filled_cache_or_a_window_does_not_look_too_far():
@@ -335,7 +340,10 @@ def test_a_batch_with_a_filled_cache_or_a_window_does_not_look_too_far():
 @pytest.mark.parametrize("name, more", [("Baichuan", {"num_key_value_heads": 4}), ("Bloom", {})])
 def test_models_with_an_attention_of_their_own(name, more):
     """ALiBi of Baichuan2-13B packs, each sequence with its prompt; Bloom pads."""
-    model, made = build(name, "eager" if name == "Bloom" else "packed", **more), make_pairs()
+    model, made = (
+        build(name, "eager" if name == "Bloom" else shared_prompt.NAME, **more),
+        make_pairs(),
+    )
     wanted = by_full_logits(model, each_alone(made))
     losses.use_chunked_loss(model)
     batches = [collate(made, packing=False)]
@@ -343,7 +351,7 @@ def test_models_with_an_attention_of_their_own(name, more):
         with pytest.raises(SystemExit, match="--packing false"):
             attention.refuse_unpackable(model)
     else:
-        assert model.config._attn_implementation != attention.NAME
+        assert model.config._attn_implementation != shared_prompt.NAME
         attention.refuse_unpackable(model)
         batches.append(collate(made, share_prompt=False))
     for batch in batches:
@@ -471,7 +479,7 @@ TEXTS = [
 def small():
     """The recipe's built-in kind of tokenizer: every character is known, rare ones as bytes."""
     return tiny.make_tokenizer(
-        TEXTS * 3, 320, train.SPECIAL, (RECIPE / "templates/baichuan2.jinja").read_text(encoding="utf-8"),
+        TEXTS * 3, 320, tiny_base.SPECIAL_TOKENS, (RECIPE / "templates/baichuan2.jinja").read_text(encoding="utf-8"),
         bos_token="<s>", eos_token="</s>", unk_token="<unk>",
     )  # fmt: skip
 
@@ -832,7 +840,7 @@ def test_precomputed_log_probs_are_kept_and_belong_to_data_and_base(
 def base_of(folder, name="Llama", template=True, **more):
     """A model folder whose tokenizer is trained on the samples."""
     tokenizer = tiny.make_tokenizer(
-        [text for row in SAMPLES for text in row.values()], 400, train.SPECIAL,
+        [text for row in SAMPLES for text in row.values()], 400, tiny_base.SPECIAL_TOKENS,
         (RECIPE / "templates/baichuan2.jinja").read_text(encoding="utf-8") if template else None,
         bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
     )  # fmt: skip

@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from common.fast import attention, losses
+from common.fast import losses
 
 RECIPE = str(ROOT / "baichuan2_dpo")
 sys.path.insert(0, RECIPE)
 import preference
+import shared_prompt
 
 sys.path.remove(RECIPE)  # other recipes have files of the same names
 
@@ -38,7 +39,7 @@ def close(ours, theirs, what="", tolerance=1e-5):
 def make_pairs(lengths=LENGTHS):
     """Pairs of random ids in TRL's columns; the answers of the last one begin with the same tokens."""
     generator = torch.Generator().manual_seed(1)
-    draw = lambda count: torch.randint(2, VOCAB, (count,), generator=generator).tolist()  # noqa: E731
+    draw = lambda count: torch.randint(2, VOCAB, (count,), generator=generator).tolist()
     pairs = [
         dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(draw, one), strict=True))
         for one in lengths
@@ -146,7 +147,7 @@ def our_step(base, tmp_path, monkeypatch):
 
     def prepared():
         model = copy.deepcopy(base)
-        model.set_attn_implementation(attention.register())
+        model.set_attn_implementation(shared_prompt.register())
         model.config.use_cache = False
         return losses.use_chunked_loss(model)
 
