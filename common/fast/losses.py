@@ -5,11 +5,18 @@ computes its loss inside the output head, only at positions that have a label an
 them at a time. The gradient is computed in the same pass (torch's `linear_cross_entropy` does the
 same, but runs bf16 on CPUs in fp32 and rounds the loss). Calls without labels (generation, logits)
 are untouched.
+
+What surprises: in a call with labels the head returns no logits but a few numbers, the loss among
+them, and the output's `logits` are these numbers. `loss_counts` reads them. The stock forward only
+hands them on: from the head to its loss function, which takes the loss out again.
+
+B rows, T tokens, N positions with a label, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from types import MethodType
 
 import torch
@@ -17,21 +24,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100  # label of a token that is not trained, in every library used here
+from common.collators import IGNORE
+
 CPU_ROWS = 512  # fewer rows make the weight-gradient product slow, more only cost memory
 ACCELERATOR_LOGITS = 2**27  # elements of one chunk of logits on an accelerator (256 MiB in bf16)
 CACHE_ELEMENTS = 2**19  # fp32 elements that stay in a CPU core's L2 cache during the softmax
 
 
+# ---- chunks of logits ----
 def _pieces(total: int, size: int) -> list[slice]:
     """Equal slices of at most `size` covering range(total)."""
     count = -(-total // size)
     edges = [total * i // count for i in range(count + 1)] if count else [0]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(edges)]
 
 
 def _chunk_rows(device: torch.device, vocab: int) -> int:
     return CPU_ROWS if device.type == "cpu" else max(256, ACCELERATOR_LOGITS // vocab)
+
+
+def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    """Yields (slice, logits [n, V]); the logits share one buffer."""
+    rows = len(hidden)
+    size = _chunk_rows(hidden.device, len(weight))
+    buffer = torch.empty(min(size, rows), len(weight), dtype=hidden.dtype, device=hidden.device)
+    for part in _pieces(rows, size):
+        logits = buffer[: part.stop - part.start]
+        torch.mm(hidden[part], weight.t(), out=logits)
+        if bias is not None:
+            logits += bias
+        yield part, logits
 
 
 def _softmax_loss_(
@@ -46,7 +68,9 @@ def _softmax_loss_(
     step = max(1, CACHE_ELEMENTS // vocab) if logits.device.type == "cpu" else rows
     work = torch.empty(min(step, rows), vocab, dtype=torch.float32, device=logits.device)
     for part in _pieces(rows, step):
-        x, target, y = logits[part], targets[part, None], work[: part.stop - part.start]
+        x = logits[part]
+        target = targets[part, None]
+        y = work[: part.stop - part.start]
         if correct is not None:
             correct[part] = x.argmax(-1) == target[:, 0]
         torch.log_softmax(x if x.dtype == y.dtype else y.copy_(x), -1, out=y)
@@ -68,9 +92,13 @@ def _add_weight_grad_(
         return
     for part in _pieces(len(grad), 4096 if grad.device.type == "cpu" else len(grad)):
         product = grad_logits[:, part].t() @ hidden
-        grad[part].copy_(product).mul_(scale) if first else grad[part].add_(product, alpha=scale)
+        if first:
+            grad[part].copy_(product).mul_(scale)
+        else:
+            grad[part].add_(product, alpha=scale)
 
 
+# ---- a head that is a plain Linear ----
 class _HeadLoss(torch.autograd.Function):
     """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> scaled loss sum, log_probs [N],
     correct [N]."""
@@ -78,7 +106,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, scale, count):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        rows, h, w = len(hidden), hidden.to(dtype), weight.to(dtype)
+        rows = len(hidden)
+        h = hidden.to(dtype)
+        w = weight.to(dtype)
         log_probs = torch.zeros(rows, dtype=torch.float32, device=h.device)
         correct = torch.zeros(rows, dtype=torch.bool, device=h.device)
         ctx.hidden = torch.empty_like(h) if need_hidden else None
@@ -92,18 +122,22 @@ class _HeadLoss(torch.autograd.Function):
                 _add_weight_grad_(ctx.weight, logits, h[part], scale, part.start == 0)
             if need_bias:
                 ctx.bias += logits.sum(0, dtype=torch.float32)
-        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.shape, weight.dtype)
+        ctx.scale = scale
+        ctx.hidden_dtype = hidden.dtype
+        ctx.weight_like = weight.shape, weight.dtype
         ctx.mark_non_differentiable(log_probs, correct)
         return log_probs.sum() * -scale, log_probs, correct
 
     @staticmethod
     def backward(ctx, grad, *_):
-        (hidden_dtype, shape, weight_dtype), factor = ctx.dtypes, grad * ctx.scale
-        hidden = None if ctx.hidden is None else (ctx.hidden * factor).to(hidden_dtype)
+        factor = grad * ctx.scale
+        hidden = None if ctx.hidden is None else (ctx.hidden * factor).to(ctx.hidden_dtype)
         bias = None if ctx.bias is None else ctx.bias * factor
-        weight, ctx.weight, ctx.hidden = ctx.weight, None, None
+        weight = ctx.weight
+        ctx.hidden = ctx.weight = None
         if weight is None and ctx.needs_input_grad[1]:
-            weight = torch.zeros(shape, dtype=weight_dtype, device=grad.device)
+            shape, dtype = ctx.weight_like
+            weight = torch.zeros(shape, dtype=dtype, device=grad.device)
         elif weight is not None and not (grad.device.type == "cpu" and grad == 1):
             weight.mul_(grad)  # usually 1 on CPU: the scale is already in
         return hidden, weight, bias, None, None, None, None
@@ -120,7 +154,8 @@ class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype):
         need_hidden, *need_head = ctx.needs_input_grad[:3]
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h = hidden.to(dtype)
+        w = weight.to(dtype)
         log_probs = torch.zeros(len(hidden), dtype=torch.float32, device=h.device)
         ctx.slope = torch.empty_like(h) if need_hidden and not any(need_head) else None
         for part, logits in _logit_chunks(h, w, bias):
@@ -136,8 +171,11 @@ class _HeadLogProbs(torch.autograd.Function):
         if ctx.inputs is None:
             return (ctx.slope * -grad[:, None]).to(ctx.hidden_dtype), None, None, None, None
         hidden, weight, bias, targets, dtype = ctx.inputs
-        h, w, scratch = hidden.to(dtype), weight.to(dtype), torch.empty_like(grad)
-        d_hidden, d_weight = torch.empty_like(h), torch.zeros_like(weight)
+        h = hidden.to(dtype)
+        w = weight.to(dtype)
+        scratch = torch.empty_like(grad)
+        d_hidden = torch.empty_like(h)
+        d_weight = torch.zeros_like(weight)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for part, logits in _logit_chunks(h, w, bias):
             _softmax_loss_(logits, targets[part], scratch[part], None)
@@ -146,185 +184,189 @@ class _HeadLogProbs(torch.autograd.Function):
             _add_weight_grad_(d_weight, logits, h[part], 1.0, part.start == 0)
             if bias is not None:
                 d_bias += logits.sum(0, dtype=torch.float32)
-        return (
-            d_hidden.to(hidden.dtype),
-            d_weight,
-            None if bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
-        )
-
-
-def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
-    """Yields (slice, logits [n, V]); the logits share one buffer."""
-    rows, size = len(hidden), _chunk_rows(hidden.device, len(weight))
-    buffer = torch.empty(min(size, rows), len(weight), dtype=hidden.dtype, device=hidden.device)
-    for part in _pieces(rows, size):
-        logits = buffer[: part.stop - part.start]
-        torch.mm(hidden[part], weight.t(), out=logits)
         if bias is not None:
-            logits += bias
-        yield part, logits
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 
 
-class _State:
-    """What the patched model, head and loss function of one call share; `index` is None outside
-    such a call."""
+# ---- the patched model ----
+class _Call:
+    """What the patched model, its head and its loss function share during one call with labels;
+    `index` is None outside such a call."""
 
     def __init__(self):
-        self.per_token = False
+        self.per_token = False  # answer_logprobs wants a log-prob of each label, not their sum
         self.reset()
 
     def reset(self):
-        self.head = self.positions = self.index = self.targets = self.items = self.loss = (
-            self.stats
-        ) = None
-        self.used = False
+        self.head: nn.Module | None = None
+        self.positions: int | None = None  # B * T
+        self.index: Tensor | None = None  # [N] positions with a label
+        self.targets: Tensor | None = None  # [N] the labels
+        self.num_items: Tensor | int | None = None  # that the loss is divided by
+        self.loss: Tensor | None = None
+        self.said: Tensor | None = None  # what the head returned instead of logits
+        self.used = False  # the loss function was reached
 
 
-def _note_labels(state: _State, head: nn.Module, kwargs: dict) -> None:
+def _note_labels(call: _Call, head: nn.Module, kwargs: dict) -> None:
     """Find the positions whose next token has a label (or whose entry in shift_labels is one)."""
     targets = kwargs.get("shift_labels")
     if targets is None:
         targets = F.pad(kwargs["labels"][..., 1:], (0, 1), value=IGNORE)
     targets = targets.flatten()
-    state.positions, state.index = targets.numel(), (targets != IGNORE).nonzero().squeeze(1)
-    state.targets = targets[state.index]
-    state.head, state.items = head, kwargs.get("num_items_in_batch")
+    call.head = head
+    call.positions = targets.numel()
+    call.index = (targets != IGNORE).nonzero().squeeze(1)
+    call.targets = targets[call.index]
+    call.num_items = kwargs.get("num_items_in_batch")
 
 
 def _model_forward(self, *args, **kwargs):
-    state = self._chunked
+    call = self._chunked
     if kwargs.get("labels") is None:
         return self._stock_forward(*args, **kwargs)
     head = self.get_output_embeddings()
     if "_chunked" not in head.__dict__:  # replaced since (an adapter on the head)
-        _patch(head, _head_forward, state)
+        _patch(head, _head_forward, call)
     try:
-        _note_labels(state, head, kwargs)
+        _note_labels(call, head, kwargs)
         output = self._stock_forward(*args, **kwargs)
-        if not state.used:
+        if not call.used:
             _refuse(self, "does not use its loss_function")
         return output
+    except (IndexError, RuntimeError, ValueError) as error:
+        if call.said is None or call.used:
+            raise
+        # behind the head, where it took what the head said for logits
+        first_line = str(error).partition("\n")[0]
+        _refuse(self, f"computes its loss itself ({first_line})")
     finally:
-        state.reset()
+        call.reset()
 
 
 def _head_forward(self, hidden, *args, **kwargs):
-    state = self._chunked
-    if state.head is not self:
+    call = self._chunked
+    if call.head is not self:
         return self._stock_forward(hidden, *args, **kwargs)
-    if hidden.shape[:-1].numel() != state.positions:
-        raise ValueError(
-            f"the head got {hidden.shape[:-1].numel()} positions for {state.positions} labels"
-        )
-    state.targets = state.targets.to(hidden.device)
-    rows = hidden.flatten(0, -2).index_select(0, state.index.to(hidden.device))
-    log_probs, correct = _head_loss(self, rows, state)
-    if state.per_token:
-        state.stats = log_probs
-    else:
-        counted = correct.sum() if correct is not None else log_probs.new_tensor(float("nan"))
-        stats = torch.stack(
-            [-log_probs.detach().sum(), counted, log_probs.new_tensor(len(rows))]
-        ).float()
-        # the loss leaves through the head's output, so that ZeRO-3's hooks on the head see its
-        # backward
-        state.stats = torch.cat([stats, state.loss.float()[None]])
-    return state.stats
+    positions = hidden.shape[:-1].numel()
+    if positions != call.positions:
+        raise ValueError(f"the head got {positions} positions for {call.positions} labels")
+    call.targets = call.targets.to(hidden.device)
+    rows = hidden.flatten(0, -2).index_select(0, call.index.to(hidden.device))
+    log_probs, correct = _head_loss(self, rows, call)
+    if call.per_token:
+        call.said = log_probs
+        return call.said
+    right = correct.sum() if correct is not None else log_probs.new_tensor(float("nan"))
+    counts = torch.stack([-log_probs.detach().sum(), right, log_probs.new_tensor(len(rows))])
+    # the loss leaves the head as part of its output, where logits are expected: only so do ZeRO-3's
+    # hooks on the head see its backward; _loss_function takes it out again
+    call.said = torch.cat([counts.float(), call.loss.float()[None]])
+    return call.said
 
 
-def _head_loss(head: nn.Module, rows: Tensor, state: _State) -> tuple[Tensor, Tensor | None]:
-    """Sets state.loss; returns the targets' log-probabilities and (in eval mode) which were the
+def _loss_function(self, logits, labels, *args, **kwargs):
+    """What the stock forward calls with the head's output."""
+    call = self._chunked
+    if call.index is None:
+        return self._stock_loss(logits, labels, *args, **kwargs)
+    # hooks may have made an alias of what the head returned (the same memory), but anything
+    # computed from it would be no loss any more
+    if logits.data_ptr() != call.said.data_ptr():
+        _refuse(self, "changes its logits after the head")
+    call.used = True
+    return call.loss if call.per_token else logits[-1]
+
+
+def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
+    """Sets call.loss; returns the targets' log-probabilities and (in eval mode) which were the
     most likely token."""
+    if type(head) is not nn.Linear:
+        return _loss_of_any_head(head, rows, call)
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    if type(head) is nn.Linear and state.per_token:
+    num_items = _num_items(call)
+    if call.per_token:
         with torch.autocast(kind, enabled=False):
-            log_probs = _HeadLogProbs.apply(rows, head.weight, head.bias, state.targets, dtype)
-        state.loss = -log_probs.sum() / _items(state)
+            log_probs = _HeadLogProbs.apply(rows, head.weight, head.bias, call.targets, dtype)
+        call.loss = -log_probs.sum() / num_items
         return log_probs, None
-    if type(head) is nn.Linear:
-        # on CPU reading the count is free, and a gradient that is scaled while computed saves a
-        # pass over [V, D]
-        scale = 1 / max(1, float(_items(state))) if kind == "cpu" else 1.0
-        with torch.autocast(kind, enabled=False):
-            state.loss, log_probs, correct = _HeadLoss.apply(
-                rows, head.weight, head.bias, state.targets, dtype, scale, not head.training
-            )
-        if kind != "cpu":
-            state.loss = state.loss / _items(state)
-        return log_probs, None if head.training else correct
-    parts = [
-        _generic(head, rows[p], state.targets[p])
-        for p in _pieces(len(rows), _chunk_rows(rows.device, 2**18))
-    ]
-    if not parts:  # keeps the graph
-        parts = [(rows.sum(-1).float(), state.targets == IGNORE)]
-    log_probs, correct = (torch.cat(list(x)) for x in zip(*parts, strict=True))
-    state.loss = -log_probs.sum() / _items(state)
+    # on CPU reading the count is free, and a gradient that is scaled while computed saves a pass
+    # over [V, D]
+    scale = 1 / max(1, float(num_items)) if kind == "cpu" else 1.0
+    with torch.autocast(kind, enabled=False):
+        call.loss, log_probs, correct = _HeadLoss.apply(
+            rows, head.weight, head.bias, call.targets, dtype, scale, not head.training
+        )
+    if kind != "cpu":
+        call.loss = call.loss / num_items
     return log_probs, None if head.training else correct
 
 
-def _generic(head: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk through any head (an adapter on it, say); its logits are computed again in
-    backward."""
+def _loss_of_any_head(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
+    """As _head_loss, for a head that is no plain Linear (an adapter on it, say)."""
+    parts = [
+        _chunk_of_any_head(head, rows[part], call.targets[part])
+        for part in _pieces(len(rows), _chunk_rows(rows.device, 2**18))
+    ]
+    if not parts:  # keeps the graph
+        parts = [(rows.sum(-1).float(), call.targets == IGNORE)]
+    log_probs, correct = (torch.cat(list(x)) for x in zip(*parts, strict=True))
+    call.loss = -log_probs.sum() / _num_items(call)
+    return log_probs, None if head.training else correct
+
+
+def _chunk_of_any_head(head: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and correctness of one chunk; its logits are computed again in backward."""
 
     def run(rows):
         logits = head._stock_forward(rows)
-        return -F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(
-            -1
-        ) == targets
+        log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
+        return log_probs, logits.argmax(-1) == targets
 
     return checkpoint(run, rows, use_reentrant=False)
 
 
-def _items(state: _State) -> Tensor | float:
-    return len(state.targets) or 1 if state.items is None else state.items
-
-
-def _loss_function(self, logits, labels, *args, **kwargs):
-    state = self._chunked
-    if state.index is None:
-        return self._stock_loss(logits, labels, *args, **kwargs)
-    if (
-        logits.data_ptr() != state.stats.data_ptr()
-    ):  # hooks may hand on an alias, but nothing computed from it
-        _refuse(self, "changes its logits after the head")
-    state.used = True
-    return state.loss if state.per_token else logits[-1]
+def _num_items(call: _Call) -> Tensor | float:
+    """What the loss is divided by: the labels of this batch unless the caller says otherwise."""
+    return (len(call.targets) or 1) if call.num_items is None else call.num_items
 
 
 def _refuse(model: nn.Module, why: str):
     raise SystemExit(
-        f"{type(model).__name__} {why}, so its loss cannot be computed in chunks; train it without use_chunked_loss"
+        f"{type(model).__name__} {why}, so its loss cannot be computed in chunks; train it without "
+        "use_chunked_loss"
     )
 
 
-def _patch(module: nn.Module, forward, state: _State) -> None:
+def _patch(module: nn.Module, forward, call: _Call) -> None:
     # bound methods and attributes, so that copy.deepcopy(model) gives a patched copy that stands
     # alone
     @functools.wraps(type(module).forward)  # keeps the signature, which Trainer and generate read
     def patched(self, *args, **kwargs):
         return forward(self, *args, **kwargs)
 
-    module._chunked, module._stock_forward = state, module.forward
+    module._chunked = call
+    module._stock_forward = module.forward
     module.forward = MethodType(patched, module)
 
 
+# ---- for recipes ----
 def use_chunked_loss(model: nn.Module) -> nn.Module:
     """Patch a causal language model (before or after peft wraps it); returns the model it was
     given.
 
-    From then on `model(input_ids, labels=labels, num_items_in_batch=None, ...)`, labels [B, T] by keyword, gives
-      loss    sum over label tokens / num_items_in_batch (default: the number of label tokens; a batch without any
-              label gives 0 with a graph), plus what the stock forward adds (the auxiliary loss of a
-              mixture of experts)
-      logits  not logits but the fp32 tensor [loss sum, correct argmax tokens (NaN in training mode), label tokens,
-              loss], counted over this batch
+    From then on `model(input_ids, labels=labels, num_items_in_batch=None, ...)`, labels [B, T] by
+    keyword, gives
+        loss    sum over label tokens / num_items_in_batch (default: the number of label tokens; a
+                batch without any label gives 0 with a graph), plus what the stock forward adds (the
+                auxiliary loss of a mixture of experts)
+        logits  no logits but fp32 [4]: loss sum, correct argmax tokens (NaN in training mode) and
+                label tokens of this batch, and the loss; see loss_counts
     Heads that are no plain Linear work at the price of one more product. Models that change their
     logits after the head, or that compute the loss themselves, end with SystemExit at the first
-    call: see `check_chunked_loss`.
+    call.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "_chunked" in inner.__dict__:
@@ -332,41 +374,21 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
     head = inner.get_output_embeddings()
     if head is None:
         _refuse(inner, "has no output head (get_output_embeddings() is None)")
-    state = _State()
-    _patch(inner, _model_forward, state)
-    _patch(head, _head_forward, state)
-    inner._stock_loss, inner.loss_function = inner.loss_function, MethodType(_loss_function, inner)
+    call = _Call()
+    _patch(inner, _model_forward, call)
+    _patch(head, _head_forward, call)
+    inner._stock_loss = inner.loss_function
+    inner.loss_function = MethodType(_loss_function, inner)
     return model
 
 
-@torch.no_grad()
-def check_chunked_loss(model: nn.Module, tolerance: float = 1e-2) -> None:
-    """SystemExit unless a patched model's loss on a small random batch equals that of its full
-    logits.
+def loss_counts(output) -> Tensor:
+    """What a model under use_chunked_loss counted over a batch with labels, fp32 [3] without graph:
+    loss sum, tokens whose most likely continuation was right (NaN in training mode), label tokens.
 
-    The model must be whole (not ZeRO-3 partitioned). The tolerance (relative) allows for half
-    precision.
+    output: what the model returned; its `logits` hold these instead of logits.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    was_training = inner.training
-    inner.eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(inner.config.get_text_config().vocab_size, (2, 8), generator=generator).to(
-        inner.device
-    )
-    try:
-        chunked = inner(input_ids=ids, labels=ids, use_cache=False).logits
-        logits = inner(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-        stock = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
-    except (RuntimeError, ValueError, IndexError) as error:
-        _refuse(inner, f"fails when its loss is computed in chunks ({str(error).splitlines()[0]})")
-    finally:
-        inner.train(was_training)
-    if abs(chunked[0] - stock) > tolerance * abs(stock):
-        _refuse(
-            inner,
-            f"has another loss in chunks ({chunked[0]:.4f}) than from full logits ({stock:.4f})",
-        )
+    return output.logits[:3].detach()
 
 
 def answer_logprobs(
@@ -381,17 +403,20 @@ def answer_logprobs(
         log_probs [N] in the order of the labels, the sequence each belongs to [N], and the number
         of sequences.
     """
-    inner = next(m for m in model.modules() if "_stock_loss" in m.__dict__)
-    state, batch, length = inner._chunked, *labels.shape
-    state.per_token = True
+    call = next(module for module in model.modules() if "_stock_loss" in module.__dict__)._chunked
+    call.per_token = True
     try:
         log_probs = model(input_ids=input_ids, labels=labels, **inputs).logits
     finally:
-        state.per_token = False
-    index = (F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten() != IGNORE).nonzero().squeeze(1)
-    starts = inputs.get("cu_seq_lens_q")
-    starts = torch.arange(0, batch * length + 1, length) if starts is None else starts
-    return log_probs, torch.bucketize(index, starts.to(index)[1:], right=True), len(starts) - 1
+        call.per_token = False
+    predicted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    index = (predicted != IGNORE).nonzero().squeeze(1)
+    cu_seqlens = inputs.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        batch, length = labels.shape
+        cu_seqlens = torch.arange(0, batch * length + 1, length)
+    owner = torch.bucketize(index, cu_seqlens.to(index)[1:], right=True)
+    return log_probs, owner, len(cu_seqlens) - 1
 
 
 def sequence_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inputs) -> Tensor:
