@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from common import callbacks, cli, device
 from common.collators import IGNORE, PackedCollator
 from common.data.files import atomic_folder
-from common.fast import attention
+from common.fast import attention, losses
 from common.runs import checkpoint, evaluate, plan, report
 from common.runs.engine import engine, patch_overflow_check
 from common.runs.run_folder import read_run_file, write_run_file
@@ -287,12 +287,8 @@ class RecipeTrainer(Trainer):
 
     def eval_sums(self, model, inputs) -> torch.Tensor:
         """One batch -> what is summed over batches and ranks, fp32 [n]; 0 for a batch without a
-        label.
-
-        Under losses.use_chunked_loss the output's `logits` are no logits: in eval mode they begin
-        with [loss sum, correct tokens, label tokens].
-        """
-        return model(**inputs).logits[:3].detach().float()
+        label. The model is one under losses.use_chunked_loss."""
+        return losses.loss_counts(model(**inputs))
 
     def eval_metrics(self, sums: list[float]) -> dict[str, float]:
         """The sums over the held-out set -> metrics."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 
+from common.fast import losses
+
 KIND = "text"
 COLUMNS = ("input_ids",)
 INPUTS = (
@@ -39,11 +41,11 @@ def loss(model, batch: dict, denominator: float):
     batch).
 
     model: under losses.use_chunked_loss, which computes logits at label positions only, chunk by
-        chunk; what it calls logits are sums.
+        chunk.
     """
     inputs = {name: batch[name] for name in INPUTS}
     out = model(**inputs, labels=batch["labels"], num_items_in_batch=denominator)
-    nll, correct, count = out.logits[:3].detach().unbind()
+    nll, correct, count = losses.loss_counts(out).unbind()
     sums = {"nll": nll, "correct": correct, "count": count}
     return out.loss + balance(out.aux_loss, count, denominator), sums
 
