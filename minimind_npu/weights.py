@@ -32,7 +32,7 @@ def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausal
             dtype = device.train_dtype(training) if args.use_lora else torch.float32
             kind = models.MiniMindForCausalLM
             model = cli.load(kind, name, dtype=dtype, attn_implementation=packed)
-    losses.use_chunked_loss(model)  # its logits are sums from here on: see stages/pretrain.py
+    losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts
     model.config.use_cache = False
     if cli.recompute(training):
         model.gradient_checkpointing_enable()
