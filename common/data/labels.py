@@ -2,9 +2,10 @@
 token id stands here.
 
 How the trained text is found: the conversation is rendered twice, plainly and with invisible
-private-use characters around every text. Without those characters both renderings must be equal, so
-they tell, in the plain one, what the template wrote and what the data wrote, whatever the template
-strips, moves or drops (earlier thinking).
+private-use characters (marks) around every text. Without the marks both renderings must be equal,
+so they tell, in the plain one, what the template wrote and what the data wrote, whatever the
+template strips, moves or drops (earlier thinking). Nothing less works for every template: few of
+them say what is generated ({% generation %}), and a text may occur in a prompt too.
 """
 
 import hashlib
@@ -17,26 +18,12 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
-IGNORE = -100
+IGNORE = -100  # the label of a token that is not trained; the one place where the number stands
 TEXT_KEYS = ("content", "reasoning_content")
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")  # planes 15 and 16: no assigned characters
 
 
-class _Facts(NamedTuple):
-    """What a template and its tokenizer do, learned once from two tiny conversations."""
-
-    template: str
-    special: re.Pattern  # any special token
-    special_ids: frozenset
-    tags: re.Pattern  # tags the template itself may look for inside texts, like </think>
-    # what announces an answer, longest first: the generation prompt, and what earlier turns have of
-    # it
-    headers: tuple
-    end: str  # the special tokens after a plain answer, or nothing
-    tracks: bool  # the template says itself what is generated: {% generation %}
-    by_offset: (
-        bool  # the tokenizer puts a space before every text it is given, so texts must not be split
-    )
+# ---- for recipes ---------------------------------------------------------------------------------
 
 
 def set_template(tokenizer, path_or_text):
@@ -47,16 +34,14 @@ def set_template(tokenizer, path_or_text):
     is_text = "{%" in path_or_text or "{{" in path_or_text
     name = "chat template" if is_text else path_or_text
     try:
-        tokenizer.chat_template = (
-            path_or_text if is_text else Path(path_or_text).read_text(encoding="utf-8-sig")
-        )
+        template = path_or_text if is_text else Path(path_or_text).read_text(encoding="utf-8-sig")
+        tokenizer.chat_template = template
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"{name}: not a readable chat template file: {error}") from None
     except jinja2.TemplateSyntaxError as error:
-        raise SystemExit(
-            f"{name}:{error.lineno}: not a Jinja chat template: {error.message}"
-        ) from None
+        where = f"{name}:{error.lineno}"
+        raise SystemExit(f"{where}: not a Jinja chat template: {error.message}") from None
     except jinja2.TemplateError:
         pass  # the template may refuse our probe; rows are checked when they come
 
@@ -64,11 +49,10 @@ def set_template(tokenizer, path_or_text):
 def fingerprint(tokenizer):
     """A short hash of all that decides how rows become tokens: vocabulary, special tokens, chat
     template, this file."""
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else sorted(tokenizer.get_vocab().items())
-    )
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = sorted(tokenizer.get_vocab().items())
     parts = [
         vocabulary,
         tokenizer.special_tokens_map,
@@ -91,14 +75,13 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
     or rewrites so that its answers cannot be found; SystemExit when there is no template.
     """
     ids, labels = _encode(tokenizer, messages, tools, False, template_kwargs)
-    if all(label == IGNORE for label in labels):
+    if not _any_trained(labels):
         return None
     truncated = len(ids) > max_length
     if truncated:
-        ids, labels = _drop_oldest(tokenizer, messages, max_length, tools, template_kwargs) or (
-            ids,
-            labels,
-        )
+        newest = _drop_oldest(tokenizer, messages, max_length, tools, template_kwargs)
+        if newest is not None:
+            ids, labels = newest
         ids, labels = _shrink(tokenizer, ids, labels, max_length)
     return {"input_ids": ids, "labels": labels, "truncated": truncated}
 
@@ -106,7 +89,8 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
 def encode_prompt(tokenizer, messages, tools=None, **template_kwargs):
     """Messages -> token ids [T] that generation starts from: the same tokens as before the answer
     in training."""
-    return _encode(tokenizer, messages, tools, True, template_kwargs)[0]
+    ids, _ = _encode(tokenizer, messages, tools, True, template_kwargs)
+    return ids
 
 
 def preview(tokenizer, input_ids, labels, color=True):
@@ -115,16 +99,131 @@ def preview(tokenizer, input_ids, labels, color=True):
 
     Runs of equal mask are decoded whole: a single token may be a third of a Chinese character.
     """
-    on, off, plain, reset = (
-        ("\033[32m", "\033[0m", "\033[90m", "\033[0m") if color else ("[[", "]]", "", "")
-    )
+    if color:
+        frames = {True: ("\033[32m", "\033[0m"), False: ("\033[90m", "\033[0m")}
+    else:
+        frames = {True: ("[[", "]]"), False: ("", "")}
     out = []
-    for trained, run in groupby(
-        zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE
-    ):
-        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        out.append(f"{on}{text}{off}" if trained else f"{plain}{text}{reset}")
+    for trained, tokens in _runs(input_ids, labels):
+        before, after = frames[trained]
+        text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        out.append(before + text + after)
     return "".join(out)
+
+
+def _any_trained(labels):
+    return any(label != IGNORE for label in labels)
+
+
+def _runs(ids, labels):
+    """-> (whether they are trained, token ids) of neighbours that are alike."""
+
+    def is_trained(pair):
+        return pair[1] != IGNORE
+
+    for trained, pairs in groupby(zip(ids, labels, strict=True), key=is_trained):
+        yield trained, [token for token, _ in pairs]
+
+
+# ---- what a template does ------------------------------------------------------------------------
+
+
+class _Facts(NamedTuple):
+    """What a template and its tokenizer do, learned once from two tiny conversations."""
+
+    template: str
+    # any special token
+    special: re.Pattern
+    special_ids: frozenset
+    # tags the template itself may look for inside texts, like </think>
+    tags: re.Pattern
+    # what announces an answer, longest first: the generation prompt, and what earlier turns have of
+    # it
+    headers: tuple
+    # the special tokens after a plain answer, or nothing
+    end: str
+    # the template says itself what is generated: {% generation %}
+    tracks: bool
+    # the tokenizer puts a space before every text it is given, so texts must not be split
+    by_offset: bool
+
+
+def _facts(tokenizer, tools, kwargs):
+    if tokenizer.chat_template is None:
+        raise SystemExit(
+            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; "
+            "pass the model's one with --chat_template FILE"
+        )
+    template = tokenizer.get_chat_template(tools=tools or None)
+    return _probe(tokenizer, template, json.dumps(kwargs, sort_keys=True), len(tokenizer))
+
+
+@lru_cache(maxsize=64)
+def _probe(tokenizer, template, kwargs, _size):
+    """kwargs: as JSON, and _size: tokens may be added later; both are here for the cache."""
+    kwargs = json.loads(kwargs)
+    added = tokenizer.added_tokens_decoder.values()
+    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    special = _any_of(name for name in names if name.strip())
+    headers, end = _headers_and_end(tokenizer, template, special, kwargs)
+    first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[:1]
+    return _Facts(
+        template=template,
+        special=special,
+        special_ids=frozenset(tokenizer.convert_tokens_to_ids(sorted(names))),
+        tags=_any_of(set(re.findall(r"</?[\w:]+>", template)) - names),
+        headers=headers,
+        end=end,
+        tracks=bool(re.search(r"\{%-?\s*generation\s*-?%\}", template)),
+        by_offset=tokenizer.is_fast and first != ["a"],
+    )
+
+
+def _any_of(names):
+    longest_first = sorted(names, key=len, reverse=True)
+    nothing = "(?!)"
+    return re.compile("|".join(map(re.escape, longest_first)) or nothing)
+
+
+def _headers_and_end(tokenizer, template, special, kwargs):
+    question = "\U000f0000"
+    answer = "\U000f0001"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def render(messages, prompt=False):
+        return _render(tokenizer, template, messages, None, prompt, kwargs)[0]
+
+    try:
+        asked = render(turns[:1])
+        prompt = render(turns[:1], prompt=True)
+        once = render(turns)
+        twice = render(turns * 2)
+    except ValueError:
+        # it wants more than one question: texts are then trained from their own start
+        return (), ""
+
+    after_question = asked.partition(question)[2]
+    if prompt == asked:
+        # "[INST] .. [/INST]": the answer follows what the template writes after a question, with
+        # its blanks if they stay
+        header = after_question.lstrip()
+        short = after_question.strip()
+    else:
+        header = prompt.partition(question)[2].removeprefix(after_question)
+        earlier = twice.partition(question)[2].partition(answer)[0].removeprefix(after_question)
+        short = _common_start(header, earlier, special)
+    headers = [text for text in dict.fromkeys([header, short]) if text.strip()]
+    end = re.compile(f"({special.pattern})+").search(once, once.find(answer) + 1)
+    return tuple(headers), end.group() if end else ""
+
+
+def _common_start(header, other, special):
+    """What both begin with, without a piece of a special token."""
+    common = commonprefix([header, other])
+    for token in special.finditer(header):
+        if token.start() < len(common) < token.end():
+            return header[: token.start()]
+    return common
 
 
 def _render(tokenizer, template, messages, tools, prompt, kwargs, tracks=False):
@@ -150,123 +249,77 @@ def _render(tokenizer, template, messages, tools, prompt, kwargs, tracks=False):
     return texts[0], spans[0] if tracks else []
 
 
-def _facts(tokenizer, tools, kwargs):
-    if tokenizer.chat_template is None:
-        raise SystemExit(
-            f"{tokenizer.name_or_path or 'tokenizer'}: no chat template; pass the model's one with --chat_template FILE"
-        )
-    template = tokenizer.get_chat_template(tools=tools or None)
-    return _probe(tokenizer, template, json.dumps(kwargs, sort_keys=True), len(tokenizer))
+# ---- marks: which text of the rendered chat is data ----------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def _probe(tokenizer, template, kwargs, _size):
-    kwargs = json.loads(kwargs)
-    added = tokenizer.added_tokens_decoder.values()
-    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    special = _any_of(name for name in names if name.strip())
-    headers, end = _headers_and_end(tokenizer, template, special, kwargs)
-    first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[:1]
-    return _Facts(
-        template=template,
-        special=special,
-        special_ids=frozenset(tokenizer.convert_tokens_to_ids(sorted(names))),
-        tags=_any_of(set(re.findall(r"</?[\w:]+>", template)) - names),
-        headers=headers,
-        end=end,
-        tracks=bool(re.search(r"\{%-?\s*generation\s*-?%\}", template)),
-        by_offset=tokenizer.is_fast and first != ["a"],
-    )
-
-
-def _headers_and_end(tokenizer, template, special, kwargs):
-    question, answer = "\U000f0000", "\U000f0001"
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        asked, _ = _render(tokenizer, template, turns[:1], None, False, kwargs)
-        prompt, _ = _render(tokenizer, template, turns[:1], None, True, kwargs)
-        once, _ = _render(tokenizer, template, turns, None, False, kwargs)
-        twice, _ = _render(tokenizer, template, turns * 2, None, False, kwargs)
-    except ValueError:
-        return (
-            (),
-            "",
-        )  # it wants more than one question: texts are then trained from their own start
-    found = re.compile(f"({special.pattern})+").search(once, once.find(answer) + 1)
-    tail = asked.partition(question)[2]
-    # "[INST] .. [/INST]": the answer follows what the template writes after a question, with its
-    # blanks if they stay
-    header, short = tail.lstrip(), tail.strip()
-    if prompt != asked:
-        header = prompt.partition(question)[2].removeprefix(tail)
-        earlier = twice.partition(question)[2].partition(answer)[0].removeprefix(tail)
-        short = commonprefix([header, earlier])
-        cut = [m.start() for m in special.finditer(header) if m.start() < len(short) < m.end()]
-        short = header[: cut[0]] if cut else short
-    return tuple(
-        h for h in dict.fromkeys([header, short]) if h.strip()
-    ), found.group() if found else ""
-
-
-def _any_of(names):
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-
-
-def _mark(messages, tools, facts, level, taken):
-    """Copies of messages and tools whose texts stand between two marks, and {mark: (message index,
-    opening mark)}.
+class _Marker:
+    """Puts the texts of messages and tools between two marks each.
 
     Marks stand inside the outer blanks of a text and beside the tags the template looks for, so
     that the template strips and splits as before. Level 2 marks contents and arguments of tool
     calls, 1 contents, 0 neither; special tokens are marked in all strings but roles.
     """
-    free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in taken)
-    owner = {}
 
-    def wrap(text, spans, index):
-        out, at = [], 0
+    def __init__(self, facts, level, taken):
+        """taken: private-use characters that stand in the rendered chat already."""
+        self.facts = facts
+        self.level = level
+        self.free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in taken)
+        # mark -> (index of its message, the opening mark of its pair or None if it opens itself)
+        self.owner = {}
+
+    def messages(self, messages):
+        marked = []
+        for index, message in enumerate(messages):
+            copy = self.walk(message, index)
+            copy["role"] = message["role"]
+            marked.append(copy)
+        return marked
+
+    def walk(self, value, index=None, whole=False):
+        """A copy of `value` with marks around the texts in it where `whole`, else around their
+        special tokens only."""
+        if isinstance(value, dict):
+            return {
+                key: self.walk(item, index, whole or self.is_text(key))
+                for key, item in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self.walk(item, index, whole) for item in value]
+        if not isinstance(value, str):
+            return value
+        if whole:
+            return self.wrap(value, _parts(value, self.facts.tags), index)
+        return self.wrap(value, [m.span() for m in self.facts.special.finditer(value)], index)
+
+    def is_text(self, key):
+        if key in TEXT_KEYS:
+            return self.level >= 1
+        return key == "arguments" and self.level >= 2
+
+    def wrap(self, text, spans, index):
+        out = []
+        at = 0
         for start, end in spans:
-            opening, closing = next(free), next(free)
-            owner[opening], owner[closing] = (index, None), (index, opening)
+            opening = next(self.free)
+            closing = next(self.free)
+            self.owner[opening] = (index, None)
+            self.owner[closing] = (index, opening)
             out += [text[at:start], opening, text[start:end], closing]
             at = end
         return "".join(out) + text[at:]
-
-    def walk(value, index, whole):
-        if isinstance(value, str):
-            spans = (
-                _parts(value, facts.tags)
-                if whole
-                else [m.span() for m in facts.special.finditer(value)]
-            )
-            return wrap(value, spans, index) if spans else value
-        if isinstance(value, dict):
-            return {
-                k: walk(
-                    v,
-                    index,
-                    whole or (k in TEXT_KEYS and level > 0) or (k == "arguments" and level > 1),
-                )
-                for k, v in value.items()
-            }
-        return (
-            [walk(item, index, whole) for item in value]
-            if isinstance(value, (list, tuple))
-            else value
-        )
-
-    marked = [{**walk(m, i, False), "role": m["role"]} for i, m in enumerate(messages)]
-    return marked, walk(tools, None, False), owner
 
 
 def _parts(text, tags):
     """Spans of `text` between tags, without outer blanks; blank ones are left out (templates test
     for empty texts)."""
-    spans, at = [], 0
-    for start, end in [*(m.span() for m in tags.finditer(text)), (len(text), 0)]:
+    spans = []
+    at = 0
+    for start, end in [*(m.span() for m in tags.finditer(text)), (len(text), len(text))]:
         piece = text[at:start]
         if piece.strip():
-            spans.append((at + len(piece) - len(piece.lstrip()), at + len(piece.rstrip())))
+            lead = len(piece) - len(piece.lstrip())
+            spans.append((at + lead, at + len(piece.rstrip())))
         at = end
     return spans
 
@@ -274,13 +327,18 @@ def _parts(text, tags):
 def _unmark(marked, owner):
     """-> (text without marks, [(start, end, message index)] in it), or (None, []) when a mark lost
     its other half."""
-    parts, spans, opened, at, size = [], [], {}, 0, 0
+    parts = []
+    spans = []
+    opened = {}  # opening mark -> where it stood in the text without marks
+    at = 0
+    size = 0  # of the text without marks
     for match in _PRIVATE.finditer(marked):
         mark = match.group()
         if mark not in owner:
             continue
         parts.append(marked[at : match.start()])
-        size, at = size + match.start() - at, match.end()
+        size += match.start() - at
+        at = match.end()
         index, opening = owner[mark]
         if opening is None:
             opened[mark] = size
@@ -288,7 +346,27 @@ def _unmark(marked, owner):
             spans.append((opened.pop(opening), size, index))
         else:
             return None, []
-    return (None, []) if opened else ("".join(parts) + marked[at:], spans)
+    if opened:
+        return None, []
+    return "".join(parts) + marked[at:], spans
+
+
+def _spans_of_texts(tokenizer, facts, text, messages, tools, prompt, kwargs, level):
+    """[(start, end, message index)] of the data's texts in the rendered `text`; None when the
+    template renders marked messages otherwise."""
+    marker = _Marker(facts, level, taken=set(_PRIVATE.findall(text)))
+    marked = marker.messages(messages)
+    marked_tools = marker.walk(tools)
+    if not marker.owner:
+        return []
+    rendered, _ = _render(
+        tokenizer, facts.template, marked, marked_tools, prompt, kwargs, facts.tracks
+    )
+    unmarked, spans = _unmark(rendered, marker.owner)
+    return spans if unmarked == text else None
+
+
+# ---- turns: which text of the rendered chat is trained -------------------------------------------
 
 
 def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
@@ -297,16 +375,10 @@ def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
     text, tracked = _render(
         tokenizer, facts.template, messages, tools, prompt, kwargs, facts.tracks
     )
-    taken = set(_PRIVATE.findall(text))
+    # a template that cuts texts up or parses arguments bears fewer marks
     for level in (0,) if facts.tracks else (2, 1, 0):
-        marked, marked_tools, owner = _mark(messages, tools, facts, level, taken)
-        same, spans = text, []
-        if owner:
-            render = _render(
-                tokenizer, facts.template, marked, marked_tools, prompt, kwargs, facts.tracks
-            )
-            same, spans = _unmark(render[0], owner)
-        if same == text:
+        spans = _spans_of_texts(tokenizer, facts, text, messages, tools, prompt, kwargs, level)
+        if spans is not None:
             break
     else:
         raise ValueError(
@@ -322,13 +394,26 @@ def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
     return text, turns, data, still_open
 
 
+def _blank(text, spans):
+    """`text` with the given spans overwritten, same length."""
+    out = []
+    at = 0
+    for start, end in sorted(spans):
+        if start >= at:
+            out += [text[at:start], "\0" * (end - start)]
+            at = end
+    return "".join(out) + text[at:]
+
+
 def _tracked_turns(literal, tracked, facts):
     """The template's own spans, made to end with the end token (masks leave it out, or go on to the
     newline)."""
-    turns, ended = [], True
+    turns = []
+    ended = True
     for start, end in tracked:
         if start == end:
             continue
+        # special tokens with nothing but blanks behind them
         inside = [
             m.end()
             for m in facts.special.finditer(literal, start, end)
@@ -336,7 +421,11 @@ def _tracked_turns(literal, tracked, facts):
         ]
         follows = facts.special.match(literal, end)
         ended = bool(inside or follows)
-        turns.append((start, inside[-1] if inside else follows.end() if follows else end))
+        if inside:
+            end = inside[-1]
+        elif follows:
+            end = follows.end()
+        turns.append((start, end))
     return turns, not ended and not literal[turns[-1][1] :].strip()
 
 
@@ -348,40 +437,53 @@ def _turns(text, messages, spans, data, prompt, facts):
     the first special token that the template wrote, or else with its text. `spans` None: only the
     headers tell.
     """
-    literal = _blank(
-        text, data if spans is None else [span[:2] for span in spans]
-    )  # what the template wrote
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if spans is None and (
-        not facts.headers or literal.count(facts.headers[-1]) != len(answers) + prompt
-    ):
-        raise ValueError(
-            "answers cannot be found in the rendered chat; put {% generation %} into the chat template"
-        )
-    texts = {}
-    for start, end, index in spans or []:
-        low, high = texts.get(index, (start, end))
-        texts[index] = min(low, start), max(high, end)
-    starts, turns, cursor, still_open = sorted(span[0] for span in spans or []), [], 0, False
+    # literal: what the template wrote, with the data blanked out
+    if spans is None:
+        literal = _blank(text, data)
+        _check_headers(literal, facts.headers, len(answers) + prompt)
+    else:
+        literal = _blank(text, [(start, end) for start, end, _ in spans])
+    texts = _text_of_each_message(spans or [])
+    starts = sorted(start for start, _, _ in spans or [])
+    turns = []
+    cursor = 0  # the end of the messages so far
+    still_open = False
     for index, message in enumerate(messages):
+        own = texts.get(index)
         if message["role"] != "assistant":
-            cursor = max(cursor, texts.get(index, (0, 0))[1])
+            cursor = max(cursor, own[1] if own else 0)
             continue
-        start, text_end, limit = _start(literal, texts.get(index), starts, cursor, facts.headers)
+        start, text_end, limit = _start(literal, own, starts, cursor, facts.headers)
         end = _end(literal, text_end, limit, facts)
-        if end is None and index == len(messages) - 1 and not prompt:
-            end = max(text_end, len(literal.rstrip()))
-            still_open = start < end
-        end = text_end if end is None else end
-        _check(
-            message,
-            text[start:end],
-            spans is not None and index == answers[-1] and index not in texts,
-        )
+        if end is None:
+            end = text_end
+            if index == len(messages) - 1 and not prompt:
+                end = max(text_end, len(literal.rstrip()))
+                still_open = start < end
+        text_lost = spans is not None and own is None and index == answers[-1]
+        _check(message, text[start:end], text_lost)
         if start < end:
             turns.append((start, end))
             cursor = end
     return turns, still_open
+
+
+def _check_headers(literal, headers, expected):
+    if not headers or literal.count(headers[-1]) != expected:
+        raise ValueError(
+            "answers cannot be found in the rendered chat; "
+            "put {% generation %} into the chat template"
+        )
+
+
+def _text_of_each_message(spans):
+    """{message index: (start of its first text, end of its last)}."""
+    texts = {}
+    for start, end, index in spans:
+        low, high = texts.get(index, (start, end))
+        texts[index] = (min(low, start), max(high, end))
+    return texts
 
 
 def _check(message, turn, text_lost):
@@ -402,38 +504,35 @@ def _start(literal, own, starts, cursor, headers):
         return starts[after] if after < len(starts) else len(literal)
 
     def after_header(at, limit):
-        return at + max(len(h) for h in headers if literal.startswith(h, at, limit))
+        return at + max(len(header) for header in headers if literal.startswith(header, at, limit))
 
     if own:
-        at = literal.rfind(headers[-1], cursor, own[0]) if headers else -1
-        return after_header(at, own[0]) if at >= 0 else own[0], own[1], next_text(own[1])
+        text_start, text_end = own
+        at = literal.rfind(headers[-1], cursor, text_start) if headers else -1
+        start = after_header(at, text_start) if at >= 0 else text_start
+        return start, text_end, next_text(text_end)
+
     # no text of its own: a bare tool call, or an empty answer
     limit = next_text(cursor)
     at = literal.find(headers[-1], cursor, limit) if headers else -1
     if at < 0:
         return cursor, cursor, cursor
     start = after_header(at, limit)
-    other = literal.find(headers[-1], start, limit)
-    return start, start, other if other >= 0 else limit
+    next_header = literal.find(headers[-1], start, limit)
+    return start, start, next_header if next_header >= 0 else limit
 
 
 def _end(literal, at, limit, facts):
     """Where the end token of an answer ends, or None."""
-    found = literal.find(facts.end, at, limit) if facts.end else -1
-    if found >= 0:
-        return found + len(facts.end)
-    found = facts.special.search(literal, at, limit)
-    return found and found.end()
+    if facts.end:
+        found = literal.find(facts.end, at, limit)
+        if found >= 0:
+            return found + len(facts.end)
+    other = facts.special.search(literal, at, limit)
+    return other.end() if other else None
 
 
-def _blank(text, spans):
-    """`text` with the given spans overwritten, same length."""
-    out, at = [], 0
-    for start, end in sorted(spans):
-        if start >= at:
-            out += [text[at:start], "\0" * (end - start)]
-            at = end
-    return "".join(out) + text[at:]
+# ---- text -> tokens ------------------------------------------------------------------------------
 
 
 def _encode(tokenizer, messages, tools, prompt, kwargs):
@@ -443,25 +542,34 @@ def _encode(tokenizer, messages, tools, prompt, kwargs):
     if facts.by_offset:
         ids, labels = _by_offset(tokenizer, text, turns, data, facts)
     else:
-        ids, labels = [], []
-        for piece, trained, plain in _pieces(text, turns, data):
-            tokens = _tokens(tokenizer, piece, plain, facts)
-            ids += tokens
-            labels += tokens if trained else [IGNORE] * len(tokens)
+        ids, labels = _by_piece(tokenizer, text, turns, data, facts)
     if still_open and not prompt:
         if tokenizer.eos_token_id is None:
             raise SystemExit(
-                "neither the chat template nor the tokenizer has an end token; set tokenizer.eos_token"
+                "neither the chat template nor the tokenizer has an end token; "
+                "set tokenizer.eos_token"
             )
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
     return ids, labels
 
 
+def _by_piece(tokenizer, text, turns, data, facts):
+    """Every piece on its own, so that no token reaches over the edge of a turn."""
+    ids = []
+    labels = []
+    for piece, trained, plain in _pieces(text, turns, data):
+        tokens = _tokens(tokenizer, piece, plain, facts)
+        ids += tokens
+        labels += tokens if trained else [IGNORE] * len(tokens)
+    return ids, labels
+
+
 def _pieces(text, turns, data):
-    """[(piece, trained, data)]: the text cut at the ends of turns and of the special tokens that
-    are data."""
-    starts, ends = {start for start, _ in turns}, {end for _, end in turns}
+    """(piece, trained, data): the text cut at the ends of turns and of the special tokens that are
+    data."""
+    starts = {start for start, _ in turns}
+    ends = {end for _, end in turns}
     plain = dict(data)
     cuts = sorted({0, len(text), *starts, *ends, *plain, *plain.values()})
     trained = False
@@ -473,22 +581,25 @@ def _pieces(text, turns, data):
 def _tokens(tokenizer, text, plain, facts):
     """Token ids of one piece; with `plain` its special tokens are spelt out like any text."""
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-    if plain and not facts.special_ids.isdisjoint(
-        ids
-    ):  # a vocabulary that has them as ordinary pieces too
+    if plain and not facts.special_ids.isdisjoint(ids):
+        # a vocabulary that has them as ordinary pieces too
         ids = [i for char in text for i in tokenizer.encode(char, add_special_tokens=False)]
     return ids
 
 
 def _by_offset(tokenizer, text, turns, data, facts):
     """Like the whole text at once; a token is trained when its last character lies in a turn."""
-    ids, labels, plain, ends = [], [], dict(data), [end for _, end in turns]
+    ids = []
+    labels = []
+    plain = dict(data)
+    ends = [end for _, end in turns]
     for start, end in pairwise(sorted({0, len(text), *plain, *plain.values()})):
         as_text = plain.get(start) == end
         for token, at in _offsets(tokenizer, text[start:end], start, as_text, facts):
             turn = bisect_left(ends, at + 1)
+            trained = turn < len(turns) and turns[turn][0] <= at
             ids.append(token)
-            labels.append(token if turn < len(turns) and turns[turn][0] <= at else IGNORE)
+            labels.append(token if trained else IGNORE)
     return ids, labels
 
 
@@ -501,47 +612,63 @@ def _offsets(tokenizer, piece, start, plain, facts):
         split_special_tokens=plain,
         return_offsets_mapping=True,
     )
-    found = [
-        (token, start - len(lead) + max(a, b - 1))
-        for token, (a, b) in zip(out["input_ids"], out["offset_mapping"], strict=True)
-        if b > len(lead) or not lead
-    ]
+    found = []
+    for token, (begin, end) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+        if end > len(lead) or not lead:
+            found.append((token, start - len(lead) + max(begin, end - 1)))
     if plain and len(piece) > 1 and any(token in facts.special_ids for token, _ in found):
-        found = [
-            x
-            for i, char in enumerate(piece)
-            for x in _offsets(tokenizer, char, start + i, True, facts)
-        ]
+        found = []
+        for i, char in enumerate(piece):
+            found += _offsets(tokenizer, char, start + i, True, facts)
     return found
+
+
+# ---- rows that are too long ----------------------------------------------------------------------
 
 
 def _drop_oldest(tokenizer, messages, max_length, tools, kwargs):
     """(ids, labels) of the most exchanges (system, then the newest ones) that fit, or of the newest
     alone, or None."""
-    said = [
-        i
-        for i, m in enumerate(messages)
-        if m["role"] == "assistant" and any(m.get(k) for k in m if k != "role")
-    ]
-    messages = messages[: said[-1] + 1] if said else messages
-    roles = [message["role"] for message in messages]
-    head = next((i for i, role in enumerate(roles) if role in ("user", "assistant", "tool")), 0)
-    begins = [
-        i
-        for i in range(head, len(roles))
-        if roles[i] == "user" and (i == head or roles[i - 1] != "user")
-    ]
-    best, low, high = None, 0, len(begins) - 1
+    messages = _up_to_last_answer(messages)
+    head, begins = _exchanges(messages)
+    best = None
+    low = 0
+    high = len(begins) - 1
     while low <= high:  # the row gets shorter with every exchange dropped
         middle = (low + high) // 2
-        row = _encode(
-            tokenizer, [*messages[:head], *messages[begins[middle] :]], tools, False, kwargs
-        )
-        fits = len(row[0]) <= max_length
-        if (fits or middle == len(begins) - 1) and any(label != IGNORE for label in row[1]):
-            best = row
-        low, high = (low, middle - 1) if fits else (middle + 1, high)
+        kept = [*messages[:head], *messages[begins[middle] :]]
+        ids, labels = _encode(tokenizer, kept, tools, False, kwargs)
+        fits = len(ids) <= max_length
+        newest_alone = middle == len(begins) - 1
+        if (fits or newest_alone) and _any_trained(labels):
+            best = (ids, labels)
+        if fits:
+            high = middle - 1
+        else:
+            low = middle + 1
     return best
+
+
+def _up_to_last_answer(messages):
+    """Without what follows the last assistant turn that says anything."""
+    for index in reversed(range(len(messages))):
+        message = messages[index]
+        if message["role"] == "assistant" and any(message[key] for key in message if key != "role"):
+            return messages[: index + 1]
+    return messages
+
+
+def _exchanges(messages):
+    """-> (how many messages stand before the first exchange, where the exchanges begin)."""
+    roles = [message["role"] for message in messages]
+    speaks = ("user", "assistant", "tool")
+    head = next((i for i, role in enumerate(roles) if role in speaks), 0)
+    begins = []
+    for i in range(head, len(roles)):
+        after_user = i > head and roles[i - 1] == "user"
+        if roles[i] == "user" and not after_user:
+            begins.append(i)
+    return head, begins
 
 
 def _shrink(tokenizer, ids, labels, room):
@@ -550,27 +677,25 @@ def _shrink(tokenizer, ids, labels, room):
     if len(ids) <= room:
         return ids, labels
     last = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
-    ids, labels = ids[:last], labels[:last]
-    runs = [
-        (on, [i for i, _ in run])
-        for on, run in groupby(zip(ids, labels, strict=True), lambda p: p[1] != IGNORE)
-    ]
+    runs = list(_runs(ids[:last], labels[:last]))
     if 16 * len(runs) > room:  # too little room for every turn: the last one alone is trained
-        runs = [(False, ids[: last - len(runs[-1][1])]), runs[-1]]
-    prompts, answers = ([len(run) for on, run in runs if on is kind] for kind in (False, True))
+        _, answer = runs[-1]
+        runs = [(False, ids[: last - len(answer)]), (True, answer)]
+    prompts = [len(run) for trained, run in runs if not trained]
+    answers = [len(run) for trained, run in runs if trained]
     kept = min(sum(prompts), max(room - sum(answers), room // 4))
-    prompt_cap, answer_cap = _cap(prompts, kept), _cap(answers, room - kept)
-    ids, labels = [], []
-    for on, run in runs:
-        if on and len(run) > answer_cap:
-            run = _clean_end(tokenizer, run[: answer_cap - 1]) + run[-1:]
-        elif not on and len(run) > prompt_cap:
-            tail = prompt_cap - prompt_cap // 2
-            run = _clean_end(tokenizer, run[: prompt_cap // 2]) + _clean_start(
-                tokenizer, run[len(run) - tail :]
-            )
+    prompt_cap = _cap(prompts, kept)
+    answer_cap = _cap(answers, room - kept)
+    ids = []
+    labels = []
+    for trained, run in runs:
+        if trained:
+            run = _cut_tail(tokenizer, run, answer_cap)
+            labels += run
+        else:
+            run = _cut_middle(tokenizer, run, prompt_cap)
+            labels += [IGNORE] * len(run)
         ids += run
-        labels += run if on else [IGNORE] * len(run)
     return ids, labels
 
 
@@ -580,6 +705,22 @@ def _cap(lengths, room):
     while rest and rest[0] <= room // len(rest):
         room -= rest.pop(0)
     return room // len(rest) if rest else max(lengths, default=0)
+
+
+def _cut_tail(tokenizer, run, size):
+    """The last token, which ends the answer, stays."""
+    if len(run) <= size:
+        return run
+    return _clean_end(tokenizer, run[: size - 1]) + run[-1:]
+
+
+def _cut_middle(tokenizer, run, size):
+    if len(run) <= size:
+        return run
+    head = size // 2
+    tail = size - head
+    start = _clean_end(tokenizer, run[:head])
+    return start + _clean_start(tokenizer, run[len(run) - tail :])
 
 
 def _clean_end(tokenizer, ids):
@@ -592,6 +733,7 @@ def _clean_end(tokenizer, ids):
 
 
 def _clean_start(tokenizer, ids):
+    """Without the last bytes of a character that was cut (at most three)."""
     for _ in range(3):
         if not ids or not tokenizer.decode(ids[:8]).startswith("\ufffd"):
             break
