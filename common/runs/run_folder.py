@@ -78,10 +78,10 @@ def open_output(
     defining = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
     defining = json.loads(json.dumps(defining, default=str, sort_keys=True))
 
-    def inspect() -> Verdict:
-        return _inspect(args, Path(args.output_dir), defining, overwrite, keeps_order)
+    def decide() -> Verdict:
+        return inspect(args, Path(args.output_dir), defining, overwrite, keeps_order)
 
-    verdict = _on_first_rank(inspect)
+    verdict = _on_first_rank(decide)
     for line in verdict.say:
         cli.say(line)
     if verdict.exit:
@@ -100,7 +100,8 @@ def _on_first_rank(action: Callable[[], Verdict]) -> Verdict:
     return box[0]
 
 
-def _inspect(args, out: Path, settings: dict, overwrite: bool, keeps_order: bool) -> Verdict:
+def inspect(args, out: Path, settings: dict, overwrite: bool, keeps_order: bool) -> Verdict:
+    """What `open_output` does with the folder, decided by one process."""
     asked = str(args.resume_from_checkpoint or "false")
     explicit = asked.lower() != "false"
     try:
