@@ -1,9 +1,10 @@
 """Published ChatGLM checkpoints -> folders that train.py and any transformers program load without
 remote code.
 
-    python chatglm_lora/convert.py --model models/chatglm3-6b --output_dir models/chatglm3-native    # ChatGLM2/3 -> Glm
-    python chatglm_lora/convert.py --model models/chatglm-6b-old --output_dir models/chatglm-slim    # 150528 -> 130528
-    python chatglm_lora/convert.py --model old-adapter --base models/chatglm2-native --output_dir new-adapter
+    python chatglm_lora/convert.py --model models/chatglm3-6b --output_dir OUT    # 2 and 3 -> Glm
+    python chatglm_lora/convert.py --model models/chatglm-6b-old --output_dir OUT # 150528 -> 130528
+    python chatglm_lora/convert.py --model old-adapter --base models/chatglm2-native \\
+        --output_dir OUT
 
 Weights are read from *.safetensors or pytorch_model*.bin (never unpickled as code) and written
 shard by shard: memory holds one shard. Every tensor of the source must have its place, and every
@@ -17,23 +18,24 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
 from common import cli  # noqa: I001  (before torch and transformers: it brings the device)
-from common.convert import adapter
 
-import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
+from common.convert import adapter
 from common.convert.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
+from common.data.progress import Progress
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from tokenization_chatglm import ChatGLMTokenizer
 
-
-# ---- ChatGLM2, ChatGLM3, GLM-4 -> Glm ---------------------------------------------------------------------------
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+DERIVED = re.compile(r"rotary_(pos_)?emb\.inv_freq$")  # buffers that are computed, not learned
 
 # field of the published config -> (its default there, the only value that Glm computes)
 FIXED = {
@@ -49,6 +51,15 @@ FIXED = {
     "quantization_bit": (0, 0),
     "pre_seq_len": (None, None),
 }
+NEEDED = (
+    "num_layers",
+    "padded_vocab_size",
+    "hidden_size",
+    "ffn_hidden_size",
+    "kv_channels",
+    "num_attention_heads",
+    "multi_query_group_num",
+)
 OUTER = {
     "transformer.embedding.word_embeddings": "model.embed_tokens",
     "transformer.encoder.final_layernorm": "model.norm",
@@ -62,8 +73,9 @@ BLOCK = {
     "mlp.dense_h_to_4h": ["mlp.gate_up_proj"],
     "mlp.dense_4h_to_h": ["mlp.down_proj"],
 }
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
-DERIVED = re.compile(r"rotary_(pos_)?emb\.inv_freq$")  # buffers that are computed, not learned
+
+
+# ---- ChatGLM2, ChatGLM3, GLM-4 -> Glm: config and names ------------------------------------------
 
 
 def glm_config(old: dict, interpolate: bool = False) -> GlmConfig:
@@ -73,25 +85,7 @@ def glm_config(old: dict, interpolate: bool = False) -> GlmConfig:
     rope_ratio > 1 (the 32k models, GLM-4) makes the base of the rotation larger; interpolate: as in
     ChatGLM2-6B-32K it divides the positions instead.
     """
-    wrong = [
-        f"{name}={old.get(name, default)}"
-        for name, (default, fixed) in FIXED.items()
-        if bool(old.get(name, default)) != bool(fixed)
-    ]
-    if wrong:
-        raise SystemExit(f"this checkpoint cannot be computed by Glm: {', '.join(wrong)}")
-    needed = (
-        "num_layers",
-        "padded_vocab_size",
-        "hidden_size",
-        "ffn_hidden_size",
-        "kv_channels",
-        "num_attention_heads",
-    )
-    if missing := [name for name in (*needed, "multi_query_group_num") if name not in old]:
-        raise SystemExit(
-            f"config.json lacks {', '.join(missing)}: not a ChatGLM2, ChatGLM3 or GLM-4 checkpoint"
-        )
+    check_config(old)
     ratio = old.get("rope_ratio") or 1
     rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
     if interpolate and ratio != 1:
@@ -118,21 +112,36 @@ def glm_config(old: dict, interpolate: bool = False) -> GlmConfig:
     )
 
 
+def check_config(old: dict) -> None:
+    wrong = []
+    for name, (default, fixed) in FIXED.items():
+        value = old.get(name, default)
+        if bool(value) != bool(fixed):
+            wrong.append(f"{name}={value}")
+    if wrong:
+        raise SystemExit(f"this checkpoint cannot be computed by Glm: {', '.join(wrong)}")
+    missing = [name for name in NEEDED if name not in old]
+    if missing:
+        raise SystemExit(
+            f"config.json lacks {', '.join(missing)}: not a ChatGLM2, ChatGLM3 or GLM-4 checkpoint"
+        )
+
+
 def native_modules(config: GlmConfig) -> dict[str, list[str]]:
     """Module of a published checkpoint -> its native modules: one, or three where q, k and v are
     fused."""
     names = {old: [new] for old, new in OUTER.items()}
     for layer in range(config.num_hidden_layers):
         for old, new in BLOCK.items():
-            names[f"transformer.encoder.layers.{layer}.{old}"] = [
-                f"model.layers.{layer}.{one}" for one in new
-            ]
+            published = f"transformer.encoder.layers.{layer}.{old}"
+            names[published] = [f"model.layers.{layer}.{one}" for one in new]
     return names
 
 
 def native_names(config: GlmConfig) -> dict[str, list[str]]:
     """Parameter of a published checkpoint -> its native parameters."""
-    expected, names = empty_weights(GlmForCausalLM, config), {}
+    expected = empty_weights(GlmForCausalLM, config)
+    names = {}
     for old, new in native_modules(config).items():
         for kind in ("weight", "bias"):
             if f"{new[0]}.{kind}" in expected:
@@ -140,31 +149,7 @@ def native_names(config: GlmConfig) -> dict[str, list[str]]:
     return names
 
 
-def empty_weights(model_class, config) -> dict[str, torch.Tensor]:
-    """The weights that such a model has, without memory."""
-    with torch.device("meta"):
-        return model_class(config).state_dict()
-
-
-def split_rows(config: GlmConfig, tensor: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    """A tensor with the rows [q | k | v] -> the three, each with memory of its own; any other ->
-    (itself,)."""
-    if parts == 1:
-        return (tensor,)
-    sizes = [
-        heads * config.head_dim
-        for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-    ]
-    return tuple(part.clone() for part in tensor.split(sizes))
-
-
-def check_names(found: Iterable[str], expected: Iterable[str], what) -> None:
-    found, expected = {name for name in found if not DERIVED.search(name)}, set(expected)
-    for problem, names in (("lacks", expected - found), ("has unknown", found - expected)):
-        if names:
-            raise SystemExit(
-                f"{what} {problem} {len(names)} tensors: {', '.join(sorted(names)[:3])}"
-            )
+# ---- ChatGLM2, ChatGLM3, GLM-4 -> Glm: weights ---------------------------------------------------
 
 
 def to_native(
@@ -173,43 +158,86 @@ def to_native(
     dtype: str = "auto",
     family: str | None = None,
     shard_gb: float = SHARD_GB,
-):
+) -> None:
     """A published ChatGLM2/3 or GLM-4 folder -> a GlmForCausalLM folder with its tokenizer. All
-    checks come first."""
+    checks come first.
+
+    dtype: of the written weights, one of DTYPES; shard_gb: GB in one file of weights.
+    """
     old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights, family = Weights(folder), family or guess_family(folder, old)
+    weights = Weights(folder)
+    family = family or guess_family(folder, old)
     config = glm_config(old, interpolates(folder, family))
-    names = check_native(weights, config, folder)
-    target = target_dtype(weights, dtype)
+    names = check_weights(weights, config, folder)
+    config.dtype = target_dtype(weights, dtype)
     tokenizer = make_tokenizer(folder, family, config)
 
-    def converted():
-        for name, new in names.items():
-            yield from zip(new, split_rows(config, weights[name].to(target), len(new)), strict=True)
-
-    config.dtype = target
     with Draft(out) as part:
         config.save_pretrained(part)
         generation_config(config, tokenizer).save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        size = save_sharded(converted(), part, shard_gb)
-    cli.say(f"{out}: GlmForCausalLM, {size / 1e9:.2f} GB in {str(target).removeprefix('torch.')}")
+        size = save_sharded(native_tensors(weights, names, config), part, shard_gb)
+    cli.say(f"{out}: GlmForCausalLM, {size / 1e9:.2f} GB in {str(config.dtype)[6:]}")
 
 
-def check_native(weights: Weights, config: GlmConfig, folder: Path) -> dict[str, list[str]]:
+def native_tensors(
+    weights: Weights, names: dict[str, list[str]], config: GlmConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Published tensors -> native ones by name, in the dtype of `config`."""
+    with Progress("convert", total=len(names), unit="tensors") as progress:
+        for name, new in names.items():
+            tensor = weights[name].to(config.dtype)
+            yield from zip(new, split_rows(config, tensor, len(new)), strict=True)
+            progress.update()
+
+
+def split_rows(config: GlmConfig, tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """A tensor with the rows [q | k | v] -> the three, each with memory of its own; any other ->
+    (itself,)."""
+    if parts == 1:
+        return (tensor,)
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return tuple(part.clone() for part in tensor.split([queries, keys, keys]))
+
+
+def empty_weights(model_class, config) -> dict[str, Tensor]:
+    """The weights that such a model has, without memory."""
+    with torch.device("meta"):
+        return model_class(config).state_dict()
+
+
+def check_weights(weights: Weights, config: GlmConfig, folder: Path) -> dict[str, list[str]]:
     """-> `native_names`; SystemExit where the names or shapes of the weights are not those of
     `config`."""
-    expected, names = empty_weights(GlmForCausalLM, config), native_names(config)
+    expected = empty_weights(GlmForCausalLM, config)
+    names = native_names(config)
     check_names(weights, names, folder)
     for name, new in names.items():
-        first, rows = expected[new[0]], sum(len(expected[one]) for one in new)
-        check_shape(name, weights.shape(name), [rows, *first.shape[1:]])
+        rows = sum(len(expected[one]) for one in new)
+        check_shape(name, weights.shape(name), [rows, *expected[new[0]].shape[1:]])
     return names
 
 
+def check_names(found: Iterable[str], expected: Iterable[str], folder: Path) -> None:
+    found = {name for name in found if not DERIVED.search(name)}
+    expected = set(expected)
+    differences = {"lacks": expected - found, "has unknown": found - expected}
+    for problem, names in differences.items():
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise SystemExit(f"{folder} {problem} {len(names)} tensors: {shown}")
+
+
 def target_dtype(weights: Weights, dtype: str) -> torch.dtype:
-    return weights[next(iter(weights))].dtype if dtype == "auto" else getattr(torch, dtype)
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    first = next(iter(weights))
+    return weights[first].dtype
+
+
+# ---- ChatGLM2, ChatGLM3, GLM-4 -> Glm: tokenizer -------------------------------------------------
 
 
 def guess_family(folder: Path, old: dict) -> str | None:
@@ -217,11 +245,12 @@ def guess_family(folder: Path, old: dict) -> str | None:
     None without any."""
     if old.get("padded_vocab_size", 0) > 100_000:
         return "glm4"
-    files = [
-        folder / name for name in ("tokenization_chatglm.py", "tokenizer_config.json", "README.md")
-    ]
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
-    texts += [str(old["_name_or_path"])] if old.get("_name_or_path") else []
+    texts = []
+    for name in ("tokenization_chatglm.py", "tokenizer_config.json", "README.md"):
+        if (folder / name).is_file():
+            texts.append((folder / name).read_text(encoding="utf-8", errors="replace"))
+    if old.get("_name_or_path"):
+        texts.append(str(old["_name_or_path"]))
     if any(re.search(r"<\|assistant\|>|chatglm3", text, re.IGNORECASE) for text in texts):
         return "chatglm3"
     return "chatglm2" if texts else None
@@ -231,11 +260,10 @@ def interpolates(folder: Path, family: str | None) -> bool:
     """Whether rope_ratio divides positions (ChatGLM2-6B-32K): its code tells (read, not run), else
     the family."""
     code = folder / "modeling_chatglm.py"
-    if code.is_file():
-        return bool(
-            re.search(r"/\s*self\.rope_ratio", code.read_text(encoding="utf-8", errors="replace"))
-        )
-    return family == "chatglm2"
+    if not code.is_file():
+        return family == "chatglm2"
+    text = code.read_text(encoding="utf-8", errors="replace")
+    return bool(re.search(r"/\s*self\.rope_ratio", text))
 
 
 def make_tokenizer(folder: Path, family: str | None, config: GlmConfig):
@@ -252,54 +280,62 @@ def make_tokenizer(folder: Path, family: str | None, config: GlmConfig):
         return None
     if family is None:
         raise SystemExit(
-            f"{folder} does not tell which prompts it was trained with; say --family chatglm2 or chatglm3"
+            f"{folder} does not tell which prompts it was trained with; say --family chatglm2 or "
+            "chatglm3"
         )
     proto = fast_tokenizer.read_model(path)
     tokenizer = fast_tokenizer.make_tokenizer(
         proto, family, model_max_length=config.max_position_embeddings
     )
     fast_tokenizer.compare(tokenizer, proto)
+    check_tokenizer(tokenizer, config, path)
+    special = len(fast_tokenizer.SPECIALS[family])
+    cli.say(f"tokenizer of {family}: {len(proto.pieces):,} pieces, {special} behind them")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer, config: GlmConfig, path: Path) -> None:
+    """SystemExit when the tokenizer is not that of the model."""
     if len(tokenizer) > config.vocab_size:
         raise SystemExit(
-            f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; not its tokenizer?"
+            f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}; "
+            "not its tokenizer?"
         )
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if wrong := [
-        f"{k} {getattr(config, k)}, not {v}" for k, v in ids.items() if getattr(config, k) != v
-    ]:
+    wrong = []
+    for name in ("eos_token_id", "pad_token_id"):
+        wanted = getattr(tokenizer, name)
+        found = getattr(config, name)
+        if found != wanted:
+            wrong.append(f"{name} {found}, not {wanted}")
+    if wrong:
         raise SystemExit(f"{path} does not fit config.json: there is {', '.join(wrong)}")
-    cli.say(
-        f"tokenizer of {family}: {len(proto.pieces):,} pieces, {len(fast_tokenizer.SPECIALS[family])} behind them"
-    )
-    return tokenizer
 
 
 def generation_config(config: GlmConfig, tokenizer) -> GenerationConfig:
     """ChatGLM3 also ends an answer with the role token of who speaks next."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer is not None:
-        roles = ("<|user|>", "<|observation|>")
-        ends = ends + [
-            tokenizer.convert_tokens_to_ids(name) for name in roles if name in tokenizer.get_vocab()
-        ]
-    return GenerationConfig(
-        eos_token_id=ends if len(ends) > 1 else ends[0], pad_token_id=config.pad_token_id
-    )
+    own = config.eos_token_id
+    ends = list(own) if isinstance(own, list) else [own]
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    for name in ("<|user|>", "<|observation|>"):
+        if name in vocabulary:
+            ends.append(vocabulary[name])
+    eos = ends if len(ends) > 1 else ends[0]
+    return GenerationConfig(eos_token_id=eos, pad_token_id=config.pad_token_id)
 
 
-# ---- ChatGLM-6B: 150528 -> 130528 -------------------------------------------------------------------------------
+# ---- ChatGLM-6B: 150528 -> 130528 ----------------------------------------------------------------
 
 
 def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHARD_GB) -> None:
     """ChatGLM-6B without the ids of image tokens in front of its text: the same logits for all
     other tokens."""
-    config, weights = ChatGLMConfig.from_pretrained(folder), Weights(folder)
+    config = ChatGLMConfig.from_pretrained(folder)
+    weights = Weights(folder)
     try:
         tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        raise SystemExit(
-            f"{folder}: its ice_text.model is needed ({' '.join(str(error).split())[:200]})"
-        ) from None
+        words = " ".join(str(error).split())[:200]
+        raise SystemExit(f"{folder}: its ice_text.model is needed ({words})") from None
     images = config.bos_token_id - tokenizer.sp_model.piece_to_id("<sop>")
     if images <= 0:
         raise SystemExit(
@@ -309,39 +345,46 @@ def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHAR
     check_names(weights, expected, folder)
     for name, wanted in expected.items():
         check_shape(name, weights.shape(name), wanted.shape)
-    target = target_dtype(weights, dtype)
-
-    def converted():
-        for name in expected:
-            tensor = weights[name].to(target)
-            yield (
-                name,
-                tensor[images:].clone() if re.search("word_embeddings|lm_head", name) else tensor,
-            )
-
     slim = slim_config(config, tokenizer, images)
-    slim.dtype = target
+    slim.dtype = target_dtype(weights, dtype)
+
     with Draft(out) as part:
         slim.save_pretrained(part)
-        slim_tokenizer(tokenizer, part)
-        size = save_sharded(converted(), part, shard_gb)
+        save_slim_tokenizer(tokenizer, part)
+        tensors = slim_tensors(weights, list(expected), images, slim.dtype)
+        size = save_sharded(tensors, part, shard_gb)
     cli.say(
         f"{out}: {images:,} image tokens dropped, {slim.vocab_size:,} ids left, {size / 1e9:.2f} GB"
     )
 
 
+def slim_tensors(
+    weights: Weights, names: list[str], images: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name; embedding and head lose their first `images` rows."""
+    with Progress("convert", total=len(names), unit="tensors") as progress:
+        for name in names:
+            tensor = weights[name].to(dtype)
+            if re.search("word_embeddings|lm_head", name):
+                tensor = tensor[images:].clone()
+            yield name, tensor
+            progress.update()
+
+
 def slim_config(config: ChatGLMConfig, tokenizer: ChatGLMTokenizer, images: int) -> ChatGLMConfig:
     """All ids minus `images`; one that lay among the images was none of this vocabulary, so <pad>
     takes its place."""
-    fields, pad = config.to_dict(), tokenizer.sp_model.piece_to_id("<pad>")
+    fields = config.to_dict()
+    pad = tokenizer.sp_model.piece_to_id("<pad>")
     for name in ("bos", "eos", "pad", "mask", "gmask"):
         old = fields[f"{name}_token_id"]
         fields[f"{name}_token_id"] = old - images if old >= images else pad
+    fields["vocab_size"] -= images
     fields.pop("auto_map", None)  # remote code for the other vocabulary
-    return ChatGLMConfig(**fields | {"vocab_size": config.vocab_size - images})
+    return ChatGLMConfig(**fields)
 
 
-def slim_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
+def save_slim_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
     """Save it without image tokens and with all its pieces in the file."""
     path = folder / tokenizer.vocab_files_names["vocab_file"]
     path.write_bytes(tokenizer.sp_model.serialized_model_proto())
@@ -355,7 +398,7 @@ def slim_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-# ---- LoRA adapters of ChatGLM2 and ChatGLM3 ---------------------------------------------------------------------
+# ---- LoRA adapters of ChatGLM2 and ChatGLM3 ------------------------------------------------------
 
 
 def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
@@ -366,40 +409,38 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     """
     if base is None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
-    settings, old = adapter.read_plain(folder)
+    settings, published = adapter.read_plain(folder)
     config = AutoConfig.from_pretrained(base)
     if not isinstance(config, GlmConfig):
         raise SystemExit(f"--base {base} is not a converted ChatGLM2 or ChatGLM3")
-    names, expected, tensors = native_modules(config), empty_weights(GlmForCausalLM, config), {}
-    for name, tensor in old.items():
-        module, _, kind = (
-            name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        )
-        if module not in names or kind not in ("lora_A", "lora_B"):
+    names = native_modules(config)
+    expected = empty_weights(GlmForCausalLM, config)
+    tensors = {}
+    for name, tensor in published.items():
+        path = name.removeprefix("base_model.model.").removesuffix(".weight")
+        module, _, matrix = path.rpartition(".")
+        if module not in names or matrix not in ("lora_A", "lora_B"):
             raise SystemExit(f"{folder}: {name} has no place in ChatGLM2 or ChatGLM3")
         new = names[module]
-        rows = sum(expected[f"{one}.weight"].shape[0] for one in new)
-        wanted = (
-            [settings["r"], expected[f"{new[0]}.weight"].shape[1]]
-            if kind == "lora_A"
-            else [rows, settings["r"]]
-        )
-        check_shape(name, tensor.shape, wanted)
-        parts = (
-            [tensor.clone() for _ in new]
-            if kind == "lora_A"
-            else split_rows(config, tensor, len(new))
-        )
-        tensors |= {
-            f"base_model.model.{one}.{kind}.weight": part
-            for one, part in zip(new, parts, strict=True)
-        }
+        if matrix == "lora_A":
+            columns = expected[f"{new[0]}.weight"].shape[1]
+            check_shape(name, tensor.shape, [settings["r"], columns])
+            parts = [tensor.clone() for _ in new]
+        else:
+            rows = sum(len(expected[f"{one}.weight"]) for one in new)
+            check_shape(name, tensor.shape, [rows, settings["r"]])
+            parts = split_rows(config, tensor, len(new))
+        for one, part in zip(new, parts, strict=True):
+            tensors[f"base_model.model.{one}.{matrix}.weight"] = part
     kinds = adapter.write_plain(out, settings, tensors, base)
     cli.say(f"{out}: adapter for {base} on {', '.join(kinds)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+# ---- command line --------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--model", required=True, help="folder of a published checkpoint, or of an adapter for one"
     )
@@ -417,23 +458,28 @@ def main() -> None:
     parser.add_argument(
         "--max_shard_size", type=float, default=SHARD_GB, help="GB in one file of weights"
     )
-    args = parser.parse_args()
-    folder, out = Path(args.model), Path(args.output_dir)
-    Draft(out)  # tells at once when there is something
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.model)
+    out = Path(args.output_dir)
+    Draft(out)  # fails at once where something stands
     if (folder / "adapter_config.json").is_file():
         return to_native_adapter(folder, out, args.base)
-    if not (folder / "config.json").is_file():
+    config_file = folder / "config.json"
+    if not config_file.is_file():
         raise SystemExit(
             f"--model {folder}: no folder with a config.json; download the checkpoint first"
         )
-    first = "padded_vocab_size" not in json.loads(
-        (folder / "config.json").read_text(encoding="utf-8")
-    )
-    if args.to and args.to != ("slim" if first else "native"):
+    is_first = "padded_vocab_size" not in json.loads(config_file.read_text(encoding="utf-8"))
+    if args.to and args.to != ("slim" if is_first else "native"):
         raise SystemExit(
-            "--to slim is for ChatGLM-6B, which needs no other conversion; --to native for ChatGLM2 and 3"
+            "--to slim is for ChatGLM-6B, which needs no other conversion; --to native for "
+            "ChatGLM2 and 3"
         )
-    if first:
+    if is_first:
         return to_slim(folder, out, args.dtype, args.max_shard_size)
     to_native(folder, out, args.dtype, args.family, args.max_shard_size)
 
