@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
+from common.data.files import atomic_file, new_folder
+
+CONFIG_FILE = "adapter_config.json"
 BASE_FILE = "base_model.json"
 PLAIN = {  # settings of an adapter whose update is s B A and nothing else
     "peft_type": "LORA",
@@ -17,6 +19,8 @@ PLAIN = {  # settings of an adapter whose update is s B A and nothing else
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+SAMPLES = 64  # of a weight file, evenly spread
+SAMPLE_BYTES = 1 << 16
 
 
 def linear_layers(model, names: str) -> str | list[str]:
@@ -28,42 +32,45 @@ def linear_layers(model, names: str) -> str | list[str]:
     if names == "all-linear":
         return names
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    layers = [name for name, _ in model.named_modules()]
-    unknown = [
-        name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)
-    ]
+    layers = dict(model.named_modules())
+    unknown = [name for name in wanted if not _is_layer(name, layers)]
     if unknown or not wanted:
-        linear = sorted(
-            {
-                name.split(".")[-1]
-                for name, layer in model.named_modules()
-                if hasattr(layer, "in_features")
-            }
-        )
+        linear = {
+            name.split(".")[-1] for name, layer in layers.items() if hasattr(layer, "in_features")
+        }
         raise SystemExit(
             f"--target_modules: no layer is called {', '.join(unknown) or repr(names)}; "
-            f"give all-linear or some of {','.join(linear)}"
+            f"give all-linear or some of {','.join(sorted(linear))}"
         )
     return wanted
+
+
+def _is_layer(name: str, layers) -> bool:
+    """Whether the name of a layer is, or ends with, the words of `name`."""
+    return any(f".{layer}".endswith(f".{name}") for layer in layers)
+
+
+# ---- which base ----------------------------------------------------------------------------------
 
 
 def base_fingerprint(model: str) -> str:
     """sha256 over evenly spread samples of the weight files of `model` (folder or hub id).
 
-    Reads about 4 MiB, not the whole model: two fine-tunes of one architecture differ in nearly
-    every block.
+    Reads about 4 MiB of a file, not the whole model: two fine-tunes of one architecture differ in
+    nearly every block.
     """
-    digest, block = hashlib.sha256(), 1 << 16
     folder = _folder(model)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not files:
         raise SystemExit(f"{model} has no *.safetensors weights")
+    digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
+        step = max(SAMPLE_BYTES, size // SAMPLES)
         with open(path, "rb") as file:
-            for offset in sorted({0, *range(0, size, max(block, size // 64))}):
+            for offset in range(0, max(size, 1), step):
                 file.seek(offset)
-                digest.update(file.read(block))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -72,44 +79,50 @@ def _folder(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        )
-    )
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    return Path(snapshot_download(model, allow_patterns=wanted))
 
 
 def remember_base(folder: str | Path, base: str) -> None:
     """Leave the base model's name and fingerprint beside an adapter. Rank 0 writes, the others
     return at once."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        content = {"base_model": base, "fingerprint": base_fingerprint(base)}
-        (Path(folder) / BASE_FILE).write_text(json.dumps(content, indent=1))
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    content = {"base_model": base, "fingerprint": base_fingerprint(base)}
+    with atomic_file(Path(folder) / BASE_FILE) as part:
+        part.write_text(json.dumps(content, indent=1))
 
 
 def check_base(folder: str | Path, base: str | None = None) -> str:
     """The base model to use with the adapter in `folder`; SystemExit when the given `base` is
     another model."""
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise SystemExit(f"{folder} is not an adapter: it has no adapter_config.json")
-    told = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    known = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).is_file() else None
-    base = base or told
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise SystemExit(f"{folder} is not an adapter: it has no {CONFIG_FILE}")
+    trained_on = json.loads(config.read_text())["base_model_name_or_path"]
+    base = base or trained_on
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
         raise SystemExit(
             f"the base model {base} of the adapter {folder} is not there; name it where it is now"
         )
-    if known is None:
-        if base != told:
+    note = folder / BASE_FILE
+    if note.is_file():
+        known = json.loads(note.read_text())
+        if base_fingerprint(base) != known["fingerprint"]:
             raise SystemExit(
-                f"{folder} was trained on {told}, not on {base} (and has no {BASE_FILE} to compare the weights)"
+                f"{folder} was trained on {known['base_model']}; the weights of {base} differ, "
+                "the merge would be wrong"
             )
-    elif base_fingerprint(base) != known["fingerprint"]:
+    elif base != trained_on:
         raise SystemExit(
-            f"{folder} was trained on {known['base_model']}; the weights of {base} differ, the merge would be wrong"
+            f"{folder} was trained on {trained_on}, not on {base} "
+            f"(and has no {BASE_FILE} to compare the weights)"
         )
     return base
+
+
+# ---- reading, writing, merging -------------------------------------------------------------------
 
 
 def read_plain(folder: str | Path) -> tuple[dict, dict]:
@@ -120,18 +133,22 @@ def read_plain(folder: str | Path) -> tuple[dict, dict]:
     from common.convert.weight_files import read_pickle
 
     folder = Path(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if wrong := [
-        f"{k}={settings[k]}" for k, plain in PLAIN.items() if (settings.get(k) or plain) != plain
-    ]:
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    wrong = []
+    for name, plain in PLAIN.items():
+        found = settings[name] if settings.get(name) else plain
+        if found != plain:
+            wrong.append(f"{name}={found}")
+    if wrong:
         raise SystemExit(f"{folder}: only plain LoRA can be converted, not {', '.join(wrong)}")
-    for name, read in (
-        ("adapter_model.safetensors", load_file),
-        ("adapter_model.bin", read_pickle),
-    ):
-        if (folder / name).is_file():
-            return settings, read(folder / name)
-    raise SystemExit(f"{folder} has no adapter_model.safetensors and no adapter_model.bin")
+
+    safe = folder / "adapter_model.safetensors"
+    if safe.is_file():
+        return settings, load_file(safe)
+    pickled = folder / "adapter_model.bin"
+    if pickled.is_file():
+        return settings, read_pickle(pickled)
+    raise SystemExit(f"{folder} has no {safe.name} and no {pickled.name}")
 
 
 def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> list[str]:
@@ -139,17 +156,13 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
     adapter is on."""
     from safetensors.torch import save_file
 
-    from common.convert.weight_files import Draft
-
-    kinds = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    layers = [name.split(".lora_")[0] for name in tensors]
+    kinds = sorted({layer.rpartition(".")[2] for layer in layers})
     settings = settings | {"base_model_name_or_path": base, "target_modules": kinds}
-    with Draft(out) as part:
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            part / "adapter_model.safetensors",
-            {"format": "pt"},
-        )
-        (part / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with new_folder(out) as part:
+        save_file(contiguous, part / "adapter_model.safetensors", {"format": "pt"})
+        (part / CONFIG_FILE).write_text(json.dumps(settings, indent=1))
         remember_base(part, base)
     return kinds
 
@@ -160,16 +173,10 @@ def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, out = check_base(folder, base), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise SystemExit(f"{out} is not empty; choose another --output_dir")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(part)
-    if out.exists():
-        out.rmdir()
-    os.replace(part, out)
-    return out
+    base = check_base(folder, base)
+    with new_folder(out) as part:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(part)
+    return Path(out)

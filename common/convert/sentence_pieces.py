@@ -1,7 +1,7 @@
 """A sentencepiece BPE -> the parts of a fast tokenizer with the same ids; each recipe adds what is
 its model's own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -13,8 +13,8 @@ SPACE = "▁"
 
 def read_model(
     path: Path,
-    pieces: Iterable[str],
-    refusals: Callable[[model_pb2.ModelProto], dict] = lambda proto: {},
+    pieces: Collection[str],
+    refusals: Callable[[model_pb2.ModelProto], dict[str, bool]] | None = None,
 ) -> model_pb2.ModelProto:
     """The sentencepiece model in a file; SystemExit when it is something else, or uses what a fast
     tokenizer cannot.
@@ -27,14 +27,18 @@ def read_model(
         raise SystemExit(
             f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?"
         ) from None
-    trainer, pieces = proto.trainer_spec, list(pieces)
+    trainer = proto.trainer_spec
+    present = {p.piece for p in proto.pieces}
     reasons = {
         "not a BPE model": trainer.model_type != trainer.BPE,
         "blanks stand behind words": trainer.treat_whitespace_as_suffix,
         "it has unused pieces": any(p.type == p.UNUSED for p in proto.pieces),
-        f"it has no pieces {', '.join(pieces)}": not set(pieces) <= {p.piece for p in proto.pieces},
-    } | refusals(proto)
-    if found := [reason for reason, true in reasons.items() if true]:
+        f"it has no pieces {', '.join(pieces)}": not present.issuperset(pieces),
+    }
+    if refusals is not None:
+        reasons |= refusals(proto)
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
         raise SystemExit(f"{path}: cannot become a fast tokenizer: {', '.join(found)}")
     return proto
 
@@ -45,13 +49,15 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     Of two pairs with one result the one with the longer left part comes first: where they overlap
     it begins further left, and sentencepiece takes the leftmost.
     """
-    pairs = [
-        (-score, -cut, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    return [pair[2:] for pair in sorted(pairs)]
+    pairs = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            if left in scores and right in scores:
+                pairs.append((-score, -cut, left, right))
+    pairs.sort()
+    return [(left, right) for _, _, left, right in pairs]
 
 
 def compare(
@@ -64,5 +70,6 @@ def compare(
     for text, found in zip(texts, ids, strict=True):
         if found != original.encode(text):
             raise SystemExit(
-                f"a fast tokenizer would read {text!r} differently: this tokenizer.model is not supported"
+                f"a fast tokenizer would read {text!r} differently: "
+                "this tokenizer.model is not supported"
             )

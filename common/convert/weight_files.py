@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,24 +12,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.data.files import new_folder as Draft  # noqa: F401
+
 SHARD_GB = 4.0
+LAYOUTS = (  # (index, weight files)
+    ("model.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+)
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a torch.save file, mapped from disk where it allows that. SystemExit for
     anything but tensors."""
     with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise SystemExit(
-                f"{path} is only a Git LFS pointer: the download of the weights is missing"
-            )
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise SystemExit(
+            f"{path} is only a Git LFS pointer: the download of the weights is missing"
+        )
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         words = " ".join(str(error).split())
         if re.search("GLOBAL|Unsupported (class|operand)|instruction", words):
@@ -38,11 +42,24 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
                 f"{path} holds code, not only tensors; refused, nothing of it was run"
             ) from None
         raise SystemExit(f"{path} cannot be read ({words[:120]}); fetch it again") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
+    if not _only_tensors(content):
         raise SystemExit(f"{path} is not a dictionary of tensors")
     return content
+
+
+def _load(path: Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _only_tensors(content) -> bool:
+    if not isinstance(content, dict):
+        return False
+    return all(isinstance(value, torch.Tensor) for value in content.values())
 
 
 class Weights(Mapping):
@@ -52,60 +69,64 @@ class Weights(Mapping):
     """
 
     def __init__(self, folder: Path):
-        self.place = {}  # name -> an open safetensors file, or the dictionary of a .bin file
-        for path in self._files(folder):
-            part = self._open(path)
-            for name in list(part.keys()):
-                if name in self.place:
+        self.sources = {}  # name -> an open safetensors file, or the dictionary of a .bin file
+        for path in _weight_files(folder):
+            source = _opened(path)
+            for name in list(source.keys()):
+                if name in self.sources:
                     raise SystemExit(
                         f"{folder}: {name} stands in two files; take the old ones away"
                     )
-                self.place[name] = part
-
-    @staticmethod
-    def _files(folder: Path) -> list[Path]:
-        for index, pattern in (
-            ("model.safetensors.index.json", "*.safetensors"),
-            ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
-        ):
-            found = sorted(folder.glob(pattern))
-            if (folder / index).is_file() and found:
-                named = set(
-                    json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-                )
-                if missing := sorted(named - {path.name for path in found}):
-                    raise SystemExit(
-                        f"{folder}: {len(missing)} weight files are missing: {', '.join(missing[:3])}"
-                    )
-                return [folder / name for name in sorted(named)]
-            if found:
-                return found
-        raise SystemExit(f"{folder} has no *.safetensors and no pytorch_model*.bin")
-
-    @staticmethod
-    def _open(path: Path):
-        if path.suffix == ".bin":
-            return read_pickle(path)
-        try:
-            return safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise SystemExit(f"{path} cannot be read ({error}); fetch it again") from None
+                self.sources[name] = source
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        part = self.place[name]
-        return part[name] if isinstance(part, dict) else part.get_tensor(name)
+        source = self.sources[name]
+        return source[name] if isinstance(source, dict) else source.get_tensor(name)
 
     def shape(self, name: str) -> list[int]:
-        part = self.place[name]
-        return (
-            list(part[name].shape) if isinstance(part, dict) else part.get_slice(name).get_shape()
-        )
+        source = self.sources[name]
+        if isinstance(source, dict):
+            return list(source[name].shape)
+        return source.get_slice(name).get_shape()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.place)
+        return iter(self.sources)
 
     def __len__(self) -> int:
-        return len(self.place)
+        return len(self.sources)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that the index names, or all where there is none; safetensors before .bin."""
+    for index, pattern in LAYOUTS:
+        found = sorted(folder.glob(pattern))
+        if not found:
+            continue
+        if (folder / index).is_file():
+            return _indexed(folder / index, found)
+        return found
+    raise SystemExit(f"{folder} has no *.safetensors and no pytorch_model*.bin")
+
+
+def _indexed(index: Path, found: list[Path]) -> list[Path]:
+    content = json.loads(index.read_text(encoding="utf-8"))
+    named = sorted(set(content["weight_map"].values()))
+    present = {path.name for path in found}
+    missing = [name for name in named if name not in present]
+    if missing:
+        raise SystemExit(
+            f"{index.parent}: {len(missing)} weight files are missing: {', '.join(missing[:3])}"
+        )
+    return [index.parent / name for name in named]
+
+
+def _opened(path: Path):
+    if path.suffix == ".bin":
+        return read_pickle(path)
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise SystemExit(f"{path} cannot be read ({error}); fetch it again") from None
 
 
 def check_shape(name: str, found, expected) -> None:
@@ -114,29 +135,24 @@ def check_shape(name: str, found, expected) -> None:
         raise SystemExit(f"{name} has the shape {list(found)}; config.json says {list(expected)}")
 
 
+# ---- writing -------------------------------------------------------------------------------------
+
+
 def save_sharded(
     tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_gb: float = SHARD_GB
 ) -> int:
-    """Write (name, tensor) pairs as model*.safetensors, several with an index; memory holds one. ->
-    bytes in all."""
-    shards, batch, held, total = [], {}, 0, 0
-
-    def flush() -> None:
-        save_file(batch, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(batch))
-        batch.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if batch and held + size > shard_gb * 1e9:
-            flush()
-            held = 0
-        batch[name] = tensor.contiguous()
-        held, total = held + size, total + size
-    flush()
+    """Write (name, tensor) pairs as model*.safetensors, several with an index; memory holds one.
+    -> bytes in all."""
+    shards = []  # the names of the tensors in each
+    total = 0
+    for shard in _shards(tensors, shard_gb * 1e9):
+        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(map(_bytes_of, shard.values()))
     if len(shards) == 1:
         os.replace(folder / "0.part", folder / "model.safetensors")
         return total
+
     places = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -147,25 +163,22 @@ def save_sharded(
     return total
 
 
-class Draft:
-    """`with Draft(out) as folder`: a folder beside `out` that takes its name when all has been
-    written."""
+def _shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], limit: float
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Dictionaries of at most `limit` bytes: one and the same, emptied each time, so that memory
+    holds one shard."""
+    shard = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + _bytes_of(tensor) > limit:
+            yield shard
+            shard.clear()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size += _bytes_of(tensor)
+    yield shard
 
-    def __init__(self, out: str | Path):
-        self.out = Path(out)
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise SystemExit(f"{out} is not empty; choose another --output_dir")
-        self.part = self.out.with_name(self.out.name + ".part")
 
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
-        return self.part
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is not None:
-            shutil.rmtree(self.part, ignore_errors=True)
-            return
-        if self.out.exists():
-            self.out.rmdir()
-        os.replace(self.part, self.out)
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -142,6 +142,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def check_empty(path: str | Path) -> None:
+    """SystemExit where `path` is a file, or a folder with something in it."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SystemExit(f"{path} is not empty; choose another --output_dir")
+
+
+def new_folder(path: str | Path):
+    """`with new_folder(path) as part`: atomic_folder for a result; refuses to replace anything."""
+    check_empty(path)
+    return atomic_folder(path)
+
+
 # ---- bytes ---------------------------------------------------------------------------------------
 
 
