@@ -37,7 +37,8 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCaus
 
 import fast_tokenizer
 from common.convert import adapter
-from common.convert.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
+from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
+from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
 from modeling_baichuan import BaichuanConfig, BaichuanForCausalLM
 
@@ -161,7 +162,7 @@ def to_native(
     config.dtype = weights[HEAD].dtype if dtype == "auto" else getattr(torch, dtype)
     tokenizer = make_tokenizer(folder, config)
 
-    with Draft(out) as part:
+    with new_folder(out) as part:
         config.save_pretrained(part)
         generation_config(folder, config).save_pretrained(part)
         if tokenizer is not None:
@@ -314,7 +315,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(args.model)
     out = Path(args.output_dir)
-    Draft(out)  # fails at once where something stands
+    check_empty(out)  # fails at once where something stands
     if (folder / "adapter_config.json").is_file():
         return to_native_adapter(folder, out, args.base)
     if not (folder / "config.json").is_file():

@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from common.convert import adapter, weight_files
+from common.data.files import new_folder
 from common.demo.chat_model import find_model
 
 KINDS = {  # (generation, use_moe) -> config and class of transformers
@@ -202,7 +203,7 @@ def write_native(model: MiniMindForCausalLM, tokenizer, out: str | Path) -> floa
     config = native_config(model.config)
     config.dtype = model.dtype
     tensors = native_tensors(model.config, dict(model.state_dict()))
-    with weight_files.Draft(out) as part:
+    with new_folder(out) as part:
         weight_files.save_sharded(tensors.items(), part)
         config.save_pretrained(part)
         for_older_readers(part / "config.json")
@@ -470,7 +471,7 @@ def bring_in(args) -> str:
     dtype = torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]
     model = MiniMindForCausalLM(config).to(dtype)
     fill(model, tensors, args.model)
-    with weight_files.Draft(args.output_dir) as part:
+    with new_folder(args.output_dir) as part:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

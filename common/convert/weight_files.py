@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.data.files import new_folder as Draft  # noqa: F401
-
 SHARD_GB = 4.0
 LAYOUTS = (  # (index, weight files)
     ("model.safetensors.index.json", "*.safetensors"),
