@@ -1,486 +1,332 @@
-"""Fetch a model, whole: resumed after a cut, every file checked, broken ones fetched again, pickles
-refused.
+"""Fetch a model with its hub's own client; every file is checked, pickles and code are left out.
 
-    python -m tools.download ORG/NAME                           # Hugging Face; HF_ENDPOINT=https://mirror, HTTPS_PROXY
-    python -m tools.download ORG/NAME --source modelscope       # DANPU_SOURCE=modelscope does the same
-    python -m tools.download ORG/NAME --source http://host/dir  # a mirror of the hub, or a folder with our manifest
-    python -m tools.download ORG/NAME --dry_run                 # what it would fetch
-    python -m tools.download models/NAME --verify               # read all of it again; no network
-    python -m tools.download models/NAME --repair               # and fetch what is broken
-    python -m tools.download models/NAME --manifest --try       # facts, memory for training; one sentence
+    python -m tools.download ORG/NAME                      # HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY
+    python -m tools.download ORG/NAME --source modelscope
+    python -m tools.download ORG/NAME --aria2              # continues in the middle of a file
+    python -m tools.download models/NAME --verify          # read all of it again; no network
+    python -m tools.download models/NAME --repair          # and fetch what is broken
+    python -m tools.download models/NAME --manifest --try  # facts and memory; one sentence
 
-The same command again continues, and ends at once when all is there. Exit codes: 0 done, 1 failed,
-2 usage, 75 interrupted and resumable.
+The same command again continues. Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted.
 """
-
-from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import glob
+import hashlib
+import json
 import os
-import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import urllib.request
 from pathlib import Path
 
-from tools.hub import fetch, model_folder, sources, weights
-from tools.hub.fetch import Entry, size_text
-from tools.hub.link import Fatal, Link, session
-from tools.hub.model_folder import is_whole, load_record, say
-from tools.hub.progress import Meter
+from filelock import FileLock
 
-INTERRUPTED = (
-    75  # as in common.cli, which would import torch: seconds that a download has no use for
-)
-ROOM = 16 << 20  # bytes of the disk that stay free
+from common.data.files import atomic_file
+from tools.manifest import describe, tensors
 
-
-# ---- command line -------------------------------------------------------------------------------------------
-
-
-def flag(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-
-
-def count(least: float, kind: type = int) -> Callable:
-    def number(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < 1e9:
-            raise argparse.ArgumentTypeError(f"a number from {least}, not {text!r}")
-        return value
-
-    return number
+RECORD = ".danpu.json"  # {source, repo, revision, commit, files: {path: {size, sha256 or git}}}
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
+OTHERS = ["*.py", "*.so", "*.sh", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "*.ggml", "*.ot"]
+OTHERS += ["*.tflite", "*.mlmodel", "consolidated*.safetensors", ".*", "*/.*"]
+ARIA2 = "aria2c --no-conf --input-file=- --continue --check-integrity --split=8"
+ARIA2 += " --max-connection-per-server=8 --file-allocation=none --auto-save-interval=1"
+ARIA2 += " --follow-torrent=false --follow-metalink=false --console-log-level=error"
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        if unknown:
-            near = difflib.get_close_matches(
-                unknown[1], self._option_string_actions, n=1, cutoff=0.5
-            )
-            message = f"unknown flag {unknown[1]}" + (
-                f"; did you mean {near[0]}?" if near else "; see --help"
-            )
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def parser() -> Parser:
-    form = argparse.RawDescriptionHelpFormatter
-    made = Parser(
-        "python -m tools.download", description=__doc__, formatter_class=form, allow_abbrev=False
-    )
-    add = made.add_argument
-    add("model", help="ORG/NAME on the hub, or a folder that was fetched before")
-    known = os.environ.get("DANPU_SOURCE") or None
-    add(
-        "--source",
-        default=known,
-        help="hf (default), modelscope, or http(s)://... (which gets no token)",
-    )
-    add("--to", default="models", help="the model goes to TO/NAME (default: models)")
-    add("--revision", help="branch, tag or commit (default: main, on ModelScope master)")
-    add(
-        "--include",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help='only these, e.g. "*.json" "*.py"',
-    )
-    add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="not these")
-    add("--workers", type=count(1), default=4, help="files at once (default: 4)")
-    add(
-        "--retries", type=count(0), default=8, help="tries in a row without a new byte (default: 8)"
-    )
-    add(
-        "--retry_wait",
-        type=count(0, float),
-        default=1,
-        help="seconds before the first, then doubled (default: 1)",
-    )
-    stall = os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or "30"
-    add(
-        "--stall",
-        type=count(0.1, float),
-        default=stall,
-        help="cut after so many seconds without a byte (default: 30)",
-    )
-    when = "aria2c: auto for files from 64 MiB where it is installed, true from 1 MiB, false never (default: auto)"
-    add("--aria2", choices=("auto", "true", "false"), default="auto", help=when)
-    switches = {
-        "allow_pickle": "fetch weights that are there only as pickle (they can run code when loaded)",
-        "dry_run": "only show files and sizes",
-        "verify": "read the folder again: sizes, sha256, safetensors; no network",
-        "repair": "the same, then fetch what is broken, changed or missing",
-        "manifest": "write manifest.json: files, hashes, parameters, parallel sizes, memory for training",
-        "try": "load the model and let it write a sentence",
-    }
-    for name, text in switches.items():
-        add(
-            f"--{name}",
-            dest=f"{name}_" if name == "try" else name,
-            type=flag,
-            nargs="?",
-            default=False,
-            help=text,
-        )
-    add(
-        "--window",
-        type=count(1),
-        default=2048,
-        help="tokens per row in the memory table (default: 2048)",
-    )
-    add("--batch", type=count(1), default=2, help="rows per card in the memory table (default: 2)")
-    add("--lora_r", type=count(1), default=16, help="rank in the memory table (default: 16)")
-    add("--prompt", default="你好，请用一句话介绍你自己。", help="what --try asks")
-    return made
+    def error(self, message: str):
+        flag = message.rpartition(" ")[2]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {message}{hint}\n")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    made, words = parser(), []
-    bare = {a.option_strings[0] for a in made._actions if a.nargs == "?"}
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        name, equals, value = word.partition("=")
-        word = (
-            name.replace("-", "_").replace("__", "--", 1) + equals + value
-            if word.startswith("--")
-            else word
-        )
-        words.append(word)
-        if word in bare and after.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            words.append("true")  # else `--repair ORG/NAME` would read the name as its value
-    args = made.parse_args(words)
-    if args.source not in (None, "hf", "modelscope") and not re.fullmatch(
-        r"https?://[^\s/@?#]+[^\s@?#]*", args.source
-    ):
-        hint = "hf, modelscope, or http(s)://HOST/... without password or query (~/.netrc may hold the password)"
-        made.error(f"--source {args.source}: {hint}")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m tools.download", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    switch = {"action": "store_true"}
+    patterns = {"nargs": "+", "action": "extend", "default": [], "metavar": "PATTERN"}
+    add("model", help="ORG/NAME on the hub, or a folder that was fetched before")
+    add("--source", choices=("hf", "modelscope"), help="default: hf")
+    add("--to", default="models", help="the model goes to TO/NAME (default: models)")
+    add("--revision", help="branch, tag or commit (default: the newest)")
+    add("--include", **patterns, help='only these, even code: "*.json" "*.py"')
+    add("--exclude", **patterns, help="not these")
+    add("--allow_pickle", **switch, help="take pickles, which can run code, where nothing else is")
+    add("--aria2", **switch, help="Hugging Face's large files through aria2c")
+    add("--dry_run", **switch, help="only show files and sizes")
+    add("--verify", **switch, help="read the folder again: sizes, hashes, safetensors; no network")
+    add("--repair", **switch, help="the same, then fetch what is broken, changed or missing")
+    add("--manifest", **switch, help="write danpu_manifest.json: hashes, shapes, training memory")
+    add("--try", dest="try_", **switch, help="load the model and let it write a sentence")
+    add("--window", type=int, default=2048, help="tokens per row in the memory table")
+    add("--batch", type=int, default=2, help="rows per card in the memory table")
+    add("--lora_r", type=int, default=16, help="rank in the memory table")
+    args = parser.parse_args(argv)
+    if args.aria2 and not shutil.which("aria2c"):
+        parser.error("--aria2: no aria2c on PATH (apt install aria2); or leave the flag out")
     return args
-
-
-def place(args) -> tuple[Path, dict]:
-    """(the folder in question, its record or {})."""
-    given = Path(args.model).expanduser()
-    if given.is_dir():
-        return given, load_record(given)
-    name = r"[A-Za-z0-9_][\w.-]*"
-    below = args.model.startswith(f"{args.to.rstrip('/')}/")  # a folder was meant
-    if below or not re.fullmatch(rf"({name}/)?{name}", args.model, re.ASCII):
-        raise SystemExit(f"{args.model}: no such folder, and no model of a hub (ORG/NAME)")
-    folder = Path(args.to).expanduser() / args.model.rsplit("/", 1)[-1]
-    return folder, load_record(folder)
-
-
-# ---- fetching -----------------------------------------------------------------------------------------------
-
-
-def settle(
-    entry: Entry, folder: Path, record: dict, repair: bool, link: Link, show: Callable
-) -> str:
-    """Make one file whole, fetched or found; returns its sha256. Only `repair` replaces what
-    someone changed."""
-    target = fetch.safe_target(folder, entry.path)
-    if target.is_file():
-        known = record["files"].get(entry.path, {})
-        mine = entry if entry.hashed else Entry(entry.path, "", entry.size, known.get("sha256"))
-        sha, wrong = fetch.examine(target, mine, link.stop)
-        if wrong is None:
-            return sha
-        if not repair:
-            raise Fatal(f"{wrong}: changed since it was fetched; --repair true fetches it again")
-        link.note(f"{entry.path}: {wrong}; fetched again")
-        target.unlink()
-    return fetch.fetch(entry, folder, link, show)
-
-
-def fetch_all(todo: list[Entry], folder: Path, record: dict, args, link: Link) -> dict[str, str]:
-    """Fetch in parallel, largest first, and record each whole file at once; path -> why it could
-    not be fetched."""
-    have = {
-        e.path: fetch.gathered(fetch.part_of(fetch.safe_target(folder, e.path), e)) for e in todo
-    }
-    meter, failed = Meter(todo, have), {}
-    link.note = meter.note
-    pool = ThreadPoolExecutor(args.workers)
-    todo = sorted(todo, key=lambda e: -(e.size or 0))
-    jobs = {pool.submit(settle, e, folder, record, args.repair, link, meter.show): e for e in todo}
-    waiting = set(jobs)
-    try:
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            for job in done:
-                try:
-                    model_folder.note_whole(folder, record, jobs[job], job.result())
-                    meter.finish(jobs[job].path)
-                except Fatal as error:
-                    failed[jobs[job].path] = str(error)
-                    if error.status in (401, 403, 407):  # the others would end the same way
-                        return failed
-            meter.tick()
-    finally:
-        link.stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait(
-            waiting, timeout=2
-        )  # a worker stops at its next block; one that waits for bytes is left behind
-        meter.close()
-    return failed
-
-
-def download(args, folder: Path, record: dict) -> None:
-    link = Link(session(), args.stall, args.retries, args.retry_wait, note=say)
-    if args.aria2 != "false":
-        link.aria2 = shutil.which("aria2c")
-        if args.aria2 == "true":
-            link.aria2_from = 1 << 20
-            if link.aria2 is None:
-                raise SystemExit(
-                    "--aria2 true: no aria2c on PATH (apt install aria2), or leave the flag out"
-                )
-    listing, wanted, skipped = ask(args, folder, record, link)
-    for line in left_out(skipped):
-        say(line)
-    if args.dry_run:
-        return show_plan(folder, record, listing, wanted)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with model_folder.only_one(folder):
-            fill(args, folder, listing, wanted, link)
-    except OSError as error:
-        raise SystemExit(explain(error, folder)) from None
-
-
-def which_model(args, folder: Path, record: dict) -> tuple[str, str, str | None]:
-    """(repo, source, revision) that the command line names, or the record where a folder was
-    given."""
-    continued = Path(args.model).expanduser().is_dir()
-    if continued and not record:
-        raise SystemExit(f"{folder} was not fetched by this program; give ORG/NAME (and --to)")
-    repo = record["repo"] if continued else args.model
-    if record and record["repo"] != repo:
-        raise SystemExit(f"{folder} holds {record['repo']}, not {repo}; choose another --to")
-    source = args.source or (record["source"] if continued else "hf")
-    if args.revision or source != record.get("source"):
-        return repo, source, args.revision
-    # a repair is no update
-    recorded = record["commit"] or record["revision"] if args.repair else record["revision"]
-    return repo, source, recorded if continued or args.repair else None
-
-
-def ask(args, folder: Path, record: dict, link: Link):
-    """(listing, files wanted, reason -> files left out)."""
-    repo, source, revision = which_model(args, folder, record)
-    listing = sources.open_source(source, repo, revision, link)
-    version = listing.commit[:12] or listing.revision
-    say(f"{repo} {version and f'({version}) '}from {listing.place}, {len(listing.files)} files")
-    for file in listing.files:
-        fetch.safe_target(folder, file.path)
-        if file.size is not None and not (isinstance(file.size, int) and file.size >= 0):
-            raise Fatal(f"the source gives {file.path} the size {file.size!r}")
-    wanted, skipped = sources.choose(listing.files, args.include, args.exclude, args.allow_pickle)
-    if (
-        record
-        and not args.include
-        and not args.exclude
-        and (args.repair or Path(args.model).expanduser().is_dir())
-    ):
-        wanted, skipped = [f for f in listing.files if f.path in record["wanted"]], {}
-    chosen = {f.path for f in wanted}
-    # another version than the one that was fetched: never a mixture of both
-    wanted += [
-        f for f in listing.files if f.path not in chosen and model_folder.outdated(record, f)
-    ]
-    return listing, wanted, skipped
-
-
-def left_out(skipped: dict[str, list[Entry]]) -> Iterable[str]:
-    why = {
-        "pickle": "pickles can run code when loaded",
-        "code": 'the repository\'s own code is fetched by --include "*.py" and never run by us',
-        "other formats": "fetched by --include",
-        "the same weights again": "fetched by --include",
-    }
-    for reason in why.keys() & skipped.keys():
-        files = skipped[reason]
-        names = ", ".join(f.path for f in files[:4]) + (
-            f" and {len(files) - 4} more" if len(files) > 4 else ""
-        )
-        yield f"  left out ({reason}): {names}, {size_text(sum(f.size or 0 for f in files))}; {why[reason]}"
-
-
-def show_plan(folder: Path, record: dict, listing, wanted: list[Entry]) -> None:
-    """--dry_run: every file, its size and what is there of it."""
-    missing = 0
-    for entry in wanted:
-        part = fetch.gathered(fetch.part_of(folder / entry.path, entry))
-        whole = is_whole(folder, record, entry)
-        known = (
-            "to be read"
-            if (folder / entry.path).exists()
-            else f"{size_text(part)} there"
-            if part
-            else ""
-        )
-        missing += 0 if whole else (entry.size or 0) - part
-        size = "unknown" if entry.size is None else size_text(entry.size)
-        say(f"  {size:>12}  {entry.path}  {'there' if whole else known}".rstrip())
-    total, free = (
-        size_text(sum(e.size or 0 for e in wanted)),
-        size_text(model_folder.free_space(folder)),
-    )
-    say(f"{len(wanted)} files, {total}; {size_text(missing)} to fetch into {folder} ({free} free)")
-
-
-def fill(args, folder: Path, listing, wanted: list[Entry], link: Link) -> None:
-    """Bring the folder to what the listing says; the caller holds the lock."""
-    record = load_record(folder)  # another download may have ended just now
-    strange = (
-        []
-        if record
-        else sorted(p.name for p in folder.iterdir() if not p.name.startswith(".danpu."))
-    )
-    if strange and not args.repair:
-        raise SystemExit(
-            f"{folder} has files that this program did not fetch ({', '.join(strange[:3])}): --repair true keeps what "
-            "is right and replaces the rest, --to chooses another folder"
-        )
-    offered = {e.path for e in listing.files}
-    revision = (
-        record["revision"] if record and args.repair and not args.revision else listing.revision
-    )
-    record = {
-        "source": listing.source,
-        "place": listing.place,
-        "repo": listing.repo,
-        "commit": listing.commit,
-        "revision": revision,
-        "files": record.get("files", {}),
-        "wanted": sorted({e.path for e in wanted} | (offered & set(record.get("wanted", [])))),
-    }
-    model_folder.retire(folder, record, wanted, offered)
-    todo = [e for e in wanted if args.repair or not is_whole(folder, record, e)]
-    check_space(folder, todo)
-    failed = fetch_all(todo, folder, record, args, link) if todo else {}
-    if failed:
-        named = "; ".join(f"{path}: {why}" for path, why in list(failed.items())[:3])
-        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
-        raise SystemExit(
-            f"{len(failed)} of {len(wanted)} files could not be fetched: {named}{more}. Continue with: {again()}"
-        )
-    model_folder.drop_parts(folder, record)
-    conclude(folder, record, wanted, todo)
-
-
-def check_space(folder: Path, todo: list[Entry]) -> None:
-    there = sum(fetch.gathered(fetch.part_of(folder / e.path, e)) for e in todo)
-    missing = [e for e in todo if not (folder / e.path).is_file()]  # the others are probably right
-    need, free = sum(e.size or 0 for e in missing) - there, model_folder.free_space(folder)
-    if need + ROOM > free:
-        lacks = size_text(need + ROOM - free)
-        raise SystemExit(
-            f"{size_text(need)} to fetch, {size_text(free)} free under {folder}: {lacks} too little; --to another disk"
-        )
-
-
-def conclude(folder: Path, record: dict, wanted: list[Entry], todo: list[Entry]) -> None:
-    """Check what belongs together, and say what there is and what comes next."""
-    problems = weights.index_problems(folder, set(record["wanted"]))
-    if problems:
-        raise SystemExit(
-            f"{folder} is not sound: {'; '.join(problems[:3])}. So it is in the repository itself"
-        )
-    total = size_text(sum((folder / e.path).stat().st_size for e in wanted))
-    bare = sum(not e.hashed for e in wanted)
-    how = (
-        f"{bare} of them by size and structure only (the source has no hash)" if bare else "by hash"
-    )
-    say(
-        f"{folder}: {len(wanted)} files, {total}, {'all were there' if not todo else 'whole'}; checked {how}"
-    )
-    if (folder / "config.json").is_file():
-        say(f"next: MODEL={shlex.quote(str(folder))} DATA=my.jsonl bash RECIPE/train_zero2.sh")
-
-
-def explain(error: OSError, folder: Path) -> str:
-    if error.errno in fetch.FULL:
-        free = size_text(model_folder.free_space(folder))
-        left = f"no space left on device under {folder} ({free} free)"
-        return f"{left}. What arrived is kept; free some space, then: {again()}"
-    return f"{error.filename or folder}: {error.strerror or error}"
-
-
-# ---- frame --------------------------------------------------------------------------------------------------
 
 
 def again() -> str:
     return f"python -m tools.download {shlex.join(sys.argv[1:])}"
 
 
+def size_text(files: dict) -> str:
+    size = sum(known["size"] for known in files.values())
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def digest(path: Path, kind: str) -> str:
+    """The file's sha256, or "git": the sha1 by which git names it."""
+    size = path.stat().st_size
+    made = hashlib.sha1(b"blob %d\0" % size) if kind == "git" else hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            made.update(block)
+    return made.hexdigest()
+
+
+def problem(folder: Path, name: str, known: dict, read: bool = True) -> str | None:
+    """What is wrong with a file, by what the hub said of it; read: not only by its size."""
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise SystemExit(f"{folder}: the file name {name!r} leads out of the folder")
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != known["size"]:
+        return f"{size:,} bytes, expected {known['size']:,}"
+    for kind in ("sha256", "git"):
+        if read and known.get(kind) and digest(path, kind) != known[kind]:
+            return f"its {kind} is not {known[kind]}"
+    try:
+        if path.suffix == ".safetensors":
+            tensors(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def problems(folder: Path, files: dict, read: bool = True) -> dict[str, str]:
+    """path -> what is wrong, of the files that are not right."""
+    found = {path: problem(folder, path, known, read) for path, known in files.items()}
+    return {path: why for path, why in found.items() if why}
+
+
+def verify(folder: Path, files: dict) -> None:
+    """Read every file again; SystemExit when something is broken."""
+    wrong = problems(folder, files)
+    for path, why in wrong.items():
+        print(f"  {path}: {why}")
+    if wrong or not files:
+        raise SystemExit(f"{folder}: {len(wrong)} of {len(files)} files broken; see --repair")
+    print(f"{folder}: {len(files)} files, {size_text(files)}, all right")
+
+
+def list_files(target: dict) -> dict:
+    """`target` with the commit and all the files that the hub has now."""
+    if target["source"] == "modelscope":
+        # the client beneath `modelscope`, which would import torch and hides the hashes
+        from modelscope_hub import HubApi
+
+        found = HubApi().list_repo_files(target["repo"], "model", revision=target["revision"])
+        files = {f.path: {"size": f.size, "sha256": f.sha256} for f in found if not f.is_dir}
+        return target | {"files": files}
+    from huggingface_hub import HfApi
+
+    revision = target["commit"] or target["revision"]
+    info = HfApi().model_info(target["repo"], revision=revision, files_metadata=True, timeout=30)
+    files = {}
+    for found in info.siblings:
+        sha = {"sha256": found.lfs.sha256} if found.lfs else {"git": found.blob_id}
+        files[found.rfilename] = {"size": found.size, **sha}
+    return target | {"commit": info.sha, "files": files}
+
+
+def fetch(target: dict, files: dict, folder: Path, aria2: bool) -> None:
+    where = {"local_dir": folder, "allow_patterns": [glob.escape(path) for path in files]}
+    if target["source"] == "modelscope":
+        from modelscope_hub import HubApi
+
+        HubApi().download_repo(target["repo"], "model", revision=target["revision"], **where)
+        return
+    from huggingface_hub import snapshot_download
+
+    for left in folder.glob(".cache/huggingface/download/**/*.incomplete"):
+        left.unlink()  # by a run that was killed; the library does not continue them
+    if aria2:
+        large = {path: known["sha256"] for path, known in files.items() if "sha256" in known}
+        fetch_aria2(target, large, folder)
+    snapshot_download(target["repo"], revision=target["commit"], **where)
+
+
+def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
+    """Several connections a file. aria2c gets the addresses that the hub redirects to, on stdin
+    where no list of processes shows them, and no token. shas: path -> sha256."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    drafts = folder.resolve() / ".cache/aria2"
+    job = []
+    for path, sha in shas.items():
+        url = hf_hub_url(target["repo"], path, revision=target["commit"])
+        job += [get_hf_file_metadata(url).location, f" out={path}", f" checksum=sha-256={sha}"]
+    words = [*ARIA2.split(), f"--dir={drafts}", f"--stop-with-process={os.getpid()}"]
+    # it knows the variables of proxies in small letters only
+    env = {f"{scheme}_proxy": proxy for scheme, proxy in urllib.request.getproxies().items()}
+    code = subprocess.run(words, input="\n".join(job), text=True, env=os.environ | env).returncode
+    if code == 9:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if code:
+        raise OSError(f"aria2c ended with code {code}, see its manual")
+    for path in shas:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (drafts / path).replace(folder / path)
+
+
+def explain(error: Exception, folder: Path, target: dict) -> str:
+    """What went wrong at the hub and what helps, in one line."""
+    from huggingface_hub import constants
+
+    if isinstance(error, ImportError):
+        return "--source modelscope needs its client: pip install modelscope-hub==0.5.1"
+    hub = {"hf": constants.ENDPOINT, "modelscope": "ModelScope"}[target["source"]]
+    asked = f"{target['repo']}, {target['revision'] or 'newest revision'}"
+    closed = "not there, or closed to you: set HF_TOKEN or MODELSCOPE_API_TOKEN, accept its licence"
+    remedies = {401: closed, 403: closed, 404: "no such model or revision; names differ by hub"}
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            return f"no space left on device under {folder}. Free some space, then: {again()}"
+        status = getattr(getattr(error, "response", error), "status_code", None)
+        if status:
+            return f"{hub} answers {status} for {asked}: {remedies.get(status, 'try later')}"
+        said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        failed = [*getattr(error, "failed_files", {}).values()]  # of ModelScope's client
+        error = failed[0] if failed else error.__cause__ or error.__context__
+    remedy = "HF_ENDPOINT chooses a mirror, --source modelscope another hub"
+    return f"{hub} cannot be reached, or the line was cut ({said}); {remedy}. Again: {again()}"
+
+
+def choose(files: dict, args) -> set[str]:
+    """The files to fetch; says what is left out. SystemExit when no weights are among them."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    safe = any(path.endswith(".safetensors") for path in files)
+    unwanted = args.exclude + ([] if args.include else OTHERS)
+    if not args.allow_pickle or (safe and not args.include):
+        unwanted += PICKLES
+    only = args.include or None
+    wanted = set(filter_repo_objects(files, allow_patterns=only, ignore_patterns=unwanted))
+    if left_out := sorted(files.keys() - wanted):
+        print(f"  {len(left_out)} left out: {', '.join(left_out)[:200]}")
+    if not wanted or not (safe or args.include or args.allow_pickle):
+        others = "--allow_pickle takes pickles, which can run code; --include takes other formats"
+        raise SystemExit(f"no safetensors to fetch, only what is left out above; {others}")
+    return wanted
+
+
+def load_record(folder: Path) -> dict:
+    record = folder / RECORD
+    return json.loads(record.read_bytes()) if record.is_file() else {}
+
+
+def download(args, folder: Path) -> None:
+    """Bring the folder to what the hub has, and record that."""
+    old = load_record(folder)
+    given = Path(args.model).is_dir()
+    repo = old.get("repo") if given else args.model
+    if repo is None or old.get("repo", repo) != repo:
+        raise SystemExit(f"{folder} was not fetched from {args.model}: give ORG/NAME, another --to")
+    source = args.source or old.get("source", "hf")
+    same = old if source == old.get("source") and not args.revision else {}
+    target = {"source": source, "repo": repo, "revision": args.revision or same.get("revision")}
+    target["commit"] = same.get("commit", "") if args.repair else ""  # a repair is no update
+    try:
+        offered = list_files(target)
+    except Exception as error:  # of several libraries, and those that they use
+        raise SystemExit(explain(error, folder, target)) from None
+    files = offered["files"]
+    print(f"{repo} {offered['commit'][:12] or source}: {len(files)} files", flush=True)
+    known = old.get("files", {})
+    as_before = same and (given or args.repair) and not args.include
+    wanted = known if as_before else choose(files, args)
+    files = {path: files[path] for path in files if path in wanted or path in known}
+    if args.dry_run:
+        for path in files:
+            print(f"  {size_text({path: files[path]}):>12}  {path}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".danpu.lock"):  # a second download waits, then finds the files
+            for path in known:  # no loader may find a mixture of two versions
+                if files.get(path) != known[path] and not problem(folder, path, known[path]):
+                    (folder / path).unlink()
+            fill(args, folder, offered | {"files": files})
+    print(f"{folder}: {len(files)} files, {size_text(files)}{'' if args.dry_run else ', complete'}")
+
+
+def fill(args, folder: Path, record: dict) -> None:
+    """Fetch what the record names and the folder lacks; what arrives broken is deleted."""
+    wrong = problems(folder, record["files"], read=args.repair)
+    for path, why in wrong.items():
+        if why != "missing" and not args.repair:
+            raise SystemExit(f"{folder / path}: {why}; --repair fetches it again")
+        (folder / path).unlink(missing_ok=True)
+    with atomic_file(folder / RECORD) as part:
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    missing = {path: record["files"][path] for path in wrong}
+    if sum(known["size"] for known in missing.values()) > shutil.disk_usage(folder).free:
+        raise SystemExit(f"{size_text(missing)} to fetch, more than is free under {folder}")
+    try:
+        if missing:
+            fetch(record, missing, folder, args.aria2)
+    except Exception as error:
+        raise SystemExit(explain(error, folder, record)) from None
+    broken = problems(folder, missing)
+    for path, why in broken.items():
+        print(f"  {path}: {why}")
+        (folder / path).unlink(missing_ok=True)
+    if broken:
+        raise SystemExit(f"{len(broken)} of {len(missing)} files arrived broken. Again: {again()}")
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    folder, record = place(args)
-    local = Path(args.model).expanduser().is_dir() and (args.manifest or args.try_)
+    folder = Path(args.model)
+    only_local = folder.is_dir() and (args.verify or args.manifest or args.try_)
+    if not folder.is_dir():
+        folder = Path(args.to) / folder.name
     if args.verify and not args.repair:
-        model_folder.verify(folder, record, args.workers)
-    elif args.repair or args.dry_run or not local:
-        download(args, folder, record)
+        verify(folder, load_record(folder).get("files", {}))
+    elif args.repair or args.dry_run or not only_local:
+        download(args, folder)
     if args.manifest and not args.dry_run:
-        from tools.hub import manifest
-
-        manifest.write(folder, load_record(folder), args.window, args.batch, args.lora_r)
+        describe(folder, load_record(folder), args)
     if args.try_ and not args.dry_run:
-        from tools.hub import try_model
+        from common.demo.chat_model import ChatModel
 
-        try_model.try_out(folder, args.prompt)
-
-
-def outcome(argv: list[str]) -> tuple[int, str | None]:
-    """(exit code, last line) of main(): one line for what goes wrong, and the exit codes of
-    common.cli."""
-    try:
-        main(argv)
-        return 0, None
-    except KeyboardInterrupt:
-        return INTERRUPTED, f"interrupted; what arrived is kept. Continue with: {again()}"
-    except Fatal as error:
-        return 1, f"error: {error}"
-    except OSError as error:
-        return 1, f"error: {explain(error, Path('.'))}"
-    except SystemExit as error:
-        return (
-            (1, f"error: {error.code}")
-            if isinstance(error.code, str)
-            else (int(error.code or 0), None)
-        )
+        question = {"role": "user", "content": "你好，请用一句话介绍你自己。"}
+        *_, (answer, _) = ChatModel(folder).stream([question], max_new_tokens=48)
+        print(f"{question['content']} -> {answer.strip()!r}")
 
 
-def run() -> None:
-    for name in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # SIGINT too: a shell's background jobs start with it ignored
-        signal.signal(name, signal.default_int_handler)
-    code, message = outcome(sys.argv[1:])
-    if message:
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)  # a worker may still wait for bytes
+def interrupted(*_) -> None:
+    print(f"interrupted, complete files stay. Again: {again()}", file=sys.stderr, flush=True)
+    os._exit(75)  # the libraries' threads would first end the files they are at
 
 
 if __name__ == "__main__":
-    run()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, interrupted)
+    try:
+        main(sys.argv[1:])
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+    except SystemExit as error:
+        sys.exit(f"error: {error.code}" if isinstance(error.code, str) else error.code)
