@@ -14,7 +14,8 @@ class Endless:
     """Inside, `chat_model` takes 20 ms a token and never ends an answer by itself."""
 
     def __init__(self, chat_model):
-        self.chat_model, self.tokens = chat_model, 0
+        self.chat_model = chat_model
+        self.tokens = 0
 
     def __enter__(self):
         def slow(module, inputs, output):
@@ -23,9 +24,9 @@ class Endless:
             output.logits[..., self.chat_model.tokenizer.eos_token_id] = -1e9
 
         model = self.chat_model.model
-        self.hook = (
-            model.get_base_model() if self.chat_model.adapter else model
-        ).register_forward_hook(slow)
+        if self.chat_model.adapter:
+            model = model.get_base_model()
+        self.hook = model.register_forward_hook(slow)
         return self
 
     def __exit__(self, *_):
@@ -37,23 +38,26 @@ class Visit:
 
     def __init__(self, browser, address, **context):
         self.context = browser.new_context(locale="zh-CN", **context)
-        self.page, self.complaints = self.context.new_page(), []
+        self.page = self.context.new_page()
+        self.complaints: list[str] = []
         self.page.set_default_timeout(20_000)
         self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
-        self.page.on(
-            "dialog",
-            lambda dialog: self.complaints.append(f"dialog: {dialog.message}") or dialog.dismiss(),
-        )
+        self.page.on("dialog", self.interrupted)
         self.page.on("console", self.heard)
         self.page.on("request", self.requested)
         self.address = address
         self.page.goto(address)
-        self.box, self.notes = self.page.get_by_label("问题"), self.page.get_by_text("词元/秒")
+        self.box = self.page.get_by_label("问题")
+        self.notes = self.page.get_by_text("词元/秒")
         self.box.wait_for()
 
     def heard(self, message):
         if message.type == "error":
             self.complaints.append(f"console: {message.text}")
+
+    def interrupted(self, dialog):
+        self.complaints.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def requested(self, request):
         if not request.url.startswith((self.address, "data:", "blob:")):
@@ -68,6 +72,21 @@ class Visit:
             self.notes.nth(count).wait_for()
             self.page.get_by_role("button", name="发送").wait_for()
             return self.page.locator(".bot-row").last.inner_text()
+
+    def set_system(self, text: str):
+        """Open the settings and type a system prompt.
+
+        Gradio mounts what is in a closed accordion only now, and then sets its value.
+        """
+        self.page.get_by_text("设置", exact=True).click()
+        box = self.page.get_by_label("系统提示词")
+
+        def stays():
+            box.fill(text)
+            self.page.wait_for_timeout(500)
+            return box.input_value() == text
+
+        self.until(stays)
 
     def until(self, condition, seconds: float = 15):
         deadline = time.monotonic() + seconds

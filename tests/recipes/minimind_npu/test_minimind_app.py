@@ -57,8 +57,7 @@ def test_the_page_answers_and_thinks(visit, trained, tmp_path):  # noqa: F811
         "the history was not used"
     )
     found.page.get_by_label("先思考再回答").check()
-    found.page.get_by_text("设置", exact=True).click()
-    found.page.get_by_label("系统提示词").fill("短一点")
+    found.tab.set_system("短一点")
     found.tab.ask("你是谁？")
     assert found.asked()[2].startswith("<|im_start|>system\n短一点") and found.asked()[2].endswith(
         "<think>\n"

@@ -332,11 +332,7 @@ def test_chat_in_chromium(visit, tuned, monkeypatch, tmp_path):
     page.screenshot(path=tmp_path / "chat.png")
 
     page.get_by_role("button", name="清空对话").click()
-    page.get_by_text("设置", exact=True).click()
-    page.wait_for_timeout(
-        500
-    )  # Gradio mounts what is in a closed accordion only now, and then sets its value
-    page.get_by_label("系统提示词").fill("说短一点")
+    visit.set_system("说短一点")
     visit.ask(HTML)
     assert prompts[3] == [
         {"role": "system", "content": "说短一点"},
