@@ -11,133 +11,157 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from common import cli
+from common.data.files import atomic_file
 
 
 class Output:
-    """The answers of a run: parts that only grow, one for each rank, then one file in the order of
-    the input."""
+    """The answers of a run; `begin` and `finish` are called on the first rank, `write` on all."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.run_file, self.lock_file = (
-            path.with_name(path.name + end) for end in (".run.json", ".lock")
-        )
-        self.lock = self.part = None
+        self.run_file = self._beside(".run.json")
+        self.lock_file = self._beside(".lock")
+        self.lock = None
+        self.part = None
+
+    def _beside(self, end: str) -> Path:
+        return self.path.with_name(self.path.name + end)
 
     def parts(self) -> list[Path]:
-        return sorted(
-            p
-            for p in self.path.parent.glob("*.part-*")
-            if p.name.startswith(self.path.name + ".part-")
-        )
+        prefix = (
+            self.path.name + ".part-"
+        )  # the name may hold characters that mean something to glob
+        return sorted(p for p in self.path.parent.glob("*.part-*") if p.name.startswith(prefix))
+
+    # ---- the beginning ----
 
     def begin(self, facts: dict, overwrite: bool) -> set[int]:
-        """On the first rank: start, continue or refuse. -> rows that are answered; SystemExit 0
-        where all are."""
+        """Start, continue or refuse. -> rows that are answered; SystemExit 0 where all are.
+
+        facts: what decides the answers; a run with others is not continued.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            if overwrite:
+                self._remove_all()
+            self._refuse_others(facts)
+        except SystemExit:
+            self.lock_file.unlink()
+            raise
+        self._note(facts, finished=False)
+        for part in self.parts():
+            whole = part.read_bytes().rfind(b"\n") + 1
+            os.truncate(part, whole)  # what a killed process left of a line
+        return {row for row, _, _ in self._lines()}
+
+    def _take_lock(self) -> None:
         self.lock = open(self.lock_file, "w")  # noqa: SIM115  (held until the process ends)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"another process is writing {self.path}") from None
-        try:
-            self._decide(facts, overwrite)
-        except SystemExit:
-            self.lock_file.unlink()
-            raise
-        for part in self.parts():
-            os.truncate(
-                part, part.read_bytes().rfind(b"\n") + 1
-            )  # what a killed process left of a line
-        return {row for row, _, _ in self.lines()}
 
-    def _decide(self, facts: dict, overwrite: bool) -> None:
-        if overwrite:
-            for old in (self.path, self.run_file, *self.parts()):
-                old.unlink(missing_ok=True)
-        past = (
-            json.loads(self.run_file.read_text(encoding="utf-8"))
-            if self.run_file.is_file()
-            else None
-        )
-        if past is None and (self.path.exists() or self.parts()):
-            raise cli.usage_error(
-                f"{self.path} is not an output of infer.py; another --output, or --overwrite"
-            )
-        changed = [name for name in facts if past and past["settings"].get(name) != facts[name]]
+    def _remove_all(self) -> None:
+        for old in (self.path, self.run_file, *self.parts()):
+            old.unlink(missing_ok=True)
+
+    def _refuse_others(self, facts: dict) -> None:
+        """SystemExit unless what is there is nothing, or an unfinished run with the same facts."""
+        if not self.run_file.is_file():
+            if self.path.exists() or self.parts():
+                raise cli.usage_error(
+                    f"{self.path} is not an output of infer.py; another --output, or --overwrite"
+                )
+            return
+        past = json.loads(self.run_file.read_text(encoding="utf-8"))
+        before = past["settings"]
+        changed = [name for name in facts if before.get(name) != facts[name]]
         if changed:
-            told = ", ".join(
-                f"{n} {_short(past['settings'].get(n))} -> {_short(facts[n])}" for n in changed[:4]
+            shown = ", ".join(
+                f"{name} {_short(before.get(name))} -> {_short(facts[name])}"
+                for name in changed[:4]
             )
             raise cli.usage_error(
-                f"{self.path} is of another run ({told}); another --output, or --overwrite"
+                f"{self.path} is of another run ({shown}); another --output, or --overwrite"
             )
-        if past and past["finished"] and self.path.is_file():
+        if past["finished"] and self.path.is_file():
             for part in self.parts():  # killed after the end
                 part.unlink()
             cli.say(f"{self.path} holds this very run, finished; --overwrite to start anew")
             raise SystemExit(0)
-        self.note(facts, finished=False)
 
-    def note(self, facts: dict, finished: bool) -> None:
-        draft = self.run_file.with_name(self.run_file.name + ".new")
-        draft.write_text(
-            json.dumps({"settings": facts, "finished": finished}, ensure_ascii=False, indent=1),
-            "utf-8",
-        )
-        os.replace(draft, self.run_file)
+    def _note(self, facts: dict, finished: bool) -> None:
+        content = {"settings": facts, "finished": finished}
+        with atomic_file(self.run_file) as draft:
+            draft.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    # ---- while ranks work ----
 
     def write(self, records: list[dict]) -> None:
         """Append to this rank's part."""
         if self.part is None:
-            rank = os.environ.get("RANK", "0")
-            self.part = open(self.path.with_name(f"{self.path.name}.part-{rank}"), "ab")  # noqa: SIM115
-        self.part.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+            path = self._beside(f".part-{os.environ.get('RANK', '0')}")
+            self.part = open(path, "ab")  # noqa: SIM115  (held until the process ends)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        self.part.write("".join(lines).encode())
         self.part.flush()
 
-    def lines(self):
+    def _lines(self) -> Iterator[tuple[int, Path, int]]:
         """(row, part, where the line begins) of every whole line."""
         for part in self.parts():
             with open(part, "rb") as file:
-                at = 0
+                start = 0
                 for line in file:
-                    with suppress(
-                        ValueError, KeyError, TypeError
-                    ):  # blocks that a power cut left empty
-                        yield json.loads(line)["row"], part, at
-                    at += len(line)
+                    row = _row_of(line)
+                    if row is not None:
+                        yield row, part, start
+                    start += len(line)
+
+    # ---- the end ----
 
     def finish(self, facts: dict, count: int) -> list[dict]:
-        """On the first rank: all parts in the order of the rows; -> the records, without messages
-        and answers."""
-        places, records, draft = {}, [], self.path.with_name(self.path.name + ".new")
-        for row, part, at in self.lines():
-            places[row] = part, at
-        if absent := [row for row in range(count) if row not in places]:
+        """All parts in the order of the rows; -> the records, without messages and answers."""
+        places = {row: (part, start) for row, part, start in self._lines()}
+        absent = [row for row in range(count) if row not in places]
+        if absent:
             raise SystemExit(
-                f"{len(absent)} rows lack an answer (first: {absent[0]}): no folder shared by all machines?"
+                f"{len(absent)} rows lack an answer (first: {absent[0]}): no folder shared by "
+                "all machines?"
             )
-        opened = {part: open(part, "rb") for part in self.parts()}  # noqa: SIM115
-        with open(draft, "wb") as out:
+        records = []
+        with atomic_file(self.path) as draft, ExitStack() as stack:
+            opened = {part: stack.enter_context(open(part, "rb")) for part in self.parts()}
+            out = stack.enter_context(open(draft, "wb"))
             for row in range(count):
-                part, at = places[row]
-                opened[part].seek(at)
+                part, start = places[row]
+                opened[part].seek(start)
                 line = opened[part].readline()
                 out.write(line)
-                records.append(
-                    {k: v for k, v in json.loads(line).items() if k not in ("messages", "answer")}
-                )
+                records.append(_without_texts(json.loads(line)))
             out.flush()
             os.fsync(out.fileno())
-        os.replace(draft, self.path)
-        self.note(facts, finished=True)
-        for part in (*self.parts(), self.lock_file):
-            part.unlink()
+        self._note(facts, finished=True)
+        for file in (*self.parts(), self.lock_file):
+            file.unlink()
         return records
+
+
+def _row_of(line: bytes) -> int | None:
+    """The row that a line answers; None for blocks that a power cut left empty."""
+    try:
+        return json.loads(line)["row"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _without_texts(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name not in ("messages", "answer")}
 
 
 def _short(value) -> str:
