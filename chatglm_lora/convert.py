@@ -29,7 +29,8 @@ from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
 from common.convert import adapter
-from common.convert.weight_files import SHARD_GB, Draft, Weights, check_shape, save_sharded
+from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
+from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from tokenization_chatglm import ChatGLMTokenizer
@@ -172,7 +173,7 @@ def to_native(
     config.dtype = target_dtype(weights, dtype)
     tokenizer = make_tokenizer(folder, family, config)
 
-    with Draft(out) as part:
+    with new_folder(out) as part:
         config.save_pretrained(part)
         generation_config(config, tokenizer).save_pretrained(part)
         if tokenizer is not None:
@@ -348,7 +349,7 @@ def to_slim(folder: Path, out: Path, dtype: str = "auto", shard_gb: float = SHAR
     slim = slim_config(config, tokenizer, images)
     slim.dtype = target_dtype(weights, dtype)
 
-    with Draft(out) as part:
+    with new_folder(out) as part:
         slim.save_pretrained(part)
         save_slim_tokenizer(tokenizer, part)
         tensors = slim_tensors(weights, list(expected), images, slim.dtype)
@@ -465,7 +466,7 @@ def main() -> None:
     args = parse_args()
     folder = Path(args.model)
     out = Path(args.output_dir)
-    Draft(out)  # fails at once where something stands
+    check_empty(out)  # fails at once where something stands
     if (folder / "adapter_config.json").is_file():
         return to_native_adapter(folder, out, args.base)
     config_file = folder / "config.json"

@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from common.convert import adapter
-from common.convert.weight_files import Draft, Weights, check_shape, read_pickle, save_sharded
+from common.convert.weight_files import Weights, check_shape, read_pickle, save_sharded
+from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
 from convert import DERIVED, empty_weights
 from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, inverse_frequencies
@@ -99,7 +100,7 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
     for name, pair in modules.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a
         tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b
-    with Draft(out) as part:
+    with new_folder(out) as part:
         settings.save_pretrained(part)
         save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
         cli.load(AutoTokenizer, base, "--base").save_pretrained(part)
@@ -231,7 +232,7 @@ def to_original(native: Path, out: Path, base: str) -> None:
         )
     files = Path(base)
     own = [*TOKENIZER_FILES, "chat_template.jinja"]
-    with Draft(out) as part:
+    with new_folder(out) as part:
         save_sharded(published_tensors(Weights(native), config), part)
         for path in native.iterdir():
             if path.name in own:
@@ -322,7 +323,7 @@ def parse_args():
         )
     for place in (args.output_dir, args.to_adapter):
         if place:
-            Draft(place)  # fails at once where something stands
+            check_empty(place)  # fails at once where something stands
     return args
 
 
