@@ -2,7 +2,8 @@
 launch.sh).
 
     python common/launch.py NPROC [--accelerate YAML] train.py [flags]
-        NPROC: a number, or auto: one per device, 2 on a CPU; YAML: a config of `accelerate launch` with DeepSpeed
+        NPROC: a number, or auto: one per device, 2 on a CPU
+        YAML: a config of `accelerate launch` with DeepSpeed
 
 What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage,
 75 interrupted); the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM
@@ -15,6 +16,9 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAST_LINES = 30  # of a failed rank's stderr
 
 
 def agent_arguments(nproc: int, logs: str) -> list[str]:
@@ -30,24 +34,29 @@ def agent_arguments(nproc: int, logs: str) -> list[str]:
     if nnodes == 1 and not os.environ.get("MASTER_PORT"):
         flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     else:
-        address = os.environ.get("MASTER_ADDR", "127.0.0.1" if nnodes == 1 else "")
-        if not address or (nnodes > 1 and "NODE_RANK" not in os.environ):
-            sys.exit(
-                "launch: several nodes need NNODES, NODE_RANK (0 on the first) and MASTER_ADDR (address of the first)"
-            )
-        rank = os.environ.get("NODE_RANK", "0")
-        flags += [
-            f"--node-rank={rank}",
-            f"--master-addr={address}",
-            f"--master-port={os.environ.get('MASTER_PORT', 29500)}",
-        ]
-    if (
-        os.environ.get("DANPU_VERBOSE") != "1"
-    ):  # only the first local rank speaks; the others go to files
-        flags += [f"--log-dir={logs}"] + (
-            [f"--redirects={','.join(f'{i}:3' for i in range(1, nproc))}"] if nproc > 1 else []
-        )
+        flags += meeting_point(nnodes)
+    if os.environ.get("DANPU_VERBOSE") != "1":
+        flags.append(f"--log-dir={logs}")
+        # only the first local rank speaks; the others go to files
+        silent = [f"{rank}:3" for rank in range(1, nproc)]
+        if silent:
+            flags.append(f"--redirects={','.join(silent)}")
     return flags
+
+
+def meeting_point(nnodes: int) -> list[str]:
+    """torchrun's flags for the place where the machines of a run find each other."""
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1" if nnodes == 1 else "")
+    if not address or (nnodes > 1 and "NODE_RANK" not in os.environ):
+        sys.exit(
+            "launch: several nodes need NNODES, NODE_RANK (0 on the first) and MASTER_ADDR "
+            "(address of the first)"
+        )
+    return [
+        f"--node-rank={os.environ.get('NODE_RANK', '0')}",
+        f"--master-addr={address}",
+        f"--master-port={os.environ.get('MASTER_PORT', 29500)}",
+    ]
 
 
 def processes(wanted: str) -> int:
@@ -55,32 +64,43 @@ def processes(wanted: str) -> int:
     try:
         from common import device
     except ImportError as error:
-        sys.exit(
-            f"launch: {sys.executable} cannot import torch ({error}); `bash tools/check_env.sh` says what to do"
-        )
+        sys.exit(f"launch: {sys.executable} cannot import torch ({error}); {remedy()}")
     message, fatal = device.install_problem()
     if message:
         print(message, file=sys.stderr)
     if fatal:
         sys.exit(1)
-    kind, count = device.kind(), device.device_count()
+    kind = device.kind()
+    count = device.device_count()
     nproc = int(wanted) if wanted != "auto" else count or 2
     if count and nproc > count:
         print(f"launch: NPROC={nproc}, but {count} {kind} device(s) are visible", file=sys.stderr)
         sys.exit(2)
     if not count:
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        # one thread team per process; more threads than cores slows gloo runs several times
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-        os.environ.setdefault(
-            "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-        )  # huge pages for tensors: 6-10 % faster
+        settle_cpu(nproc)
         os.environ["DS_ACCELERATOR"] = kind
     return nproc
+
+
+def remedy() -> str:
+    """What helps a Python without torch; a recipe copied with common/ alone has no tools/."""
+    if (ROOT / "tools/check_env.sh").exists():
+        return "`bash tools/check_env.sh` says what to do"
+    if (ROOT / "requirements.txt").exists():
+        return f"{sys.executable} -m pip install -r {ROOT}/requirements.txt"
+    return f"with the project's requirements.txt in {ROOT} the shells install what it needs"
+
+
+def settle_cpu(nproc: int) -> None:
+    """Threads and memory of `nproc` ranks on one CPU; what the user has set stays."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    # one thread team per process; more threads than cores slows gloo runs several times
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    # huge pages for tensors: 6-10 % faster
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 def accelerate_environment(config: Path, nproc: int) -> None:
@@ -88,23 +108,17 @@ def accelerate_environment(config: Path, nproc: int) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    flags = [
-        "--config_file",
-        str(config),
-        "--num_processes",
-        str(nproc),
-        "--main_process_port",
-        "0",
-        "train.py",
-    ]
-    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    flags = ["--config_file", str(config), "--num_processes", str(nproc)]
+    flags += ["--main_process_port", "0", "train.py"]
+    args = launch_command_parser().parse_args(flags)
+    args, defaults, _ = _validate_launch_command(args)
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     if args.deepspeed_config_file:  # as a relative path it means a file beside the config
         args.deepspeed_config_file = str(config.parent / args.deepspeed_config_file)
     variables = prepare_deepspeed_cmd_env(args)[1]
-    os.environ.update(
-        {name: value for name, value in variables.items() if name.startswith("ACCELERATE_")}
-    )
+    for name, value in variables.items():
+        if name.startswith("ACCELERATE_"):
+            os.environ[name] = value
 
 
 def forward_signals() -> None:
@@ -115,25 +129,43 @@ def forward_signals() -> None:
 
     def handle(number, frame):
         seen.append(number)
-        for child in psutil.Process().children(recursive=len(seen) > 1):
-            child.send_signal(signal.SIGTERM if len(seen) == 1 else signal.SIGKILL)
+        first = len(seen) == 1
+        for child in psutil.Process().children(recursive=not first):
+            child.send_signal(signal.SIGTERM if first else signal.SIGKILL)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
 
 
+def report_failure(logs: str, rank: int, failure) -> int:
+    """Print why the first rank failed; returns the exit code for the whole run."""
+    words = last_words(logs, failure)
+    if words:
+        print(words, file=sys.stderr)
+    code = failure.exitcode
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"rank {rank} was killed by {name}; the other ranks were ended", file=sys.stderr)
+    return code if code in (1, 2, 75) else 1
+
+
 def last_words(logs: str, failure) -> str:
     """The end of the failed rank's stderr; empty for rank 0, which has spoken on the terminal
     already."""
-    files = [Path(failure.error_file).parent / "stderr.log"] if failure.error_file else []
-    files += Path(logs).glob(f"**/{failure.local_rank}/stderr.log")
-    text = next((file.read_text(errors="replace").strip() for file in files if file.is_file()), "")
-    return "\n".join(text.splitlines()[-30:])
+    files = list(Path(logs).glob(f"**/{failure.local_rank}/stderr.log"))
+    if failure.error_file:
+        files.insert(0, Path(failure.error_file).parent / "stderr.log")
+    for file in files:
+        if file.is_file():
+            lines = file.read_text(errors="replace").strip().splitlines()
+            return "\n".join(lines[-LAST_LINES:])
+    return ""
 
 
 def main() -> int:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    nproc, script = processes(sys.argv[1]), sys.argv[2:]
+    sys.path.insert(0, str(ROOT))
+    nproc = processes(sys.argv[1])
+    script = sys.argv[2:]
     if script[0] == "--accelerate":
         accelerate_environment(Path(script[1]).resolve(), nproc)
         script = script[2:]
@@ -148,18 +180,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:
         try:
             run.run(run.parse_args([*agent_arguments(nproc, logs), *script]))
-            return 0
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            words = last_words(logs, failure)
-            if words:
-                print(words, file=sys.stderr)
-            if failure.exitcode < 0:
-                print(
-                    f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; the other ranks were ended",
-                    file=sys.stderr,
-                )
-            return failure.exitcode if failure.exitcode in (1, 2, 75) else 1
+            return report_failure(logs, *error.get_first_failure())
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,69 +19,77 @@ import urllib.request
 import warnings
 from pathlib import Path
 
+from common.runs import machine
+
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 180  # for all of torch_facts; a cold start from a network disk takes a minute
 TOOL_SECONDS = 10
 
 
 def ask(command, seconds, env=None):
-    """(exit code, stdout, stderr) of a command; code None: no answer in time, 127: it cannot be
-    started."""
-    files = [
-        os.memfd_create(name) for name in ("stdout", "stderr")
-    ]  # in memory: the disk may be full
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=files[0],
-            stderr=files[1],
-            env=env,
-            start_new_session=True,
-            cwd=Path(__file__).resolve().parents[1],
-        )
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        code = None
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # and no wait for its end: a driver may hold it for ever
-    except OSError as error:
-        return 127, "", str(error)
-    texts = [os.pread(file, 1 << 20, 0).decode(errors="replace") for file in files]
-    for file in files:
-        os.close(file)
-    return (code, *texts)
+    """(exit code, stdout, stderr) of a command; the code is None without an answer in time, 127
+    where it cannot be started."""
+    with in_memory() as out, in_memory() as err:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=env,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)  # its end is not awaited: a driver may hold it
+        except OSError as error:
+            return 127, "", str(error)
+        return code, text_of(out), text_of(err)
+
+
+def in_memory():
+    """A file in memory, since the disk may be full."""
+    return os.fdopen(os.memfd_create("output"), "w")
+
+
+def text_of(file):
+    return os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
 
 
 def in_background(call, *args):
     """Start call(*args) beside the rest. Returns a function: seconds to wait -> its result, None
     without one."""
-    box = []
+    results = []
 
     def work():
         with contextlib.suppress(Exception):
-            box.append(call(*args))
+            results.append(call(*args))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
 
     def result(seconds):
         thread.join(max(0, seconds))
-        return box[0] if box else None
+        return results[0] if results else None
 
     return result
 
 
 def tool(*command):
-    """None where a driver's tool is not installed, else (whether it works, its first line or what
-    is wrong)."""
+    """(whether a driver's tool works, its first line or what is wrong); None where it is not
+    installed."""
     code, out, err = ask(command, TOOL_SECONDS)
     if code == 127:
         return None
     if code is None:
         return False, f"{command[0]} gives no answer within {TOOL_SECONDS} s: the driver hangs"
-    words = one_line((out.strip() or err.strip() or f"exit code {code}").splitlines()[0])
-    return code == 0, words if code == 0 else f"{command[0]} fails: {words}"
+    said = out.strip() or err.strip() or f"exit code {code}"
+    words = one_line(said.splitlines()[0])
+    if code:
+        return False, f"{command[0]} fails: {words}"
+    return True, words
 
 
 def web_server(url, seconds):
@@ -104,20 +112,16 @@ def one_line(error, width=250):
     return words if len(words) <= width else words[:width] + " ..."
 
 
-def ascending(ids):
-    """ "3,0" -> "0,3": Ascend's driver stops reading at the first id that does not ascend."""
-    return ",".join(sorted(ids.split(","), key=lambda i: (len(i), i)))
-
-
 def torch_facts():
     """{"torch": {...}, "device": {...}, ...} as another process found them; "errors": why a step
     has no answer."""
     env = dict(os.environ)
     if env.get("DEVICES"):  # as launch.sh does
         env["CUDA_VISIBLE_DEVICES"] = env["DEVICES"]
-        env["ASCEND_RT_VISIBLE_DEVICES"] = ascending(env["DEVICES"])
+        env["ASCEND_RT_VISIBLE_DEVICES"] = machine.ascending(env["DEVICES"])
     code, out, err = ask([sys.executable, "-m", "tools.probe"], SECONDS, env)
-    found, step = {"errors": {}}, "torch"
+    found = {"errors": {}}
+    step = "torch"
     for line in out.splitlines():
         if line.startswith("danpu-probe "):
             answer = json.loads(line.partition(" ")[2])
@@ -125,31 +129,39 @@ def torch_facts():
             found["errors"].update(answer.pop("errors", {}))
             found.update(answer)
     if step not in found and step not in found["errors"]:
-        last = one_line((err.strip().splitlines() or ["no message"])[-1])
-        crash = signal.Signals(-code).name if code and code < 0 else None
-        hangs = f"no answer within {SECONDS} s: a driver or a disk hangs"
-        found["errors"][step] = hangs if code is None else f"crashes ({crash})" if crash else last
+        found["errors"][step] = why_it_ended(code, err)
     return found
 
 
-# ---- the other process --------------------------------------------------------------------------------------
+def why_it_ended(code, err):
+    """What to tell of a process that ended without its answer."""
+    if code is None:
+        return f"no answer within {SECONDS} s: a driver or a disk hangs"
+    if code < 0:
+        return f"crashes ({signal.Signals(-code).name})"
+    lines = err.strip().splitlines()
+    return one_line(lines[-1]) if lines else "no message"
+
+
+# ---- the other process ---------------------------------------------------------------------------
 
 
 def _torch():
-    from common import (
-        device,
-    )  # before torch: a torch_npu that cannot be used must not break its import
+    # before torch: a torch_npu that cannot be used must not break its import
+    from common import device
 
     import torch
 
-    nccl = (
-        ".".join(map(str, torch.cuda.nccl.version()))
-        if torch.distributed.is_nccl_available()
-        else None
-    )
-    error = device.NPU_ERROR and one_line(device.NPU_ERROR, 500)
-    about = {"version": torch.__version__, "built_for": torch.version.cuda, "nccl": nccl}
-    return {**about, "npu_error": error, "cann": device.cann_home()}
+    nccl = None
+    if torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "version": torch.__version__,
+        "built_for": torch.version.cuda,
+        "nccl": nccl,
+        "npu_error": device.NPU_ERROR and one_line(device.NPU_ERROR, 500),
+        "cann": device.cann_home(),
+    }
 
 
 def _device():
@@ -157,36 +169,38 @@ def _device():
 
     with warnings.catch_warnings(record=True) as notes:  # torch warns of a driver that is too old
         warnings.simplefilter("always")
-        defaults = device.prepare(set())
-    dtype = "bf16" if defaults["bf16"] else "fp16" if defaults["fp16"] else "fp32"
-    notes = " ".join(one_line(note.message) for note in notes)
+        defaults = device.training_defaults(set())
+    halves = [half for half in ("bf16", "fp16") if defaults[half]]
     return {
         "backend": device.dist_backend(),
         "count": device.device_count(),
-        "dtype": dtype,
-        "notes": notes,
+        "dtype": halves[0] if halves else "fp32",
+        "notes": " ".join(one_line(note.message) for note in notes),
     }
 
 
 def _cards():
-    """Name and memory of each card, after a product on it: a driver that answers may still be
-    unable to compute."""
+    from common import device
+
+    return [_card(i) for i in range(device.device_count())]
+
+
+def _card(i):
+    """Name and memory of a card, after a product on it: a driver that answers may still be unable
+    to compute."""
     from common import device
 
     import torch
 
-    cards = []
-    for i in range(device.device_count()):
-        try:
-            ones = torch.ones(
-                16, 16, device=torch.device(device.kind(), i), dtype=device.half_dtype()
-            )
-            (ones @ ones).sum().item()
-            free, total = device.module().mem_get_info(i)
-            cards.append({"name": device.module().get_device_name(i), "free": free, "total": total})
-        except Exception as error:
-            cards.append({"error": one_line(error)})
-    return cards
+    backend = device.module()
+    try:
+        place = torch.device(device.kind(), i)
+        ones = torch.ones(16, 16, device=place, dtype=device.half_dtype())
+        (ones @ ones).sum().item()
+        free, total = backend.mem_get_info(i)
+        return {"name": backend.get_device_name(i), "free": free, "total": total}
+    except Exception as error:
+        return {"error": one_line(error)}
 
 
 def _transformers():

@@ -1,10 +1,10 @@
-"""What this machine is, each question answered once: packages, Ascend cards, device ids, build locks.
+"""What this machine is: packages, Ascend cards, order of device ids, locks of killed builds.
 
-    python common/runs/machine.py missing FILE     prints what this Python lacks of a requirements file
+    python common/runs/machine.py missing FILE     what this Python lacks of a requirements file
     python common/runs/machine.py ascend           exit code 0 on an Ascend machine, else 1
     python common/runs/machine.py ascending 3,0    prints 0,3
 
-Asked by launch.sh, the training core and tools/check_env. Needs no package, and Python 3.8 or newer.
+Asked by launch.sh, the training core and tools/check_env. Needs no package, and Python from 3.8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIBRARIES = (
     "datasets",
     "torch-npu",
 )
-PYTHONS = "Python 3.10, 3.11 or 3.12"  # what the requirements are pinned for
+PYTHONS = "3.10, 3.11 or 3.12"  # what the requirements are pinned for
 NAMES = ("python3.11", "python3.12", "python3.10")
 CARDS = "/dev/davinci[0-9]*"
 
@@ -89,7 +89,7 @@ def installed(package: str) -> str | None:
 
 
 def missing(file: Path) -> dict[str, str | None]:
-    """{package: the version here, None for none} of each package that is not as pinned in `file`."""
+    """{package: its version here, or None} of what is not as pinned in a requirements file."""
     found = {}
     for package, pinned in pins(file).items():
         have = installed(package)
@@ -104,7 +104,7 @@ def shortfall(file: Path) -> list[str]:
     if not Path(file).exists():
         return []
     if not supported():
-        return [f"{PYTHONS} (this is {platform.python_version()})"]
+        return [f"Python {PYTHONS} (this is {platform.python_version()})"]
     pinned = pins(file)
     lacks = missing(file).items()
     return [f"{name}=={pinned[name]} ({have or 'not installed'})" for name, have in lacks]

@@ -3,14 +3,13 @@ printed table."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
+from common import cli, device
 from common.data.files import atomic_file
+from common.runs.engine import engine
+from common.runs.machine import versions
 
 KEYS = (
     "recipe",
@@ -29,33 +28,11 @@ KEYS = (
     "command",
 )
 PLOTS = {"loss": "loss per label token"}
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-    "torch-npu",
-)
 LOG_RANGE = 20  # largest / smallest value of a curve from which its axis is logarithmic
 SHOWN = 12  # samples in report.md
 
 
 # ---- facts ---------------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Versions of python, of the libraries that matter and, in a git checkout, of the recipe."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
-        found["commit"] = done.stdout.strip()
-    return found
 
 
 def parameters(model) -> dict[str, int]:
@@ -93,10 +70,6 @@ def facts(
         losses: training losses in the order of the steps; before, after: {"metrics", ...}.
         peaks: peak memory of each epoch in MiB, where it is known.
     """
-    # here, since check_env asks for `versions` on machines that have no torch
-    from common import cli, device
-    from common.runs.engine import engine
-
     found = {
         "recipe": recipe,
         "model": model_name,

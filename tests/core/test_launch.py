@@ -1,14 +1,23 @@
-"""The launcher: exit codes, last words, signals, a dead rank, the choice of Python."""
+"""The launcher: exit codes, last words, signals, a dead rank, the choice of Python and its first install."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import signal
 import subprocess
+import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT, environment, error_line, expect, finish, shell, start
+from harness import ROOT, error_line, expect, finish, shell, start
+from harness import environment as variables
+
+from common.runs import environment, machine
 
 SCRIPT = """
 import os, signal, sys, time
@@ -32,6 +41,13 @@ def recipe(tmp_path):
     return tmp_path / "run.sh"
 
 
+def launcher(recipe, *flags, **env):
+    """launch.py started without the shell, which has nothing to add where neither its variables nor
+    its process are the point."""
+    command = ["python", ROOT / "common/launch.py", "auto", recipe.parent / "train.py", *flags]
+    return start(command, **env)
+
+
 def test_one_rank_speaks_and_environment_becomes_flags(recipe):
     out = expect(shell(recipe, "ok", MODEL="a b", DATA="x.jsonl:0.5 y.csv", OUTPUT="o")).stdout
     assert "rank 0 of 2" in out and "rank 1" not in out
@@ -52,8 +68,9 @@ FAILURES = [
 
 @pytest.mark.parametrize("mode, code, words", FAILURES)
 def test_exit_code_and_last_words_of_a_failing_rank(recipe, mode, code, words):
+    process = launcher(recipe, mode)
     began = time.time()
-    result = expect(shell(recipe, mode), code)
+    result = expect(finish(process), code)
     assert time.time() - began < 30, "the other rank sleeps for 60 s and must have been ended"
     assert words in (result.stderr.strip().splitlines() or [""])[-1]
     assert "Traceback" not in result.stderr
@@ -88,7 +105,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_which_stop_in_order(recipe, 
 
 
 def test_two_runs_at_once_do_not_share_a_port(recipe):
-    runs = [start(["bash", recipe, "ok"]) for _ in range(2)]
+    runs = [launcher(recipe, "ok") for _ in range(2)]
     assert all("rank 0 of 2" in expect(finish(run, 60)).stdout for run in runs)
 
 
@@ -106,37 +123,184 @@ def test_several_nodes_on_one_machine(recipe):
     assert "rank 0 of 2" in outs[0] and "rank 1 of 2" in outs[1]
 
 
+# ---- the Python of the shells and its first install --------------------------------------------------------------
+
+
 def test_no_venv_is_made_when_forbidden(recipe, tmp_path):
     """A Python without the requirements, DANPU_NO_VENV=1: one line that names what is missing."""
     bare = tmp_path / "bare"
     subprocess.run(
-        [os.path.realpath(os.sys.executable), "-m", "venv", "--without-pip", bare], check=True
+        [os.path.realpath(sys.executable), "-m", "venv", "--without-pip", bare], check=True
     )
-    env = environment(DANPU_NO_VENV=1)
+    env = variables(DANPU_NO_VENV=1)
     env["PATH"] = f"{bare}/bin:/usr/bin:/bin"
     result = subprocess.run(["bash", recipe, "ok"], env=env, capture_output=True, text=True)
     line = error_line(result, 1)
-    assert "torch==" in line and "not installed" in line and "pip install -r" in line
+    assert "torch==" in line and "not installed" in line
+    assert f"{bare}/bin/python -m pip install -r {ROOT}/requirements.txt" in line
 
 
-def test_an_incomplete_python_gets_a_venv(recipe, tmp_path):
-    """Without the flag the launcher makes root/.venv; a copy of the project with one absent requirement is quick."""
-    project = tmp_path / "project"
-    (project / "common").mkdir(parents=True)
-    for name in ("launch.sh", "launch.py"):
+def test_no_python_at_all_is_one_line(recipe, tmp_path):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 127\n")  # pyenv's, with no version chosen
+    (tmp_path / "python").chmod(0o755)
+    env = {"PATH": str(tmp_path)}
+    result = subprocess.run(["bash", recipe, "ok"], env=env, capture_output=True, text=True)
+    assert error_line(result, 1) == "launch: needs Python 3.10, 3.11 or 3.12; none is on PATH"
+
+
+def wheel(folder: Path, name: str, version: str) -> None:
+    """A package with nothing in it, as pip installs it."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        file.writestr(f"{info}/METADATA", about)
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_an_incomplete_python_gets_a_venv(tmp_path):
+    """Without the flag the launcher makes root/.venv, with a line per stage, and continues after a failure; here in
+    a copy of common/ with a requirement that pip does not find at first."""
+    project = tmp_path / "a project"
+    names = ("launch.sh", "launch.py", "__init__.py")
+    for name in (*names, "runs/__init__.py", "runs/environment.py", "runs/machine.py"):
+        (project / "common" / name).parent.mkdir(parents=True, exist_ok=True)
         (project / "common" / name).write_text((ROOT / "common" / name).read_text())
-    (project / "requirements.txt").write_text("danpu-no-such-package==1\n")
+    (project / "requirements.txt").write_text("danpu_no_such_package==1\n")
     (project / "run.sh").write_text(
-        f'set -euo pipefail\nsource {project}/common/launch.sh\nlaunch {project}/train.py "$@"\n'
+        'set -euo pipefail\nsource common/launch.sh\nlaunch train.py "$@"\n'
     )
-    result = shell(project / "run.sh", "ok", PIP_NO_INDEX=1, cwd=project)
-    assert (
-        f"making {project}/.venv" in result.stdout
-        and "installing requirements.txt" in result.stdout
-    )
-    assert "pip install failed" in result.stderr and result.returncode == 1
-    assert (project / ".venv/bin/python").exists()
-    assert Path(ROOT / "requirements.txt").exists()
+    env = {"PIP_NO_INDEX": 1, "PIP_FIND_LINKS": tmp_path, "cwd": project}
+
+    result = shell("run.sh", "ok", **env)
+    lines = expect(result, 1).stderr.splitlines()
+    lacks = "lacks danpu_no_such_package==1 (not installed)"
+    assert lacks in lines[0] and f"making {project}/.venv with " in lines[0]
+    assert lines[1].startswith("launch: .venv made in ") and lines[1].endswith(" s")
+    assert lines[2].startswith("launch: installing requirements.txt into .venv")
+    assert "ERROR: No matching distribution found for danpu_no_such_package==1" in lines
+    assert lines[-1].startswith("launch: pip install failed; the same command again continues")
+    assert not result.stdout and (project / ".venv/bin/python").exists()
+
+    wheel(tmp_path, "danpu_no_such_package", "1")
+    lines = expect(shell("run.sh", "ok", **env), 1).stderr.splitlines()
+    assert [line.split(" in ")[0] for line in lines[:2]] == [
+        "launch: installing requirements.txt into .venv; the first time takes some minutes",
+        "launch: requirements.txt installed",
+    ]
+    assert len(lines) == 3 and f"{project}/.venv/bin/python cannot import torch" in lines[2]
+    assert f"{project}/.venv/bin/python -m pip install -r {project}/requirements.txt" in lines[2]
+
+
+@pytest.fixture
+def venv(monkeypatch, tmp_path):
+    """A project folder in which nothing is installed; its .venv."""
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    for name in ("DANPU_NO_VENV", "DANPU_VERBOSE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "requirements.txt").write_text("danpu_no_such_package==1\n")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    return tmp_path / ".venv"
+
+
+def program(path: Path, *lines: str) -> Path:
+    """A program in the place of Python."""
+    path.write_text("\n".join(["#!/bin/sh", *lines]))
+    path.chmod(0o755)
+    return path
+
+
+PIP = (
+    "echo 'Collecting torch==1'",
+    "echo '  Downloading torch-1.whl (906.5 MB)'",
+    "echo 'Processing ./other.whl'",
+)
+
+
+def test_the_progress_of_pip_is_a_line_now_and_then(venv, monkeypatch, capfd, tmp_path):
+    pip = program(tmp_path / "pip", *PIP)
+    assert environment.quietly([pip]) == 0
+    assert capfd.readouterr().err == "", "it took less than LINE_SECONDS"
+    monkeypatch.setattr(environment, "LINE_SECONDS", 0)
+    assert environment.quietly([pip]) == 0
+    assert capfd.readouterr().err.splitlines() == [
+        "launch: 1 packages collected; Collecting torch==1",
+        "launch: 1 packages collected; Downloading torch-1.whl (906.5 MB)",
+        "launch: 2 packages collected; Processing ./other.whl",
+    ]
+
+
+def test_the_progress_of_pip_is_one_changing_line_on_a_terminal(venv, monkeypatch, tmp_path):
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert environment.quietly([program(tmp_path / "pip", *PIP)]) == 0
+    shown = ""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while True:
+            shown += os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "\n" not in shown and "\r" in shown
+    states = [state.removesuffix("\033[K") for state in shown.split("\r")[1:]]
+    assert states[-2:] == ["launch: 2 packages collected; Processing ./other.whl", ""]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_all_that_pip_says_on_request_or_when_it_fails(venv, monkeypatch, capfd, tmp_path, code):
+    python = program(venv / "bin/python", *[f"echo line {i}; " for i in range(40)], f"exit {code}")
+    file = tmp_path / "requirements.txt"
+    for verbose in ("1", "0"):
+        monkeypatch.setenv("DANPU_VERBOSE", verbose)
+        if code:
+            with pytest.raises(SystemExit, match="pip install failed.*DANPU_VERBOSE=1"):
+                environment.install(python, file)
+        else:
+            environment.install(python, file)
+        shown = [line for line in capfd.readouterr().err.splitlines() if line.startswith("line ")]
+        if verbose == "1":
+            assert len(shown) == 40
+        else:
+            assert shown == [f"line {i}" for i in range(40 - environment.TAIL, 40) if code]
+
+
+def test_a_venv_whose_making_was_killed_is_made_again(venv, monkeypatch, capfd):
+    """It has a Python, but no pip yet."""
+    program(venv / "bin/python")
+    base = program(venv.parent / "base", 'echo "$@"; touch "$3/bin/pip"')
+    monkeypatch.setattr(machine, "base_python", lambda: str(base))
+    environment.make(["torch==1 (not installed)", "b==2 (1)"])
+    said = capfd.readouterr().err
+    assert f"-m venv {venv}" in said and "lacks torch==1 (not installed) and 1 more" in said
+    environment.make(["torch==1 (not installed)"])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_second_start_says_that_it_waits_for_the_first(venv, monkeypatch, capfd, tmp_path):
+    python = program(venv / "bin/python", f'[ -e "{tmp_path}/done" ] || echo lacks')
+    (venv / "bin/pip").touch()
+    with open(tmp_path / ".venv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = []
+
+        def choose():
+            found.append(environment.choose(tmp_path / "requirements.txt"))
+
+        second = threading.Thread(target=choose)
+        second.start()
+        second.join(1)
+        assert second.is_alive() and "another start is installing" in capfd.readouterr().err
+        (tmp_path / "done").touch()
+    second.join(20)
+    assert found == [python] and capfd.readouterr().err == "", "it does not install a second time"
+
+
+def test_a_recipe_copied_without_the_list_runs_with_the_active_python(monkeypatch, tmp_path):
+    assert environment.choose(tmp_path / "requirements.txt") == Path(sys.executable)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0, "final", 0))
+    assert environment.choose(tmp_path / "requirements.txt") == Path(sys.executable)
 
 
 def test_a_torch_that_cannot_be_imported_is_one_line(tmp_path):

@@ -17,14 +17,18 @@ import torch
 from harness import ROOT, environment, expect
 
 from common import device
+from common.runs import machine
 from tools import check_env, probe
 
 LINE = re.compile(r"(ok     |warn   |MISSING) [a-z_]+ +\S")
 CPU = {
     "torch": {"version": "9.0", "built_for": None, "nccl": None, "npu_error": None, "cann": None},
-    "device": {"backend": "gloo", "count": 0, "dtype": "bf16", "notes": ""}, "cards": [], "errors": {},
-    "transformers": {"version": "5"}, "deepspeed": {"version": "1", "ninja": True},
-}  # fmt: skip
+    "device": {"backend": "gloo", "count": 0, "dtype": "bf16", "notes": ""},
+    "cards": [],
+    "errors": {},
+    "transformers": {"version": "5"},
+    "deepspeed": {"version": "1", "ninja": True},
+}
 OURS = (
     "DANPU_|HF_|HCCL_|NCCL_|.*_VISIBLE_DEVICES|.*_proxy|.*_PROXY|DEVICES|NPROC|OUTPUT|MODEL|DATA|"
     "TORCH_EXTENSIONS_DIR|ASCEND|CXX"
@@ -60,16 +64,24 @@ def checks(done, code):
 
 @pytest.fixture
 def page(monkeypatch, capsys, tmp_path):
-    """page(facts, **environment) -> (exit code, checks): the page of a machine whose torch tells `facts`."""
+    """page(facts, **environment) -> checks: the page of a machine whose torch tells `facts`.
+
+    facts: None asks the torch of this machine, in a process of its own. page.text, page.errors: what was printed.
+    """
 
     def page(facts=CPU, code=0, flags=("--offline",), **env):
         for name in [name for name in os.environ if re.match(OURS, name)]:
             monkeypatch.delenv(name)
         for name, value in ({"DANPU_CACHE": tmp_path, "OUTPUT": tmp_path} | env).items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(probe, "torch_facts", lambda: facts)
-        assert check_env.main(["--json", *flags]) == code
-        return json.loads(capsys.readouterr().out)["checks"]
+        with monkeypatch.context() as patch:
+            if facts is not None:
+                patch.setattr(probe, "torch_facts", lambda: facts)
+            assert check_env.main(["--json", *flags]) == code
+        page.text, page.errors = capsys.readouterr()
+        answer = json.loads(page.text)
+        assert answer["ready"] == (code == 0)
+        return answer["checks"]
 
     return page
 
@@ -141,44 +153,38 @@ def test_the_page_of_this_machine(tmp_path):
     )
 
 
-def test_json_and_a_hub_behind_a_proxy_with_a_password(server):
+def test_json_and_a_hub_behind_a_proxy_with_a_password(page, server):
     """One hub answers (HF_ENDPOINT), two are behind a dead proxy. No secret in the text."""
-    here, proxy = server.partition("//")[2], "http://me:p@ss/w@127.0.0.1:9"
-    env = {"HF_ENDPOINT": server, "HF_TOKEN": "hf_topsecret", "https_proxy": proxy}
-    done = run(sys.executable, "-m", "tools.check_env", "--json", **env)
-    hub = checks(done, 0)["hub"]
-    assert hub["status"] == "ok" and hub["fact"].startswith(here) and "HF_TOKEN set" in hub["fact"]
-    assert (
-        "unreachable: hf-mirror.com, www.modelscope.cn" in hub["fact"]
-        and "https=http://***@127.0.0.1:9" in hub["fact"]
-    )
-    assert not re.search("topsecret|me:|p@ss|ss/w", done.stdout + done.stderr)
-    answer = json.loads(done.stdout)
+    env = {"HF_ENDPOINT": server, "HF_TOKEN": "hf_topsecret"}
+    hub = page(flags=(), https_proxy="http://me:p@ss/w@127.0.0.1:9", **env)["hub"]
+    assert hub["status"] == "ok" and "HF_TOKEN set" in hub["fact"]
+    assert hub["fact"].startswith(server.partition("//")[2])
+    assert "unreachable: hf-mirror.com, www.modelscope.cn" in hub["fact"]
+    assert "https=http://***@127.0.0.1:9" in hub["fact"]
+    assert not re.search("topsecret|me:|p@ss|ss/w", page.text + page.errors)
+    answer = json.loads(page.text)
     assert set(answer) == {"ready", "verdict", "checks", "versions"}
     always = "system python requirements torch transformers deepspeed offload device dtype settings cpu memory limits"
     assert {*always.split(), "output", "cache", "hub_cache", "hub", "extras"} <= set(
         answer["checks"]
     )
+    assert set(answer["checks"]["cpu"]) == {"status", "fact", "remedy"}
 
 
 def test_colours_only_on_a_terminal(monkeypatch):
-    line, (master, slave) = [check_env.Line("cpu", "ok", "fast")], pty.openpty()
+    lines = {"cpu": check_env.Line("ok", "fast")}
+    master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         monkeypatch.delenv("NO_COLOR", raising=False)
-        coloured = check_env.as_text(line, "")
+        coloured = check_env.as_text(lines, "")
         monkeypatch.setenv("NO_COLOR", "1")
-        plain = check_env.as_text(line, "")
+        plain = check_env.as_text(lines, "")
     os.close(master)
     assert coloured.startswith("\033[32mok     \033[0m cpu") and plain.startswith("ok      cpu")
 
 
 # ---- Python and packages ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["check_env", "probe", "report", "__init__"])
-def test_an_old_python_can_read_the_files(name):
-    ast.parse((ROOT / f"common/{name}.py").read_text(), feature_version=(3, 8))
 
 
 @pytest.fixture(scope="module")
@@ -199,24 +205,40 @@ def test_nothing_installed(bare):
     assert {"cpu", "memory", "limits", "output", "hub"} <= found.keys(), "the rest is still told"
 
 
-@pytest.mark.parametrize("version", [(3, 9, 2), (3, 13, 0)])
-def test_a_python_that_is_not_supported(bare, version):
-    code = f"import sys; sys.version_info = {(*version, 'final', 0)}; from tools import check_env; check_env.main()"
-    text = " ".join(
-        run(bare, "-c", code, HF_HUB_OFFLINE=1).stdout.split()
-    )  # a long path wraps the line
-    assert (
-        re.search("MISSING python .*must be 3.10, 3.11 or 3.12", text)
-        and "not ready: python, " in text
+def test_an_old_python_can_read_the_files(bare):
+    """All that a bare Python loads of ours: syntax of 3.8, and no annotation that is evaluated."""
+    code = (
+        "import sys, tools.check_env, tools.probe\n"
+        "print(*(m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)))"
     )
+    loaded = [Path(file) for file in run(bare, "-c", code).stdout.split()]
+    ours = {file.relative_to(ROOT).as_posix() for file in loaded if file.is_relative_to(ROOT)}
+    ours.add("common/runs/environment.py")
+    assert {"tools/check_env.py", "tools/probe.py", "common/runs/machine.py"} <= ours
+    for name in ours:
+        text = (ROOT / name).read_text()
+        ast.parse(text, feature_version=(3, 8))
+        assert "from __future__ import annotations" in text or "def " not in text, name
+
+
+@pytest.mark.parametrize("version", [(3, 9, 2), (3, 13, 0)])
+def test_a_python_that_is_not_supported(page, monkeypatch, version):
+    monkeypatch.setattr(sys, "version_info", (*version, "final", 0))
+    found = page(code=1)
+    assert found["python"]["status"] == "MISSING"
+    assert "must be 3.10, 3.11 or 3.12" in found["python"]["fact"]
+    assert "not ready: python" in page.text
+
+
+LAUNCHER = ("common/runs/environment.py", "common/runs/machine.py")
 
 
 def test_the_shell_takes_the_venv_when_the_active_python_lacks_packages(bare, tmp_path):
     project = tmp_path / "a project"
     (project / ".venv/bin").mkdir(parents=True)
-    (project / "common").mkdir()
-    for name in ("launch.sh", "check_env.sh"):
-        (project / "common" / name).write_text((ROOT / "common" / name).read_text())
+    for name in ("common/launch.sh", "tools/check_env.sh", *LAUNCHER):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text((ROOT / name).read_text())
     (project / "requirements.txt").write_text("danpu-no-such-package==1\n")
     (project / ".venv/bin/python").write_text('#!/bin/sh\n[ "$1" = -c ] || echo "venv $*"\n')
     (project / ".venv/bin/python").chmod(0o755)
@@ -243,39 +265,26 @@ TORCH = [
 
 
 @pytest.mark.parametrize("code, words", TORCH)
-def test_a_torch_that_does_not_import(tmp_path, code, words):
-    start = "from tools import probe, check_env; probe.SECONDS = 2; raise SystemExit(check_env.main(['--json']))"
-    found = checks(
-        run(
-            sys.executable,
-            "-c",
-            start,
-            PYTHONPATH=package(tmp_path, "torch", code),
-            HF_HUB_OFFLINE=1,
-        ),
-        1,
-    )
+def test_a_torch_that_does_not_import(page, monkeypatch, tmp_path, code, words):
+    monkeypatch.setattr(probe, "SECONDS", 2)
+    found = page(None, code=1, PYTHONPATH=package(tmp_path, "torch", code))
     assert found["torch"]["status"] == "MISSING" and words in found["torch"]["fact"]
     assert " -m pip install --force-reinstall torch==" in found["torch"]["remedy"]
     assert found["deepspeed"]["status"] == "warn" and found["device"]["status"] == "MISSING"
 
 
-def test_torch_npu_without_cann_other_versions_and_a_broken_library(tmp_path):
+def test_torch_npu_without_cann_other_versions_and_a_broken_library(page, monkeypatch, tmp_path):
     """Three faults at once: a torch_npu that only warns (no card here), a peft of another version, no transformers."""
     version = torch.__version__.split("+")[0]
-    package(
-        tmp_path,
-        "torch_npu",
-        "raise ImportError('libhccl.so: cannot open shared object file')",
-        version,
-    )
+    cause = "raise ImportError('libhccl.so: cannot open shared object file')"
+    package(tmp_path, "torch_npu", cause, version)
     package(tmp_path, "transformers", "raise ModuleNotFoundError('No module named \"tokenizers\"')")
-    metadata(tmp_path, "peft", "0.1.0")
-    found = checks(run(PYTHONPATH=tmp_path), 1)
+    monkeypatch.syspath_prepend(metadata(tmp_path, "peft", "0.1.0"))
+    found = page(None, code=1, PYTHONPATH=tmp_path)
     assert found["torch"]["status"] == "ok" and found["device"]["status"] == "ok"
     assert found["torch_npu"]["status"] == "warn" and "libhccl.so" in found["torch_npu"]["fact"]
     assert found["torch_npu"]["remedy"].startswith(f"{check_env.PIP} uninstall -y torch-npu")
-    pinned = check_env.pins()["peft"]
+    pinned = machine.pins(ROOT / "requirements.txt")["peft"]
     assert (
         found["requirements"]["status"] == "warn"
         and f"peft 0.1.0 (pinned: {pinned})" in found["requirements"]["fact"]
@@ -287,9 +296,9 @@ def test_torch_npu_without_cann_other_versions_and_a_broken_library(tmp_path):
     )
 
 
-def test_torch_npu_of_another_torch_and_refused_settings(tmp_path):
-    package(tmp_path, "torch_npu", version="2.5.1")
-    found = checks(run(PYTHONPATH=tmp_path, NPROC="0", DANPU_DEVICE="tpu"), 1)
+def test_torch_npu_of_another_torch_and_refused_settings(page, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(package(tmp_path, "torch_npu", version="2.5.1"))
+    found = page(None, code=1, PYTHONPATH=tmp_path, NPROC="0", DANPU_DEVICE="tpu")
     assert "torch-npu 2.5.1 belongs to torch 2.5.1" in found["torch_npu"]["fact"]
     assert found["settings"]["status"] == "MISSING" and found["settings"]["remedy"] == "unset NPROC"
     assert (
@@ -361,10 +370,8 @@ def test_nvidia_cards_that_torch_does_not_use(page, monkeypatch, tmp_path):
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 570.86\n")
     tool.chmod(0o755)
-    path, cuda = (
-        f"{tool.parent}:{os.environ['PATH']}",
-        CPU | {"torch": CPU["torch"] | {"built_for": "13.0"}},
-    )
+    path = f"{tool.parent}:{os.environ['PATH']}"
+    cuda = CPU | {"torch": CPU["torch"] | {"built_for": "13.0"}}
     assert "--force-reinstall torch==" in page(PATH=path)["nvidia"]["remedy"]
     assert (
         page(cuda, PATH=path, CUDA_VISIBLE_DEVICES="")["nvidia"]["remedy"]
@@ -393,10 +400,10 @@ def test_nvidia_cards_that_torch_does_not_use(page, monkeypatch, tmp_path):
 @pytest.fixture
 def ascend_host(monkeypatch, tmp_path):
     """A host with one Ascend card, torch-npu as pinned, and CANN at a usual place, not sourced."""
-    pinned = check_env.pins("requirements-npu.txt")["torch-npu"]
+    pinned = machine.pins(ROOT / "requirements-npu.txt")["torch-npu"]
     monkeypatch.syspath_prepend(metadata(tmp_path / "site", "torch_npu", pinned))
     (tmp_path / "davinci0").touch()
-    monkeypatch.setattr(check_env, "CARDS", str(tmp_path / "davinci[0-9]*"))
+    monkeypatch.setattr(machine, "CARDS", str(tmp_path / "davinci[0-9]*"))
     home = tmp_path / "ascend-toolkit/latest"
     (home / "x86_64-linux").mkdir(parents=True)
     (home / "x86_64-linux/ascend_toolkit_install.info").write_text(
@@ -423,9 +430,9 @@ def test_ascend_whose_cann_was_not_sourced_blocks(page, ascend_host):
 
 
 def test_an_ascend_host_is_measured_against_its_own_requirements(page, ascend_host, monkeypatch):
-    real = check_env.installed
+    real = machine.installed
     monkeypatch.setattr(
-        check_env, "installed", lambda name: None if name == "torch-npu" else real(name)
+        machine, "installed", lambda name: None if name == "torch-npu" else real(name)
     )
     found = page(code=1)["requirements"]
     assert found["fact"] == "not installed: torch-npu" and "install torch-npu==" in found["remedy"]
@@ -508,11 +515,21 @@ def test_a_disk_that_takes_no_byte(page, monkeypatch):
     assert "No space left on device" in page(code=1)["cache"]["fact"]
 
 
-V1 = {"memory/a/memory.limit_in_bytes": "3221225472", "memory/a/memory.usage_in_bytes": "2147483648",
-      "memory/a/memory.stat": "inactive_file 1\ntotal_inactive_file 536870912", "cpu/a/cpu.cfs_quota_us": "50000",
-      "cpu/a/cpu.cfs_period_us": "100000"}  # fmt: skip
-V2 = {"a/memory.max": "3221225472", "a/memory.current": "2147483648", "a/memory.stat": "inactive_file 536870912",
-      "a/cpu.max": "50000 100000", "a/b/memory.max": "max", "a/b/cpu.max": "max 100000"}  # fmt: skip
+V1 = {
+    "memory/a/memory.limit_in_bytes": "3221225472",
+    "memory/a/memory.usage_in_bytes": "2147483648",
+    "memory/a/memory.stat": "inactive_file 1\ntotal_inactive_file 536870912",
+    "cpu/a/cpu.cfs_quota_us": "50000",
+    "cpu/a/cpu.cfs_period_us": "100000",
+}
+V2 = {
+    "a/memory.max": "3221225472",
+    "a/memory.current": "2147483648",
+    "a/memory.stat": "inactive_file 536870912",
+    "a/cpu.max": "50000 100000",
+    "a/b/memory.max": "max",
+    "a/b/cpu.max": "max 100000",
+}
 
 
 @pytest.mark.parametrize(
@@ -629,5 +646,5 @@ def test_the_cache_is_where_the_data_goes(monkeypatch):
         monkeypatch.setenv("DANPU_CACHE", place) if place else monkeypatch.delenv(
             "DANPU_CACHE", raising=False
         )
-        assert check_env.folders()[1].fact.startswith(str(cache_root()))
+        assert check_env.cache().fact.startswith(str(cache_root()))
     assert Path(check_env.ROOT) == ROOT
