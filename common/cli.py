@@ -16,8 +16,10 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from common import device
+from common.runs import machine
 
 INTERRUPTED = 75
 _given: set[str] = set()  # flags of the command line that parse_args has read
@@ -191,13 +193,10 @@ def quiet_libraries() -> None:
 
 def remove_stale_build_locks() -> None:
     """A killed build of DeepSpeed's operators leaves a lock that the next start would wait for,
-    for ever. A builder that lives touches its folder at least every minute."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
-    for folder, _, files in os.walk(os.path.expanduser(root)):
-        lock = os.path.join(folder, "lock")
-        if "lock" in files and time.time() - os.path.getmtime(lock) > 60:
-            os.remove(lock)
-            say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
+    for ever."""
+    for lock in machine.stale_build_locks():
+        Path(lock).unlink(missing_ok=True)
+        say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ clear line and a normal CPU/CUDA run.
 from __future__ import annotations
 
 import contextlib
-import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -23,6 +22,8 @@ _autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
 if "torch" not in sys.modules:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 import torch
+
+from common.runs import machine
 
 CANN_PLACES = (
     "/usr/local/Ascend/cann",
@@ -40,7 +41,7 @@ def cann_home() -> str | None:
 
 def npu_hardware() -> bool:
     """Whether the Ascend driver shows a card to this machine (or container)."""
-    return bool(glob.glob("/dev/davinci[0-9]*"))
+    return bool(machine.ascend_cards())
 
 
 def _version_mismatch() -> ImportError | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 LIBRARIES = (
     "torch", "torch.distributed.run", "transformers.trainer", "transformers.generation", "transformers.masking_utils",
-    "transformers.models.llama.modeling_llama", "deepspeed", "peft", "datasets", "evaluate", "matplotlib.pyplot",
+    "transformers.models.llama.modeling_llama", "deepspeed", "peft", "datasets", "matplotlib.pyplot",
     "torch.utils.tensorboard", "accelerate", "psutil",
 )  # fmt: skip
 READ_AT_IMPORT = (  # beginnings of variables
