@@ -295,7 +295,8 @@ class PreferenceTrainer(RecipeTrainer):
         for trained in ("optimizer", "scheduler"):
             config.pop(trained, None)
         engine, *_ = deepspeed.initialize(model=model, config=config)
-        return engine.eval()
+        engine.eval()  # DeepSpeed's returns nothing
+        return engine
 
     # ---- one batch ----
     def count_items(self, samples: list[dict]) -> int:
