@@ -44,6 +44,7 @@ def prepare(
     if args.leak_check:
         train, leaked = leak_check(train, args.leak_check, kind, args.column_map or None)
         stats["dropped"]["in test file"] = leaked
+        cli.say(f"  {leaked:,} left out: their prompts stand in {args.leak_check}")
 
     key = json.dumps([_source_of(encode), args.model_max_length, *depends_on])
     train_ids, eval_ids, counts = tokenise_split(train, held_out, encode, key, columns=columns)

@@ -1,23 +1,30 @@
-"""common/data/files.py, rows.py and data.py: readers, shapes, checks, cache, split, leaks, tokens."""
+"""common/data: readers, shapes, checks, cache, split, leaks, tokens, prepare, progress."""
 
 import gzip
+import importlib
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_shapes import CHATS, HELLO, HI, PAIRS, TEXTS, A, Q, chat
 
+from common import cli
+from common.data import cache as prepared
 from common.data import files, progress, shapes
-from common.data.cache import cached
+from common.data.cache import cached, write_rows
 from common.data.load import load_rows, prompt_key, summary
+from common.data.prepare import prepare
 from common.data.progress import Progress
 from common.data.split import leak_check, split_rows
 from common.data.tokens import tokenise, tokenise_split
@@ -51,7 +58,7 @@ def refuses(call, *parts):
     return message
 
 
-# ---- shapes -------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 ALL = [("chat", *c) for c in CHATS.values()] + [("preference", *c) for c in PAIRS.values()]
 ALL += [("text", name, row, {"text": text}) for name, row, text in TEXTS.values()]
@@ -193,7 +200,7 @@ def test_any_damage_is_a_bad_row(case, column, value, where):
         shapes.prompt_of(json.loads(json.dumps(done)))
 
 
-# ---- readers ------------------------------------------------------------------------------------------------
+# ---- readers -------------------------------------------------------------------------------------
 
 ROWS = [{"instruction": f"第{i}题：{Q}", "output": f"{A}{i}"} for i in range(5)]
 WANT = [chat(r["instruction"], r["output"]) for r in ROWS]
@@ -254,7 +261,8 @@ def test_sources_name_lines(tmp_path):
 def test_array_parser_in_small_pieces(rows, indent, step):
     class Pieces:
         def __init__(self, text):
-            self.text, self.at = text, 0
+            self.text = text
+            self.at = 0
 
         def read(self, _):
             self.at += step
@@ -346,9 +354,10 @@ def test_missing_path_and_hub_name(tmp_path):
     refuses(lambda: load([]), "no data path")
 
 
-# ---- rows that cannot be used -------------------------------------------------------------------------------
+# ---- rows that cannot be used --------------------------------------------------------------------
 
-U, B = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}
+U = {"role": "user", "content": "问"}
+B = {"role": "assistant", "content": "答"}
 DROPS = [
     ("missing output", "chat", {"instruction": Q, "output": None}),
     ("missing output", "chat", {"instruction": Q}),
@@ -445,7 +454,7 @@ def test_three_megabyte_row(tmp_path):
         assert load(tmp_path / name)[0] == [chat(Q, long)]
 
 
-# ---- weights ------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def numbered(path, count, tag):
@@ -453,7 +462,8 @@ def numbered(path, count, tag):
 
 
 def test_weights(tmp_path):
-    a, b = numbered(tmp_path / "a.jsonl", 100, "a"), numbered(tmp_path / "b.jsonl", 60, "b")
+    a = numbered(tmp_path / "a.jsonl", 100, "a")
+    b = numbered(tmp_path / "b.jsonl", 60, "b")
     assert len(load(f"{a} {b}")[0]) == 160
     dataset, stats = load_rows(f"{a}:0.8 {b}:0.2")
     sources = dataset["source"]
@@ -474,7 +484,7 @@ def test_path_with_a_space_or_a_colon(tmp_path):
     assert len(load(str(tmp_path / "x.jsonl:1"))[0]) == 2
 
 
-# ---- cache --------------------------------------------------------------------------------------------------
+# ---- cache ---------------------------------------------------------------------------------------
 
 
 def built(cache):
@@ -535,7 +545,7 @@ def test_full_disk_is_one_line(tmp_path):
 
 def encode(row):
     """One token per character; rows whose prompt ends in 7 have no label left."""
-    asked, answer = row["messages"][-2]["content"], row["messages"][-1]["content"]
+    asked, answer = (turn["content"] for turn in row["messages"][-2:])
     if asked.endswith("7"):
         return None
     ids = [ord(c) for c in asked + answer]
@@ -560,7 +570,8 @@ def _rank(path, cache, log, gate):
 
 
 def test_several_processes_build_once(tmp_path, cache):
-    path, log = numbered(tmp_path / "a.jsonl", 100, "a"), tmp_path / "log"
+    path = numbered(tmp_path / "a.jsonl", 100, "a")
+    log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
     gate = context.Barrier(4)
     ranks = [context.Process(target=_rank, args=(path, cache, log, gate)) for _ in range(4)]
@@ -572,7 +583,33 @@ def test_several_processes_build_once(tmp_path, cache):
     assert len(log.read_text().splitlines()) == 100
 
 
-# ---- split and leaks ----------------------------------------------------------------------------------------
+def _holder(lock, gate):
+    with FileLock(lock):
+        gate.wait()
+        time.sleep(1)
+
+
+def test_a_waiting_process_says_so(tmp_path, monkeypatch, capsys):
+    def build(folder):
+        write_rows(iter([{"row": "{}", "prompt_key": 1, "source": "a:1"}]), folder / "rows.arrow")
+        return {}
+
+    monkeypatch.setattr(prepared, "SILENT_WAIT", 0.1)
+    cached("k", build, tmp_path)
+    assert capsys.readouterr().out == ""
+    [lock] = tmp_path.glob("*.lock")
+    context = multiprocessing.get_context("fork")
+    gate = context.Barrier(2)
+    other = context.Process(target=_holder, args=(lock, gate))
+    other.start()
+    gate.wait()
+    assert len(cached("k", build, tmp_path)[0]) == 1
+    other.join()
+    folder = lock.with_suffix("")
+    assert capsys.readouterr().out == f"waiting for another process that prepares {folder}\n"
+
+
+# ---- split and leaks -----------------------------------------------------------------------------
 
 
 def prompts(dataset):
@@ -657,12 +694,15 @@ def test_leak_check_spares_a_common_instruction(tmp_path):
     assert leak_check(train, test)[1] == 0
 
 
-# ---- tokens -------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def test_a_row_may_become_several(tmp_path, cache):
     dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
-    twice = lambda row: [found for found in (encode(row), encode(row)) if found]
+
+    def twice(row):
+        return [found for found in (encode(row), encode(row)) if found]
+
     once, counts = tokenise(dataset, encode, "once")
     tokens, doubled = tokenise(dataset, twice, "twice")
     assert len(tokens) == 2 * len(once) and doubled["tokens"] == 2 * counts["tokens"]
@@ -672,10 +712,8 @@ def test_a_row_may_become_several(tmp_path, cache):
 
 def test_held_out_rows_that_cannot_be_used_are_counted_and_end_nothing(tmp_path, cache):
     dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
-    good, bad = (
-        dataset.select([0, 1, 2]),
-        dataset.select([7]),
-    )  # numbered() makes row 8 one without a label
+    good = dataset.select([0, 1, 2])
+    bad = dataset.select([7])  # encode() leaves it no label
     train, held_out, counts = tokenise_split(good, bad, encode, "k")
     assert len(train) == 3 and len(held_out) == 0 and counts["dropped"] == {"no label left": 1}
     assert len(tokenise_split(good, bad, encode, "k")[1]) == 0, "from the cache"
@@ -804,12 +842,9 @@ print(len(train), len(held), peak() - before)
 @pytest.mark.parametrize("form", ["jsonl", "json"])
 def test_memory_stays_bounded(tmp_path, form):
     """150,000 rows (66 MB in UTF-8, 110 MB as objects): the peak grows by what a batch needs, 26 to 30 MiB."""
-    count, row = (
-        150_000,
-        json.dumps(
-            {"instruction": "题NUMBER" + "问" * 60, "output": "答" * 70}, ensure_ascii=False
-        ),
-    )
+    count = 150_000
+    row = {"instruction": "题NUMBER" + "问" * 60, "output": "答" * 70}
+    row = json.dumps(row, ensure_ascii=False)
     small = numbered(tmp_path / "small.jsonl", 10, "a")
     with open(tmp_path / f"big.{form}", "w", encoding="utf-8") as file:
         joiner = "\n" if form == "jsonl" else ", "
@@ -844,7 +879,56 @@ def test_rows_that_the_template_refuses_are_counted_under_its_words(tmp_path):
     )
 
 
-# ---- progress -----------------------------------------------------------------------------------------------
+# ---- prepare -------------------------------------------------------------------------------------
+
+
+def test_prepare_splits_tokenises_counts_and_says_so(tmp_path, capsys):
+    rows, stats = load_rows(numbered(tmp_path / "a.jsonl", 40, "a"))
+    test = write(tmp_path / "t.jsonl", [{"instruction": f"a{i}", "output": A} for i in range(5)])
+    args = cli.DataArgs(eval_ratio=0.2, leak_check=str(test))
+    train, held_out, read = prepare(rows, stats, encode, args, "chat", seed=0, depends_on=[])
+    held_out_lines = {source.rsplit(":", 1)[1] for source in read["source"]}
+    leaked = 5 - len(held_out_lines & {"1", "2", "3", "4", "5"})
+    assert leaked > 0 and len(read) == 8 and set(held_out["source"]) <= set(read["source"])
+    assert not set(train["source"]) & set(read["source"])
+    assert stats["dropped"] == {"in test file": leaked, "no label left": 4}
+    assert stats["used"] == len(train) and stats["held_out"] == len(held_out)
+    assert len(train) + len(held_out) == 40 - 4 - leaked
+    assert stats["truncated"] == sum(train["truncated"]) + sum(held_out["truncated"])
+    said = capsys.readouterr().out
+    assert f"  {leaked} left out: their prompts stand in {test}" in said
+    assert "  4 dropped: " in said and "no label left" in said
+    assert f"split: {len(train)} rows to train on, {len(held_out)} held out" in said
+
+
+def test_prepare_makes_new_rows_of_what_decides_them(tmp_path, monkeypatch):
+    """Another key, window or seed, and an edit of the file in which `encode` stands."""
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = []
+    source = "def encode(row, calls):\n    calls.append(row)\n    return {'input_ids': [1, 2], 'labels': [1, 2]}\n"
+
+    def made_anew(source, depends_on=(), seed=0, window=10):
+        (tmp_path / "recipe_of_test.py").write_text(source)
+        importlib.invalidate_caches()
+        sys.modules.pop("recipe_of_test", None)
+        module = importlib.import_module("recipe_of_test")
+        rows, stats = load_rows(path)
+        calls.clear()
+        args = cli.DataArgs(eval_ratio=0.2, model_max_length=window)
+        encode = partial(module.encode, calls=calls)
+        prepare(rows, stats, encode, args, "chat", seed=seed, depends_on=list(depends_on))
+        return len(calls)
+
+    path = numbered(tmp_path / "a.jsonl", 10, "a")
+    assert made_anew(source) == 10
+    assert made_anew(source) == 0, "kept"
+    assert made_anew(source, depends_on=["another template"]) == 10
+    assert made_anew(source, window=11) == 10
+    assert made_anew(source, seed=1) == 10
+    assert made_anew(source + "# edited\n") == 10
+
+
+# ---- progress ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -893,7 +977,7 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     assert out == "" and "count: 100%" in err and "2/2" in err
 
 
-# ---- the recipes' samples -----------------------------------------------------------------------------------
+# ---- the recipes' samples ------------------------------------------------------------------------
 
 SAMPLES = sorted(ROOT.glob("*/make_data.py"))
 

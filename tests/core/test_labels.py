@@ -172,7 +172,8 @@ def metaspace(template, kind="bpe"):
 
 def trained(tokenizer, row):
     """Decoded runs of trained tokens; spaces at their ends stay (a fence keeps decoders from dropping them)."""
-    runs, open_run = [], False
+    runs = []
+    open_run = False
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (token, IGNORE)
         if label != IGNORE:
@@ -494,9 +495,12 @@ def test_tool_calls_and_results(arguments, content):
 @pytest.mark.parametrize("inline", [False, True])
 def test_thinking(inline):
     tokenizer = byte_level(QWEN3)
-    think = lambda r, c: (
-        said(f"<think>\n{r}\n</think>\n\n{c}") if inline else said(c, reasoning_content=r)
-    )
+
+    def think(thought, answer):
+        if inline:
+            return said(f"<think>\n{thought}\n</think>\n\n{answer}")
+        return said(answer, reasoning_content=thought)
+
     messages = [user("一"), think("旧想法", "旧答"), user("二"), think("新想法", "新答")]
     row = encode_chat(tokenizer, messages, 10_000)
     assert trained(tokenizer, row) == [

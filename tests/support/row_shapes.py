@@ -2,8 +2,10 @@
 
 import json
 
-Q, A = "怎么做西红柿炒蛋？", "先炒鸡蛋，再炒西红柿，合在一起加盐。"
-HI, HELLO = "你好", "你好，有什么可以帮你？"
+Q = "怎么做西红柿炒蛋？"
+A = "先炒鸡蛋，再炒西红柿，合在一起加盐。"
+HI = "你好"
+HELLO = "你好，有什么可以帮你？"
 
 
 def chat(*texts, system=None):
@@ -223,7 +225,8 @@ CHATS = {
     ),
     "prompt output": ("prompt/output", {"prompt": Q, "output": A}, chat(Q, A)),
 }
-GOOD, BAD = {"role": "assistant", "content": "好的"}, {"role": "assistant", "content": "不好"}
+GOOD = {"role": "assistant", "content": "好的"}
+BAD = {"role": "assistant", "content": "不好"}
 PAIRS = {
     "hh": (
         "hh strings",
