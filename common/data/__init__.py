@@ -1,2 +1,5 @@
-"""From the files people have to rows of tokens: files, shapes, load, cache, split, labels,
-prepare."""
+"""From the files people have to rows of tokens.
+
+files, shapes and load read rows; split, labels, tokens and prepare make token rows of them; cache
+keeps both, progress shows how far the work is.
+"""
