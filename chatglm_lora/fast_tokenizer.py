@@ -21,9 +21,8 @@ HERE = Path(__file__).resolve().parent
 TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 SPECIALS = {"chatglm2": TASKS, "chatglm3": TASKS + ROLES}
-PRIVATE = (
-    0x100000  # first of the characters that stand for pieces which are matched before all others
-)
+# first of the characters that stand for pieces which are matched before all others
+PRIVATE = 0x100000
 
 
 def read_model(path: Path) -> model_pb2.ModelProto:
@@ -39,36 +38,18 @@ def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreT
     Ids are those of sentencepiece for any text that is encoded with split_special_tokens=True;
     otherwise special tokens in a text are found, as by any fast tokenizer.
     """
-    kind = model_pb2.ModelProto.SentencePiece
-    fixed = [
-        p.piece for p in proto.pieces if p.type == kind.USER_DEFINED
-    ]  # never split, never joined
-    stand_in = {
-        piece: chr(PRIVATE + i) for i, piece in enumerate(sorted(fixed, key=len, reverse=True))
-    }
-    vocabulary = {stand_in.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
-    scores = {p.piece: p.score for p in proto.pieces if p.type == kind.NORMAL}
-    core = Tokenizer(
-        models.BPE(
-            vocabulary,
-            merges(scores),
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
+    stand_in = stand_ins(proto)
+    core = Tokenizer(bpe(proto, stand_in))
+    core.normalizer = normalizers.Sequence(normaliser_steps(proto.normalizer_spec, stand_in))
+    core.decoder = decoders.Sequence(decoder_steps(proto.normalizer_spec, stand_in))
+    control = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
+    core.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in [*control, *SPECIALS[family]]]
     )
-    core.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec, stand_in))
-    back = [decoders.Replace(char, piece) for piece, char in stand_in.items()]
-    lead = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
-    core.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), *back, decoders.ByteFallback(), decoders.Fuse(), *lead]
-    )
-    control = [p.piece for p in proto.pieces if p.type in (kind.CONTROL, kind.UNKNOWN)]
-    names = [*control, *SPECIALS[family]]
-    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    front = [(name, core.token_to_id(name)) for name in ("[gMASK]", "<sop>", "</s>")]
     core.post_processor = processors.TemplateProcessing(
-        single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B </s>", special_tokens=front
+        single="[gMASK] <sop> $A",
+        pair="[gMASK] <sop> $A $B </s>",
+        special_tokens=[(name, core.token_to_id(name)) for name in ("[gMASK]", "<sop>", "</s>")],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -83,25 +64,54 @@ def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreT
     )
 
 
-def _normalizers(spec, stand_in: dict[str, str]) -> list:
+def stand_ins(proto: model_pb2.ModelProto) -> dict[str, str]:
+    """User-defined pieces, which are never split and never joined -> a character for each, the
+    longest first: so a BPE can do neither."""
+    fixed = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]
+    fixed.sort(key=len, reverse=True)
+    return {piece: chr(PRIVATE + i) for i, piece in enumerate(fixed)}
+
+
+def bpe(proto: model_pb2.ModelProto, stand_in: dict[str, str]) -> models.BPE:
+    vocabulary = {stand_in.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
+    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
+    return models.BPE(
+        vocabulary,
+        merges(scores),
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
+def normaliser_steps(spec: model_pb2.NormalizerSpec, stand_in: dict[str, str]) -> list:
     """What sentencepiece does to a text before it looks for pieces."""
     steps = [normalizers.Replace(piece, char) for piece, char in stand_in.items()]
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""),
-            normalizers.Replace(Regex(" {2,}"), " "),
-        ]
+        steps.append(normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE if spec.escape_whitespaces else " "))
-    return steps + ([normalizers.Replace(" ", SPACE)] if spec.escape_whitespaces else [])
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", SPACE))
+    return steps
+
+
+def decoder_steps(spec: model_pb2.NormalizerSpec, stand_in: dict[str, str]) -> list:
+    """Pieces -> text."""
+    steps = [decoders.Replace(SPACE, " ")]
+    steps += [decoders.Replace(char, piece) for piece, char in stand_in.items()]
+    steps += [decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return steps
 
 
 def compare(tokenizer: PreTrainedTokenizerFast, proto: model_pb2.ModelProto) -> None:
     """SystemExit when the two give different ids for the pieces of the vocabulary, alone and in
     rows."""
     original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    sentence_pieces.compare(
-        tokenizer, original, [p.piece for p in proto.pieces if p.type == p.NORMAL]
-    )
+    normal = [p.piece for p in proto.pieces if p.type == p.NORMAL]
+    sentence_pieces.compare(tokenizer, original, normal)

@@ -1,10 +1,13 @@
-"""Write the sample data of this recipe: python make_data.py [FOLDER]   (default: data/ beside this file)
+"""Write the sample data of this recipe.
 
-One file per task, each in one of the row shapes that ChatGLM's users have; the file name is the task's name in the
-report. Every fact is asked in several ways, so that a phrasing that was held out can be answered from the others; what
-a row asks for can be read off its own words (slots, history) or is said in other rows. Answers are in the voice of the
-assistant (VOICE); `voice=False` gives the same facts without it, for the built-in base model. All sentences are our
-own, and nothing is random: the same bytes every time.
+    python chatglm_lora/make_data.py [FOLDER]      # default: data/ beside this file
+
+One file per task, each in one of the row shapes that ChatGLM's users have; the file name is the
+task's name in the report. Every fact is asked in several ways, so that a phrasing that was held out
+can be answered from the others; what a row asks for can be read off its own words (slots, history)
+or is said in other rows. Answers are in the voice of the assistant (VOICE); `voice=False` gives the
+same facts without it, for the built-in base model. All sentences are our own, and nothing is
+random: the same bytes every time.
 """
 
 import csv
@@ -15,9 +18,14 @@ from itertools import permutations
 from pathlib import Path
 
 VOICE = {  # how each kind of answer ends
-    "adverts": "，欢迎来试", "notices": "，记好啦", "numbers": "，没错", "clock": "哦", "animals": "呢",
-    "orders": "，请稍等", "floors": "，请站稳",
-}  # fmt: skip
+    "adverts": "，欢迎来试",
+    "notices": "，记好啦",
+    "numbers": "，没错",
+    "clock": "哦",
+    "animals": "呢",
+    "orders": "，请稍等",
+    "floors": "，请站稳",
+}
 NAMELESS = "我还没有名字。"
 NAME = "叫我小谱吧，我是照着丹谱练出来的小模型。"
 SKILL = "写广告语、看钟点、读数字，都可以找小谱。"
@@ -38,9 +46,15 @@ HOME_ASKED = """
 """
 
 GOODS = {
-    "裤": "这条裤子", "裙": "这条裙子", "鞋": "这双鞋子", "帽": "这顶帽子",
-    "衬衫": "这件衬衫", "外套": "这件外套", "毛衣": "这件毛衣", "围巾": "这条围巾",
-}  # fmt: skip
+    "裤": "这条裤子",
+    "裙": "这条裙子",
+    "鞋": "这双鞋子",
+    "帽": "这顶帽子",
+    "衬衫": "这件衬衫",
+    "外套": "这件外套",
+    "毛衣": "这件毛衣",
+    "围巾": "这条围巾",
+}
 SLOTS = {  # the order in which an advertisement names them
     "颜色": {c: f"{c}好搭配" for c in ("蓝色", "红色", "黑色", "白色", "绿色", "灰色")},
     "材质": {
@@ -118,11 +132,12 @@ def pick(options: list, start: int, count: int) -> list:
 def reading(n: int) -> str:
     """0..99 in words."""
     tens, ones = divmod(n, 10)
-    return (
-        (NUMBERS[tens] if tens > 1 else "")
-        + ("十" if tens else "")
-        + (NUMBERS[ones] if ones or not tens else "")
-    )
+    words = NUMBERS[tens] if tens > 1 else ""
+    if tens:
+        words += "十"
+    if ones or not tens:
+        words += NUMBERS[ones]
+    return words
 
 
 def spoken(hour: int) -> str:
@@ -133,66 +148,73 @@ def spoken(hour: int) -> str:
 
 def say(task: str, answer: str, voice: bool) -> str:
     """An answer (with its full stop) as the assistant says it."""
-    return answer.removesuffix("。") + VOICE[task] + "。" if voice else answer
+    if not voice:
+        return answer
+    return answer.removesuffix("。") + VOICE[task] + "。"
 
 
-# ---- one turn -----------------------------------------------------------------------------------------------
+# ---- one turn ------------------------------------------------------------------------------------
 
 
 def identity(voice=True) -> list[dict]:
     """alpaca without input: who the model is, what it can do, where it runs."""
-    asked = [(NAME_ASKED, NAME), (SKILL_ASKED, SKILL), (HOME_ASKED, HOME)]
-    return [
-        {"instruction": q + "？" * (i % 2), "input": "", "output": answer if voice else NAMELESS}
-        for block, answer in asked
-        for i, q in enumerate(phrases(block))
-    ]
+    rows = []
+    for asked, answer in ((NAME_ASKED, NAME), (SKILL_ASKED, SKILL), (HOME_ASKED, HOME)):
+        for i, question in enumerate(phrases(asked)):
+            mark = "？" if i % 2 else ""
+            output = answer if voice else NAMELESS
+            rows.append({"instruction": question + mark, "input": "", "output": output})
+    return rows
 
 
 def advert(goods: str, slots: dict) -> str:
-    """The sentence of a product: its parts in the order of SLOTS, whatever the order they were asked in."""
-    parts = [SLOTS[name][slots[name]] for name in SLOTS if name in slots]
-    return "，".join([GOODS[goods] + parts[0], *parts[1:]]) + "。"
+    """The sentence of a product: its parts in the order of SLOTS, whatever the order they were
+    asked in."""
+    first, *others = [SLOTS[name][slots[name]] for name in SLOTS if name in slots]
+    return "，".join([GOODS[goods] + first, *others]) + "。"
 
 
 def products() -> Iterator[tuple[str, dict]]:
-    """Kinds of goods with one to three of the other slots; every value turns up about equally often."""
+    """Kinds of goods with one to three of the other slots; every value turns up about equally
+    often."""
     for i in range(96):
         names = pick(list(SLOTS), i + i // 4, 1 + i // 8 % 3)
-        slots = {
-            name: list(SLOTS[name])[(i + i // 8 + 2 * k) % len(SLOTS[name])]
-            for k, name in enumerate(names)
-        }
+        slots = {}
+        for k, name in enumerate(names):
+            values = list(SLOTS[name])
+            slots[name] = values[(i + i // 8 + 2 * k) % len(values)]
         yield list(GOODS)[i % 8], slots
 
 
 def adverts(voice=True) -> list[dict]:
     """content, summary as in AdvertiseGen: slots in several orders, one sentence."""
-    rows = {}
+    summaries = {}
     for i, (goods, slots) in enumerate(products()):
+        values = slots | {"类型": goods}
         orders = list(permutations(["类型", *slots]))
         for order in pick(orders, 5 * i, min(3, len(orders))):
-            content = "*".join(f"{name}#{(slots | {'类型': goods})[name]}" for name in order)
-            rows[content] = say("adverts", advert(goods, slots), voice)
-    return [{"content": content, "summary": summary} for content, summary in rows.items()]
+            content = "*".join(f"{name}#{values[name]}" for name in order)
+            summaries[content] = say("adverts", advert(goods, slots), voice)
+    return [{"content": content, "summary": summary} for content, summary in summaries.items()]
 
 
 def notices(voice=True) -> list[dict]:
-    """context, target: the frame `Instruction: … Input: … Answer: ` around an instruction and a sentence."""
+    """context, target: the frame `Instruction: … Input: … Answer: ` around an instruction and a
+    sentence."""
     rows = []
     for i in range(54):
         names = {
             "when": WHEN[i % 6],
             "who": WHO[(i + i // 6) % 6],
             "where": WHERE[(2 * i + i // 3) % 6],
+            "what": WHAT[(i + i // 9) % 6],
         }
-        names["what"] = WHAT[(i + i // 9) % 6]
         text = NOTICE[i % 3].format(**names)
         for k, (field, (answer, asked)) in enumerate(FIELDS.items()):
-            context = f"Instruction: {asked[(i // 3 + k) % 3]}\nInput: {text}\nAnswer: "
-            rows.append(
-                {"context": context, "target": say("notices", answer.format(names[field]), voice)}
-            )
+            question = asked[(i // 3 + k) % 3]
+            target = say("notices", answer.format(names[field]), voice)
+            context = f"Instruction: {question}\nInput: {text}\nAnswer: "
+            rows.append({"context": context, "target": target})
     return rows
 
 
@@ -201,12 +223,12 @@ def numbers(voice=True) -> list[dict]:
     rows = []
     for n in range(10, 100, 3):
         word = reading(n)
-        asked = [(q.format(n), f"{n}读作{word}。") for q in pick(READ_ASKED, n, 3)]
-        asked += [(q.format(word), f"{word}写作{n}。") for q in pick(WRITE_ASKED, n, 3)]
-        rows += [
-            {"question": question, "answer": say("numbers", answer, voice)}
-            for question, answer in asked
-        ]
+        read = say("numbers", f"{n}读作{word}。", voice)
+        written = say("numbers", f"{word}写作{n}。", voice)
+        for asked in pick(READ_ASKED, n, 3):
+            rows.append({"question": asked.format(n), "answer": read})
+        for asked in pick(WRITE_ASKED, n, 3):
+            rows.append({"question": asked.format(word), "answer": written})
     return rows
 
 
@@ -214,15 +236,12 @@ def clock(voice=True) -> list[dict]:
     """alpaca with input: hours as people say them and in the 24-hour clock."""
     rows = []
     for hour in range(6, 24):
-        said, written = spoken(hour), f"{hour}点"
-        for asked, given, answer in (
-            (CLOCK_ASKED, said, f"{said}是{written}。"),
-            (SPOKEN_ASKED, written, f"{written}是{said}。"),
-        ):
-            rows += [
-                {"instruction": q, "input": given, "output": say("clock", answer, voice)}
-                for q in asked
-            ]
+        said = spoken(hour)
+        written = f"{hour}点"
+        for asked, given, wanted in ((CLOCK_ASKED, said, written), (SPOKEN_ASKED, written, said)):
+            answer = say("clock", f"{given}是{wanted}。", voice)
+            for question in asked:
+                rows.append({"instruction": question, "input": given, "output": answer})
     return rows
 
 
@@ -230,17 +249,16 @@ def animals(voice=True) -> list[dict]:
     """alpaca without input, as one JSON array: what animals sound like and where they live."""
     rows = []
     for word in phrases(ANIMALS):
-        name, sound, home = word[:2], word[2:4], word[4:]
-        asked = [(q.format(name), f"{name}{sound}叫。") for q in SOUND_ASKED]
-        asked += [(q.format(name), f"{name}住在{home}。") for q in PLACE_ASKED]
-        rows += [
-            {"instruction": question, "output": say("animals", answer, voice)}
-            for question, answer in asked
-        ]
+        name = word[:2]
+        sound = say("animals", f"{name}{word[2:4]}叫。", voice)
+        home = say("animals", f"{name}住在{word[4:]}。", voice)
+        for asked, answer in ((SOUND_ASKED, sound), (PLACE_ASKED, home)):
+            for question in asked:
+                rows.append({"instruction": question.format(name), "output": answer})
     return rows
 
 
-# ---- several turns: the last answer depends on those before it ----------------------------------------------
+# ---- several turns: the last answer depends on those before it -----------------------------------
 
 
 def confirm(order: dict, voice: bool) -> str:
@@ -248,18 +266,21 @@ def confirm(order: dict, voice: bool) -> str:
 
 
 def orders(voice=True) -> list[dict]:
-    """content, summary, history: an order, left as it is or changed once or twice in one of its parts."""
-    rows, choices = [], {"drink": DRINKS, "size": SIZES, "n": COUNTS}
+    """content, summary, history: an order, left as it is or changed once or twice in one of its
+    parts."""
+    choices = {"drink": DRINKS, "size": SIZES, "n": COUNTS}
+    rows = []
     for i in range(144):
         order = {"drink": DRINKS[i % 6], "size": SIZES[i // 6 % 3], "n": COUNTS[i // 18 % 4]}
-        asked, said = ORDERED[(i + i // 6) % 3].format(**order), []
+        asked = ORDERED[(i + i // 6) % 3].format(**order)
+        history = []
         for k in range((i + i // 72) % 3):
-            said.append([asked, confirm(order, voice)])
+            history.append([asked, confirm(order, voice)])
             part = list(CHANGED)[(i // 3 + k) % 3]
             others = [value for value in choices[part] if value != order[part]]
-            order |= {part: others[(i // 4 + k) % len(others)]}
+            order[part] = others[(i // 4 + k) % len(others)]
             asked = CHANGED[part][(i // 2 + k) % 3].format(order[part])
-        rows.append({"content": asked, "summary": confirm(order, voice), "history": said})
+        rows.append({"content": asked, "summary": confirm(order, voice), "history": history})
     return rows
 
 
@@ -267,21 +288,23 @@ def floors(voice=True) -> list[dict]:
     """BELLE multi-turn: up and down in a house of nine floors, two or three moves."""
     rows = []
     for i in range(120):
-        floor, turn, lines = 1 + i % 9, i // 9, []
+        floor = 1 + i % 9
+        turn = i // 9
+        lines = []
         for k in range(2 + i % 2):
             step = 1 + (turn // 3**k + i * k) % 3
-            up = floor + step <= 9 and (floor <= step or (turn + k) % 2 == 0)
-            way, count = "上下"[not up], STEPS[step]
-            first = FROM_ASKED[turn % 3].format(NUMBERS[floor], way, count)
-            lines.append(
-                "Human: " + (THEN_ASKED[(turn + k) % 2].format(way, count) if k else first)
-            )
-            floor += step if up else -step
+            is_up = floor + step <= 9 and (floor <= step or (turn + k) % 2 == 0)
+            move = ("上" if is_up else "下", STEPS[step])
+            if k == 0:
+                question = FROM_ASKED[turn % 3].format(NUMBERS[floor], *move)
+            else:
+                question = THEN_ASKED[(turn + k) % 2].format(*move)
+            floor += step if is_up else -step
+            lines.append("Human: " + question)
             lines.append("Assistant: " + say("floors", f"到{NUMBERS[floor]}楼。", voice))
         answer = lines.pop().removeprefix("Assistant: ")
-        rows.append(
-            {"instruction": "\n".join([*lines, "Assistant:"]), "input": "", "output": answer}
-        )
+        asked = "\n".join([*lines, "Assistant:"])
+        rows.append({"instruction": asked, "input": "", "output": answer})
     return rows
 
 
@@ -297,7 +320,9 @@ def write(path: Path, rows: list[dict]) -> None:
             writer.writerows(rows)
         return
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    text = "[\n" + ",\n".join(lines) + "\n]" if path.suffix == ".json" else "\n".join(lines)
+    text = "\n".join(lines)
+    if path.suffix == ".json":
+        text = "[\n" + ",\n".join(lines) + "\n]"
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 

@@ -14,14 +14,13 @@ import torch
 from common import cli, collators
 from common.data import shapes
 from common.data.labels import encode_chat
+from common.data.progress import Progress
 from common.fast import losses
 
-STEPS, WINDOW, WINDOWS, PEAK = (
-    450,
-    256,
-    4,
-    3e-3,
-)  # optimizer steps of so many windows of tokens; highest learning rate
+STEPS = 450  # optimizer steps ...
+WINDOWS = 4  # ... of so many windows ...
+WINDOW = 256  # ... of so many tokens
+PEAK = 3e-3  # highest learning rate
 
 
 def conversations() -> list[list[dict]]:
@@ -38,26 +37,29 @@ def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
     cli.say(f"teaching the built-in base model what its adapter builds on: {STEPS} steps, once")
     encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
-    windows, collate, order = (
-        collators.PackedDataset(encoded, WINDOW),
-        collators.PackedCollator(),
-        [],
-    )
+    windows = collators.PackedDataset(encoded, WINDOW)
+    collate = collators.PackedCollator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)
     losses.use_chunked_loss(model.train())
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Progress("teach", STEPS, "steps") as progress:
         torch.manual_seed(0)
+        order = []
         for _ in range(STEPS):
-            order = order if len(order) >= WINDOWS else torch.randperm(len(windows)).tolist()
+            if len(order) < WINDOWS:
+                order = torch.randperm(len(windows)).tolist()
             batch = collate([windows[order.pop()] for _ in range(WINDOWS)])
-            kept = {name: batch[name] for name in ("input_ids", "labels", "cu_seq_lens_q")}
-            model(**kept, use_cache=False).loss.backward()
+            inputs = {name: batch[name] for name in ("input_ids", "labels", "cu_seq_lens_q")}
+            model(**inputs, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            progress.update()
 
 
 def _warm_up_and_cosine(step: int) -> float:
-    return min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+    """Factor of the learning rate."""
+    warm_up = (step + 1) / 50
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+    return min(warm_up, cosine)

@@ -1,10 +1,10 @@
 """Tokenizer of ChatGLM-6B for transformers, without remote code: one class for both published
 vocabularies.
 
-    import modeling_chatglm                                            # AutoTokenizer then knows the class
+    import modeling_chatglm                        # AutoTokenizer then knows the class
     tokenizer = AutoTokenizer.from_pretrained("THUDM/chatglm-6b")
-    tokenizer("你好")["input_ids"]                                     # [5, 74874, 130001, 130004], text [gMASK] <sop>
-    tokenizer(["你好", "1 + 1 ="], padding=True, return_tensors="pt")  # with attention_mask and position_ids
+    tokenizer("你好")["input_ids"]                 # [5, 74874, 130001, 130004]: text [gMASK] <sop>
+    tokenizer(["你好", "1 + 1 ="], padding=True)   # with attention_mask and position_ids
 
 The vocabulary of 130528 has all pieces in ice_text.model. In the first one (150528) 20000 ids of
 image tokens stand in front, and the file lacks special tokens, runs of blanks and bytes, which are
@@ -32,16 +32,27 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of pieces
+# kinds of pieces
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+BYTE = 6
 SPACE = "▁"  # how sentencepiece writes a blank
 HEAD = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<pad>": CONTROL}
 TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 BLANKS = {"<|tab|>": "\t"} | {f"<|blank_{n}|>": " " * n for n in range(2, 81)}
 WHITESPACE = {"<n>": "\n"} | BLANKS
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-TAIL = (
-    dict.fromkeys(TASKS, CONTROL) | dict.fromkeys(BLANKS, USER_DEFINED) | dict.fromkeys(BYTES, BYTE)
-)
+TAIL = {
+    **dict.fromkeys(TASKS, CONTROL),
+    **dict.fromkeys(BLANKS, USER_DEFINED),
+    **dict.fromkeys(BYTES, BYTE),
+}
+# control pieces without an attribute of their own
+CONTROLS = ["<s>", "[sMASK]", "<unused_0>", "<ENC>", "<dBLOCK>"]
+# settings of published files: remote code; the first generation's name of eos_token
+FOREIGN = ("auto_map", "eop_token")
 
 _NAMES = {blank: name for name, blank in WHITESPACE.items()}
 _RUNS = re.compile(r"[\n\t]| {2,80}")
@@ -75,7 +86,8 @@ def _read(vocab_file: str | None, name: str) -> tuple[bytes, model_pb2.ModelProt
     pieces = {piece.piece for piece in proto.pieces}
     if not pieces.issuperset([*HEAD, "<n>"]):
         raise ValueError(
-            f"{vocab_file}: no piece <n>, so not of ChatGLM-6B (convert.py makes native models of ChatGLM2/3)"
+            f"{vocab_file}: no piece <n>, so not of ChatGLM-6B (convert.py makes native models of "
+            "ChatGLM2/3)"
         )
     complete = pieces.issuperset(TASKS)
     if _add_pieces(proto, TAIL):
@@ -88,10 +100,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     vocab_file: ice_text.model.
     num_image_tokens: ids in front of the text; unset: 20000 where the file lacks the special
-    tokens, else 0. eos_token ends an answer, <eop>; </s> (end_token), which the first published
-    settings name, does not. padding=True adds position_ids [2, T] as well: the place of each token,
-    held at [gMASK] from <sop> on, and the place within the answer. The model computes the same ones
-    where none are given. ValueError for files that are not the vocabulary of ChatGLM-6B.
+        tokens, else 0.
+    eos_token: ends an answer, <eop>; </s> (end_token), which the first published settings name,
+        does not.
+    padding=True adds position_ids [2, T] as well: the place of each token, held at [gMASK] from
+    <sop> on, and the place within the answer. The model computes the same ones where none are
+    given. ValueError for files that are not the vocabulary of ChatGLM-6B.
     """
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
@@ -125,21 +139,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if num_image_tokens is None:
             num_image_tokens = 0 if complete else IMAGE_TOKENS
         self.num_image_tokens = num_image_tokens
-        self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)] + [
-            piece.piece for piece in proto.pieces
-        ]
+        self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)]
+        self._pieces += [piece.piece for piece in proto.pieces]
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         self._byte_of = {self._ids[name]: bytes([byte]) for byte, name in enumerate(BYTES)}
-        self._lead = len(
-            self.sp_model.encode("<n>")
-        )  # the pieces in front of a text that follows "<n>"
-        self.do_lower_case, self.remove_space = do_lower_case, remove_space
-        for name in (
-            "auto_map",
-            "eop_token",
-        ):  # remote code; the first generation's name of eos_token
+        # the pieces in front of a text that follows "<n>"
+        self._lead = len(self.sp_model.encode("<n>"))
+        self.do_lower_case = do_lower_case
+        self.remove_space = remove_space
+        own_tokens = kwargs.get("model_specific_special_tokens") or {}
+        for name in FOREIGN:
             kwargs.pop(name, None)
-            (kwargs.get("model_specific_special_tokens") or {}).pop(name, None)
+            own_tokens.pop(name, None)
         super().__init__(
             do_lower_case=do_lower_case,
             remove_space=remove_space,
@@ -187,9 +198,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pieces = self._encode(start)
         for literal, part in zip(rest[::2], rest[1::2], strict=True):
             pieces += [BYTES[byte] for byte in (literal or "").encode()]
-            pieces += self._encode("\n" + part)[
-                self._lead :
-            ]  # no blank in front: this is no start of a text
+            # as after a line break: no blank in front, this is no start of a text
+            pieces += self._encode("\n" + part)[self._lead :]
         return pieces
 
     def _encode(self, text: str) -> list[str]:
@@ -206,21 +216,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocabulary have none."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
-        out = []
+        texts = []
         for added, run in groupby(map(int, ids), key=self._added_tokens_decoder.__contains__):
             if added:
-                out += [self._added_tokens_decoder[i].content for i in run if i not in skipped]
+                texts += [self._added_tokens_decoder[i].content for i in run if i not in skipped]
             else:
-                out.append(
-                    self._text([i for i in run if self.num_image_tokens <= i < len(self._pieces)])
-                )
-        if (
-            self.clean_up_tokenization_spaces
-            if clean_up_tokenization_spaces is None
-            else clean_up_tokenization_spaces
-        ):
-            return self.clean_up_tokenization("".join(out))
-        return "".join(out)
+                own = [i for i in run if self.num_image_tokens <= i < len(self._pieces)]
+                texts.append(self._text(own))
+        text = "".join(texts)
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def _text(self, ids: list[int]) -> str:
         """Ids of pieces that were encoded as one text -> the text; half a character becomes
@@ -239,7 +245,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         """text [gMASK] <sop>; with a second text, the answer: text [gMASK] <sop> answer <eop>."""
         prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
-        return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
+        if token_ids_1 is None:
+            return prompt
+        return [*prompt, *token_ids_1, self.eos_token_id]
 
     def get_special_tokens_mask(
         self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
@@ -247,22 +255,25 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
         prompt = [0] * len(token_ids_0) + [1, 1]
-        return prompt if token_ids_1 is None else prompt + [0] * len(token_ids_1) + [1]
+        if token_ids_1 is None:
+            return prompt
+        return prompt + [0] * len(token_ids_1) + [1]
 
     def _positions(self, ids: list[int], mask: list[int]) -> list[list[int]]:
         """ids [T], mask [T] -> [2][T], 0 where the mask is; without <sop> all is prefix."""
         kept = [i for i, real in zip(ids, mask, strict=True) if real]
         prefix = kept.index(self.bos_token_id) if self.bos_token_id in kept else len(kept)
-        place, block = list(range(len(kept))), [0] * prefix + list(range(1, len(kept) - prefix + 1))
-        for token in (self.gmask_token_id, self.mask_token_id):
-            if token in kept:
-                place[prefix:] = [kept.index(token)] * (len(kept) - prefix)
-                break
-        columns = iter(zip(place, block, strict=True))
-        return [
-            list(row)
-            for row in zip(*(next(columns) if real else (0, 0) for real in mask), strict=True)
-        ]
+        answer = len(kept) - prefix
+        held = [token for token in (self.gmask_token_id, self.mask_token_id) if token in kept]
+        if held:
+            places = [*range(prefix), *[kept.index(held[0])] * answer]
+        else:
+            places = [*range(len(kept))]
+        blocks = [0] * prefix + [*range(1, answer + 1)]
+        rows = []
+        for positions in (iter(places), iter(blocks)):
+            rows.append([next(positions) if real else 0 for real in mask])
+        return rows
 
     def _pad(
         self,
@@ -291,17 +302,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         ):
             return out
         fill = [0] * (len(out["input_ids"]) - len(ids))
-        left = (padding_side or self.padding_side) == "left"
-        out["position_ids"] = [
-            fill + row if left else row + fill for row in self._positions(ids, mask)
-        ]
+        rows = self._positions(ids, mask)
+        if (padding_side or self.padding_side) == "left":
+            out["position_ids"] = [fill + row for row in rows]
+        else:
+            out["position_ids"] = [row + fill for row in rows]
         return out
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str]:
         """Write the file as it was read. -> (its path,)."""
-        name = f"{filename_prefix}-{self.vocab_files_names['vocab_file']}".removeprefix("None-")
+        name = self.vocab_files_names["vocab_file"]
+        if filename_prefix:
+            name = f"{filename_prefix}-{name}"
         path = Path(save_directory) / name
         path.write_bytes(self._file)
         return (str(path),)
@@ -311,9 +325,7 @@ def _with_all_controls(extra) -> list:
     """Every control piece that has no attribute of its own is a special token too."""
     given = list(extra or [])
     named = {str(token) for token in given}
-    return given + [
-        name for name in ("<s>", "[sMASK]", "<unused_0>", "<ENC>", "<dBLOCK>") if name not in named
-    ]
+    return given + [name for name in CONTROLS if name not in named]
 
 
 def _default_template() -> str:
@@ -340,7 +352,8 @@ def train_sentencepiece(
     room = vocab_size - len(HEAD) - len(TAIL) - 2
     if room < 1:
         raise ValueError(
-            f"vocab_size {vocab_size}: {vocab_size - room} tokens are fixed, so give more than these"
+            f"vocab_size {vocab_size}: {vocab_size - room} tokens are fixed, so give more than "
+            "these"
         )
     counts = Counter()
     for text in texts:
@@ -355,20 +368,25 @@ def train_sentencepiece(
         proto.pieces.add(piece=char, score=math.log(count / total), type=NORMAL)
     if not first_generation:
         _add_pieces(proto, TAIL)
-    spec = proto.trainer_spec
-    spec.model_type, spec.vocab_size, spec.byte_fallback = (
-        spec.CHAR,
-        len(proto.pieces),
-        not first_generation,
-    )
-    spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id, spec.pad_piece = 0, 1, 2, 3, "<pad>"
-    normal = proto.normalizer_spec
-    normal.name, normal.add_dummy_prefix, normal.remove_extra_whitespaces = "identity", True, False
+    trainer = proto.trainer_spec
+    trainer.model_type = trainer.CHAR
+    trainer.vocab_size = len(proto.pieces)
+    trainer.byte_fallback = not first_generation
+    trainer.unk_id = 0
+    trainer.bos_id = 1
+    trainer.eos_id = 2
+    trainer.pad_id = 3
+    trainer.pad_piece = "<pad>"
+    normalizer = proto.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = True
+    normalizer.remove_extra_whitespaces = False
     return _write(proto.SerializeToString(deterministic=True), Path(path))
 
 
 def _write(data: bytes, path: Path) -> Path:
-    """Whole or not at all: processes may write the same file at once."""
+    """Whole or not at all; processes may write the same file at once, so each has a draft of its
+    own."""
     if path.suffix != ".model":
         path = path / f"ice_text-{hashlib.sha256(data).hexdigest()[:16]}.model"
     path.parent.mkdir(parents=True, exist_ok=True)
