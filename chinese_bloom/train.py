@@ -59,17 +59,12 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     )
     template: str = field(
         default="alpaca-zh",
-        metadata={
-            "help": "alpaca-zh, alpaca-en, belle, tokenizer (its own) or a jinja file; saved with "
-            "the model"
-        },
+        metadata={"help": "alpaca-zh, alpaca-en, belle, tokenizer (its own) or a jinja file"},
     )
     system_prompt: str = field(default="", metadata={"help": "system turn for rows that have none"})
     target_modules: str = field(
         default="all-linear",
-        metadata={
-            "help": "with commas; of Bloom: query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
-        },
+        metadata={"help": "of Bloom: query_key_value,dense,dense_h_to_4h,dense_4h_to_h"},
     )
 
 
@@ -143,9 +138,7 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
             f"--template {args.template}: {', '.join(TEMPLATES)}, tokenizer or a jinja file"
         )
     if args.use_lora and args.from_config:
-        raise cli.usage_error(
-            "--use_lora with --from_config: an adapter on random weights that are not kept"
-        )
+        raise cli.usage_error("--use_lora with --from_config: an adapter on weights not kept")
     args.data_path = args.data_path or str(HERE / "data" / args.stage)
     if not cli.given_by_user("learning_rate"):
         training.learning_rate = LEARNING_RATE[kind_of_run(args)]

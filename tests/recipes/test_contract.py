@@ -62,7 +62,7 @@ def test_flags_named_in_readme_commands_exist(recipe):
     known |= {"size", "from_weight"} | set(old_flags.RENAMED_QUIETLY)
     blocks = "\n".join(commands(ROOT / recipe / "README.md")).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in blocks.splitlines()]
-    lines = [line for line in lines if re.search(r"/(train\w*|pretrain)\.(sh|py)\b", line)]
+    lines = [line for line in lines if re.search(r"/(train(_\w+)?|pretrain)\.sh|/train\.py", line)]
     assert lines
     for line in lines:
         for flag in re.findall(r" --(\w+)", line.split(".sh")[-1].split("train.py")[-1]):
@@ -97,7 +97,8 @@ def test_common_knows_no_model_and_only_device_knows_devices():
     assert len(files) > 60
     for file in files:
         text = file.read_text(encoding="utf-8")
-        if file.name != "device.py":
+        # machine.py answers before torch can be imported
+        if file.name not in ("device.py", "machine.py"):
             assert not re.search(r"""\.cuda\(|\.npu\(|["'](cuda|npu)[:"']""", text), file
         if "common" in file.relative_to(ROOT).parts:
             assert not re.search(r"qwen|bloom|chatglm|baichuan|llava|minimind", text, re.I), file
