@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from common.data import files
 from common.data.cache import cached
 from common.data.labels import IGNORE
 from common.data.load import VERSION
@@ -14,6 +15,8 @@ from common.data.progress import Progress
 
 FORKED_FROM = 5000  # fewer rows than this are tokenised faster than worker processes start
 NO_LABEL = "no label left"
+# an edited reader or tokeniser makes new rows
+CODE = VERSION + files.sha256(Path(__file__))[:8]
 
 
 class _Stop(Exception):
@@ -127,7 +130,7 @@ def tokenise(
             raise SystemExit(f"none of {len(dataset)} rows has a label left: {_why(refused)}")
         return _counts(tokens, columns, refused)
 
-    full_key = json.dumps(["tokens", VERSION, dataset._fingerprint, columns, required, key])
+    full_key = json.dumps(["tokens", CODE, dataset._fingerprint, columns, required, key])
     return cached(full_key, build, cache_dir)
 
 
