@@ -199,26 +199,6 @@ def grad_scaler(dtype: torch.dtype):
     return torch.amp.GradScaler(kind(), enabled=enabled)
 
 
-def fast_float32() -> bool:
-    """On a CPU, let oneDNN compute float32 products where it is exact; returns whether it does.
-
-    On AMD's CPUs MKL leaves AVX-512 unused and oneDNN is twice as fast, but torch asks for leave to
-    round to bf16 before it hands products over. Kept only where a product shows that nothing is
-    rounded.
-    """
-    if kind() != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    settings, sample = (
-        torch.backends.mkldnn.matmul,
-        torch.randn(256, 256, generator=torch.Generator().manual_seed(0)),
-    )
-    exact, before = sample.double() @ sample.double(), settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    if ((sample @ sample).double() - exact).abs().max() > 1e-5 * exact.abs().max():
-        settings.fp32_precision = before
-    return settings.fp32_precision == "bf16"
-
-
 def seed_all(seed: int) -> None:
     """Seed python, numpy and torch (every device)."""
     import numpy

@@ -146,6 +146,17 @@ def add_references(args: Args, training, model, loaders: dict, base: str, data: 
             loader.extra["reference"] = dpo.reference(model, loader, dtype, file, computed_from)
 
 
+def make_optimizer(args: Args, training, model):
+    return optim.make(
+        model,
+        args.optimizer,
+        training.learning_rate,
+        training.weight_decay,
+        args.muon_lr,
+        fused="fused" in training.optim,
+    )
+
+
 # 3. One step
 def train_step(
     net, engine, loader: Loader, bins: list, optimizer, scaler, training, step: int
@@ -254,14 +265,7 @@ def main() -> None:
     loaders = {"train": loader, "eval": eval_loader}
     add_references(args, training, model, loaders, base, stats["sha256"])
 
-    optimizer = optim.make(
-        model,
-        args.optimizer,
-        training.learning_rate,
-        training.weight_decay,
-        args.muon_lr,
-        fused="fused" in training.optim,
-    )
+    optimizer = make_optimizer(args, training, model)
     net, engine = parallel.wrap(objective, optimizer, training, dtype, [SparseFeedForward])
     stateful = {"optimizer": optimizer, "scaler": device.grad_scaler(dtype)}
     write_model = partial(weights.write_model, model, tokenizer, engine, adapter_of)

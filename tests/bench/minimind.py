@@ -61,8 +61,8 @@ def kind_of(stage: str) -> str:
 
 def draw(kind: str, rng: random.Random) -> tuple[int, ...]:
     """Lengths of the texts of a row: (text,), (prompt, answer) or (prompt, chosen, rejected)."""
-    log = lambda mean, sigma: rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)  # noqa: E731
-    bound = lambda value, most: max(8, min(most, round(value)))  # noqa: E731
+    log = lambda mean, sigma: rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)
+    bound = lambda value, most: max(8, min(most, round(value)))
     if kind == "pretrain":
         return (bound(log(196, 0.5), WIDTHS[kind] - 2),)
     if kind == "sft":
@@ -85,7 +85,7 @@ def as_row(kind: str, texts: list[str]) -> dict:
 
 def lexicon(rng: random.Random) -> list[str]:
     """Words of one to three of 2,500 characters, some of which are much more frequent than others."""
-    draw = lambda: chr(0x4E00 + int(2500 * rng.random() ** 2))  # noqa: E731
+    draw = lambda: chr(0x4E00 + int(2500 * rng.random() ** 2))
     return ["".join(draw() for _ in range(rng.choice((1, 1, 2, 2, 2, 3)))) for _ in range(12_000)]
 
 
@@ -180,7 +180,8 @@ def write_file(rows: list[dict], folder: str) -> str:
 
 def settings_of(args):
     """train.py's own flags for this stage, as its command line gives them."""
-    import train
+    import settings
+    from model import SIZES
     from transformers import TrainingArguments
 
     from common import cli
@@ -191,8 +192,8 @@ def settings_of(args):
     words += ["--num_hidden_layers", str(args.layers)] if args.layers else []
     words += ["--use_moe", "true"] if args.stage == "moe" else []
     sys.argv = ["train.py", *words]
-    ours, training = cli.parse_args((train.Args, TrainingArguments), train.DEFAULTS, {})
-    train.settle(ours, training, train.models.SIZES[args.size]["hidden_size"])
+    ours, training = cli.parse_args((settings.Args, TrainingArguments), settings.DEFAULTS, {})
+    settings.resolve(ours, training, SIZES[args.size]["hidden_size"])
     if args.windows:
         training.gradient_accumulation_steps = max(
             1, args.windows // training.per_device_train_batch_size
@@ -269,24 +270,25 @@ def token_rows(ours, training, tokenizer, rows: list[dict]):
 
     path = write_file(rows, training.output_dir)
     found, stats = load_rows(path, train.STAGES[ours.stage].KIND)
-    ids, _, _ = train.read(ours, training, tokenizer, found, stats)
-    return train.loaders(ours, training, tokenizer, ids)[0]
+    data = train.read(ours, training, tokenizer, found, stats)
+    return train.make_loader(ours, training, tokenizer, data.train_ids)
 
 
 def our_child(args, ours, training, tokenizer, rows) -> dict | None:
-    import torch
     import train
+    import weights
+    from loop.precision import fast_float32
 
     from common import device
 
-    device.fast_float32()
-    dtype = getattr(torch, args.dtype)
+    fast_float32()
     loader = token_rows(ours, training, tokenizer, rows)
-    model = train.load_model(args.size, ours, training, tokenizer, dtype)
+    model = weights.load_model(args.size, ours, training, tokenizer)
     start_weights(model, moved=False)
     start = forget_peak()
     began = time.process_time()
-    objective = train.make_objective(ours, training, model, tokenizer, [loader, None], dtype)
+    objective = train.make_objective(ours, training, model, tokenizer)
+    train.add_references(ours, training, model, {"train": loader}, args.size, "")
     reference = time.process_time() - began if args.stage == "dpo" else 0.0
     if args.stage == "dpo":
         start_weights(model, moved=True)
@@ -298,12 +300,10 @@ def our_child(args, ours, training, tokenizer, rows) -> dict | None:
     bins = loader.order.take(0, 0, len(loader.order))
     expected = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert len(bins) == expected, f"{len(bins)} windows instead of {expected}"
-    scaler = device.grad_scaler(dtype)
+    scaler = device.grad_scaler(device.train_dtype(training))
 
     def step():
-        train.train_step(
-            objective.train(), None, loader, bins, optimizer, scaler, training, dtype, 1
-        )
+        train.train_step(objective.train(), None, loader, bins, optimizer, scaler, training, 1)
 
     step()
     loss = sum(float(one["nll"]) for one in seen) / sum(float(one["count"]) for one in seen)
@@ -332,12 +332,12 @@ def restated_rows(kind: str, tokenizer, rows: list[dict]):
 def restated_child(args, ours, training, tokenizer, rows) -> dict | None:
     import minimind_restated as restated
     import torch
-    import train
+    from model import build
 
-    kind, build = kind_of(args.stage), train.models.build
+    kind = kind_of(args.stage)
     with torch.device("meta"):
         config = build(args.size, len(tokenizer), **model_changes(args)).config.to_dict()
-    new = lambda moved: start_weights(restated.Restated(restated.shape_of(config)), moved)  # noqa: E731
+    new = lambda moved: start_weights(restated.Restated(restated.shape_of(config)), moved)
     model = new(kind == "dpo")
     start = forget_peak()
     reference = new(False).eval() if kind == "dpo" else None

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "minimind_npu")]
 from common import device  # noqa: I001  (device before torch and transformers)
 
 import torch
-from generation import Engine
+from engine.generation import Engine
 from model import SIZES, build
 
 SAMPLED = {"temperature": 0.85, "top_k": 50, "top_p": 0.85}
@@ -72,7 +72,7 @@ def sides(args, models: dict) -> dict:
         engines = {slots: Engine(model, slots) for slots in [1, *args.slots]}
         for slots, engine in engines.items():
             asked = few if slots == 1 else prompts
-            run = lambda e=engine, p=asked: e.generate(p, args.new, ends=frozenset(), **sampling)  # noqa: E731
+            run = lambda e=engine, p=asked: e.generate(p, args.new, ends=frozenset(), **sampling)
             found[f"engine {slots} {dtype}"] = (run, len(asked) * args.new)
     return found
 

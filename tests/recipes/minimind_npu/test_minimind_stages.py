@@ -17,10 +17,13 @@ from transformers import AutoTokenizer
 from common.data.load import load_rows
 from common.fast import attention, losses
 
-NAMES = "model loop.batches stages.pretrain stages.sft stages.dpo stages.distill stages.reason stages.lora loop.optim loop.tracking train"
-models, batches, pretrain, sft, dpo, distill, reason, lora, optim, tracking, train = own_modules(
-    "minimind_npu", *NAMES.split()
-)
+NAMES = """
+model train loop.batches loop.optim loop.precision loop.tracking
+stages.pretrain stages.sft stages.dpo stages.distill stages.reason stages.lora
+"""
+modules = own_modules("minimind_npu", *NAMES.split())
+models, train, batches, optim, precision, tracking = modules[:6]
+pretrain, sft, dpo, distill, reason, lora = modules[6:]
 RECIPE = ROOT / "minimind_npu"
 
 
@@ -401,6 +404,30 @@ def test_groups_and_state_of_the_optimizer(kind):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
+
+
+# ---- precision ---------------------------------------------------------------------------------------------
+
+
+def test_fast_float32_never_rounds(monkeypatch):
+    """oneDNN may compute float32 products only while they are exact; where it rounds, the setting goes back."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    try:
+        taken = precision.fast_float32()
+        a = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
+        assert ((a @ a.T).double() - a.double() @ a.double().T).abs().max() < 1e-3
+        assert taken == (settings.fp32_precision == "bf16")
+        settings.fp32_precision = before
+        real = torch.Tensor.__matmul__
+        monkeypatch.setattr(
+            torch.Tensor,
+            "__matmul__",
+            lambda x, y: real(x.bfloat16().float() if x.dtype == torch.float32 else x, y),
+        )
+        assert not precision.fast_float32() and settings.fp32_precision == before
+    finally:
+        settings.fp32_precision = before
 
 
 # ---- trackers -----------------------------------------------------------------------------------------------
