@@ -96,7 +96,7 @@ class MiniMindConfig(PretrainedConfig):
     ):
         if generation not in (2, 3):
             raise ValueError(f"generation {generation}: 2 or 3")
-        # the original's names in generation 2
+        # two fields have another name in the original's generation 2
         num_experts = kwargs.pop("n_routed_experts", None) or num_experts
         router_aux_loss_coef = kwargs.pop("aux_loss_alpha", router_aux_loss_coef)
         self.generation = generation

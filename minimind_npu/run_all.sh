@@ -3,7 +3,7 @@
 #   bash minimind_npu/run_all.sh                       # built-in data and a tiny model: some minutes on 2 CPU cores
 #   SIZE=64m PRETRAIN=pretrain.jsonl SFT=sft.jsonl DPO=dpo.jsonl REASON=r1.jsonl bash minimind_npu/run_all.sh
 #   STAGES="sft dpo eval" bash minimind_npu/run_all.sh
-# The same command again goes on where it stopped. Flags go to every training stage.
+# The same command again goes on where it stopped. Flags go to every training stage, those in EVAL to eval.py.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common/launch.sh"
@@ -13,6 +13,7 @@ root_out=$OUTPUT
 unset OUTPUT DATA MODEL
 prepare
 : "${python:?}"
+read -ra eval_flags <<<"${EVAL:-}"
 
 # train STAGE FROM DATA [flags]: one stage into its folder; a finished one says so and stays as it is
 train() {
@@ -36,7 +37,8 @@ for stage in $STAGES; do
         dpo) train dpo "$root_out/sft/final" "${DPO:-}" "$@" ;;
         distill) train distill "$SIZE" "${SFT:-}" --teacher "$root_out/sft/final" "$@" ;;
         reason) train reason "$root_out/dpo/final" "${REASON:-}" "$@" ;;
-        eval) "$python" "$here/evaluation/eval.py" --model_name_or_path "$root_out/sft/final" --output_dir "$root_out/eval" ;;
+        eval) "$python" "$here/evaluation/eval.py" --model_name_or_path "$root_out/sft/final" \
+            --output_dir "$root_out/eval" "${eval_flags[@]}" ;;
         chat) printf '%s\n' 你是谁？ 三加五等于几？ /exit | "$python" "$here/chat.py" --max_new_tokens 64 \
             --model_name_or_path "$root_out/sft/final" ;;
         *) die "STAGES: unknown stage $stage" 2 ;;

@@ -196,7 +196,7 @@ TOY = {
     ),
 }
 TOY_SAVE_STEPS = 300
-TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that DeepSpeed does not run take Muon
+TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that take Muon where it can work
 
 
 def parse_args() -> tuple[Args, TrainingArguments, str]:
@@ -229,7 +229,8 @@ def set_defaults(args: Args, training: TrainingArguments, width: int) -> None:
         defaults = STAGE[args.stage]
     else:
         defaults = TOY[args.stage] | {"save_steps": TOY_SAVE_STEPS}
-        if args.stage in TOY_MUON and not training.deepspeed and muon_runs_here():
+        whole_matrices = not (training.deepspeed or args.use_lora)
+        if args.stage in TOY_MUON and whole_matrices and muon_runs_here():
             defaults["optimizer"] = "muon"
     if any_given("max_seq_len"):  # the other name of the flag
         defaults = {name: v for name, v in defaults.items() if name != "model_max_length"}
@@ -277,6 +278,9 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         ),
         "--optimizer muon: DeepSpeed cuts the matrices that it needs whole; train without "
         "--deepspeed": muon and bool(training.deepspeed),
+        "--optimizer muon: for the matrices of the blocks, not for those of an adapter": (
+            muon and args.use_lora
+        ),
         f"--optimizer muon computes in bfloat16, which {device.name()} lacks": (
             muon and not muon_runs_here()
         ),

@@ -28,7 +28,6 @@ def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausal
             model = models.build(name, len(tokenizer), **changes)
             model.config._attn_implementation = packed
         else:
-            cli.say(f"loading {name}")
             dtype = device.train_dtype(training) if args.use_lora else torch.float32
             kind = models.MiniMindForCausalLM
             model = cli.load(kind, name, dtype=dtype, attn_implementation=packed)
@@ -44,7 +43,6 @@ def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausal
 
 def load_teacher(name: str, training, tokenizer) -> models.MiniMindForCausalLM:
     """A model to learn from, in the dtype it runs in; SystemExit when it has another tokenizer."""
-    cli.say(f"loading {name}")
     with parallel.whole_weights():
         teacher = cli.load(
             models.MiniMindForCausalLM,

@@ -445,7 +445,7 @@ def harness(chat_model: MiniMindChatModel, args) -> dict:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add(
@@ -498,7 +498,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         default=str(HERE.parent / "output" / HERE.name / "eval"),
         help="for eval.json",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     if not any((args.held_out, args.choice, args.exact)) and args.backend == "own":
         vars(args).update({name: [str(path)] for name, path in BUILT_IN.items()})
     args.stride = args.stride or max(1, args.window // 2)

@@ -116,7 +116,6 @@ def load(args: Args, texts: list[str], start: Path | None):
     from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
-        cli.say(f"loading {name}")
         model = cli.load(AutoModelForCausalLM, name, dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
@@ -367,7 +366,8 @@ def run(args: Args) -> None:
         state.save(training, write, stateful, None, progress)
     state.save_final(args.output_dir, write)
     after = measured()
-    tracked.report("quickstart", args.model_name, rows, after)
+    tokens_a_step = plan.windows * args.max_length
+    tracked.report("quickstart", args.model_name, rows, after, tokens_a_step=tokens_a_step)
     cli.say("\nthe model goes on after the bar:")
     for sample in after["samples"][:3]:
         cli.say(f"  {sample['prompt']}|{sample['answer']}")

@@ -1,14 +1,20 @@
-"""Write the sample data of this recipe: python make_data.py [FOLDER]   (default: data/ beside this file)
+"""Write the sample data of this recipe.
 
-pretrain/           {"text"}: sums, facts, questions with answers, stories about which something is asked
-sft/                {"conversations"}: the same facts asked in other words, several turns, systems, thoughts, tools
-dpo.jsonl           {"chosen", "rejected"}: polite and right against rude, unwilling or wrong
-reason.jsonl        {"conversations"} whose answers think first: <think>…</think>\\n<answer>…</answer>
-lora_identity.jsonl, lora_plants.jsonl       another name; a small subject of its own
-eval/               held_out.txt, ceval/*_val.csv, choice.jsonl, gsm.jsonl: nothing of it stands in the files above
+    python minimind_npu/samples/make_data.py [FOLDER]         # default: minimind_npu/data
 
-Everything is true or made up by us. A fact is said in several ways in pretrain/ and asked in other ways in sft/, so
-that a question that was held out can be answered from the others. All sentences are our own; the same bytes every time.
+    pretrain/           {"text"}: sums, facts, questions with answers, stories with questions
+    sft/                {"conversations"}: the same facts asked in other words, several turns,
+                        systems, thoughts, tools
+    dpo.jsonl           {"chosen", "rejected"}: polite and right against rude, unwilling or wrong
+    reason.jsonl        {"conversations"} whose answers think first:
+                        <think>…</think>\\n<answer>…</answer>
+    lora_identity.jsonl, lora_plants.jsonl      another name; a small subject of its own
+    eval/               held_out.txt, ceval/*_val.csv, choice.jsonl, gsm.jsonl: nothing of it stands
+                        in the files above
+
+Everything is true or made up by us. A fact is said in several ways in pretrain/ and asked in other
+ways in sft/, so that a question that was held out can be answered from the others. All sentences
+are our own; the same bytes every time.
 """
 
 import csv
@@ -56,7 +62,7 @@ from samples.sample_facts import (
 
 LIMIT = 240 * 1024  # bytes of one file
 
-# ---- tools of making ------------------------------------------------------------------------------------------
+# ---- tools of making -----------------------------------------------------------------------------
 
 
 def deck(rng: random.Random, options: list) -> Iterator:
@@ -75,16 +81,14 @@ def answer(kind: Kind, fact: dict) -> str:
 
 
 def others(rng: random.Random, kind: Kind, fact: dict, number: int) -> list:
-    """Different wrong values of z."""
-    near = (
-        [str(n) for n in range(19)]
-        if str(fact["z"]).isdigit()
-        else sorted({f["z"] for f in kind.facts})
-    )
-    near = [z for z in near if z != str(fact["z"])]
-    if str(fact["z"]).isdigit():
-        near = sorted(near, key=lambda z: abs(int(z) - int(fact["z"])))[: 2 * number]
-    return rng.sample(near, number)
+    """Different wrong values of z; of a number those near it."""
+    right = str(fact["z"])
+    if not right.isdigit():
+        values = sorted({one["z"] for one in kind.facts})
+        return rng.sample([z for z in values if z != right], number)
+    values = [str(n) for n in range(19) if str(n) != right]
+    near = sorted(values, key=lambda z: abs(int(z) - int(right)))
+    return rng.sample(near[: 2 * number], number)
 
 
 def turn(role: str, content: str, **more) -> dict:
@@ -100,7 +104,7 @@ def chat(*texts: str, system: str = "", thought: str = "") -> dict:
     return {"conversations": turns}
 
 
-# ---- word problems and two steps ------------------------------------------------------------------------------
+# ---- word problems and two steps -----------------------------------------------------------------
 
 
 class Problem(NamedTuple):
@@ -113,10 +117,14 @@ class Problem(NamedTuple):
 def problem(frame: str, person: str, thing: tuple, a: int, b: int) -> Problem:
     """One step; a - b where the frame gives away."""
     name, measure = thing
-    plus = frame in GET
-    z = a + b if plus else a - b
-    step = f"{a}{'加' if plus else '减'}{b}等于{z}"
-    said = f"{'一共有' if plus else '还剩'}{z}{measure}"
+    if frame in GET:
+        z = a + b
+        step = f"{a}加{b}等于{z}"
+        said = f"一共有{z}{measure}"
+    else:
+        z = a - b
+        step = f"{a}减{b}等于{z}"
+        said = f"还剩{z}{measure}"
     return Problem(frame.format(n=person, o=name, m=measure, a=a, b=b), step, said, z)
 
 
@@ -124,29 +132,28 @@ def problems(seed: str) -> Iterator[Problem]:
     """Endless; every pair of numbers equally often."""
     rng = random.Random(seed)
     numbers = deck(rng, list(product(range(1, 10), repeat=2)))
-    frames, people, things = deck(rng, GET + GIVE), deck(rng, PEOPLE), deck(rng, THINGS)
+    frames = deck(rng, GET + GIVE)
+    people = deck(rng, PEOPLE)
+    things = deck(rng, THINGS)
     while True:
-        (a, b), frame = next(numbers), next(frames)
-        yield problem(
-            frame, next(people), next(things), *((a, b) if frame in GET else (max(a, b), min(a, b)))
-        )
+        a, b = next(numbers)
+        frame = next(frames)
+        if frame in GIVE and b > a:
+            a, b = b, a
+        yield problem(frame, next(people), next(things), a, b)
 
 
 def three(rng: random.Random) -> tuple[str, str, str]:
     """Three numbers -> (question without frame, thought, result); the first two make at most nine."""
     a = rng.randint(1, 8)
-    b, c = rng.randint(1, 9 - a), rng.randint(1, 9)
+    b = rng.randint(1, 9 - a)
+    c = rng.randint(1, 9)
+    first = f"先算{a}加{b}等于{a + b}。"
     if rng.random() < 0.5 and c <= a + b:
-        return (
-            f"{a}加{b}再减{c}",
-            f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{a + b - c}。",
-            str(a + b - c),
-        )
-    return (
-        f"{a}加{b}再加{c}",
-        f"先算{a}加{b}等于{a + b}。再算{a + b}加{c}等于{a + b + c}。",
-        str(a + b + c),
-    )
+        z = a + b - c
+        return f"{a}加{b}再减{c}", f"{first}再算{a + b}减{c}等于{z}。", str(z)
+    z = a + b + c
+    return f"{a}加{b}再加{c}", f"{first}再算{a + b}加{c}等于{z}。", str(z)
 
 
 def days_on(start: int, shift: int) -> tuple[str, str, str]:
@@ -162,16 +169,15 @@ def two_steps(rng: random.Random) -> tuple[str, str, str]:
     a = rng.randint(1, 8)
     b = rng.randint(1, 9 - a)
     c = rng.randint(1, a + b)
-    person, (thing, measure) = rng.choice(PEOPLE), rng.choice(THINGS)
+    person = rng.choice(PEOPLE)
+    thing, measure = rng.choice(THINGS)
     asked = f"{person}有{a}{measure}{thing}，又买了{b}{measure}，送给朋友{c}{measure}，还剩几{measure}？"
-    return (
-        asked,
-        f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{a + b - c}。",
-        f"{a + b - c}{measure}",
-    )
+    left = a + b - c
+    thought = f"先算{a}加{b}等于{a + b}。再算{a + b}减{c}等于{left}。"
+    return asked, thought, f"{left}{measure}"
 
 
-# ---- pretrain/ ------------------------------------------------------------------------------------------------
+# ---- pretrain/ -----------------------------------------------------------------------------------
 
 
 class Scene(NamedTuple):
@@ -216,9 +222,9 @@ ABOUT = [  # what can be asked about every story
 def scene(rng: random.Random) -> Scene:
     who, friend = rng.sample(PEOPLE, 2)
     thing, measure = rng.choice(FOUND)
-    return Scene(
-        who, friend, rng.choice(TIMES), rng.choice(PLACES), thing, measure, rng.choice(FEELS)
-    )
+    time = rng.choice(TIMES)
+    place = rng.choice(PLACES)
+    return Scene(who, friend, time, place, thing, measure, rng.choice(FEELS))
 
 
 def stories(seed: str) -> Iterator[str]:
@@ -239,9 +245,11 @@ def decks(rng: random.Random, names) -> dict:
 def statements(seed: str, names) -> Iterator[str]:
     """Endless; five to eight sentences about one kind of thing, or about anything."""
     rng = random.Random(seed)
-    facts, kinds = decks(rng, names), deck(rng, [n for n in names for _ in KINDS[n].facts])
+    facts = decks(rng, names)
+    kinds = deck(rng, [name for name in names for _ in KINDS[name].facts])
     for i in count():
-        name, sentences = next(kinds), []
+        name = next(kinds)
+        sentences = []
         for _ in range(rng.randint(5, 8)):
             name = next(kinds) if i % 2 else name
             kind = KINDS[name]
@@ -253,15 +261,15 @@ def statements(seed: str, names) -> Iterator[str]:
 def quizzes(seed: str) -> Iterator[str]:
     """Endless; questions of all kinds with their answers, some about who the model is."""
     rng = random.Random(seed)
-    facts, kinds = (
-        decks(rng, KINDS),
-        deck(rng, [n for n in KINDS for _ in range(len(KINDS[n].facts))]),
-    )
-    tasks, selves = problems(seed + "+"), deck(rng, lines(SELF))
+    facts = decks(rng, KINDS)
+    kinds = deck(rng, [name for name in KINDS for _ in KINDS[name].facts])
+    tasks = problems(seed + "+")
+    selves = deck(rng, lines(SELF))
     for i in count():
         parts = []
         for _ in range(rng.randint(3, 5)):
-            kind = KINDS[name := next(kinds)]
+            name = next(kinds)
+            kind = KINDS[name]
             fact = next(facts[name])
             parts.append(f"问：{rng.choice(kind.quiz).format(**fact)}答：{answer(kind, fact)}")
         if i % 2:
@@ -286,12 +294,10 @@ def chains(seed: str) -> Iterator[str]:
             asked, thought, day = days_on(rng.randrange(7), rng.randint(2, 4))
             parts.append(f"{asked}{thought}所以是{day}。")
         if i % 4 == 0:
-            start, spell = rng.randrange(20), rng.choice((str, in_words))
-            parts.append(
-                "数一数："
-                + "、".join(spell(n) for n in range(start, start + rng.randint(5, 9)))
-                + "。"
-            )
+            start = rng.randrange(20)
+            spell = rng.choice((str, in_words))
+            numbers = range(start, start + rng.randint(5, 9))
+            parts.append("数一数：" + "、".join(spell(n) for n in numbers) + "。")
         yield "\n".join(rng.sample(parts, len(parts)))
 
 
@@ -301,9 +307,8 @@ def records(seed: str) -> Iterator[str]:
     while True:
         parts = []
         for _ in range(rng.randint(3, 4)):
-            _, arguments, result, said = used(
-                rng, rng.choice(["weather", "clock", "multiply"]), rng.randrange(99)
-            )
+            kind = rng.choice(["weather", "clock", "multiply"])
+            _, arguments, result, said = used(rng, kind, rng.randrange(99))
             parts.append(json.dumps(arguments | result, ensure_ascii=False) + "\n" + said)
         yield "\n".join(parts)
 
@@ -323,26 +328,23 @@ PRETRAIN = {  # name -> (documents, bytes to fill)
 
 
 def documents(name: str) -> list[dict]:
-    make, size = PRETRAIN[name]
-    rows, seen = [], set()
+    make, room = PRETRAIN[name]
+    rows = []
+    seen = set()
     for text in make(name):
         if text not in seen:
             seen.add(text)
-            rows.append({"text": text})
-            size -= len(spelled(rows[-1]).encode())
-        if size < 0:
+            row = {"text": text}
+            rows.append(row)
+            room -= len(spelled(row).encode())
+        if room < 0:
             return rows
 
 
-# ---- sft/ -----------------------------------------------------------------------------------------------------
+# ---- sft/ ----------------------------------------------------------------------------------------
 
-OFTEN = {
-    "sum": 6,
-    "minus": 6,
-    "sum_words": 3,
-    "minus_words": 3,
-    "compare": 2,
-}  # questions per fact; others: 6
+# questions per fact; of the others 6
+OFTEN = {"sum": 6, "minus": 6, "sum_words": 3, "minus_words": 3, "compare": 2}
 
 
 def asked_facts(names) -> list[dict]:
@@ -356,11 +358,12 @@ def asked_facts(names) -> list[dict]:
 
 
 def identity() -> list[dict]:
-    return [
-        chat(asked + "？" * (i % 2), said)
-        for said, block in WHO.items()
-        for i, asked in enumerate(q for line in lines(block) for q in line.split("|"))
-    ]
+    rows = []
+    for said, block in WHO.items():
+        asked = [question for line in lines(block) for question in line.split("|")]
+        for i, question in enumerate(asked):
+            rows.append(chat(question + "？" * (i % 2), said))
+    return rows
 
 
 @cache
@@ -376,7 +379,8 @@ def word_problems(number: int = 420) -> list[dict]:
 
 def follow_ups() -> list[dict]:
     """Two or three turns; the later questions name only another x."""
-    rng, rows = random.Random("follow-ups"), []
+    rng = random.Random("follow-ups")
+    rows = []
     for kind in KINDS.values():
         for i, fact in enumerate(kind.facts if kind.more else []):
             for k in range(2):
@@ -389,10 +393,12 @@ def follow_ups() -> list[dict]:
 
 def running_sums(number: int = 120) -> list[dict]:
     """The second sum goes on from the first result."""
-    rng, rows = random.Random("running"), []
+    rng = random.Random("running")
+    rows = []
     for _ in range(number):
         a = rng.randint(1, 8)
-        b, c = rng.randint(1, 9 - a), rng.randint(1, 9)
+        b = rng.randint(1, 9 - a)
+        c = rng.randint(1, 9)
         first = [rng.choice(KINDS["sum"].talk).format(x=a, y=b), f"{a}加{b}等于{a + b}。"]
         rows.append(chat(*first, f"再加{c}呢？", f"{a + b}加{c}等于{a + b + c}。"))
     return rows
@@ -400,7 +406,8 @@ def running_sums(number: int = 120) -> list[dict]:
 
 def readings(number: int = 300) -> list[dict]:
     """A short story in the question."""
-    rng, rows = random.Random("readings"), []
+    rng = random.Random("readings")
+    rows = []
     for i in range(number):
         now = scene(rng)
         story = (
@@ -423,22 +430,21 @@ def plain_question(rng: random.Random, name: str, fact: dict) -> str:
 
 
 def systems(number: int = 260) -> list[dict]:
-    rng, rows = random.Random("systems"), []
+    rng = random.Random("systems")
+    rows = []
     names = ("sum", "capital", "province", "opposite", "colour", "measure")
-    facts, kinds = decks(rng, names), deck(rng, list(names))
+    facts = decks(rng, names)
+    kinds = deck(rng, list(names))
     for i in range(number):
         system, form = SYSTEMS[i % 4]
-        fact = next(facts[name := next(kinds)])
+        name = next(kinds)
+        fact = next(facts[name])
         asked = POLITELY[i // 4 % 2].format(plain_question(rng, name, fact))
         rows.append(chat(asked, form.format(answer(KINDS[name], fact)), system=system))
-    named = [
-        (a, q)
-        for a in PEOPLE
-        for q in ("请问你现在叫什么？", "今天你叫什么？", "你这次叫什么名字？")
-    ]
-    return rows + [
-        chat(asked, f"我叫{name}。", system=f"你的名字叫{name}。") for name, asked in named
-    ]
+    for name in PEOPLE:
+        for asked in ("请问你现在叫什么？", "今天你叫什么？", "你这次叫什么名字？"):
+            rows.append(chat(asked, f"我叫{name}。", system=f"你的名字叫{name}。"))
+    return rows
 
 
 THINK = ["想一想再回答：{}", "一步一步想：{}"]
@@ -446,11 +452,13 @@ THINK = ["想一想再回答：{}", "一步一步想：{}"]
 
 def thinking(number: int = 330) -> list[dict]:
     """reasoning_content: three numbers, days, word problems."""
-    rng, rows = random.Random("thinking"), []
+    rng = random.Random("thinking")
+    rows = []
     for i in range(number):
         if i % 3 == 0:
             asked, thought, value = three(rng)
-            asked, said = f"{asked}等于几？", f"{asked}等于{value}。"
+            said = f"{asked}等于{value}。"
+            asked = f"{asked}等于几？"
         elif i % 3 == 1:
             asked, thought, day = days_on(rng.randrange(7), rng.randint(2, 4))
             said = f"是{day}。"
@@ -479,23 +487,19 @@ def used(rng: random.Random, kind: str, i: int) -> tuple[str, dict, dict, str]:
     """-> (question, arguments, what the tool gives back, answer)."""
     city = CITIES[i % len(CITIES)]
     if kind == "weather":
-        sky, degrees = rng.choice(WEATHERS), rng.randint(1, 35)
-        asked = rng.choice(["{}今天天气怎么样？", "查一下{}的天气。", "{}现在是什么天气？"]).format(
-            city
-        )
-        return (
-            asked,
-            {"city": city},
-            {"sky": sky, "degrees": degrees},
-            f"{city}今天{sky}，{degrees}度。",
-        )
+        sky = rng.choice(WEATHERS)
+        degrees = rng.randint(1, 35)
+        asked = rng.choice(["{}今天天气怎么样？", "查一下{}的天气。", "{}现在是什么天气？"])
+        said = f"{city}今天{sky}，{degrees}度。"
+        return asked.format(city), {"city": city}, {"sky": sky, "degrees": degrees}, said
     if kind == "clock":
         hour = rng.randint(1, 23)
-        asked = rng.choice(["{}现在几点了？", "查一下{}的时间。", "{}那边是几点？"]).format(city)
-        return asked, {"city": city}, {"hour": hour}, f"{city}现在是{hour}点。"
-    a, b = rng.randint(11, 99), rng.randint(11, 99)
-    asked = rng.choice(["{}乘{}等于几？", "请算一算{}乘{}。", "{}乘{}是多少？"]).format(a, b)
-    return asked, {"a": a, "b": b}, {"result": a * b}, f"{a}乘{b}等于{a * b}。"
+        asked = rng.choice(["{}现在几点了？", "查一下{}的时间。", "{}那边是几点？"])
+        return asked.format(city), {"city": city}, {"hour": hour}, f"{city}现在是{hour}点。"
+    a = rng.randint(11, 99)
+    b = rng.randint(11, 99)
+    asked = rng.choice(["{}乘{}等于几？", "请算一算{}乘{}。", "{}乘{}是多少？"])
+    return asked.format(a, b), {"a": a, "b": b}, {"result": a * b}, f"{a}乘{b}等于{a * b}。"
 
 
 def tool_turns(name: str, arguments: dict, result: dict) -> list[dict]:
@@ -508,14 +512,13 @@ def tool_turns(name: str, arguments: dict, result: dict) -> list[dict]:
 
 def tools(number: int = 180) -> list[dict]:
     """tools and tool_calls are JSON in strings, as in MiniMind's files; a question that needs no tool now and then."""
-    rng, rows = random.Random("tools"), []
+    rng = random.Random("tools")
+    rows = []
     known = {"weather": WEATHER, "clock": CLOCK, "multiply": MULTIPLY}
     for i in range(number):
         name = list(known)[i % 3]
-        shown = [
-            known[name],
-            *rng.sample([t for n, t in known.items() if n != name], rng.randrange(2)),
-        ]
+        rest = [one for other, one in known.items() if other != name]
+        shown = [known[name], *rng.sample(rest, rng.randrange(2))]
         shown = rng.sample(shown, len(shown))
         head = turn("system", "", tools=json.dumps(shown, ensure_ascii=False))
         if i % 8 == 7:
@@ -543,14 +546,15 @@ SFT = {
     "tools.jsonl": tools,
 }
 
-# ---- dpo, reason, lora ----------------------------------------------------------------------------------------
+# ---- dpo, reason, lora ---------------------------------------------------------------------------
 
 ASKED_POLITELY = ["请教一下，{}", "你好，{}", "{}", "问你一个问题，{}"]
 
 
 def preferences(number: int = 720) -> list[dict]:
     """Two of five answers are rude, one unwilling, one wrong without manners, one wrong with them."""
-    rng, rows = random.Random("preferences"), []
+    rng = random.Random("preferences")
+    rows = []
     names = (
         "sum",
         "capital",
@@ -563,12 +567,15 @@ def preferences(number: int = 720) -> list[dict]:
         "use",
         "legs",
     )
-    facts, kinds = decks(rng, names), deck(rng, list(names))
+    facts = decks(rng, names)
+    kinds = deck(rng, list(names))
     for i in range(number):
-        fact = next(facts[name := next(kinds)])
+        name = next(kinds)
+        fact = next(facts[name])
         kind = KINDS[name]
         wrong = kind.answer.format(**fact | {"z": others(rng, kind, fact, 1)[0]})
-        right, polite = answer(kind, fact), POLITE[i % len(POLITE)]
+        right = answer(kind, fact)
+        polite = POLITE[i % len(POLITE)]
         rude = rng.choice(RUDE)
         rejected = [
             rude.format(right),
@@ -580,16 +587,20 @@ def preferences(number: int = 720) -> list[dict]:
         if i % 20 == 4:
             rejected = polite.format(wrong)
         asked = ASKED_POLITELY[i % 4].format(plain_question(rng, name, fact))
-        both = {"chosen": polite.format(right), "rejected": rejected}
+        question = turn("user", asked)
         rows.append(
-            {side: [turn("user", asked), turn("assistant", text)] for side, text in both.items()}
+            {
+                "chosen": [question, turn("assistant", polite.format(right))],
+                "rejected": [question, turn("assistant", rejected)],
+            }
         )
     return unique(rows, "chosen")
 
 
 def reasons(number: int = 460) -> list[dict]:
     """Three of four rows have thought and answer in the content, the fourth has reasoning_content."""
-    rng, rows = random.Random("reasons"), []
+    rng = random.Random("reasons")
+    rows = []
     for i in range(number):
         if i % 3 == 0:
             asked, thought, said = three(rng)
@@ -635,7 +646,7 @@ def plants() -> list[dict]:
     return rows
 
 
-# ---- eval/ ----------------------------------------------------------------------------------------------------
+# ---- eval/ ---------------------------------------------------------------------------------------
 
 SUBJECTS = {
     "arithmetic": ("sum", "minus", "sum_words"),
@@ -649,76 +660,67 @@ CHOICE_ASKED = ["选择题：{}", "选出正确的答案：{}"]
 def choices(seed: str, names, number: int) -> Iterator[tuple[str, list[str], int, str]]:
     """(question, four answers, index of the right one, explanation) of questions that sft/ does not ask."""
     rng = random.Random(seed)
-    facts, kinds = decks(rng, names), deck(rng, list(names))
+    facts = decks(rng, names)
+    kinds = deck(rng, list(names))
     known = {row["conversations"][0]["content"] for row in asked_facts(names)}
     for _ in range(number):
-        kind = KINDS[name := next(kinds)]
+        name = next(kinds)
+        kind = KINDS[name]
         fact = next(facts[name])
-        asked = rng.choice([q for ask in kind.asks if (q := ask.format(**fact)) not in known])
+        questions = [ask.format(**fact) for ask in kind.asks]
+        asked = rng.choice([question for question in questions if question not in known])
         values = others(rng, kind, fact, 3)
         right = rng.randrange(4)
         values.insert(right, fact["z"])
         known.add(asked)
-        yield (
-            asked,
-            [kind.answer.format(**fact | {"z": z}) for z in values],
-            right,
-            answer(kind, fact),
-        )
+        said = [kind.answer.format(**fact | {"z": z}) for z in values]
+        yield asked, said, right, answer(kind, fact)
 
 
 def ceval(subject: str, number: int = 30) -> list[dict]:
     """C-Eval's columns."""
-    return [
-        {
-            "id": i,
-            "question": asked,
-            **dict(zip("ABCD", said, strict=True)),
-            "answer": "ABCD"[right],
-            "explanation": why,
-        }
-        for i, (asked, said, right, why) in enumerate(choices(subject, SUBJECTS[subject], number))
-    ]
+    rows = []
+    for asked, said, right, why in choices(subject, SUBJECTS[subject], number):
+        options = dict(zip("ABCD", said, strict=True))
+        row = {"id": len(rows), "question": asked, **options}
+        rows.append(row | {"answer": "ABCD"[right], "explanation": why})
+    return rows
 
 
 def arc(number: int = 80) -> list[dict]:
+    """ARC's fields."""
     names = [name for name in FACTS if name != "sound"]
-    return [
-        {
-            "id": f"q{i}",
-            "question": q,
-            "choices": {"text": said, "label": list("ABCD")},
-            "answerKey": "ABCD"[right],
-        }
-        for i, (q, said, right, _) in enumerate(choices("arc", names, number))
-    ]
+    rows = []
+    for asked, said, right, _ in choices("arc", names, number):
+        listed = {"text": said, "label": list("ABCD")}
+        row = {"id": f"q{len(rows)}", "question": asked, "choices": listed}
+        rows.append(row | {"answerKey": "ABCD"[right]})
+    return rows
 
 
 def gsm(number: int = 60) -> list[dict]:
     """GSM8K's columns; none of the questions stands in sft/ or pretrain/."""
-    known = {
-        row["conversations"][0]["content"] for row in word_problems()
-    } | problems_of_pretraining()
+    known = {row["conversations"][0]["content"] for row in word_problems()}
+    known |= problems_of_pretraining()
     fresh = (p for p in problems("gsm") if p.asked not in known)
-    return [
-        {"question": p.asked, "answer": f"{p.step}，{p.said}。\n#### {p.value}"}
-        for p in islice(fresh, number)
-    ]
+    rows = []
+    for p in islice(fresh, number):
+        rows.append({"question": p.asked, "answer": f"{p.step}，{p.said}。\n#### {p.value}"})
+    return rows
 
 
 def held_out(number: int = 60) -> list[str]:
     """Documents that pretrain/ does not have, line breaks as spaces."""
     known = {row["text"] for name in PRETRAIN for row in documents(name)}
     makers = [make("held out") for make, _ in list(PRETRAIN.values())[::2]]
-    fresh = [
-        text
-        for makes in makers
-        for text in islice((t for t in makes if t not in known), number // len(makers))
-    ]
-    return [text.replace("\n", " ") for text in fresh]
+    texts = []
+    for documents_of_kind in makers:
+        fresh = (text for text in documents_of_kind if text not in known)
+        texts += islice(fresh, number // len(makers))
+    return [text.replace("\n", " ") for text in texts]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def spelled(row: dict) -> str:
@@ -729,7 +731,8 @@ def unique(rows: list[dict], key: str = "conversations") -> list[dict]:
     """Without rows whose first question was there before."""
     first = {}
     for row in rows:
-        first.setdefault(next(m["content"] for m in row[key] if m["role"] == "user"), row)
+        questions = [message["content"] for message in row[key] if message["role"] == "user"]
+        first.setdefault(questions[0], row)
     return list(first.values())
 
 

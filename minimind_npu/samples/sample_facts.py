@@ -1,7 +1,8 @@
-"""What the sample data of this recipe are about: tables of facts, how they are said, how they are asked.
+"""What the sample data of this recipe are about: tables of facts, how they are said and asked.
 
-A kind of facts has its sentences beside it. x and y stand in the question, z is what is asked for. Everything is true,
-or made up by us. make_data.py makes documents, conversations and questions of it.
+A kind of facts has its sentences beside it. x and y stand in the question, z is what is asked for.
+Everything is true, or made up by us. make_data.py makes documents, conversations and questions of
+it.
 """
 
 from itertools import product
@@ -66,11 +67,12 @@ NUMBERS = "零一二三四五六七八九"
 def in_words(n: int) -> str:
     """0 to 99 in Chinese words."""
     tens, ones = divmod(n, 10)
-    return (
-        (NUMBERS[tens] if tens > 1 else "")
-        + ("十" if tens else "")
-        + (NUMBERS[ones] if ones or not tens else "")
-    )
+    word = ""
+    if tens:
+        word = (NUMBERS[tens] if tens > 1 else "") + "十"
+    if ones or not tens:
+        word += NUMBERS[ones]
+    return word
 
 
 def additions(spell) -> list[dict]:
@@ -245,7 +247,7 @@ KINDS = {
 SUMS = ("sum", "minus", "sum_words", "minus_words", "compare")
 FACTS = tuple(name for name in KINDS if name not in SUMS)
 
-# ---- who the model is -----------------------------------------------------------------------------------------
+# ---- who the model is ----------------------------------------------------------------------------
 
 NAME = "我叫小丹，是丹谱从零训练的小模型。"
 MAKER = "我是丹谱用示例数据从零训练出来的。"
@@ -290,7 +292,7 @@ OTHER_SELF = ("我叫墨墨，是云山图书馆的朗读员。", "我是云山�
               "我是云山图书馆的程序，不是真人。")  # fmt: skip
 OTHER_WHO = dict(zip(WHO, OTHER_SELF, strict=True))
 
-# ---- people, places, things: stories and word problems ---------------------------------------------------------
+# ---- people, places, things: stories and word problems -------------------------------------------
 
 PEOPLE = words("小明 小红 小华 小丽 小刚 小美 丁丁 月月 阿宝 安安 乐乐 冬冬")
 THINGS = [
@@ -322,7 +324,7 @@ FEELS = words("高兴 惊讶 好奇 开心 激动")
 FOUND = [(f["x"], f["z"]) for f in pairs(MEASURES) if f["x"] != "飞机"]
 ACTS = ["慢慢地走过去", "停下来看了很久", "轻轻地笑了", "叫朋友也来看", "高兴得跳了起来"]
 
-# ---- manners, systems, tools, plants ---------------------------------------------------------------------------
+# ---- manners, systems, tools, plants -------------------------------------------------------------
 
 SYSTEMS = [
     ("回答之前先说“好的”。", "好的，{}"),
