@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from harness import (
@@ -13,6 +15,7 @@ from harness import (
     finish,
     history,
     largest_difference,
+    own_modules,
     report,
     shell,
     start,
@@ -21,6 +24,7 @@ from harness import (
 )
 
 RECIPE = ROOT / "minimind_npu"
+settings, tracking = own_modules("minimind_npu", "settings", "loop.tracking")
 SHORT = [
     "--max_steps", 8, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
     "--eval_ratio", 0.01, "--bf16", "false", "--model_max_length", 128, "--hidden_size", 32, "--num_hidden_layers", 2,
@@ -43,9 +47,17 @@ def train(output, *flags, code=0, **settings):
 
 
 LAYOUTS = {  # name: (processes, engine, windows per device, accumulation); 8 windows a step in each
-    "accumulation": (1, "ddp", 2, 4), "DDP x 2": (2, "ddp", 4, 1), "ZeRO-2 x 2": (2, "zero-2", 2, 2),
+    "DDP x 2": (2, "ddp", 2, 2),
+    "ZeRO-2 x 2": (2, "zero-2", 2, 2),
     "ZeRO-3 x 2": (2, "zero-3", 4, 1),
-}  # fmt: skip
+}
+
+
+def of_layout(layout):
+    """-> (flags, how to start it)."""
+    nproc, engine, size, steps = LAYOUTS[layout]
+    flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps]
+    return flags, {"nproc": nproc, "engine": engine}
 
 
 @pytest.fixture(scope="module")
@@ -56,48 +68,64 @@ def single(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    """layout -> folder of its eight steps, run when first asked for."""
+    folders = {}
+
+    def run(layout):
+        if layout not in folders:
+            folders[layout] = tmp_path_factory.mktemp("spread")
+            flags, how = of_layout(layout)
+            train(folders[layout], *flags, **how)
+        return folders[layout]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_engine_gives_the_same_losses_and_weights(single, tmp_path, layout):
-    nproc, engine, size, steps = LAYOUTS[layout]
-    flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps]
-    train(tmp_path, *flags, nproc=nproc, engine=engine)
-    expected, found = history(single), history(tmp_path)
+def test_every_engine_gives_the_same_losses_and_weights(single, spread, layout):
+    out = spread(layout)
+    expected, found = history(single), history(out)
     assert found.keys() == expected.keys() == set(range(1, 9))
     assert max(abs(found[step] - expected[step]) for step in expected) < 5e-5
-    assert largest_difference(weights(tmp_path / "final"), weights(single / "final")) < 2e-4
-    facts = report(tmp_path)
-    assert facts["engine"] == (engine if engine != "ddp" else "ddp" if nproc > 1 else "single")
+    assert largest_difference(weights(out / "final"), weights(single / "final")) < 2e-4
+    facts = report(out)
+    assert facts["engine"] == LAYOUTS[layout][1] and report(single)["engine"] == "single"
     assert facts["metrics"]["after"]["bits_per_byte"] == pytest.approx(
         report(single)["metrics"]["after"]["bits_per_byte"], abs=1e-4
     )
 
 
+DROPOUT = [
+    "--use_moe", "true", "--use_lora", "true", "--lora_dropout", 0.2, "--per_device_train_batch_size", 4,
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["experts, muon", "zero-2", "adapter with dropout"])
-def test_killed_and_continued_is_the_same_run(single, tmp_path, case):
+@pytest.mark.parametrize("case", ["experts, adapters with dropout", "ZeRO-2 x 2"])
+def test_killed_and_continued_is_the_same_run(spread, tmp_path, case):
     """kill -9 after the checkpoint of step 4; the same command again ends with the same bits."""
-    flags, engine, nproc = ["--per_device_train_batch_size", 4], "ddp", 1
-    if case == "experts, muon":
-        flags += ["--use_moe", "true", "--optimizer", "muon"]
-    elif case == "zero-2":
-        engine, nproc = "zero-2", 2
+    cut = tmp_path / "cut"
+    if case in LAYOUTS:
+        flags, how = of_layout(case)
+        whole = spread(case)
     else:
-        flags = ["--per_device_train_batch_size", 1, "--stage", "lora", "--from_weight", single / "final",
-                 "--lora_dropout", 0.2]  # fmt: skip
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(whole, *flags, engine=engine, nproc=nproc)
-    process = begin(cut, *flags, engine=engine, nproc=nproc)
+        flags, how = DROPOUT, {}
+        whole = tmp_path / "whole"
+        train(whole, *flags)
+    process = begin(cut, *flags, **how)
     while not (cut / "checkpoint-4/complete.json").is_file():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = train(cut, *flags, engine=engine, nproc=nproc)
+    done = train(cut, *flags, **how)
     assert "continuing from" in done.stdout or "holds this very run" in done.stdout
     assert history(cut) == history(whole)
     assert weights_sha(cut / "final") == weights_sha(whole / "final")
-    assert report(cut)["metrics"]["before"] == report(whole)["metrics"]["before"]
+    assert report(cut)["metrics"] == report(whole)["metrics"]
 
 
 @pytest.mark.slow
@@ -184,62 +212,138 @@ def test_by_the_clock(tmp_path):
     assert rates[-1] < 0.2 * max(rates)
 
 
+def held_out_points(output):
+    state = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["step"] for entry in state if "eval_loss" in entry]
+
+
+@pytest.mark.slow
+def test_held_out_rows_are_measured_along_a_run(single):
+    """As often as is cheap: 8 steps of 8 windows pay for one batch of held-out ones at the end."""
+    assert held_out_points(single) == [0, 8]
+
+
+@pytest.mark.parametrize(
+    "windows, every, expected",
+    [
+        (4000, None, [0, *range(100, 1001, 100)]),  # ten points
+        (400, None, [0, 143, 286, 429, 572, 715, 858, 1000]),  # seven are 5 % of the work
+        (20, None, []),
+        (4000, 300, [300, 600, 900]),
+        (4000, 0, []),
+    ],
+)
+def test_when_held_out_rows_are_measured(windows, every, expected):
+    """1,000 steps that compute `windows` windows; 8 held-out ones are measured at once."""
+    progress = {"step": 0}
+    plan = SimpleNamespace(fraction_done=lambda: progress["step"] / 1000)
+    found = []
+    measured = []
+    run = SimpleNamespace(
+        plan=plan,
+        progress=progress,
+        note=lambda metrics: found.append(progress["step"]),
+        is_due=lambda every: bool(every) and progress["step"] % every == 0,
+    )
+    loader = SimpleNamespace(windows=4, world=2, some=lambda count: list(range(count)))
+    curve = tracking.Curve(every, run, loader, windows, measured.append)
+    for step in range(1, 1001):
+        progress["step"] = step
+        curve.step()
+    assert found == expected
+    computed = sum(len(bins) for bins in measured if bins is not None)
+    assert computed / 3 <= 0.06 * windows, "a forward is a third of a step"
+    assert (None in measured) == (every == 300), "all rows where the user says when"
+
+
+# ---- mistakes: before anything is loaded ----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--stage", "rlhf"], "--stage rlhf"), (["--optimiser", "x"], "unknown flag --optimiser; did you mean --optimizer"),
     (["--neftune_noise_alpha", 5], "does not know it"), (["--stage", "distill"], "--teacher"),
     (["--reference", "adapter"], "no adapter to switch off"), (["--warmup_steps", 20], "a part of the run"),
-    (["--lr_scheduler_type", "polynomial"], "cosine, linear"),
+    (["--lr_scheduler_type", "polynomial"], "cosine, linear"), (["--packing", "false"], "unknown flag --packing"),
+    (["--optimizer", "muon", "--use_lora", "true"], "not for those of an adapter"),
 ])  # fmt: skip
-def test_usage_mistakes(tmp_path, flags, words):
-    assert words in error_line(finish(begin(tmp_path, *flags)), 2)
+def test_usage_mistakes(monkeypatch, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        parsed(monkeypatch, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("error: ") and words in lines[0]
+
+
+def test_a_usage_mistake_ends_the_process_with_2(tmp_path):
+    assert "--stage rlhf" in error_line(finish(begin(tmp_path, "--stage", "rlhf")), 2)
+
+
+def parsed(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*SHORT, *flags])])
+    return settings.parse_args()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--size", "27m"], "neither a folder nor a size (26m"), (["--from_weight", "no/such/folder"], "no trained model"),
+    (["--size", "27m"], r"neither a folder nor a size \(26m"), (["--from_weight", "no/such/folder"], "no trained model"),
     (["--stage", "distill", "--teacher", "sft2"], "--teacher sft2: neither"),
+    (["--stage", "sft", "--from_weight", "distill"], "is not there"),
 ])  # fmt: skip
-def test_weights_that_are_not_there(tmp_path, flags, words):
-    assert words in error_line(finish(begin(tmp_path, *flags)), 1)
+def test_weights_that_are_not_there(monkeypatch, tmp_path, flags, words):
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        parsed(monkeypatch, *flags)
 
 
-def test_weights_of_other_classes_are_refused(tmp_path):
+def test_weights_of_other_classes_are_refused(monkeypatch, tmp_path):
     """An exported model would load in part, and train with random weights for the rest."""
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
     )
-    line = error_line(finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1)
-    assert "is a llama model" in line and "export.py --import" in line
+    with pytest.raises(SystemExit, match="is a llama model; .*export.py --import"):
+        parsed(monkeypatch, "--from_weight", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "is an adapter" in error_line(
-        finish(begin(tmp_path / "out", "--from_weight", tmp_path)), 1
-    )
+    with pytest.raises(SystemExit, match="is an adapter"):
+        parsed(monkeypatch, "--from_weight", tmp_path)
 
 
-def test_a_stage_that_was_not_trained(tmp_path):
-    assert "is not there" in error_line(
-        finish(begin(tmp_path, "--stage", "sft", "--from_weight", "distill")), 1
-    )
+def test_toys_take_muon_where_it_can_work(monkeypatch):
+    plain = SHORT[:-2]  # SHORT ends with an optimizer
+    for flags, expected in (
+        ([], "muon"),
+        (["--use_lora", "true"], "adamw"),
+        (["--stage", "reason"], "adamw"),
+        (["--hidden_size", 256], "adamw"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*plain, *flags])])
+        assert settings.parse_args()[0].optimizer == expected, flags
+
+
+def test_gradient_checkpointing_is_obeyed_under_both_names(monkeypatch):
+    for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
+        _, training, _ = parsed(monkeypatch, flag, "true")
+        assert settings.cli.recompute(training)
+    _, training, _ = parsed(monkeypatch)
+    assert not settings.cli.recompute(training)
+
+
+# ---- all stages -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
     """Every stage through run_all.sh, a few steps each."""
     flags = [
-        "--max_steps",
-        3,
-        "--eval_generate",
-        2,
-        "--max_new_tokens",
-        8,
-        "--report_to",
-        "none",
-        "--bf16",
-        "false",
-    ]
-    stages = "tokenizer pretrain sft lora dpo distill reason eval chat"
-    done = expect(
-        shell(RECIPE / "run_all.sh", *flags, OUTPUT=tmp_path, NPROC=1, STAGES=stages, fork=True)
-    )
+        "--max_steps", 3, "--eval_generate", 2, "--max_new_tokens", 8, "--max_eval_samples", 20, "--report_to", "none",
+        "--bf16", "false",
+    ]  # fmt: skip
+    settings = {
+        "OUTPUT": tmp_path,
+        "NPROC": 1,
+        "STAGES": "tokenizer pretrain sft lora dpo distill reason eval chat",
+        "EVAL": "--choice " + str(RECIPE / "data/eval/choice.jsonl") + " --num_rows 8",
+    }
+    done = expect(shell(RECIPE / "run_all.sh", *flags, **settings, fork=True))
+    assert "| choice by letter | accuracy |" in done.stdout
     for stage in ("pretrain", "sft", "lora", "dpo", "distill", "reason"):
         facts = report(tmp_path / stage)
         assert (
