@@ -16,9 +16,10 @@ import make_data
 import torch
 from transformers import LlamaConfig
 
-from common import cli, collators, tiny
+from common import collators, tiny
 from common.data.cache import cache_root
 from common.data.labels import encode_chat
+from common.data.progress import Progress
 from common.fast import attention, losses
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<reserved_106>", "<reserved_107>"]
@@ -79,8 +80,10 @@ def conversations() -> list[list[dict]]:
 
 def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
-    cli.say(
-        f"teaching the built-in base model both answers of the sample pairs: {STEPS} steps, once"
+    # whichever rank came first teaches, so it is not only rank 0 that speaks
+    print(
+        f"teaching the built-in base model both answers of the sample pairs: {STEPS} steps, once",
+        flush=True,
     )
     encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
     windows = collators.PackedDataset(encoded, WINDOW)
@@ -91,7 +94,7 @@ def teach(model, tokenizer) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_cosine)
     model.set_attn_implementation(attention.register())
     losses.use_chunked_loss(model.train())
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Progress("teach", STEPS, "steps") as progress:
         torch.manual_seed(0)
         order = []
         for _ in range(STEPS):
@@ -104,6 +107,7 @@ def teach(model, tokenizer) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            progress.update()
 
 
 def _warm_up_and_cosine(step: int) -> float:
