@@ -337,6 +337,12 @@ def test_a_batch_with_a_filled_cache_or_a_window_does_not_look_too_far():
     )
 
 
+def test_a_model_that_would_take_no_notice_of_shared_prompts_is_refused():
+    shared_prompt.require(build())
+    with pytest.raises(ValueError, match=f"need attn_implementation {shared_prompt.NAME}"):
+        shared_prompt.require(build(implementation=attention.register()))
+
+
 @pytest.mark.parametrize("name, more", [("Baichuan", {"num_key_value_heads": 4}), ("Bloom", {})])
 def test_models_with_an_attention_of_their_own(name, more):
     """ALiBi of Baichuan2-13B packs, each sequence with its prompt; Bloom pads."""

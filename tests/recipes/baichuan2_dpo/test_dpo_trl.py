@@ -162,7 +162,7 @@ def our_step(base, tmp_path, monkeypatch):
         )  # fmt: skip
         trainer.before_measuring()
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
-        assert ("key_columns" in batch, "attention_mask" in batch) == (
+        assert ("kv_index" in batch, "attention_mask" in batch) == (
             layout == "shared",
             layout == "padded",
         )

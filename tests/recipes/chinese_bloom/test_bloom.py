@@ -200,7 +200,7 @@ LENGTHS = [
     280,
     9,
     1100,
-]  # joined ones, several blocks, one beyond the first staircase
+]  # joined ones, several blocks, one beyond the first bank of masks
 
 
 def alone(model, rows, **settings):
