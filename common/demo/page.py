@@ -338,7 +338,8 @@ def chat_column(
         **look,
     )
     box = question_box(hint)
-    with gr.Row():
+    any_switch = chat_model.adapter or any(switch.visible for switch in switches.values())
+    with gr.Row(visible=any_switch):
         use_adapter = gr.Checkbox(True, label="用微调后的权重", visible=chat_model.adapter)
         for switch in switches.values():
             switch.render()
