@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import json
+import shutil
 import sys
 from itertools import pairwise
 
@@ -429,130 +430,60 @@ def test_a_checkpoint_that_does_not_fit_is_refused(published, tmp_path, change, 
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
+# One rank = two under ZeRO-2, checkpoints and kills: test_contract.py and core/test_training.py.
 
 SHORT = [
-    "--max_steps", 10, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
+    "--max_steps", 6, "--save_steps", 3, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
     "--bf16", "false", "--learning_rate", 1e-3, "--data_path", RECIPE / "data",
 ]  # fmt: skip
-ENGINES = {"ddp": []} | {f"zero-{n}": ["--deepspeed", RECIPE / f"ds_zero{n}.json"] for n in (2, 3)}
-LAYOUTS = {  # name: (processes, engine, items per device, accumulation); 8 items a step in each
-    "one": (1, "ddp", 8, 1),
-    "DDP x 2": (2, "ddp", 4, 1),
-    "ZeRO-2 x 2": (2, "zero-2", 1, 4),
-    "ZeRO-3 x 2": (2, "zero-3", 4, 1),
-    "accelerate x 2": (2, "accelerate", 2, 2),
-}
+QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def train(output, name, *flags, fault=None, code=0):
-    nproc, engine, size, accumulation = LAYOUTS[name]
-    flags = [
-        "--per_device_train_batch_size",
-        size,
-        "--gradient_accumulation_steps",
-        accumulation,
-        *flags,
-    ]
-    script = (
-        [ROOT / "tests/support/faults/faulty.py", RECIPE / "train.py", fault]
-        if fault
-        else [RECIPE / "train.py"]
-    )
-    if engine == "accelerate":
-        script = ["--accelerate", RECIPE / "accelerate_zero3_offload.yaml", *script]
-    command = [
-        "python",
-        ROOT / "common/launch.py",
-        nproc,
-        *script,
-        *ENGINES.get(engine, []),
-        *SHORT,
-    ]
-    quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
-    return expect(finish(start([*command, "--output_dir", output, *flags], **quiet)), code)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """layout -> folder of its run (made when first asked for)."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("run")
-            train(made[name], name)
-        return made[name]
-
-    return make
+def train(script, output, size, *flags, nproc):
+    """A short run of one of the recipe's shells; `size`: items per device and micro-step."""
+    flags = [*SHORT, "--per_device_train_batch_size", size, *flags]
+    done = shell(RECIPE / script, *flags, OUTPUT=output, NPROC=nproc, fork=True, **QUIET)
+    return expect(done)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if " x " in name])
-def test_loss_and_adapter_equal_those_of_one_process(runs, name):
-    one, other = runs("one"), runs(name)
-    expected, found = history(one), history(other)
-    assert len(expected) == 10 and found.keys() == expected.keys()
+def test_accelerate_on_two_ranks_gives_what_torchrun_gives_on_one(tmp_path):
+    """ZeRO-3 with weights in host memory, as `accelerate launch` starts it, and one plain process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train("train_torchrun.sh", one, 8, "--save_strategy", "no", nproc=1)
+    flags = ["--gradient_accumulation_steps", 2, "--save_strategy", "no"]
+    train("train_accelerate.sh", two, 2, *flags, nproc=2)
+    expected, found = history(one), history(two)
+    assert len(expected) == 6 and found.keys() == expected.keys() and expected[6] < expected[1]
     assert max(abs(found[step] - expected[step]) / expected[step] for step in expected) < 1e-5
-    assert largest_difference(weights(one / "final"), weights(other / "final")) < 1e-4
-    assert report(one)["tokens"] == report(other)["tokens"] and expected[10] < expected[1]
-    assert report(other)["engine"] == {"accelerate x 2": "zero-3"}.get(name, LAYOUTS[name][1])
-    assert all("lora_" in key for key in weights(other / "final")), "only the adapter is saved"
+    assert largest_difference(weights(one / "final"), weights(two / "final")) < 1e-4
+    assert all("lora_" in key for key in weights(two / "final")), "only the adapter is saved"
+    plain, facts = report(one), report(two)
+    assert plain["tokens"] == facts["tokens"]
+    assert (plain["engine"], facts["engine"]) == ("single", "zero-3")
+    rows = facts["rows"]  # conversations, of which many have several answers
+    assert rows["used"] + rows["held_out"] == rows["read"] == 1175
+    assert rows["answers"] > 1.2 * rows["used"]
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_bit_exactly(tmp_path):
-    """With dropout, so that the random states of both ranks count too."""
-    whole, killed, how = (
-        tmp_path / "whole",
-        tmp_path / "killed",
-        ("ZeRO-2 x 2", "--lora_dropout", 0.1),
-    )
-    train(whole, *how)
-    train(killed, *how, fault="kill-in-step@7", code=1)
-    again = train(killed, *how)
-    assert "continuing from" in again.stdout and "checkpoint-4" in again.stdout
-    assert history(killed) == history(whole)
-    assert weights_sha(killed / "final") == weights_sha(whole / "final")
+def test_a_run_with_dropout_continues_bit_exactly(tmp_path):
+    """So the random states of both ranks are restored, too."""
+    command = ("train_zero2.sh", tmp_path, 4, "--lora_dropout", 0.1)
+    train(*command, nproc=2)
+    losses, sha = history(tmp_path), weights_sha(tmp_path / "final")
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(tmp_path / name)
+    again = train(*command, "--resume_from_checkpoint", tmp_path / "checkpoint-3", nproc=2)
+    assert "continuing from" in again.stdout and "checkpoint-3" in again.stdout
+    assert history(tmp_path) == losses
+    assert weights_sha(tmp_path / "final") == sha
 
 
 @pytest.mark.slow
-def test_memory_of_every_epoch_is_in_the_report(tmp_path):
-    rows = [
-        {"content": f"第{n}问", "summary": f"第{n}答", "history": [["你好", "好"]]}
-        for n in range(40)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    flags = [
-        "--data_path",
-        path,
-        "--max_steps",
-        -1,
-        "--num_train_epochs",
-        3,
-        "--eval_ratio",
-        0,
-        "--save_strategy",
-        "no",
-    ]
-    train(tmp_path / "out", "one", *flags)
-    facts, text = report(tmp_path / "out"), (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert (
-        len(facts["peak_memory_mb_by_epoch"]) == 3 and min(facts["peak_memory_mb_by_epoch"]) > 100
-    )
-    assert facts["peak_memory_mb"] >= max(facts["peak_memory_mb_by_epoch"]) and "by epoch:" in text
-    assert (
-        facts["rows"]["read"] == 40
-        and facts["rows"]["used"] == 40
-        and facts["rows"]["answers"] == 80
-    )
-
-
-@pytest.mark.slow
-def test_default_run_learns_and_its_model_answers(tmp_path):
-    """`bash chatglm_lora/train_zero2.sh`: base and adapter through peft, as a user would open them."""
+def test_the_command_of_the_readme_learns_and_its_model_answers(tmp_path):
+    """`bash chatglm_lora/train_zero2.sh` with a third of its epochs, after which most answers are right;
+    base and adapter through peft, as a user would open them."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -560,7 +491,9 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
     from common.data.labels import encode_prompt
     from common.runs.generate import generate_answers
 
-    printed = expect(shell(RECIPE / "train_zero2.sh", OUTPUT=tmp_path)).stdout
+    printed = expect(
+        shell(RECIPE / "train_zero2.sh", "--num_train_epochs", 2, OUTPUT=tmp_path)
+    ).stdout
     facts = report(tmp_path)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
     assert (
@@ -568,7 +501,7 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
         and facts["recipe"] == "chatglm_lora"
         and "| exact match |" in printed
     )
-    assert before["exact_match"] < 0.05 and after["exact_match"] > 0.9, facts["metrics"]
+    assert before["exact_match"] < 0.05 and after["exact_match"] > 0.5, facts["metrics"]
     assert after["loss"] < 0.1 * before["loss"]
     final = tmp_path / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
@@ -583,12 +516,9 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more, word", [({"padded_vocab_size": 65024}, "convert.py"), ({"quantization_bit": 4}, "4-bit")]
-)
-def test_a_model_that_needs_another_way_is_one_line(tmp_path, more, word):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm"} | more))
-    done = shell(
-        RECIPE / "train_torchrun.sh", "--output_dir", tmp_path / "out", MODEL=tmp_path, NPROC=1
-    )
-    assert word in error_line(done, 1)
+def test_a_model_that_needs_another_way_is_one_line(tmp_path):
+    config = {"model_type": "chatglm", "padded_vocab_size": 65024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--output_dir", tmp_path / "out"]
+    done = shell(RECIPE / "train_torchrun.sh", *flags, MODEL=tmp_path, NPROC=1, fork=True)
+    assert "convert.py" in error_line(done, 1)
