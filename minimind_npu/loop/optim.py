@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from common import device
+
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 BETAS = (0.9, 0.95)
 STABLE = 0.6  # share of warmup_stable_decay after the warm-up in which the rate stays at its peak
@@ -21,7 +23,9 @@ class Muon:
     optimizer."""
 
     def __init__(self, matrices: list, rest: torch.optim.AdamW, lr: float, weight_decay: float):
-        muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
+        emulates_bfloat16 = device.kind() == "cpu" and device.half_dtype() is None
+        kind = Float32Muon if emulates_bfloat16 else torch.optim.Muon
+        muon = kind(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
         self.optimizers = (muon, rest)
 
     @property
@@ -42,6 +46,42 @@ class Muon:
     def load_state_dict(self, state: dict) -> None:
         for i, one in enumerate(self.optimizers):
             one.load_state_dict(state[str(i)])
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch.optim.Muon with its products in float32: on a CPU that only emulates bfloat16 some ten
+    times as fast. The state is the same."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: torch.Tensor, group: dict) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"]
+        average.lerp_(p.grad, 1 - group["momentum"])
+        nesterov = p.grad.lerp(average, group["momentum"])
+        rows, columns = p.shape
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        step = -group["lr"] * math.sqrt(max(1, rows / columns))
+        p.add_(orthogonal(nesterov, group["ns_coefficients"], group["ns_steps"]), alpha=step)
+
+
+def orthogonal(matrix: torch.Tensor, coefficients: tuple, steps: int) -> torch.Tensor:
+    """The nearest matrix with singular values of about 1, by Newton and Schulz's iteration."""
+    a, b, c = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if is_tall else x
 
 
 def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused: bool):

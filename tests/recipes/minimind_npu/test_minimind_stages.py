@@ -406,6 +406,24 @@ def test_groups_and_state_of_the_optimizer(kind):
     )
 
 
+def test_muon_in_float32_steps_as_torch_does_in_bfloat16():
+    moved = []
+    for kind in (torch.optim.Muon, optim.Float32Muon):
+        draw = torch.Generator().manual_seed(0)
+        matrices = [torch.randn(48, 20, generator=draw), torch.randn(20, 48, generator=draw)]
+        matrices = [torch.nn.Parameter(matrix) for matrix in matrices]
+        start = [matrix.detach().clone() for matrix in matrices]
+        optimizer = kind(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
+        for _ in range(2):
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=draw)
+            optimizer.step()
+        moved.append([b.detach() - a for a, b in zip(start, matrices, strict=True)])
+    for theirs, ours in zip(*moved, strict=True):
+        assert (theirs - ours).norm() < 0.02 * theirs.norm()
+        assert theirs.abs().max() > 1e-3
+
+
 # ---- precision ---------------------------------------------------------------------------------------------
 
 
