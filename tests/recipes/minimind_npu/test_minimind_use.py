@@ -877,7 +877,7 @@ def test_mistakes_at_the_command_lines(chat_model, tmp_path, capsys):
     with pytest.raises(SystemExit, match="no trained model here"):
         evaluation.evaluate(evaluation.parse_args(["--model", str(tmp_path)]))
     with pytest.raises(SystemExit) as end:
-        terminal.sampling(terminal.parse_args(["--top_p", "3"]), chat_model)
+        terminal.options_of(terminal.parse_args(["--top_p", "3"]), chat_model)
     assert end.value.code == 2 and "--top_p 3.0 makes no sense" in capsys.readouterr().err
 
 
