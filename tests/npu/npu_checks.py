@@ -103,6 +103,8 @@ def scaler(which):
 
 def deepspeed_overflow(guarded, config):
     """Four ZeRO steps in fp16 on two ranks; in the third rank 0 overflows. Which steps did the optimizer take?"""
+    from common.runs.engine import patch_overflow_check
+
     import deepspeed
 
     here, rank = device.device(), int(os.environ["RANK"])
@@ -123,7 +125,7 @@ def deepspeed_overflow(guarded, config):
         model=model, optimizer=optimizer, config=settings
     )
     if guarded == "guarded":
-        device.patch_overflow_check(optimizer)
+        patch_overflow_check(optimizer)
     skipped = []
     for step in range(4):
         for micro in range(2):

@@ -4,22 +4,13 @@ name that runs on two ranks like on one, a page that opens."""
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from harness import (
-    RECIPES,
-    ROOT,
-    expect,
-    finish,
-    history,
-    own_modules,
-    report,
-    shell,
-    start,
-    weights,
-)
+from harness import RECIPES, ROOT, expect, finish, history, report, shell, start, weights
 
+from common.runs import old_flags
 from common.runs.report import KEYS
 
 TWINS = [ROOT, *(ROOT / name for name in RECIPES)]
@@ -48,18 +39,28 @@ def test_files_named_in_readme_commands_exist(folder):
             assert path.startswith(made) or (ROOT / path).exists(), path
 
 
+def in_recipe(recipe: str, code: str, **env) -> str:
+    """What Python code prints that runs beside a recipe's modules, in a process of its own: they
+    register their models with transformers."""
+    paths = [str(ROOT / "tests/support"), str(ROOT), str(ROOT / recipe)]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"]
+    return expect(finish(start(command, **env))).stdout
+
+
+def flags_of(recipe: str) -> set[str]:
+    code = (
+        "import train\n"
+        "from dataclasses import fields\n"
+        "from transformers import TrainingArguments\n"
+        "print(*(field.name for kind in (train.Args, TrainingArguments) for field in fields(kind)))"
+    )
+    return set(in_recipe(recipe, code).split())
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_named_in_readme_commands_exist(recipe):
     """Of the commands that end in train.py; the scripts beside it answer for themselves."""
-    from dataclasses import fields
-
-    from transformers import TrainingArguments
-
-    from common.runs import old_flags
-
-    (train,) = own_modules(recipe, "train")
-    known = {field.name for kind in (train.Args, TrainingArguments) for field in fields(kind)}
-    known |= {"size", "from_weight"} | set(old_flags.RENAMED_QUIETLY)
+    known = flags_of(recipe) | {"size", "from_weight"} | set(old_flags.RENAMED_QUIETLY)
     blocks = "\n".join(commands(ROOT / recipe / "README.md")).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in blocks.splitlines()]
     lines = [line for line in lines if re.search(r"/(train(_\w+)?|pretrain)\.sh|/train\.py", line)]
@@ -182,15 +183,13 @@ def test_two_ranks_equal_one(copied, tmp_path, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_demo_opens(copied, recipe):
     """build_demo on what the run left: a page that answers."""
-    import urllib.request
-
-    from common.demo import serve
-
-    folder, out = copied(recipe)
-    (app,) = own_modules(recipe, "app")
-    demo = app.build_demo(out)
-    try:
-        address = serve.serve(demo)
-        assert urllib.request.urlopen(address, timeout=20).status == 200
-    finally:
-        demo.close()
+    _, out = copied(recipe)
+    code = (
+        "import app, urllib.request\n"
+        "from common.demo import serve\n"
+        f"demo = app.build_demo({str(out)!r})\n"
+        "address = serve.serve(demo)\n"
+        "print('status', urllib.request.urlopen(address, timeout=20).status)\n"
+        "demo.close()"
+    )
+    assert "status 200" in in_recipe(recipe, code)
