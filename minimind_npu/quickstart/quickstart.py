@@ -195,12 +195,12 @@ def refuse_nan(loss: float, step: int) -> None:
 
 # 4. What the model can do with text that it was not trained on
 @torch.no_grad()
-def held_out_loss(model, held_out: torch.Tensor, batch_size: int, dtype: torch.dtype) -> float:
+def eval_loss(model, eval_set: torch.Tensor, batch_size: int, dtype: torch.dtype) -> float:
     """Mean loss per token over windows [N, T], each of them on one rank."""
     total = torch.zeros((), device=model.device)
     count = 0
     model.eval()
-    for ids in held_out[RANK::WORLD].to(model.device).split(batch_size):
+    for ids in eval_set[RANK::WORLD].to(model.device).split(batch_size):
         with device.autocast(dtype):
             loss = model(input_ids=ids, labels=ids).loss
         total += loss.float() * len(ids)
@@ -210,9 +210,9 @@ def held_out_loss(model, held_out: torch.Tensor, batch_size: int, dtype: torch.d
     return sums["loss"] / sums["windows"]
 
 
-def measure(model, tokenizer, asked: list[tuple[str, str]], eval_loss) -> dict:
+def measure(model, tokenizer, asked: list[tuple[str, str]], evaluate) -> dict:
     """{"metrics", "samples": how the model ends the sentences of `asked`}. All ranks call it."""
-    loss = eval_loss()
+    loss = evaluate()
     answers, right = endings(model, tokenizer, asked)
     samples = []
     for (beginning, ending), answer in zip(asked, answers, strict=True):
@@ -342,12 +342,12 @@ def run(args: Args) -> None:
     model, tokenizer = load(args, train_texts, start)
     model.to(training.device).config.use_cache = False
     loader = make_loader(windows(tokenizer, train_texts, args.max_length), args)
-    held_out = windows(tokenizer, eval_texts, args.max_length)
+    eval_set = windows(tokenizer, eval_texts, args.max_length)
     optimizer = make_optimizer(model, args.learning_rate)
     stateful = {"optimizer": optimizer, "scaler": device.grad_scaler(dtype)}
     write = partial(write_model, model, tokenizer)
-    eval_loss = partial(held_out_loss, model, held_out, args.batch_size, dtype)
-    measured = partial(measure, model, tokenizer, questions(eval_texts, 32), eval_loss)
+    evaluate = partial(eval_loss, model, eval_set, args.batch_size, dtype)
+    measured = partial(measure, model, tokenizer, questions(eval_texts, 32), evaluate)
 
     torch.manual_seed(args.seed + RANK)  # dropout, where a model has it, differs between the ranks
     if start:
@@ -360,7 +360,7 @@ def run(args: Args) -> None:
     tracked = tracking.Run(training, progress, model, dtype, plan, asdict(args))
     while progress["epoch"] < args.epochs:
         run_epoch(net, loader, **stateful, dtype=dtype, plan=plan, run=tracked)
-        loss = eval_loss()
+        loss = evaluate()
         refuse_nan(loss, progress["step"])
         tracked.note({"loss": loss})
         state.save(training, write, stateful, None, progress)
