@@ -19,6 +19,7 @@ import pytest
 import torch
 from browser import Endless, Visit, user
 from harness import ROOT, own_modules
+from test_baichuan import modeling
 from transformers import AutoTokenizer
 
 from common import tiny
@@ -37,7 +38,8 @@ BETA = 0.25
 
 @pytest.fixture(scope="module")
 def modules():
-    return own_modules(RECIPE.name, "app", "reference")
+    # a second modeling_baichuan would take the place of the one that other tests here have built with
+    return own_modules(RECIPE.name, "app", "reference", modeling_baichuan=modeling)
 
 
 @pytest.fixture(scope="module")
