@@ -9,6 +9,7 @@ can be seen in its answers.
 
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import make_data
 import torch
 from transformers import LlamaConfig
 
-from common import collators, tiny
+from common import cli, collators, tiny
 from common.data.cache import cache_root
 from common.data.labels import encode_chat
 from common.data.progress import Progress
@@ -63,7 +64,11 @@ def tiny_model(rows: list[str], taught: bool) -> str:
         eos_token_id=2,
         pad_token_id=0,
     )
-    lesson = partial(teach, tokenizer=tokenizer) if taught else None
+    lesson = None
+    if taught:
+        lesson = partial(teach, tokenizer=tokenizer)
+        if not cli.is_main():
+            time.sleep(1)  # whoever comes first teaches, and only rank 0 shows how far it is
     return tiny.save_tiny(config, tokenizer, cache_root() / "tiny", teach=lesson)
 
 
@@ -80,10 +85,8 @@ def conversations() -> list[list[dict]]:
 
 def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
-    # whichever rank came first teaches, so it is not only rank 0 that speaks
-    print(
-        f"teaching the built-in base model both answers of the sample pairs: {STEPS} steps, once",
-        flush=True,
+    cli.say(
+        f"teaching the built-in base model both answers of the sample pairs: {STEPS} steps, once"
     )
     encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
     windows = collators.PackedDataset(encoded, WINDOW)
