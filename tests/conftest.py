@@ -4,6 +4,7 @@ does."""
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(TESTS / "support"), str(TESTS / "npu"), str(ROOT)]
+
+
+def pytest_configure(config):
+    """A folder for the fork servers (support/forking.py), one for all workers of a session."""
+    if "DANPU_FORKS" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="danpu-forks-"))
+        (folder / "owner").write_text(str(os.getpid()))
+        os.environ["DANPU_FORKS"] = str(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session", autouse=True)

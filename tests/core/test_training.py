@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from harness import (
     ROOT,
     error_line,
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow
 RECIPE = ROOT / "train_qwen"
 SHORT = [
     "--max_steps", 12, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
-    "--eval_ratio", 0.02, "--bf16", "false", "--learning_rate", 1e-3,
+    "--eval_ratio", 0.02, "--bf16", "false", "--learning_rate", 1e-3, "--model_max_length", 64,
 ]  # fmt: skip
 ENGINES = {
     "ddp": [],
@@ -303,6 +304,10 @@ def test_bf16_training_tracks_fp32(layouts, tmp_path):
     train(tmp_path, *flags, engine="ddp")
     expected, losses = history(layouts["DDP x 2"]), history(tmp_path)
     assert max(abs(losses[s] - expected[s]) / expected[s] for s in expected) < 0.02
+    # weights kept in bf16 would all be numbers that bf16 has
+    after = torch.cat([t.flatten() for t in weights(tmp_path / "final").values()])
+    assert after.dtype == torch.float32
+    assert (after != after.bfloat16().float()).float().mean() > 0.95
 
 
 def test_folder_after_a_run(uninterrupted):

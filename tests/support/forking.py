@@ -7,9 +7,10 @@ client: it hands its arguments, variables, folder and streams to the server, pas
 ends as its process ended. Where the variables would change what the libraries read at import, the
 client becomes the real Python.
 
-    server = forking.Server(folder)      # folder/python is the client; goes with this process
+    python = forking.client(folder, env)  # the client; one server for all that share `folder`
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ LIBRARIES = (
     "torch", "torch.distributed.run", "transformers.trainer", "transformers.generation", "transformers.masking_utils",
     "transformers.models.llama.modeling_llama", "deepspeed", "peft", "datasets", "matplotlib.pyplot",
     "torch.utils.tensorboard", "accelerate", "psutil",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO run asks for it; it brings torch's compiler
 )  # fmt: skip
 READ_AT_IMPORT = (  # beginnings of variables
     "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "PYTHON", "DS_", "CUDA_", "TORCH", "LD_", "ASCEND", "NPU", "NUMEXPR", "MPL",
@@ -33,7 +35,20 @@ NOT_READ = (
     "TORCH_NCCL",
     "PYTHON_EXEC",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    # how much the libraries say, which obey() sets in the new process
+    "TRANSFORMERS_VERBOSITY",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "PYTHONWARNINGS",
+    "PYTHONUNBUFFERED",
+    "TORCH_CPP_LOG_LEVEL",
+    "ASCEND_GLOBAL_LOG_LEVEL",
+    "ASCEND_SLOG_PRINT_TO_STDOUT",
+    "DS_ACCELERATOR",  # what it says is what DeepSpeed finds on its own, on the CPU and on NPUs
 )
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as launch.sh has it
+SECONDS_BETWEEN_LOOKS = 5  # of a server, whether it is still wanted
 
 CLIENT = """
 import os, signal, socket, sys
@@ -71,27 +86,63 @@ def watched(env: dict) -> dict:
     }
 
 
-class Server:
-    """Starts the server beside this process; `python` is the client to start instead of
-    sys.executable."""
+def client(folder: Path, env: dict, often: bool) -> Path | None:
+    """What to start instead of Python for processes with the variables `env`; None where Python
+    itself is as quick.
 
-    def __init__(self, folder: Path, env: dict):
-        """env: variables of the processes to come; see READ_AT_IMPORT."""
-        address, self.python = folder / "socket", folder / "python"
-        names = {"PYTHON": sys.executable, "KNOWN": watched(env), "ADDRESS": str(address)}
-        names |= {"READ_AT_IMPORT": READ_AT_IMPORT, "NOT_READ": NOT_READ}
-        head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
-        self.python.write_text(f"#!{sys.executable} -IS\n{head}{CLIENT}")
-        self.python.chmod(0o755)
-        command = [sys.executable, __file__, address]
-        # it ends when this pipe closes, that is, with this process
-        self.process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    Args:
+        folder: of all servers of a test session; they end when it is gone, or its `owner`.
+        often: whether many processes with these variables come; else a server is started when they
+            are asked for a second time, as it costs as much as one process.
+    """
+    from filelock import FileLock
+
+    key = hashlib.sha256(json.dumps(watched(env), sort_keys=True).encode()).hexdigest()[:12]
+    own = folder / key
+    python = own / "python"
+    with FileLock(folder / f"{key}.lock"):
+        first = not own.exists()
+        own.mkdir(exist_ok=True)
+        if python.exists():
+            return python
+        if first and not often:
+            return None
+        start(own, env)
+    return python
+
+
+def start(folder: Path, env: dict) -> None:
+    """Start a server whose client is folder/python."""
+    address = folder / "socket"
+    names = {"PYTHON": sys.executable, "KNOWN": watched(env), "ADDRESS": str(address)}
+    names |= {"READ_AT_IMPORT": READ_AT_IMPORT, "NOT_READ": NOT_READ}
+    head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, __file__, address],
+            env={k: v for k, v in env.items() if k != "PYTHONWARNINGS"} | QUIET,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
         )
-        if "ready\n" not in iter(
-            self.process.stdout.readline, ""
-        ):  # after what the libraries have to say
-            raise RuntimeError("the fork server did not start")
+    # after what the libraries have to say
+    if "ready\n" not in iter(server.stdout.readline, ""):
+        raise RuntimeError(f"the fork server did not start: {(folder / 'log').read_text()[-2000:]}")
+    part = folder / "python.part"
+    part.write_text(f"#!{sys.executable} -IS\n{head}{CLIENT}")
+    part.chmod(0o755)
+    part.rename(folder / "python")
+
+
+def wanted(folder: Path) -> bool:
+    """Whether the test session that a server was started for still runs."""
+    try:
+        os.kill(int((folder / "owner").read_text()), 0)
+    except OSError:
+        return False
+    return True
 
 
 def serve(address: str) -> list[str]:
@@ -102,6 +153,7 @@ def serve(address: str) -> list[str]:
 
     for name in LIBRARIES:
         importlib.import_module(name)
+    first_uses()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -113,15 +165,17 @@ def serve(address: str) -> list[str]:
     signal.set_wakeup_fd(wake.fileno())
     print("ready", flush=True)
     selector, lines = selectors.DefaultSelector(), {}
-    for source in (listener, woken, 0):
+    for source in (listener, woken):
         selector.register(source, selectors.EVENT_READ)
+    session = Path(address).parent.parent
     while True:
-        for key, _ in selector.select():
-            if key.fileobj == 0:
-                for pid in lines:
-                    os.kill(pid, signal.SIGKILL)
-                os._exit(0)
-            elif key.fileobj is listener:
+        events = selector.select(SECONDS_BETWEEN_LOOKS)
+        if not events and not wanted(session):
+            for pid in lines:
+                os.kill(pid, signal.SIGKILL)
+            os._exit(0)
+        for key, _ in events:
+            if key.fileobj is listener:
                 line, _ = listener.accept()
                 if words := fork(line, lines, (listener, woken, wake)):
                     return words
@@ -133,6 +187,23 @@ def serve(address: str) -> list[str]:
                 selector.unregister(key.fileobj)
                 for pid in [pid for pid, line in lines.items() if line is key.fileobj]:
                     os.kill(pid, signal.SIGKILL)
+
+
+def first_uses() -> None:
+    """What the libraries set up at their first use, and every run would wait for."""
+    import io
+
+    import matplotlib.pyplot as plt
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
+    figure, axes = plt.subplots()
+    axes.set_yscale("log")
+    axes.plot([1, 2], [1, 10], label="loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(io.BytesIO())
+    plt.close(figure)
 
 
 def fork(line: socket.socket, lines: dict, own: tuple) -> list[str] | None:
@@ -160,7 +231,33 @@ def fork(line: socket.socket, lines: dict, own: tuple) -> list[str] | None:
     os.environ.update(env)
     os.environ.pop("DANPU_LAUNCHER", None)  # the launcher is not this process's parent
     os.chdir(folder)
+    obey()
     return words
+
+
+def obey() -> None:
+    """Variables about how much is said, which the libraries read when they were imported."""
+    import warnings
+
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    if os.environ.get("PYTHONWARNINGS") == "ignore":
+        warnings.simplefilter("ignore")
+    if "PYTHONUNBUFFERED" in os.environ:
+        unbuffered()
+    for library in (datasets, transformers):
+        said = os.environ.get(f"{library.__name__.upper()}_VERBOSITY", "warning")
+        level = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}[said]
+        library.utils.logging.set_verbosity(level)
+    if "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
+        huggingface_hub.utils.disable_progress_bars()
+
+
+def unbuffered() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)
 
 
 def bury(lines: dict, selector) -> None:
@@ -187,8 +284,7 @@ def run(words: list[str]) -> None:
 
     if words[0] == "-u":
         words = words[1:]
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(write_through=True)
+        unbuffered()
     sys.path.pop(0)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]

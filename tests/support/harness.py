@@ -17,6 +17,8 @@ import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.parent.name for path in ROOT.glob("*/train.py"))
+# chip and number of simulated NPUs of processes that many tests start
+OFTEN = (("Ascend910B2", "2"), ("Ascend910A", "2"))
 TIMEOUT = 600  # seconds; nothing here takes a third of it
 
 
@@ -70,41 +72,36 @@ def own_modules(recipe: str, *names: str, **known) -> list:
         sys.modules.update(before)
 
 
-_servers: dict[str, forking.Server | None] = {}
+@functools.cache
+def fork_folder() -> Path:
+    """Of the fork servers: that of the test session, else one for this process."""
+    if folder := os.environ.get("DANPU_FORKS"):
+        return Path(folder)
+    folder = Path(tempfile.mkdtemp(prefix="danpu-forks-"))
+    (folder / "owner").write_text(str(os.getpid()))
+    return folder
 
 
 def forked_python(env: dict) -> str | None:
-    """The client of a fork server (tests/forking.py) for processes with these variables; None when
-    first asked for, as a server costs as much as one process."""
-    key = json.dumps(forking.watched(env), sort_keys=True)
-    if key in _servers and _servers[key] is None:
-        _servers[key] = forking.Server(Path(tempfile.mkdtemp(prefix="danpu-fork-")), env)
-    return str(_servers[key].python) if _servers.setdefault(key, None) else None
-
-
-@functools.cache
-def settled(env: str) -> dict:
-    """Variables (JSON) as launch.sh leaves them to the processes it starts."""
-    more = "npu_settings" if "NPU_SIM_SOC" in env else ":"
-    script = f'source "$0"; quiet_libraries; {more}; env -0'
-    command = ["bash", "-c", script, ROOT / "common/launch.sh"]
-    done = subprocess.run(command, env=json.loads(env), text=True, capture_output=True, check=True)
-    found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
-    return {k: v for k, v in found.items() if k not in ("_", "SHLVL", "PWD", "OLDPWD")}
+    """The client of a fork server (forking.py) for processes with these variables."""
+    if "NPU_SIM_SOC" in env:
+        often = (env["NPU_SIM_SOC"], env["NPU_SIM_DEVICES"]) in OFTEN and "DANPU_DEVICE" not in env
+    else:
+        often = forking.watched(env) == forking.watched(environment())
+    client = forking.client(fork_folder(), env, often)
+    return str(client) if client else None
 
 
 def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
     """Start a command in a process group of its own; stdout and stderr are kept apart.
 
     Python processes with equal variables, the ranks they launch, and those that shells launch on
-    simulated NPUs are forks of a server that has the libraries imported. Runs of shells on the CPU
-    start as a user's do, unless `fork` is True; with False all do.
+    simulated NPUs are forks of a server that has the libraries imported. Shells on the CPU start
+    their ranks as a user's do, unless `fork` is True; with False all do.
     """
     words, folder, env = [str(word) for word in command], env.pop("cwd", ROOT), environment(**env)
     is_python = words[0] in ("python", sys.executable)
     fork = is_python or "NPU_SIM_SOC" in env if fork is None else fork
-    if fork and not is_python:
-        env = settled(json.dumps(env))
     client = forked_python(env) if fork else None
     if client:
         env["PYTHON_EXEC"] = client

@@ -1191,7 +1191,8 @@ def default_run(tmp_path_factory):
     """(folder, what it printed) of `bash train_zero2.sh`: two of its five epochs, half the answers."""
     output = tmp_path_factory.mktemp("default")
     flags = ["--num_train_epochs", 2, "--eval_generate", 30]
-    return output, expect(shell(RECIPE / "train_zero2.sh", *flags, OUTPUT=output)).stdout
+    done = shell(RECIPE / "train_zero2.sh", *flags, OUTPUT=output, NPROC=1, fork=True)
+    return output, expect(done).stdout
 
 
 @pytest.mark.slow

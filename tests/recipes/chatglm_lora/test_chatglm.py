@@ -491,9 +491,9 @@ def test_the_command_of_the_readme_learns_and_its_model_answers(tmp_path):
     from common.data.labels import encode_prompt
     from common.runs.generate import generate_answers
 
-    printed = expect(
-        shell(RECIPE / "train_zero2.sh", "--num_train_epochs", 2, OUTPUT=tmp_path)
-    ).stdout
+    short = ["--num_train_epochs", 2, "--eval_generate", 30]
+    done = shell(RECIPE / "train_zero2.sh", *short, OUTPUT=tmp_path, NPROC=1, fork=True)
+    printed = expect(done).stdout
     facts = report(tmp_path)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
     assert (

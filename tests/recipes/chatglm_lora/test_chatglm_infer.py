@@ -430,7 +430,7 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(models, asked, tmp
     run(*words, "--output", tmp_path / "one.jsonl")
     out = tmp_path / "two.jsonl"
     command = ["bash", RECIPE / "infer.sh", *words, "--output", out]
-    first = start(command, NPROC=2)
+    first = start(command, fork=True, NPROC=2)
     until = time.monotonic() + 90
     parts = [out.with_name(f"two.jsonl.part-{rank}") for rank in (0, 1)]
     while time.monotonic() < until and not all(p.is_file() and p.stat().st_size for p in parts):
@@ -439,7 +439,7 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(models, asked, tmp
     os.killpg(first.pid, signal.SIGKILL)
     finish(first)
     assert not out.exists()
-    second = expect(finish(start(command, NPROC=2)))
+    second = expect(finish(start(command, fork=True, NPROC=2)))
     assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert "of them done before" in second.stdout and "220 rows, 0 of" not in second.stdout
 
@@ -582,7 +582,7 @@ def test_infer_deepspeed(models, asked, tmp_path):
     words = ["--model", models / "glm", "--input", asked, *SHORT]
     run(*words, "--output", tmp_path / "one.jsonl")
     shell = ["bash", RECIPE / "infer_deepspeed.sh", *words, "--output", tmp_path / "two.jsonl"]
-    done = expect(finish(start(shell, NPROC=2)))
+    done = expect(finish(start(shell, fork=True, NPROC=2)))
     assert "shared by 2 cpu ranks" in done.stdout
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 

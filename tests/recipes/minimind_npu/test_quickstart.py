@@ -49,7 +49,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 def test_default_command_learns_and_its_model_reopens(tmp_path):
-    printed = expect(shell(FOLDER / "quickstart.sh", OUTPUT=tmp_path)).stdout
+    printed = expect(shell(FOLDER / "quickstart.sh", OUTPUT=tmp_path, fork=True)).stdout
     facts = report(tmp_path)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
     assert before["loss"] > 5.5 and after["loss"] < 0.7, facts["metrics"]

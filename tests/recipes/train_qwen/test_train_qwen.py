@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, error_line, expect, report, shell, weights
+from harness import ROOT, error_line, expect, finish, report, shell, start, weights
 
 from common.runs.report import KEYS
 
@@ -111,12 +110,13 @@ def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
             "--bf16",
             "false",
             OUTPUT=tmp_path / "run",
+            fork=True,
         )
     )
     adapter, merged = tmp_path / "run/final", tmp_path / "merged"
     merge = [sys.executable, ROOT / "train_qwen/merge.py", "--adapter", adapter, "--output_dir"]
-    done = subprocess.run([*merge, merged], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = finish(start([*merge, merged]))
+    expect(done)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected = AutoPeftModelForCausalLM.from_pretrained(adapter)(ids).logits
@@ -132,7 +132,7 @@ def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
     stranger.model.layers[0].mlp.up_proj.weight.data.normal_()
     stranger.save_pretrained(other)
     line = error_line(
-        subprocess.run([*merge, tmp_path / "m2", "--base", other], capture_output=True, text=True),
+        finish(start([*merge, tmp_path / "m2", "--base", other])),
         1,
     )
     assert "weights" in line and str(other) in line and not (tmp_path / "m2").exists()
