@@ -422,7 +422,8 @@ QUICK = ["--model_name", "tiny", "--epochs", 2]
 @pytest.mark.slow
 def test_quickstart_killed_in_a_save_continues_bit_exactly(npu, tmp_path):
     """In fp16: the scaler and the device's random state go on, too."""
-    flags = [*QUICK, "--num_samples", 300, "--batch_size", 4, "--warmup_steps", 5]
+    flags = [*QUICK, "--num_samples", 120, "--max_length", 64, "--batch_size", 4]
+    flags += ["--warmup_steps", 2]
     quickstart = ROOT / "minimind_npu/quickstart/quickstart.py"
     fault = [ROOT / "tests/support/faults/faulty_loop.py", quickstart, "kill-in-save@2"]
     for name, script, code in (
@@ -437,7 +438,7 @@ def test_quickstart_killed_in_a_save_continues_bit_exactly(npu, tmp_path):
     whole, killed = report(tmp_path / "whole"), report(tmp_path / "killed")
     assert whole["dtype"] == "float16" and whole["metrics"] == killed["metrics"]
     assert whole["device"] == FIRST
-    assert whole["metrics"]["after"]["loss"] < 0.6 * whole["metrics"]["before"]["loss"]
+    assert whole["metrics"]["after"]["loss"] < 0.9 * whole["metrics"]["before"]["loss"]
 
 
 # ---- the numbers of a whole run ---------------------------------------------------------------------------------
