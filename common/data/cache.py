@@ -18,13 +18,20 @@ SILENT_WAIT = 5  # seconds for a lock before it is mentioned
 
 
 def write_rows(rows: Iterator[dict], path: Path) -> None:
-    """{"row", "prompt_key", "source"} one by one -> an Arrow stream file.
+    """{"row", "prompt_key", "source", "held_out"} one by one -> an Arrow stream file.
 
     At most BATCH_ROWS rows are in memory at a time.
     """
     import pyarrow as pa
 
-    schema = pa.schema([("row", pa.string()), ("prompt_key", pa.int64()), ("source", pa.string())])
+    schema = pa.schema(
+        [
+            ("row", pa.string()),
+            ("prompt_key", pa.int64()),
+            ("source", pa.string()),
+            ("held_out", pa.bool_()),
+        ]
+    )
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
