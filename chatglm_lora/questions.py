@@ -42,7 +42,7 @@ def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Ques
     renames = column_renames(column_map)
     number = 0
     for file in _files(paths):
-        encoding = files.encoding_of(file)
+        encoding = files.told_encoding(file)
         for line, record in files.records(file, encoding):
             if number == limit:
                 return
@@ -73,14 +73,9 @@ def question(
 
 
 def _as_record(record, renames: dict[str, str]) -> dict:
-    if isinstance(record, BadRow):
-        raise record
     if isinstance(record, str):
         return {"prompt": record}
-    if isinstance(record, list):
-        return {"messages": record}
-    if not isinstance(record, dict):
-        raise BadRow("not an object", type(record).__name__)
+    record = {"messages": record} if isinstance(record, list) else shapes.as_record(record)
     if renames.keys().isdisjoint(record):  # of several files only some may need it
         return record
     return renamed(record, renames)
@@ -91,8 +86,12 @@ def _as_record(record, renames: dict[str, str]) -> dict:
 
 def _asked(record: dict) -> tuple[dict, str | None]:
     """A record -> (canonical chat row without its last answer, that answer or None)."""
+    tidied, _ = shapes.tidy(record)
     given = {
-        name: value for name, value in record.items() if name not in ANSWERS or not _is_blank(value)
+        name: shapes.without_switches(value)
+        for name, value in tidied.items()
+        if name not in (*shapes.SWITCHES, *shapes.LABELS)
+        and not (name in ANSWERS and _is_blank(value))
     }
     if set(given) == {"text"}:
         given = {"prompt": given["text"]}

@@ -106,7 +106,8 @@ def _build(folder: Path, build: Callable[[Path], dict]) -> None:
     with atomic_folder(folder) as part:
         stats = build(part)
         sizes = {file.name: file.stat().st_size for file in sorted(part.glob("*.arrow"))}
-        (part / "meta.json").write_text(json.dumps({"files": sizes, "stats": stats}))
+        content = json.dumps({"files": sizes, "stats": stats})
+        (part / "meta.json").write_text(content, encoding="utf-8")
 
 
 def _complete(folder: Path):
@@ -114,7 +115,7 @@ def _complete(folder: Path):
     from datasets import Dataset, concatenate_datasets
 
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         for name, size in meta["files"].items():
             if (folder / name).stat().st_size != size:
                 return None

@@ -135,11 +135,12 @@ def _first_byte(char: str, encoding: str) -> int:
 
 
 def _usual_in_gb(char: str) -> float:
-    """Signs, and the 3,755 characters of level 1 of GB 2312; those of level 2 count half."""
+    """Signs, and the 3,755 characters of level 1 of GB 2312; those of level 2, and frequent ones of
+    traditional texts, count half."""
     first = _first_byte(char, "gb2312")
     if 0xA1 <= first <= 0xA3 or 0xB0 <= first <= 0xD7:
         return 1
-    return 0.5 if first > 0xD7 else 0
+    return 0.5 if first > 0xD7 or _usual_in_big5(char) else 0
 
 
 def _usual_in_big5(char: str) -> float:
@@ -156,7 +157,8 @@ def _usual_in_japanese(char: str) -> float:
 
 
 def _usual_in_korean(char: str) -> float:
-    return "\uac00" <= char <= "\ud7a3"
+    """The 2,350 syllables of KS X 1001."""
+    return 0xB0 <= _first_byte(char, "euc_kr") <= 0xC8
 
 
 def _usual_in_latin(char: str) -> float:

@@ -29,8 +29,11 @@ TABLES = (".csv", ".tsv")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".et", ".numbers")
 # beside the data of a folder, about them
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval)([-_. ]?(\d|set|split|data).*)?", re.I)
-TRAIN = re.compile(r"train(ing)?([-_. ].*|\d.*)?", re.I)
+# words of names that set files of a folder apart
+HELD_OUT = re.compile(
+    r"(test|valid|validation|val|dev|eval)(set|ing|data)?\d*|.*(测试|验证).*", re.I
+)
+TRAIN = re.compile(r"train(set|ing|data)?\d*|.*训练.*", re.I)
 MIB = 1 << 20
 HEAD = 1 << 16  # characters in which the layout of a JSON file is recognised
 BOM = "\ufeff"  # stands inside a file too, where several were joined
@@ -133,11 +136,11 @@ def held_out_files(path: Path, files: list[Path]) -> list[Path]:
 
 def _is_held_out(name: Path) -> bool:
     """By the name of the file or, where that says nothing, by those of its folders."""
-    stem = name.name.split(".")[0]
-    words = re.split(r"[-_. ]", stem)
-    if TRAIN.fullmatch(stem) or "train" in words:
+    words = re.split(r"[-_. ]+", name.name.split(".")[0])
+    words = [word for word in words if word not in ("", "of") and not word.isdigit()]
+    if any(TRAIN.fullmatch(word) for word in words):
         return False
-    if HELD_OUT.fullmatch(stem) or HELD_OUT.fullmatch(words[-1]):
+    if any(HELD_OUT.fullmatch(word) for word in words[:1] + words[-1:]):
         return True
     return any(HELD_OUT.fullmatch(part) for part in name.parts[:-1])
 
@@ -226,6 +229,15 @@ def encoding_of(path: Path) -> str:
         return "binary"
     with _readable(path), _open(path) as file:
         return encodings.detect(file)
+
+
+def told_encoding(path: Path) -> str:
+    """encoding_of, and a line for people where it is a guess."""
+    encoding = encoding_of(path)
+    said = guess(path, encoding)
+    if said:
+        print(said, flush=True)
+    return encoding
 
 
 def guess(path: Path, encoding: str) -> str:
@@ -427,14 +439,15 @@ def _rows_of(record: dict, path: Path) -> list | None:
         return None
     if all(isinstance(value, dict) for value in values):
         return _rows_of_dicts(record)
+    columns = record.get("columns")
+    lists = record.get("data")
+    if isinstance(columns, list) and isinstance(lists, list):  # pandas, orient=split
+        return [dict(zip(columns, cells, strict=False)) for cells in map(_as_cells, lists)]
     if all(isinstance(value, list) and not is_turns(value) for value in values):
         sizes = {len(value) for value in values}
         is_named = all(_is_rows(value) for value in values)  # {"train": [...], "test": [...]}
         if len(sizes) == 1 and sizes != {0} and not is_named:
             return [dict(zip(record, cells, strict=True)) for cells in zip(*values, strict=True)]
-    columns = record.get("columns")
-    if isinstance(columns, list) and isinstance(record.get("data"), list):  # pandas, orient=split
-        return [dict(zip(columns, cells, strict=False)) for cells in record["data"]]
     lists = {name: value for name, value in record.items() if _is_rows(value)}
     if not lists or any(detect(kind, [record]) for kind in SHAPES):
         return None
@@ -456,6 +469,10 @@ def _rows_of_dicts(record: dict) -> list | None:
     if len(same) == 1 and (len(inner) > 1 or next(iter(record)).isdigit()):
         return inner
     return None
+
+
+def _as_cells(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_rows(value) -> bool:
@@ -519,7 +536,9 @@ def _header(lines: Iterator[str]) -> tuple[int, str, str]:
 
 
 def _column_names(cells: list[str], path: Path) -> list[str]:
-    twice = [name for name in cells if name and cells.count(name) > 1]
+    """SystemExit where two columns have one name; what is no name may stand twice (a table without
+    header, for who reads these)."""
+    twice = [name for name in cells if name.isidentifier() and cells.count(name) > 1]
     if twice:
         raise SystemExit(f"{path}: the header has two columns {twice[0]!r}; rename one of them")
     return cells

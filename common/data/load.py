@@ -122,6 +122,7 @@ def _rows(
     held_out: bool,
 ) -> Iterator[dict]:
     """The usable rows of one file; everything else is counted in `stats`."""
+    name = str(path).encode(errors="replace").decode()  # it may hold bytes of another encoding
     encoding = files.encoding_of(path)
     records = files.records(path, encoding)
     start = list(islice(records, HEAD))
@@ -140,7 +141,7 @@ def _rows(
         for number, record in chain(start, records):
             stats["read"] += 1
             progress.update()
-            source = f"{path}:{number}"
+            source = f"{name}:{number}"
             try:
                 row, notes = _canonical(record, shape, renames)
                 text = as_json(row, encoding)

@@ -250,8 +250,8 @@ def _with_system(messages: list[dict], row: dict, tools: list | None) -> tuple[l
 # ---- tools and calls -----------------------------------------------------------------------------
 #
 # Arrow gives all structs of a column the same keys and fills them with null. A null that was meant
-# has a place in a schema: a property of the tool, a default, an item of a list. What is kept as JSON
-# text was never filled.
+# has a place in a schema: a property of the tool, a default, an item of a list. What is kept as
+# JSON text was never filled.
 
 VALUES = ("default", "const", "enum", "example", "examples")  # of a schema: they may hold null
 NAMES = ("properties", "patternProperties", "$defs", "definitions")  # their keys are no keywords
@@ -761,6 +761,8 @@ PREFERENCE = [
 
 
 def _document(row: dict, name: str) -> dict:
+    if _is_number(row.get(name)):
+        raise BadRow(f"{name} is not text", "a number")
     text = _filled(row, name, "empty text")
     title = _text(row, "title", "").strip()
     if not text.lstrip().startswith(title):
@@ -865,6 +867,13 @@ def _from_human(turns: list[dict]) -> list[dict]:
     while start < len(turns) and _role(turns[start]) == "assistant":
         start += 1
     return turns[:head] + turns[start:]
+
+
+def without_switches(value):
+    """Turns without what they say about being learned, for who only asks; all else as it is."""
+    if not is_turns(value):
+        return value
+    return [{key: turn[key] for key in turn if key not in SWITCHES} for turn in value]
 
 
 def _check_row(row: dict, kind: str) -> None:

@@ -34,7 +34,8 @@ def split_rows(dataset, eval_ratio: float = 0.05, max_eval: int = 500, seed: int
     if apart.any():
         is_train = ~apart & ~np.isin(keys, keys[apart])
         order = np.argsort(_mixed(keys[apart], seed), kind="stable")
-        chosen = np.sort(np.flatnonzero(apart)[order[:max_eval]])
+        count = max_eval if eval_ratio else 0
+        chosen = np.sort(np.flatnonzero(apart)[order[:count]])
         return dataset.select(np.flatnonzero(is_train)), dataset.select(chosen)
 
     prompts, prompt_of_row, sizes = np.unique(keys, return_inverse=True, return_counts=True)
@@ -64,7 +65,9 @@ def describe_split(dataset, train, held_out, eval_ratio: float, max_eval: int) -
         more = apart - len(held_out)
         lines = [f"  {lost:,} left out: their prompts stand in the files held out"] if lost else []
         if more:
-            lines.append(f"  {more:,} of the files held out are not used (--max_eval_samples)")
+            lines.append(
+                f"  {more:,} of the files held out are not used (--max_eval_samples, --eval_ratio)"
+            )
         return lines
     wanted = min(max_eval, int(rows * eval_ratio))
     if not eval_ratio or max_eval <= 0 or wanted / 2 <= len(held_out) <= max(1, 2 * wanted):
