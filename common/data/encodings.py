@@ -20,6 +20,7 @@ BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
 }
 SURE = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "binary")  # all else is a guess
 USUAL = 0.5  # of the characters that are not ASCII: fewer usual ones are another encoding
+MANY = 20  # different characters
 CLEARLY = 0.15  # by so much a later guess must be better than an earlier one
 
 
@@ -177,8 +178,8 @@ GUESSES = (
 
 def _best(sample: bytes) -> str:
     scores = {guess.name: _score(guess, sample) for guess in GUESSES}
-    if scores["cp949"] > 0.9 and sum(byte > 0x7F for byte in sample) >= 40:
-        return "cp949"  # Chinese would have had first bytes that hangul has not
+    if scores["cp949"] > 0.9 and _different(sample.decode("cp949", errors="replace")) >= MANY:
+        return "cp949"  # so many Chinese characters would not all have first bytes of hangul
     best = "gb18030"
     for name, score in scores.items():
         if score > scores[best] + CLEARLY:
@@ -204,6 +205,10 @@ def _score(guess: Guess, sample: bytes) -> float:
     ):
         return 0.0  # Japanese without kana is not written
     return sum(map(guess.usual, others)) / max(1, len(others))
+
+
+def _different(text: str) -> int:
+    return len({char for char in text if not char.isascii()})
 
 
 def _stand_alone(sample: bytes) -> bool:

@@ -29,6 +29,13 @@ TABLES = (".csv", ".tsv")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".et", ".numbers")
 # beside the data of a folder, about them
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# what columns are called
+COLUMNS = {
+    word.strip("():")
+    for table in SHAPES.values()
+    for shape in table
+    for word in re.split(r",? ", shape.columns)
+}
 # words of names that set files of a folder apart
 HELD_OUT = re.compile(
     r"(test|valid|validation|val|dev|eval)(set|ing|data)?\d*|.*(测试|验证).*", re.I
@@ -515,6 +522,10 @@ def _table(lines, path: Path) -> Iterator:
         is_header = names is None or (any(stripped) and sorted(stripped) == sorted(names))
         if is_header:
             names = _column_names(stripped, path)
+        elif len(cells) > 1 and COLUMNS.issuperset(stripped):
+            names = stripped
+            shown = ", ".join(stripped)
+            yield number, BadRow("a header of other columns inside the file", shown[:80])
         elif len(cells) == len(names):
             yield number, dict(zip(names, map(_line_ends, cells), strict=True))
         elif any(stripped):

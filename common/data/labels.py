@@ -411,7 +411,7 @@ def _blank(text, spans):
 def _trained_of(tracked, messages):
     """The template's spans without those of turns that say "train": False."""
     trained = [m.get("train", True) for m in messages if m["role"] == "assistant"]
-    if all(trained):
+    if all(trained) or not tracked:
         return tracked
     if len(tracked) == 1:  # of the last answer, all that a prefix model learns
         trained = trained[-1:]

@@ -95,6 +95,8 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
         hint = f"these are rows of kind {' or '.join(others)}, not {kind}; " if others else ""
         if kind == "preference" and any(shapes.is_good(record) is not None for record in head):
             hint += "an answer with a label true or false (KTO) is no pair; "
+        if any(shapes.is_broken_text(record.get(name)) for record in head for name in columns):
+            hint += "turns are kept as text that is neither JSON nor Python, json.dumps writes it; "
         accepted = "; ".join(shape.columns for shape in shapes.SHAPES[kind])
         raise SystemExit(
             f"{path}: no {kind} rows recognised; columns seen: {seen}; {hint}accepted: {accepted}; "

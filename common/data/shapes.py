@@ -860,6 +860,13 @@ def _opened(value):
     return opened if is_turns(_as_list(opened)) else value
 
 
+def is_broken_text(value) -> bool:
+    """Whether a text looks like turns and cannot be read, like numpy's way to print them."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{\s*['\"](role|from)['\"]", value):
+        return False
+    return _opened(value) is value
+
+
 def _from_human(turns: list[dict]) -> list[dict]:
     """Turns without those of the assistant before the first of the user."""
     head = next((i for i, turn in enumerate(turns) if _role(turn) != "system"), len(turns))

@@ -64,7 +64,7 @@ def complete(python: Path, file: Path) -> bool:
 @contextlib.contextmanager
 def one_at_a_time():
     """A second start waits for the first instead of installing into the same folder."""
-    with open(ROOT / ".venv.lock", "w") as lock:
+    with open(ROOT / ".venv.lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from common import cli
+from common import cli, tiny
 from common.data import encodings, files, shapes
 from common.data.files import held_out_files
+from common.data.labels import encode_chat, encode_prompt, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.data.split import describe_split, leak_check, split_rows
@@ -137,9 +138,22 @@ def test_lines_are_counted_from_the_top_of_a_table(tmp_path):
     assert stats["examples"]["wrong number of cells"].startswith(f"{path}:5:")
 
 
+def test_a_table_joined_to_one_of_other_columns(tmp_path):
+    """Its rows are not taken for those of the first one."""
+    text = CSV + "answer,question\n雪是冷的。,雪冷吗\n"
+    got, stats = load(write(tmp_path / "a.csv", text))
+    assert [row["messages"] for row in got] == [SEA, RAIN]
+    named = {"a header of other columns inside the file": 1, "missing instruction": 1}
+    assert stats["dropped"] == named
+
+
 def test_what_is_no_table_of_rows_is_told(tmp_path):
     both = json.dumps({"train": ROWS, "test": ROWS})
     refuses(lambda: load(write(tmp_path / "a.json", both)), "several lists", "train, test")
+    numpy = table(
+        ["messages"], *[["[{'role': 'user', 'content': '海'}\n {'role': 'assistant'}]"]] * 2
+    )
+    refuses(lambda: load(write(tmp_path / "b.csv", numpy)), "neither JSON nor Python", "json.dumps")
     twice = "instruction,output,output\n问,答,答\n"
     refuses(lambda: load(write(tmp_path / "a.csv", twice)), "two columns 'output'")
     refuses(lambda: load(write(tmp_path / "a.xlsx", b"PK")), "a.xlsx", "CSV UTF-8", "to_csv")
@@ -154,7 +168,7 @@ ENCODED = [  # (encoding it was written in, text, what it is read as)
     ("big5", "請問圖書館幾點關門？晚上九點。", "big5hkscs"),
     ("shift_jis", "図書館は何時に閉まりますか。九時です。", "cp932"),
     ("euc_jp", "図書館は何時に閉まりますか。九時です。", "euc_jp"),
-    ("euc_kr", "도서관은 몇 시에 문을 닫습니까 아홉 시에 닫습니다", "cp949"),
+    ("euc_kr", "도서관은 몇 시에 문을 닫습니까 보통 저녁 아홉 시에 닫고 주말에는 쉽니다", "cp949"),
     ("cp1252", "À quelle heure ferme le café ? “Vers neuf heures”, dit-il.", "cp1252"),
     ("latin-1", "Für Überraschungen ist gesorgt, señor", "cp1252"),
     ("utf-16-le", SIMPLIFIED, "utf-16-le"),
@@ -396,6 +410,36 @@ def test_words_before_the_first_question_are_left_out_and_counted(tmp_path):
     assert [row["messages"] for row in got] == [SEA, [system("短"), *SEA], SEA]
     assert not stats["dropped"] and list(stats["changed"].values()) == [2]
     assert f"2 rows changed: {next(iter(stats['changed']))}, e.g. {path}:1" in summary(stats)
+
+
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+TRACKED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}
+{%- generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LAST_ONLY = TRACKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+
+
+@pytest.mark.parametrize("template", [CHATML, TRACKED, LAST_ONLY])
+def test_a_turn_that_is_not_learned_has_no_label(template):
+    tokenizer = tiny.make_tokenizer(
+        ["海水咸吗咸的雨水不", "user assistant"],
+        vocab_size=400,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=template,
+    )
+    silent = [RAIN[0], bot("咸的。", train=False), *SEA]
+    spoken = [RAIN[0], bot("咸的。"), *SEA]
+    row = encode_chat(tokenizer, silent, 200)
+    shown = preview(tokenizer, row["input_ids"], row["labels"], color=False)
+    assert shown.count("[[") == 1 and "[[咸的。<|im_end|>]]" in shown.split("海水咸吗")[1]
+    both = encode_chat(tokenizer, spoken, 200)
+    assert both["input_ids"] == row["input_ids"]
+    assert (both["labels"] != row["labels"]) == (template is not LAST_ONLY)
+    assert encode_prompt(tokenizer, silent[:3]) == encode_prompt(tokenizer, spoken[:3])
+    assert encode_chat(tokenizer, silent[:2], 200) is None
 
 
 # ---- calls and nulls -----------------------------------------------------------------------------
