@@ -889,8 +889,9 @@ def _check_row(row: dict, kind: str) -> None:
     weight = _number(row.get("weight"))
     if weight is not None and weight not in (0, 1):
         raise BadRow("weight of a row is neither 0 nor 1", str(row["weight"])[:20])
-    if weight == 0 or _number(row.get("train")) == 0:
-        raise BadRow("weight is 0")
+    for name in ("weight", "train"):
+        if _number(row.get(name)) == 0:
+            raise BadRow(f"{name} is 0")
     for name in SWITCHES:
         if _as_bool(row.get(name)) is False:
             raise BadRow(f"{name} is false")
