@@ -30,6 +30,8 @@ from common import cli
 from common.data import files, shapes
 from common.data.files import atomic_file
 from common.data.progress import Progress
+from common.data.records import as_record, usable
+from common.data.turns import BadRow
 
 SPECIAL = [
     "<|endoftext|>",
@@ -80,15 +82,15 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
     without known rows."""
     records = files.records(path, files.told_encoding(path))
     start = list(islice(records, 50))
-    shape = shape_of(shapes.usable([record for _, record in start]), path)
+    shape = shape_of(usable([record for _, record in start]), path)
     for _, record in chain(start, records):
         try:
-            texts = list(strings(shape.convert(shapes.as_record(record))))
+            texts = list(strings(shape.convert(as_record(record))))
             "".join(texts).encode()
             yield texts
         except UnicodeEncodeError:
             dropped["broken characters"] += 1
-        except shapes.BadRow as bad:
+        except BadRow as bad:
             dropped[bad.reason] += 1
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 
 from common.data import encodings
 from common.data.progress import Progress
-from common.data.shapes import SHAPES, BadRow, detect, is_turn, is_turns
+from common.data.records import is_turn, is_turns
+from common.data.shapes import SHAPES, detect
+from common.data.turns import BadRow
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 ACCEPTED = f"accepted: {' '.join(SUFFIXES)}, each also .gz"

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import encodings, files, shapes
+from common.data import encodings, files, records, shapes, turns
 from common.data.cache import cached, write_rows
 from common.data.progress import Progress
-from common.data.shapes import BadRow
+from common.data.turns import BadRow
 
-MODULES = (__file__, encodings.__file__, files.__file__, shapes.__file__)
+READERS = (encodings, files, records, shapes, turns)
+MODULES = (__file__, *(module.__file__ for module in READERS))
 # rows are read anew after an edit of the code that reads them
 VERSION = "".join(files.sha256(Path(module))[:8] for module in MODULES)
 HEAD = 50  # records from which the shape of a file is recognised
@@ -93,9 +94,9 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
     if shape is None:
         others = [other for other in shapes.SHAPES if other != kind and shapes.detect(other, head)]
         hint = f"these are rows of kind {' or '.join(others)}, not {kind}; " if others else ""
-        if kind == "preference" and any(shapes.is_good(record) is not None for record in head):
+        if kind == "preference" and any(records.is_good(record) is not None for record in head):
             hint += "an answer with a label true or false (KTO) is no pair; "
-        if any(shapes.is_broken_text(record.get(name)) for record in head for name in columns):
+        if any(records.is_broken_text(record.get(name)) for record in head for name in columns):
             hint += "turns are kept as text that is neither JSON nor Python, json.dumps writes it; "
         accepted = "; ".join(shape.columns for shape in shapes.SHAPES[kind])
         raise SystemExit(
@@ -126,12 +127,12 @@ def _rows(
     """The usable rows of one file; everything else is counted in `stats`."""
     name = str(path).encode(errors="replace").decode()  # it may hold bytes of another encoding
     encoding = files.encoding_of(path)
-    records = files.records(path, encoding)
-    start = list(islice(records, HEAD))
+    found = files.records(path, encoding)
+    start = list(islice(found, HEAD))
     if not start:
         stats["ignored"].append(f"{path} (no rows)")
         return
-    head = shapes.usable([record for _, record in start])
+    head = records.usable([record for _, record in start])
     shape = _shape_of(path, kind, head, renames) if head else None
     stats["shapes"][str(path)] = shape.name if shape else "none"
     stats["encodings"][str(path)] = encoding.removesuffix("-sig")
@@ -140,7 +141,7 @@ def _rows(
         stats["guesses"].append(guess)
 
     with Progress(f"read {path.name}") as progress:
-        for number, record in chain(start, records):
+        for number, record in chain(start, found):
             stats["read"] += 1
             progress.update()
             source = f"{name}:{number}"
@@ -162,10 +163,10 @@ def _canonical(
     record, shape: shapes.Shape | None, renames: dict[str, str]
 ) -> tuple[dict, list[str]]:
     """-> (canonical row, what was left out of the record)."""
-    record = shapes.as_record(record)
+    record = records.as_record(record)
     if shape is None:
         raise BadRow("not an object", type(record).__name__)
-    tidied, notes = shapes.tidy(renamed(record, renames))
+    tidied, notes = records.tidy(renamed(record, renames))
     return shape.convert(tidied), notes
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from common import cli, tiny
-from common.data import encodings, files, shapes
+from common.data import encodings, files
 from common.data.files import held_out_files
 from common.data.labels import encode_chat, encode_prompt, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
+from common.data.records import as_record
 from common.data.split import describe_split, leak_check, split_rows
+from common.data.turns import BadRow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -650,8 +652,8 @@ def test_guesses_are_ranked_apart():
 
 
 def test_records_that_are_lists_or_turns_have_columns():
-    assert shapes.as_record(SEA) == {"messages": SEA}
+    assert as_record(SEA) == {"messages": SEA}
     for other in (["a", "b"], "text", 3, None, [SEA]):
-        with pytest.raises(shapes.BadRow):
-            shapes.as_record(other)
+        with pytest.raises(BadRow):
+            as_record(other)
     assert files.suffix_of(Path("a.CSV.gz")) == ".csv"
