@@ -14,10 +14,11 @@ from common.data.turns import (
 )
 
 DIALOGUES = ("messages", "conversations", "conversation")
-TURN_COLUMNS = (*DIALOGUES, "context", "prompt", "chosen", "rejected")
+TURN_COLUMNS = {*DIALOGUES, "context", "prompt", "chosen", "rejected"}
 KTO_COLUMNS = {*DIALOGUES, "prompt", "completion", "response", "system", "tools", "id", "label"}
 LABELS = ("label", "kto_tag")
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+MARKS = {*SWITCHES, *LABELS, *PICTURES}  # columns that check_row reads
 PLACEHOLDER = re.compile("<(image|video|audio)>")
 
 
@@ -63,16 +64,19 @@ def tidy(record: dict) -> tuple[dict, list[str]]:
 
     Turns kept as text become lists; a ShareGPT conversation begins where its human does.
     """
+    if TURN_COLUMNS.isdisjoint(record):
+        return record, []
     notes = []
     found = {
         column: opened(value) if column in TURN_COLUMNS else value
         for column, value in record.items()
     }
-    if is_turns(found.get("prompt")) and "completion" in found:
+    if "completion" in found and is_turns(found.get("prompt")):
         found["completion"] = opened(found["completion"])
     for column in DIALOGUES:
         turns = found.get(column)
-        if is_turns(turns) and "from" in turns[0]:
+        first = turns[:1] if isinstance(turns, list) else []
+        if is_turns(first) and "from" in first[0] and is_turns(turns):
             found[column] = _from_human(turns)
             if len(found[column]) < len(turns):
                 notes.append("the assistant's words before the first question left out")
@@ -116,6 +120,8 @@ def without_switches(value):
 def check_row(row: dict, kind: str) -> None:
     """BadRow for a row that says in a column of its own that it is not to be learned, or only in
     part."""
+    if MARKS.isdisjoint(row):
+        return
     weight = _number(row.get("weight"))
     if weight is not None and weight not in (0, 1):
         raise BadRow("weight of a row is neither 0 nor 1", str(row["weight"])[:20])

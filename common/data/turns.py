@@ -143,6 +143,8 @@ def _words(turn: dict, column: str, default: str | None) -> str:
 def _is_trained(turn: dict, role: str) -> bool:
     """Whether a turn is to be learned, as its own keys say. BadRow where they say what is not done
     here."""
+    if turn.keys().isdisjoint(SWITCHES):
+        return True
     for name in SWITCHES:
         value = turn.get(name)
         if is_absent(value):
@@ -239,10 +241,12 @@ NAMES = ("properties", "patternProperties", "$defs", "definitions")  # their key
 def tools_of(row: dict, turns: list) -> list | None:
     """The tools of a row or of one of its turns; `functions` is their older name."""
     found = None
-    for holder in (row, *turns):
+    holders = [holder for holder in (row, *turns) if isinstance(holder, dict)]
+    for holder in holders:
         for name in ("tools", "functions"):
-            given = holder.get(name) if isinstance(holder, dict) else None
-            tools = _tool_list(given, name)
+            if not holder.get(name):
+                continue
+            tools = _tool_list(holder[name], name)
             if tools and found and tools != found:
                 raise BadRow("tools of several turns", "all calls of a row know the same tools")
             found = tools or found
