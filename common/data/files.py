@@ -31,6 +31,24 @@ TABLES = (".csv", ".tsv")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".et", ".numbers")
 # beside the data of a folder, about them
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# under these keys the rows of a file may stand beside what is said of it
+WRAPPERS = {
+    "data",
+    "dataset",
+    "dialogs",
+    "dialogues",
+    "examples",
+    "instances",
+    "items",
+    "list",
+    "records",
+    "results",
+    "rows",
+    "samples",
+    "test",
+    "train",
+    "validation",
+}
 # what columns are called
 COLUMNS = {
     word.strip("():")
@@ -457,7 +475,11 @@ def _rows_of(record: dict, path: Path) -> list | None:
         is_named = all(_is_rows(value) for value in values)  # {"train": [...], "test": [...]}
         if len(sizes) == 1 and sizes != {0} and not is_named:
             return [dict(zip(record, cells, strict=True)) for cells in zip(*values, strict=True)]
-    lists = {name: value for name, value in record.items() if _is_rows(value)}
+    lists = {
+        name: value
+        for name, value in record.items()
+        if _is_rows(value) and (name.lower() in WRAPPERS or len(record) == 1)
+    }
     if not lists or any(detect(kind, [record]) for kind in SHAPES):
         return None
     if len(lists) > 1:

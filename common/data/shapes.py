@@ -37,6 +37,7 @@ from common.data.turns import (
     tools_of,
     transcript_turns,
     with_system,
+    words_in,
 )
 
 
@@ -115,7 +116,7 @@ def _instruction(row: dict, suffix: str = "") -> list[dict]:
     """instruction and input joined by a newline, as turns; either may be absent."""
     given = text_in(row, "input" + suffix, "")
     default = "" if given.strip() else None
-    parts = (text_in(row, "instruction" + suffix, default), given)
+    parts = (words_in(row, "instruction" + suffix, default), given)
     text = "\n".join(part for part in parts if part.strip())
     return _history(row) + question_turns(text)
 
@@ -180,7 +181,7 @@ def _completion(row: dict, prompt: str, answer: str) -> dict:
     """A question in the column `prompt`, its answer in the column `answer`."""
     if isinstance(row.get(prompt), list):  # trl: lists of messages
         return _dialogue(row, row[prompt] + _reply(row.get(answer), answer))
-    return _answered(row, _history(row) + question_turns(text_in(row, prompt)), answer)
+    return _answered(row, _history(row) + question_turns(words_in(row, prompt)), answer)
 
 
 def _context(row: dict) -> dict:
@@ -314,7 +315,7 @@ def _triple(row: dict, name: str) -> dict:
     """The prompt is text or a list of turns in the column `name`."""
     if isinstance(row.get(name), list):
         return _ranked(row, row[name])
-    return _ranked(row, _history(row) + question_turns(text_in(row, name)))
+    return _ranked(row, _history(row) + question_turns(words_in(row, name)))
 
 
 def _hh(row: dict) -> dict:
@@ -340,7 +341,7 @@ def _output_pair(row: dict) -> dict:
 
 
 def _reward(row: dict) -> dict:
-    prompt = _history(row) + question_turns(text_in(row, "question"))
+    prompt = _history(row) + question_turns(words_in(row, "question"))
     return _ranked(row, prompt, "response_chosen", "response_rejected")
 
 
@@ -380,9 +381,9 @@ PREFERENCE = [
 
 
 def _document(row: dict, name: str) -> dict:
-    if is_number(row.get(name)):
-        raise BadRow(f"{name} is not text", "a number")
-    text = filled_in(row, name, "empty text")
+    text = words_in(row, name)
+    if not text.strip():
+        raise BadRow("empty text", f"in {name}")
     title = text_in(row, "title", "").strip()
     if not text.lstrip().startswith(title):
         text = f"{title}\n{text}"

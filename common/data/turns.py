@@ -46,6 +46,13 @@ def text_in(row: dict, name: str, default: str | None = None) -> str:
     return value.replace("\0", "")
 
 
+def words_in(row: dict, name: str, default: str | None = None) -> str:
+    """A text of its own, a question or a document: no number."""
+    if is_number(row.get(name)):
+        raise BadRow(f"{name} is not text", "a number")
+    return text_in(row, name, default)
+
+
 def filled_in(row: dict, name: str, reason: str) -> str:
     value = text_in(row, name)
     if not value.strip():

@@ -149,6 +149,12 @@ def test_a_table_joined_to_one_of_other_columns(tmp_path):
     assert stats["dropped"] == named
 
 
+def test_lists_inside_another_kind_of_file_are_no_rows(tmp_path):
+    vocabulary = json.dumps({"version": "1", "added_tokens": [{"id": 0, "content": "<s>"}]})
+    path = write(tmp_path / "tokenizer.json", vocabulary)
+    refuses(lambda: load(path, "text"), "columns seen: version, added_tokens")
+
+
 def test_what_is_no_table_of_rows_is_told(tmp_path):
     both = json.dumps({"train": ROWS, "test": ROWS})
     refuses(lambda: load(write(tmp_path / "a.json", both)), "several lists", "train, test")
@@ -250,7 +256,10 @@ def test_a_name_of_other_bytes_is_read(tmp_path):
 CELLS = {  # name: (row, the messages it means)
     "number": ({"instruction": "六乘七", "output": 42}, [user("六乘七"), bot("42")]),
     "float": ({"question": "圆周率", "answer": 3.14}, [user("圆周率"), bot("3.14")]),
-    "number asked": ({"prompt": 7, "response": "七"}, [user("7"), bot("七")]),
+    "number given": (
+        {"instruction": "平方是多少", "input": 7, "output": 49},
+        [user("平方是多少\n7"), bot("49")],
+    ),
     "null instruction": (
         {"instruction": None, "input": "海水咸吗", "output": "咸的。"},
         SEA,
