@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import os
@@ -211,7 +212,8 @@ def is_main() -> bool:
 def tolerate_terminals() -> None:
     """What a terminal cannot show (an emoji in GBK) becomes `?`: words never end a run."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        # notebooks have other streams; one that was a file and became a pipe cannot be changed
+        with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="replace")
 
 
