@@ -399,7 +399,7 @@ def read_questions(path: str | Path) -> list[list[dict]]:
     each once."""
     path = Path(path)
     if files.suffix_of(path) == ".txt" and path.is_file():
-        lines = files.records(path, files.encoding_of(path))
+        lines = files.records(path, files.told_encoding(path))
         found = [[{"role": "user", "content": row["text"]}] for _, row in lines]
     else:
         loaded, stats = load_rows(path, kind="chat")

@@ -360,6 +360,7 @@ def main() -> None:
     if not (folder / RATINGS).is_file():
         hint = "name the folder given to app.py as --feedback_dir"
         raise SystemExit(f"{folder}: no {RATINGS} here; {hint}")
+    sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
     print(summary(Store(folder, to_write=False)))
 
 

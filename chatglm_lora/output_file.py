@@ -61,7 +61,7 @@ class Output:
         return {row for row, _, _ in self._lines()}
 
     def _take_lock(self) -> None:
-        self.lock = open(self.lock_file, "w")  # noqa: SIM115  (held until the process ends)
+        self.lock = open(self.lock_file, "w", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from common.data import files, shapes
 from common.data.load import as_json, column_renames, renamed
-from common.data.shapes import BadRow
+from common.data.records import DIALOGUES, LABELS, as_record, tidy, without_switches
+from common.data.turns import ROLES, SWITCHES, BadRow
 
 ANSWERS = ("output", "answer", "summary", "target", "response", "completion", "output_zh")
 STAND_IN = "?"  # where an answer is missing: the shapes of common/data/shapes.py have one
@@ -42,7 +43,7 @@ def read(paths, column_map: str = "", limit: int | None = None) -> Iterator[Ques
     renames = column_renames(column_map)
     number = 0
     for file in _files(paths):
-        encoding = files.encoding_of(file)
+        encoding = files.told_encoding(file)
         for line, record in files.records(file, encoding):
             if number == limit:
                 return
@@ -73,14 +74,9 @@ def question(
 
 
 def _as_record(record, renames: dict[str, str]) -> dict:
-    if isinstance(record, BadRow):
-        raise record
     if isinstance(record, str):
         return {"prompt": record}
-    if isinstance(record, list):
-        return {"messages": record}
-    if not isinstance(record, dict):
-        raise BadRow("not an object", type(record).__name__)
+    record = {"messages": record} if isinstance(record, list) else as_record(record)
     if renames.keys().isdisjoint(record):  # of several files only some may need it
         return record
     return renamed(record, renames)
@@ -91,12 +87,15 @@ def _as_record(record, renames: dict[str, str]) -> dict:
 
 def _asked(record: dict) -> tuple[dict, str | None]:
     """A record -> (canonical chat row without its last answer, that answer or None)."""
+    tidied, _ = tidy(record)
     given = {
-        name: value for name, value in record.items() if name not in ANSWERS or not _is_blank(value)
+        name: without_switches(value)
+        for name, value in tidied.items()
+        if name not in (*SWITCHES, *LABELS) and not (name in ANSWERS and _is_blank(value))
     }
     if set(given) == {"text"}:
         given = {"prompt": given["text"]}
-    is_dialogue = any(isinstance(given.get(name), list) for name in shapes.DIALOGUES)
+    is_dialogue = any(isinstance(given.get(name), list) for name in DIALOGUES)
     shape = shapes.detect("chat", [given])
     if shape and not is_dialogue:
         row = shape.convert(given)
@@ -117,7 +116,7 @@ def _without_answer(row: dict) -> dict:
 
 def _answered(given: dict) -> tuple[dict, str | None]:
     """A record -> (the record with an answer at its end, the answer that stood there or None)."""
-    for name in shapes.DIALOGUES:
+    for name in DIALOGUES:
         turns = given.get(name)
         if isinstance(turns, list) and turns:
             turns, reference = _answered_turns(turns)
@@ -139,7 +138,7 @@ def _answered_turns(turns: list) -> tuple[list, str | None]:
         return turns, answer
     stand_in = {"role": "assistant", "content": STAND_IN}
     who = str(last.get("role") or last.get("from")).lower()
-    if shapes.ROLES.get(who) != "assistant":
+    if ROLES.get(who) != "assistant":
         return [*turns, stand_in], None
     answer = next((last[name] for name in ("content", "value", "text") if name in last), None)
     if _is_blank(answer):

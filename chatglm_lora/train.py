@@ -182,6 +182,10 @@ def warn_of_long_windows(args: Args, config) -> None:
 
 
 # 3. Data
+def is_learned(turn: dict) -> bool:
+    return turn["role"] == "assistant" and turn.get("train", True)
+
+
 def encode(row: dict, tokenizer, args: Args, every_answer: bool) -> list[dict]:
     """A canonical chat row -> rows of input_ids [T], labels [T] on what is trained.
 
@@ -191,7 +195,7 @@ def encode(row: dict, tokenizer, args: Args, every_answer: bool) -> list[dict]:
     messages = row["messages"]
     ends = [len(messages)]
     if every_answer:
-        ends = [i + 1 for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        ends = [i + 1 for i, turn in enumerate(messages) if is_learned(turn)]
     rows = []
     for end in ends:
         encoded = encode_chat(tokenizer, messages[:end], args.model_max_length, row.get("tools"))

@@ -219,7 +219,7 @@ def name() -> str:
 
 def _cpuinfo() -> list[str]:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             return file.read().splitlines()
     except OSError:
         return []
@@ -242,7 +242,10 @@ def next_peak_memory_mb() -> float:
     if kind() != "cpu":
         module().reset_peak_memory_stats()
     else:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        with (
+            contextlib.suppress(OSError),
+            open("/proc/self/clear_refs", "w", encoding="utf-8") as file,
+        ):
             file.write("5")  # the peak of the resident memory starts again
     return peak
 

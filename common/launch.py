@@ -157,7 +157,9 @@ def last_words(logs: str, failure) -> str:
         files.insert(0, Path(failure.error_file).parent / "stderr.log")
     for file in files:
         if file.is_file():
-            lines = file.read_text(errors="replace").strip().splitlines()
+            lines = (
+                file.read_text(encoding=sys.stderr.encoding, errors="replace").strip().splitlines()
+            )
             return "\n".join(lines[-LAST_LINES:])
     return ""
 

@@ -9,10 +9,21 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 die() { echo "launch: $1" >&2; exit "${2:-1}"; }
 
+# Files and pipes are UTF-8 whatever the locale; a terminal keeps its encoding and gets ? for what it cannot show.
+use_utf8() {
+    local charmap
+    charmap=$(locale charmap 2>/dev/null) || charmap=
+    if [[ $charmap == GB* || $charmap == BIG5* ]]; then
+        export PYTHONIOENCODING=${PYTHONIOENCODING:-$charmap:replace}
+    fi
+    export PYTHONUTF8=${PYTHONUTF8:-1}
+}
+
 # Set $python: the active one when it has the requirements ($1: a file, or a folder with the file for this machine),
 # else $root/.venv, made or completed here once. $1 = --look: make and install nothing.
 choose_python() {
     local candidate
+    use_utf8
     for candidate in python python3 python3.11 python3.12 python3.10; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
             python=$("$candidate" "$root/common/runs/environment.py" "$1") || exit

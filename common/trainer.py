@@ -220,7 +220,7 @@ class RecipeTrainer(Trainer):
         path = Path(self.args.output_dir) / f"nan_rows_{self.args.process_index}.json"
         rows = [{"row": i, "source": self.describe_row(int(i))} for i in self.row_ids]
         found = {"step": step, "problem": what, "rows": rows}
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False))
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
         shown = ", ".join(row["source"] for row in rows[:3]) or "unknown rows"
         print(
             f"error: step {step}: a batch {what}; stopped {where}. "

@@ -30,6 +30,8 @@ from common import cli
 from common.data import files, shapes
 from common.data.files import atomic_file
 from common.data.progress import Progress
+from common.data.records import as_record, usable
+from common.data.turns import BadRow
 
 SPECIAL = [
     "<|endoftext|>",
@@ -78,21 +80,17 @@ def strings(value) -> Iterator[str]:
 def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
     """The texts of each row of one file; unusable rows are counted. Raises SystemExit for a file
     without known rows."""
-    records = files.records(path, files.encoding_of(path))
+    records = files.records(path, files.told_encoding(path))
     start = list(islice(records, 50))
-    shape = shape_of([record for _, record in start if isinstance(record, dict)], path)
+    shape = shape_of(usable([record for _, record in start]), path)
     for _, record in chain(start, records):
         try:
-            if isinstance(record, shapes.BadRow):
-                raise record
-            if not isinstance(record, dict):
-                raise shapes.BadRow("not an object")
-            texts = list(strings(shape.convert(record)))
+            texts = list(strings(shape.convert(as_record(record))))
             "".join(texts).encode()
             yield texts
         except UnicodeEncodeError:
             dropped["broken characters"] += 1
-        except shapes.BadRow as bad:
+        except BadRow as bad:
             dropped[bad.reason] += 1
 
 
@@ -119,7 +117,10 @@ def paths(data_path: list[str]) -> list[Path]:
                 "alone"
             )
         inside, ignored = files.data_files(path)
-        found += inside
+        apart = files.held_out_files(path, inside)
+        found += [file for file in inside if file not in apart]
+        if apart:
+            cli.say(f"{path}: held out, not read: {', '.join(map(str, apart))}")
         if ignored:
             cli.say(f"{path}: ignored: {', '.join(ignored)}")
     return found

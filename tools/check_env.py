@@ -65,7 +65,7 @@ def env(name):
 
 def read(path):
     try:
-        return Path(path).expanduser().read_text(errors="replace").strip()
+        return Path(path).expanduser().read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 

@@ -181,7 +181,8 @@ def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
     words = [*ARIA2.split(), f"--dir={drafts}", f"--stop-with-process={os.getpid()}"]
     # it knows the variables of proxies in small letters only
     env = {f"{scheme}_proxy": proxy for scheme, proxy in urllib.request.getproxies().items()}
-    code = subprocess.run(words, input="\n".join(job), text=True, env=os.environ | env).returncode
+    told = "\n".join(job).encode()
+    code = subprocess.run(words, input=told, env=os.environ | env).returncode
     if code == 9:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if code:
@@ -297,6 +298,7 @@ def fill(args, folder: Path, record: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     args = parse_args(argv)
     folder = Path(args.model)
     only_local = folder.is_dir() and (args.verify or args.manifest or args.try_)

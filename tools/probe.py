@@ -51,7 +51,7 @@ def ask(command, seconds, env=None):
 
 def in_memory():
     """A file in memory, since the disk may be full."""
-    return os.fdopen(os.memfd_create("output"), "w")
+    return os.fdopen(os.memfd_create("output"), "w", encoding="utf-8")
 
 
 def text_of(file):

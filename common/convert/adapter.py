@@ -90,7 +90,7 @@ def remember_base(folder: str | Path, base: str) -> None:
         return
     content = {"base_model": base, "fingerprint": base_fingerprint(base)}
     with atomic_file(Path(folder) / BASE_FILE) as part:
-        part.write_text(json.dumps(content, indent=1))
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def check_base(folder: str | Path, base: str | None = None) -> str:
@@ -100,7 +100,7 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
     config = folder / CONFIG_FILE
     if not config.is_file():
         raise SystemExit(f"{folder} is not an adapter: it has no {CONFIG_FILE}")
-    trained_on = json.loads(config.read_text())["base_model_name_or_path"]
+    trained_on = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     base = base or trained_on
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
         raise SystemExit(
@@ -108,7 +108,7 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
         )
     note = folder / BASE_FILE
     if note.is_file():
-        known = json.loads(note.read_text())
+        known = json.loads(note.read_text(encoding="utf-8"))
         if base_fingerprint(base) != known["fingerprint"]:
             raise SystemExit(
                 f"{folder} was trained on {known['base_model']}; the weights of {base} differ, "
@@ -162,7 +162,7 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with new_folder(out) as part:
         save_file(contiguous, part / "adapter_model.safetensors", {"format": "pt"})
-        (part / CONFIG_FILE).write_text(json.dumps(settings, indent=1))
+        (part / CONFIG_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
         remember_base(part, base)
     return kinds
 

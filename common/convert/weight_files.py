@@ -157,7 +157,9 @@ def save_sharded(
         os.replace(folder / f"{i}.part", folder / file)
         places |= dict.fromkeys(names, file)
     content = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(content, indent=1), encoding="utf-8"
+    )
     return total
 
 

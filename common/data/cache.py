@@ -18,13 +18,20 @@ SILENT_WAIT = 5  # seconds for a lock before it is mentioned
 
 
 def write_rows(rows: Iterator[dict], path: Path) -> None:
-    """{"row", "prompt_key", "source"} one by one -> an Arrow stream file.
+    """{"row", "prompt_key", "source", "held_out"} one by one -> an Arrow stream file.
 
     At most BATCH_ROWS rows are in memory at a time.
     """
     import pyarrow as pa
 
-    schema = pa.schema([("row", pa.string()), ("prompt_key", pa.int64()), ("source", pa.string())])
+    schema = pa.schema(
+        [
+            ("row", pa.string()),
+            ("prompt_key", pa.int64()),
+            ("source", pa.string()),
+            ("held_out", pa.bool_()),
+        ]
+    )
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
@@ -99,7 +106,8 @@ def _build(folder: Path, build: Callable[[Path], dict]) -> None:
     with atomic_folder(folder) as part:
         stats = build(part)
         sizes = {file.name: file.stat().st_size for file in sorted(part.glob("*.arrow"))}
-        (part / "meta.json").write_text(json.dumps({"files": sizes, "stats": stats}))
+        content = json.dumps({"files": sizes, "stats": stats})
+        (part / "meta.json").write_text(content, encoding="utf-8")
 
 
 def _complete(folder: Path):
@@ -107,7 +115,7 @@ def _complete(folder: Path):
     from datasets import Dataset, concatenate_datasets
 
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         for name, size in meta["files"].items():
             if (folder / name).stat().st_size != size:
                 return None

@@ -67,7 +67,8 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
     max_length, or None.
 
     Every assistant turn is trained, from where generation would start to its end token, and nothing
-    else; eos is added where the template leaves the last answer open. None only when there is
+    else; one with "train": False is read only. eos is added where the template leaves the last
+    answer open. None only when there is
     nothing to train. Special tokens written inside the texts are encoded as plain text. `tools` and
     `template_kwargs` go to the template. Too long a row loses its oldest exchanges, then the middle
     of what is left of its prompt (never below a quarter of the window), then the tail of its answer
@@ -233,7 +234,8 @@ def _render(tokenizer, template, messages, tools, prompt, kwargs, tracks=False):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [
-        {key: value for key, value in message.items() if value is not None} for message in messages
+        {key: value for key, value in message.items() if value is not None and key != "train"}
+        for message in messages
     ]
     try:
         texts, spans = render_jinja_template(
@@ -386,6 +388,7 @@ def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
         )
     data = [m.span() for start, end, _ in spans for m in facts.special.finditer(text, start, end)]
     if facts.tracks:
+        tracked = _trained_of(tracked, messages)
         turns, still_open = _tracked_turns(_blank(text, data), tracked, facts)
     else:
         turns, still_open = _turns(text, messages, spans if level else None, data, prompt, facts)
@@ -403,6 +406,18 @@ def _blank(text, spans):
             out += [text[at:start], "\0" * (end - start)]
             at = end
     return "".join(out) + text[at:]
+
+
+def _trained_of(tracked, messages):
+    """The template's spans without those of turns that say "train": False."""
+    trained = [m.get("train", True) for m in messages if m["role"] == "assistant"]
+    if all(trained) or not tracked:
+        return tracked
+    if len(tracked) == 1:  # of the last answer, all that a prefix model learns
+        trained = trained[-1:]
+    if len(trained) != len(tracked):
+        raise ValueError("the chat template does not mark one span for each answer of this row")
+    return [span for span, is_trained in zip(tracked, trained, strict=True) if is_trained]
 
 
 def _tracked_turns(literal, tracked, facts):
@@ -460,12 +475,13 @@ def _turns(text, messages, spans, data, prompt, facts):
             end = text_end
             if index == len(messages) - 1 and not prompt:
                 end = max(text_end, len(literal.rstrip()))
-                still_open = start < end
+                still_open = start < end and message.get("train", True)
         text_lost = spans is not None and own is None and index == answers[-1]
         _check(message, text[start:end], text_lost)
         if start < end:
-            turns.append((start, end))
             cursor = end
+            if message.get("train", True):
+                turns.append((start, end))
     return turns, still_open
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import files, shapes
+from common.data import encodings, files, records, shapes, turns
 from common.data.cache import cached, write_rows
 from common.data.progress import Progress
-from common.data.shapes import BadRow
+from common.data.turns import BadRow
 
-MODULES = (__file__, files.__file__, shapes.__file__)
+READERS = (encodings, files, records, shapes, turns)
+MODULES = (__file__, *(module.__file__ for module in READERS))
 # rows are read anew after an edit of the code that reads them
 VERSION = "".join(files.sha256(Path(module))[:8] for module in MODULES)
 HEAD = 50  # records from which the shape of a file is recognised
@@ -53,19 +54,22 @@ def renamed(record: dict, renames: dict[str, str]) -> dict:
 
 def as_json(row: dict, encoding: str) -> str:
     """A canonical row as JSON; BadRow where its characters cannot have been meant."""
-    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text = json.dumps(row, ensure_ascii=False)
+    except TypeError as error:  # dates and bytes of parquet, in tools or calls
+        raise BadRow("a value that JSON has not", str(error)) from None
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRow(
             "broken characters", "bytes of another encoding, or half a surrogate pair"
         ) from error
-    if encoding == "gb18030" and not text.isascii():
+    if encodings.is_guess(encoding) and not text.isascii():
         try:
-            text.encode("gb18030").decode()
-        except UnicodeDecodeError:
+            text.encode(encoding).decode()
+        except UnicodeError:
             return text
-        raise BadRow("broken characters", "UTF-8 in a GB18030 file")
+        raise BadRow("broken characters", f"UTF-8 in a {encoding.upper()} file")
     return text
 
 
@@ -90,6 +94,10 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
     if shape is None:
         others = [other for other in shapes.SHAPES if other != kind and shapes.detect(other, head)]
         hint = f"these are rows of kind {' or '.join(others)}, not {kind}; " if others else ""
+        if kind == "preference" and any(records.is_good(record) is not None for record in head):
+            hint += "an answer with a label true or false (KTO) is no pair; "
+        if any(records.is_broken_text(record.get(name)) for record in head for name in columns):
+            hint += "turns are kept as text that is neither JSON nor Python, json.dumps writes it; "
         accepted = "; ".join(shape.columns for shape in shapes.SHAPES[kind])
         raise SystemExit(
             f"{path}: no {kind} rows recognised; columns seen: {seen}; {hint}accepted: {accepted}; "
@@ -109,41 +117,57 @@ def _drop(stats: dict, where: str, bad: BadRow, strict: bool) -> None:
 
 
 def _rows(
-    path: Path, kind: str, renames: dict[str, str], stats: dict, strict: bool
+    path: Path,
+    kind: str,
+    renames: dict[str, str],
+    stats: dict,
+    strict: bool,
+    held_out: bool,
 ) -> Iterator[dict]:
     """The usable rows of one file; everything else is counted in `stats`."""
+    name = str(path).encode(errors="replace").decode()  # it may hold bytes of another encoding
     encoding = files.encoding_of(path)
-    records = files.records(path, encoding)
-    start = list(islice(records, HEAD))
+    found = files.records(path, encoding)
+    start = list(islice(found, HEAD))
     if not start:
         stats["ignored"].append(f"{path} (no rows)")
         return
-    head = [record for _, record in start if isinstance(record, dict)]
+    head = records.usable([record for _, record in start])
     shape = _shape_of(path, kind, head, renames) if head else None
     stats["shapes"][str(path)] = shape.name if shape else "none"
     stats["encodings"][str(path)] = encoding.removesuffix("-sig")
+    guess = files.guess(path, encoding)
+    if guess:
+        stats["guesses"].append(guess)
 
     with Progress(f"read {path.name}") as progress:
-        for number, record in chain(start, records):
+        for number, record in chain(start, found):
             stats["read"] += 1
             progress.update()
+            source = f"{name}:{number}"
             try:
-                row = _canonical(record, shape, renames)
+                row, notes = _canonical(record, shape, renames)
                 text = as_json(row, encoding)
             except BadRow as bad:
-                _drop(stats, f"{path}:{number}", bad, strict)
+                _drop(stats, source, bad, strict)
                 continue
             stats["used"] += 1
+            for note in notes:
+                stats["changed"][note] = stats["changed"].get(note, 0) + 1
+                stats["examples"].setdefault(note, source)
             key = prompt_key(shapes.prompt_of(row))
-            yield {"row": text, "prompt_key": key, "source": f"{path}:{number}"}
+            yield {"row": text, "prompt_key": key, "source": source, "held_out": held_out}
 
 
-def _canonical(record, shape: shapes.Shape | None, renames: dict[str, str]) -> dict:
-    if isinstance(record, BadRow):
-        raise record
-    if not isinstance(record, dict) or shape is None:
+def _canonical(
+    record, shape: shapes.Shape | None, renames: dict[str, str]
+) -> tuple[dict, list[str]]:
+    """-> (canonical row, what was left out of the record)."""
+    record = records.as_record(record)
+    if shape is None:
         raise BadRow("not an object", type(record).__name__)
-    return shape.convert(renamed(record, renames))
+    tidied, notes = records.tidy(renamed(record, renames))
+    return shape.convert(tidied), notes
 
 
 # ---- files -> rows -------------------------------------------------------------------------------
@@ -169,10 +193,12 @@ def load_rows(
         contents of the files.
 
     Columns: row (canonical JSON, see common/data/shapes.py), prompt_key (int64, hash of the
-    normalised prompt), source ("file:line", "file:row" for parquet). stats: {read, used, dropped
-    {reason: n}, examples {reason: "file:line: …"}, shapes {file: shape}, encodings {file: name},
-    ignored [names], sha256}, with weights also not_drawn. SystemExit with one line for everything
-    the user has to repair.
+    normalised prompt), source ("file:line", "file:row" for parquet), held_out (bool: the names in a
+    folder set the file apart, see files.held_out_files). stats: {read, used, dropped {reason: n},
+    changed {what was left out of a row: n}, examples {reason: "file:line: …"}, shapes {file:
+    shape}, encodings {file: name}, guesses [encodings that were guessed, with examples], set_apart
+    [files], ignored [names], sha256}, with weights also not_drawn. SystemExit with one line for
+    everything the user has to repair.
     """
     from datasets import concatenate_datasets
 
@@ -213,12 +239,13 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
     """One path of the command line -> (Dataset, stats), from the cache where its contents are
     known."""
     paths, ignored = files.data_files(path)
+    apart = files.held_out_files(path, paths)
     contents = [(str(file), files.sha256(file)) for file in paths]
-    key = json.dumps(["rows", VERSION, kind, renames, contents])
+    key = json.dumps(["rows", VERSION, kind, renames, contents, list(map(str, apart))])
 
     def build(folder: Path) -> dict:
         stats = _no_stats()
-        rows = (_rows(file, kind, renames, stats, strict) for file in paths)
+        rows = (_rows(file, kind, renames, stats, strict, file in apart) for file in paths)
         write_rows(chain.from_iterable(rows), folder / "rows.arrow")
         _refuse_useless(path, stats)
         digests = json.dumps([digest for _, digest in contents])
@@ -226,9 +253,10 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
 
     dataset, stats = cached(key, build, cache_dir)
     if strict and stats["dropped"]:
-        example = next(iter(stats["examples"].values()))
+        example = stats["examples"][next(iter(stats["dropped"]))]
         raise SystemExit(f"{example}; strict data was asked for")
     stats["ignored"] = ignored + stats["ignored"]
+    stats["set_apart"] = list(map(str, apart))
     return dataset, stats
 
 
@@ -255,9 +283,12 @@ def _no_stats() -> dict:
         "read": 0,
         "used": 0,
         "dropped": {},
+        "changed": {},
         "examples": {},
         "shapes": {},
         "encodings": {},
+        "guesses": [],
+        "set_apart": [],
         "ignored": [],
     }
 
@@ -265,10 +296,11 @@ def _no_stats() -> dict:
 def _merged(all_stats: list[dict]) -> dict:
     merged = _no_stats()
     for stats in all_stats:
-        for name in ("read", "used", "ignored"):
+        for name in ("read", "used", "ignored", "guesses", "set_apart"):
             merged[name] = merged[name] + stats[name]
-        for reason, count in stats["dropped"].items():
-            merged["dropped"][reason] = merged["dropped"].get(reason, 0) + count
+        for name in ("dropped", "changed"):
+            for reason, count in stats[name].items():
+                merged[name][reason] = merged[name].get(reason, 0) + count
         merged["examples"] = stats["examples"] | merged["examples"]
         merged["shapes"] |= stats["shapes"]
         merged["encodings"] |= stats["encodings"]
@@ -292,6 +324,12 @@ def summary(stats: dict) -> str:
         lines.append(f"  {stats['not_drawn']:,} not drawn, to keep the weights")
     for reason, count in stats["dropped"].items():
         lines.append(f"  {count:,} dropped, e.g. {stats['examples'][reason]}")
+    for what, count in stats["changed"].items():
+        lines.append(f"  {count:,} rows changed: {what}, e.g. {stats['examples'][what]}")
+    lines += [f"  {guess}" for guess in stats["guesses"]]
+    if stats["set_apart"]:
+        names = ", ".join(stats["set_apart"])
+        lines.append(f"  held out, not trained on, by their names: {names}")
     if stats["ignored"]:
         lines.append(f"  ignored: {', '.join(stats['ignored'])}")
     return "\n".join(lines)

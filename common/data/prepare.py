@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import cli
-from common.data.split import leak_check, split_rows
+from common.data.split import describe_split, leak_check, split_rows
 from common.data.tokens import tokenise_split
 
 
@@ -41,10 +41,22 @@ def prepare(
         file that `encode` stands in counts by itself, so that an edited `encode` makes new rows.
     """
     train, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples, seed=seed)
+    for line in describe_split(rows, train, held_out, args.eval_ratio, args.max_eval_samples):
+        cli.say(line)
+    if not len(train):
+        raise SystemExit(
+            f"{args.data_path}: nothing is left to train on: every prompt stands in the files that "
+            "are held out by their names; name the files to train on"
+        )
     if args.leak_check:
         train, leaked = leak_check(train, args.leak_check, kind, args.column_map or None)
         stats["dropped"]["in test file"] = leaked
         cli.say(f"  {leaked:,} left out: their prompts stand in {args.leak_check}")
+        if not len(train):
+            raise SystemExit(
+                f"--leak_check {args.leak_check}: every row to train on has a prompt that stands "
+                "there; nothing is left to learn"
+            )
 
     key = json.dumps([_source_of(encode), args.model_max_length, *depends_on])
     train_ids, eval_ids, counts = tokenise_split(train, held_out, encode, key, columns=columns)

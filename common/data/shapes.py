@@ -3,6 +3,7 @@
 chat        {"messages": [{"role", "content", "reasoning_content"?, "tool_calls"?}], "tools"?}
             role: system, user, assistant or tool
             a call: {"type": "function", "function": {"name", "arguments": {}}}
+            "train": False on a turn of the assistant that is read and not learned
 preference  {"prompt": [messages], "chosen": [messages], "rejected": [messages], "tools"?}
 text        {"text": str}
 
@@ -11,23 +12,33 @@ line in a table.
 """
 
 import json
-import re
 import unicodedata
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-
-class BadRow(ValueError):
-    """A record that cannot be used.
-
-    reason: what it is counted under; detail: shown with the one example of that reason.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
+from common.data.records import DIALOGUES, check_row, tidy
+from common.data.turns import (
+    SWITCHES,
+    BadRow,
+    as_list,
+    check_dialogue,
+    check_prompt,
+    filled_in,
+    is_number,
+    is_transcript,
+    message_of,
+    messages_of,
+    parsed,
+    question_turns,
+    said,
+    speaking,
+    text_in,
+    tools_of,
+    transcript_turns,
+    with_system,
+    words_in,
+)
 
 
 class Shape(NamedTuple):
@@ -35,187 +46,6 @@ class Shape(NamedTuple):
     columns: str
     matches: Callable[[dict], bool]
     convert: Callable[[dict], dict]
-
-
-# ---- fields --------------------------------------------------------------------------------------
-
-
-def _text(row: dict, name: str, default: str | None = None) -> str:
-    value = row.get(name)
-    if value is None:
-        if default is None:
-            raise BadRow(f"missing {name}")
-        return default
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is not text", type(value).__name__)
-    return value.replace("\0", "")
-
-
-def _filled(row: dict, name: str, reason: str) -> str:
-    value = _text(row, name)
-    if not value.strip():
-        raise BadRow(reason, f"in {name}")
-    return value
-
-
-def _parsed(value, name: str):
-    """A list or dict that some data sets keep as a JSON string; None, "" and [] are None."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow(f"wrong {name}", "not JSON") from None
-    return value or None
-
-
-def _as_list(value) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-# ---- messages ------------------------------------------------------------------------------------
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-}
-FOLLOWS = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
-CONTENTS = ("content", "value", "text")  # the columns in which sets keep the words of a turn
-
-
-def _said(role: str, content) -> dict:
-    return {"role": role, "content": content}
-
-
-def _calls(value) -> list[dict]:
-    """Tool calls in OpenAI's or the bare {"name", "arguments"} form, arguments a dict or JSON."""
-    return [_call(call) for call in _as_list(_parsed(value, "tool_calls") or [])]
-
-
-def _call(call) -> dict:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow("wrong tool_calls", "a call needs a name")
-    arguments = _parsed(function.get("arguments"), "tool_calls") or {}
-    if not isinstance(arguments, dict):
-        raise BadRow("wrong tool_calls", "arguments are not an object")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _message(turn) -> dict:
-    """One turn spelled role/content, from/value or role/text -> a canonical message."""
-    if not isinstance(turn, dict):
-        raise BadRow("a turn is not an object", type(turn).__name__)
-    speaker = turn.get("role") or turn.get("from")
-    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-    if role is None:
-        raise BadRow("unknown role", str(speaker)[:40])
-
-    column = next((name for name in CONTENTS if name in turn), "content")
-    calls = _calls(turn.get("tool_calls"))
-    if speaker.lower() == "function_call":
-        calls = _calls(_filled(turn, column, "empty answer"))
-        return {"role": role, "content": "", "tool_calls": calls}
-
-    may_be_missing = bool(calls) or role == "system"
-    content = _text(turn, column, default="" if may_be_missing else None)
-    if not content.strip() and not calls:
-        if role == "user":
-            raise BadRow("empty prompt")
-        if role == "assistant":
-            raise BadRow("empty answer")
-
-    message = _said(role, content)
-    if role == "assistant":
-        thought = _text(turn, "reasoning_content", "")
-        if thought.strip():
-            message["reasoning_content"] = thought
-    if calls:
-        message["tool_calls"] = calls
-    return message
-
-
-def _messages(turns, row: dict) -> tuple[list[dict], dict]:
-    """Turns and the row around them -> (messages, {"tools": [...]} or {}).
-
-    Blank system turns vanish; the row's own `system` column is a system turn.
-    """
-    turns = _parsed(turns, "turns")
-    if not isinstance(turns, list):
-        raise BadRow("no turns")
-    messages = [_message(turn) for turn in turns]
-
-    first = turns[0]  # some sets keep the tools on the system turn
-    tools = _parsed(row.get("tools") or first.get("tools") or first.get("functions"), "tools")
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow("wrong tools", "not a list")
-
-    messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    system = _text(row, "system", "")
-    has_system = bool(messages) and messages[0]["role"] == "system"
-    if system.strip() and not has_system:
-        messages.insert(0, _said("system", system))
-    return messages, {"tools": tools} if tools else {}
-
-
-def _check_order(messages: list[dict]) -> str | None:
-    """BadRow unless every role may follow the one before it -> the last role."""
-    before = None
-    for message in messages:
-        role = message["role"]
-        if role not in FOLLOWS[before]:
-            raise BadRow("roles out of order", f"{role} after {before or 'nothing'}")
-        before = role
-    return before
-
-
-def _check_dialogue(messages: list[dict]) -> None:
-    if _check_order(messages) != "assistant":
-        raise BadRow("last turn not from assistant")
-
-
-def _check_prompt(messages: list[dict]) -> None:
-    if _check_order(messages) not in ("user", "tool"):
-        raise BadRow("prompt does not end with the user")
-
-
-TURN = re.compile(r"(?:\A|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
-
-
-def _spoken(text: str) -> list[dict]:
-    """`Human: … Assistant: …` -> turns; a last `Assistant:` with nothing behind it is no turn."""
-    before, *parts = TURN.split(text.replace("\0", ""))
-    if before.strip() or not parts:
-        raise BadRow("no Human:/Assistant: turns")
-    speakers = parts[::2]
-    texts = parts[1::2]
-    turns = [_said(who.lower(), said.strip()) for who, said in zip(speakers, texts, strict=True)]
-    if turns[-1] == _said("assistant", ""):
-        turns.pop()
-    return turns
-
-
-def _asked(text: str) -> list[dict]:
-    """A prompt given as text: one user turn, or the turns of a `Human: … Assistant:` transcript."""
-    if TURN.match(text.lstrip()):
-        return _spoken(text)
-    return [_said("user", text)]
 
 
 # ---- how a shape is recognised -------------------------------------------------------------------
@@ -250,7 +80,7 @@ def _has_turns(value, key: str) -> bool:
 
 
 def _is_belle(row: dict) -> bool:
-    return "output" in row and bool(TURN.match(str(row.get("instruction")).lstrip()))
+    return "output" in row and is_transcript(str(row.get("instruction")))
 
 
 def _both_answers(kind: type) -> Callable[[dict], bool]:
@@ -275,24 +105,35 @@ def _is_completion_only(row: dict) -> bool:
 
 def _history(row: dict) -> list[dict]:
     turns = []
-    for pair in _as_list(_parsed(row.get("history"), "history") or []):
+    for pair in as_list(parsed(row.get("history"), "history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow("wrong history", "not pairs of question and answer")
-        turns += [_said("user", pair[0]), _said("assistant", pair[1])]
+        turns += [said("user", pair[0]), said("assistant", pair[1])]
     return turns
 
 
 def _instruction(row: dict, suffix: str = "") -> list[dict]:
-    """instruction and input joined by a newline, as turns."""
-    parts = (_text(row, "instruction" + suffix), _text(row, "input" + suffix, ""))
+    """instruction and input joined by a newline, as turns; either may be absent."""
+    given = text_in(row, "input" + suffix, "")
+    default = "" if given.strip() else None
+    parts = (words_in(row, "instruction" + suffix, default), given)
     text = "\n".join(part for part in parts if part.strip())
-    return _history(row) + _asked(text)
+    return _history(row) + question_turns(text)
 
 
 def _dialogue(row: dict, turns) -> dict:
-    messages, tools = _messages(turns, row)
-    _check_dialogue(messages)
-    return {"messages": messages} | tools
+    messages, tools = messages_of(turns, row)
+    check_dialogue(messages)
+    return {"messages": _up_to_last_trained(messages)} | tools
+
+
+def _up_to_last_trained(messages: list[dict]) -> list[dict]:
+    """Without what follows the last answer that is to be learned."""
+    for end in range(len(messages), 0, -1):
+        last = messages[end - 1]
+        if last["role"] == "assistant" and last.get("train", True):
+            return messages[:end]
+    raise BadRow("no answer to learn", f"{', '.join(SWITCHES)}: all are 0 or false")
 
 
 def _turns(row: dict) -> dict:
@@ -301,7 +142,7 @@ def _turns(row: dict) -> dict:
 
 
 def _answered(row: dict, asked: list[dict], answer: str) -> dict:
-    return _dialogue(row, [*asked, _said("assistant", _filled(row, answer, "empty answer"))])
+    return _dialogue(row, [*asked, said("assistant", filled_in(row, answer, "empty answer"))])
 
 
 def _alpaca(row: dict) -> dict:
@@ -313,13 +154,13 @@ def _alpaca_zh(row: dict) -> dict:
 
 
 def _ask_answer(row: dict) -> dict:
-    return _answered(row, _asked(_ask(row)), "answer")
+    return _answered(row, question_turns(_ask(row)), "answer")
 
 
 def _ask(row: dict) -> str:
     """Medical forum rows: `title` is a headline of `ask`; it is kept only where it says more."""
-    title = _text(row, "title", "").strip()
-    ask = _text(row, "ask")
+    title = text_in(row, "title", "").strip()
+    ask = text_in(row, "ask")
     if ask.strip() in ("", "无"):
         return title
     if title in ask or title in ("", "无"):
@@ -329,10 +170,10 @@ def _ask(row: dict) -> str:
 
 def _human_assistant(row: dict) -> dict:
     turns = []
-    for pair in _as_list(row.get("conversation") or []):
+    for pair in as_list(row.get("conversation") or []):
         if not isinstance(pair, dict):
             raise BadRow("a turn is not an object", type(pair).__name__)
-        turns += [_said(role, pair.get(role)) for role in ("human", "assistant")]
+        turns += [said(role, pair.get(role)) for role in ("human", "assistant")]
     return _dialogue(row, turns)
 
 
@@ -340,11 +181,12 @@ def _completion(row: dict, prompt: str, answer: str) -> dict:
     """A question in the column `prompt`, its answer in the column `answer`."""
     if isinstance(row.get(prompt), list):  # trl: lists of messages
         return _dialogue(row, row[prompt] + _reply(row.get(answer), answer))
-    return _answered(row, _history(row) + _asked(_text(row, prompt)), answer)
+    return _answered(row, _history(row) + question_turns(words_in(row, prompt)), answer)
 
 
 def _context(row: dict) -> dict:
-    return _answered(row, _history(row) + _asked(_framed(_text(row, "context"))), "target")
+    question = question_turns(_framed(text_in(row, "context")))
+    return _answered(row, _history(row) + question, "target")
 
 
 def _framed(text: str) -> str:
@@ -361,7 +203,6 @@ def _framed(text: str) -> str:
     return "\n".join(part.strip() for part in (instruction, given) if part.strip())
 
 
-DIALOGUES = ("messages", "conversations", "conversation")
 QUESTIONS = [  # (name, prompt column, answer column)
     ("firefly", "input", "target"),
     ("content/summary", "content", "summary"),
@@ -397,28 +238,38 @@ CHAT = [
 
 def _reply(value, name: str) -> list[dict]:
     """An answer given as text, as one turn or as a list of turns (then maybe all the dialogue)."""
-    if isinstance(value, str) or value is None:
-        return [_said("assistant", _filled({name: value}, name, "empty answer"))]
+    if isinstance(value, str) or value is None or is_number(value):
+        return [said("assistant", filled_in({name: value}, name, "empty answer"))]
     if not isinstance(value, dict | list) or not value:
         raise BadRow(f"{name} is not text", type(value).__name__)
-    return _as_list(value)
+    return as_list(value)
 
 
 def _pair(row: dict, prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> dict:
-    chosen = [_message(turn) for turn in chosen]
-    rejected = [_message(turn) for turn in rejected]
+    if not isinstance(prompt, list):
+        raise BadRow("no turns")
+    tools = tools_of(row, [*prompt, *chosen, *rejected])
+    chosen = [message_of(turn, tools) for turn in speaking(chosen)]
+    rejected = [message_of(turn, tools) for turn in speaking(rejected)]
+    if not chosen or not rejected:
+        raise BadRow("empty answer")
     if chosen[0]["role"] != "assistant":  # whole dialogues: the prompt is the beginning they share
         prompt = _shared_prompt(chosen, rejected)
         chosen = chosen[len(prompt) :]
         rejected = rejected[len(prompt) :]
+    else:
+        prompt = [message_of(turn, tools) for turn in speaking(prompt)]
     if not prompt:
         raise BadRow("chosen and rejected answer different prompts")
-    prompt, tools = _messages(prompt, row)
-    _check_prompt(prompt)
+    prompt, tools = with_system(prompt, row, tools)
+    check_prompt(prompt)
     _check_answer(prompt, chosen)
     _check_answer(prompt, rejected)
+    if not all(turn.get("train", True) for turn in [*chosen, *rejected]):
+        raise BadRow("an answer of a pair is not to be learned", ", ".join(SWITCHES))
     if [_spelled(turn) for turn in chosen] == [_spelled(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
+    prompt = [{name: turn[name] for name in turn if name != "train"} for turn in prompt]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | tools
 
 
@@ -436,7 +287,7 @@ def _shared_prompt(chosen: list[dict], rejected: list[dict]) -> list[dict]:
 def _check_answer(prompt: list[dict], answer: list[dict]) -> None:
     if not answer or any(turn["role"] in ("user", "system") for turn in answer):
         raise BadRow("chosen and rejected answer different prompts")
-    _check_dialogue([*prompt, *answer])
+    check_dialogue([*prompt, *answer])
 
 
 def _spelled(message: dict) -> str:
@@ -453,7 +304,7 @@ def _ranked(
 
 def _ranked_after(row: dict, turns: str) -> dict:
     """The prompt is a list of turns in the column `turns`."""
-    return _ranked(row, row.get(turns))
+    return _ranked(row, parsed(row.get(turns), "turns"))
 
 
 def _ranked_instruction(row: dict) -> dict:
@@ -464,11 +315,16 @@ def _triple(row: dict, name: str) -> dict:
     """The prompt is text or a list of turns in the column `name`."""
     if isinstance(row.get(name), list):
         return _ranked(row, row[name])
-    return _ranked(row, _history(row) + _asked(_text(row, name)))
+    return _ranked(row, _history(row) + question_turns(words_in(row, name)))
 
 
 def _hh(row: dict) -> dict:
-    return _pair(row, [], _spoken(_text(row, "chosen")), _spoken(_text(row, "rejected")))
+    return _pair(
+        row,
+        [],
+        transcript_turns(text_in(row, "chosen")),
+        transcript_turns(text_in(row, "rejected")),
+    )
 
 
 def _implicit(row: dict) -> dict:
@@ -485,7 +341,7 @@ def _output_pair(row: dict) -> dict:
 
 
 def _reward(row: dict) -> dict:
-    prompt = _history(row) + _asked(_text(row, "question"))
+    prompt = _history(row) + question_turns(words_in(row, "question"))
     return _ranked(row, prompt, "response_chosen", "response_rejected")
 
 
@@ -525,8 +381,10 @@ PREFERENCE = [
 
 
 def _document(row: dict, name: str) -> dict:
-    text = _filled(row, name, "empty text")
-    title = _text(row, "title", "").strip()
+    text = words_in(row, name)
+    if not text.strip():
+        raise BadRow("empty text", f"in {name}")
+    title = text_in(row, "title", "").strip()
     if not text.lstrip().startswith(title):
         text = f"{title}\n{text}"
     return {"text": text}
@@ -542,7 +400,29 @@ TEXT = [
         partial(_document, name="completion"),
     ),
 ]
-SHAPES = {"chat": CHAT, "preference": PREFERENCE, "text": TEXT}
+
+
+# ---- all shapes ----------------------------------------------------------------------------------
+
+
+def _for_files(kind: str, shape: Shape) -> Shape:
+    """The shape, for records as files have them."""
+
+    def matches(record: dict) -> bool:
+        return shape.matches(tidy(record)[0])
+
+    def convert(record: dict) -> dict:
+        row, _ = tidy(record)
+        check_row(row, kind)
+        return shape.convert(row)
+
+    return shape._replace(matches=matches, convert=convert)
+
+
+SHAPES = {
+    kind: [_for_files(kind, shape) for shape in table]
+    for kind, table in (("chat", CHAT), ("preference", PREFERENCE), ("text", TEXT))
+}
 
 
 # ---- for readers of rows -------------------------------------------------------------------------
@@ -566,8 +446,16 @@ def normalise(text: str) -> str:
 
 def prompt_of(row: dict) -> str:
     """What a canonical row asks, normalised: the whole text of a text row, else all turns before
-    the last answer but the system's."""
+    the last answer."""
+    system, question = system_and_question(row)
+    return f"{system}\n{question}" if system else question
+
+
+def system_and_question(row: dict) -> tuple[str, str]:
+    """The system's turn ("" where there is none) and what a canonical row asks, both normalised."""
     if "text" in row:
-        return normalise(row["text"])
+        return "", normalise(row["text"])
     turns = row["prompt"] if "prompt" in row else row["messages"][:-1]
-    return normalise("\n".join(turn["content"] for turn in turns if turn["role"] != "system"))
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    others = [turn["content"] for turn in turns if turn["role"] != "system"]
+    return normalise("\n".join(system)), normalise("\n".join(others))

@@ -34,7 +34,7 @@ def train(recipe: Path, output: Path, **flags) -> None:
     command = [sys.executable, str(recipe / "train.py"), "--output_dir", str(output)]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     lines = [line for line in done.stdout.splitlines() if not line.startswith("step ")]
     print("\n".join(lines))
     if done.returncode:

@@ -57,7 +57,7 @@ def mark_complete(folder: str | Path, **facts) -> None:
         digests = list(pool.map(_synced_digest, paths))
     names = [str(path.relative_to(folder)) for path in paths]
     files = dict(zip(names, digests, strict=True))
-    with atomic_file(folder / MARKER) as part, open(part, "w") as file:
+    with atomic_file(folder / MARKER) as part, open(part, "w", encoding="utf-8") as file:
         json.dump({**facts, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -67,7 +67,7 @@ def why_incomplete(folder: str | Path) -> str | None:
     """None if the checkpoint is complete, else the reason in a few words."""
     folder = Path(folder)
     try:
-        wanted = json.loads((folder / MARKER).read_text())["files"]
+        wanted = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return "it was never completed (killed while saving)"
     except (ValueError, KeyError, OSError) as error:
@@ -130,6 +130,6 @@ def rotate(output_dir: str | Path, limit: int, step: int, best: str | None = Non
 
 def facts(folder: str | Path) -> dict:
     """What `mark_complete` stored beside the file list."""
-    content = json.loads((Path(folder) / MARKER).read_text())
+    content = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
     content.pop("files")
     return content

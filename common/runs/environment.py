@@ -57,14 +57,14 @@ def complete(python: Path, file: Path) -> bool:
     if not os.access(python, os.X_OK):
         return False
     command = [python, machine.__file__, "missing", file]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     return done.returncode == 0 and not done.stdout.strip()
 
 
 @contextlib.contextmanager
 def one_at_a_time():
     """A second start waits for the first instead of installing into the same folder."""
-    with open(ROOT / ".venv.lock", "w") as lock:
+    with open(ROOT / ".venv.lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,7 +115,7 @@ def quietly(command: list) -> int:
     lines = []
     packages = 0
     pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, **pipe, text=True, errors="replace")
+    process = subprocess.Popen(command, **pipe, encoding="utf-8", errors="replace")
     for line in process.stdout:
         lines.append(line)
         packages += line.startswith(("Collecting ", "Processing "))

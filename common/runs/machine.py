@@ -61,7 +61,7 @@ def requirements(root: Path) -> Path:
 def pins(file: Path) -> dict[str, str]:
     """{package: version} of a requirements file and of those that it names by -r."""
     found = {}
-    for line in Path(file).read_text().splitlines():
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             found.update(pins(Path(file).parent / line[3:].strip()))
         spec, _, marker = line.partition(";")
@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
             found[name] = version
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
+        done = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=5, check=True)
         found["commit"] = done.stdout.strip()
     return found
 

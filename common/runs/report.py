@@ -214,7 +214,7 @@ def write_report(
     }
     for name, content in contents.items():
         with atomic_file(out / name) as part:
-            part.write_text(content, encoding="utf-8")
+            part.write_text(content, encoding="utf-8", errors="backslashreplace")
     return metrics_table(facts["metrics"])
 
 

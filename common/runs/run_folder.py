@@ -216,10 +216,12 @@ def read_run_file(out: str | Path) -> dict:
     """What run.json says: settings, before (the first measurement), step (when finished); {} where
     there is none."""
     file = Path(out) / RUN_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_run_file(out: str | Path, content: dict) -> None:
     """Replace run.json at once, so that a kill never leaves half of it."""
     with atomic_file(Path(out) / RUN_FILE) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        # a name of a file may hold bytes of another encoding, half surrogates: JSON escapes them
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -90,7 +90,7 @@ def read(paths, kind: type, limit: int | None = None) -> Read:
 def read_file(file: Path, convert: Callable, out: Read, limit: int | None) -> None:
     stem = re.sub(r"_(dev|val|test|train)$", "", file.name.split(".")[0])
     count = 0
-    for line, record in files.records(file, files.encoding_of(file)):
+    for line, record in files.records(file, files.told_encoding(file)):
         if count == limit:
             return
         source = f"{file}:{line}"

@@ -173,7 +173,7 @@ class Run:
         table = report.write_report(self.out, facts | more, self.curve(after), samples)
 
         state = json.dumps({"log_history": now["history"]}, indent=1)
-        (self.out / "trainer_state.json").write_text(state)
+        (self.out / "trainer_state.json").write_text(state, encoding="utf-8")
         run = run_folder.read_run_file(self.out)
         run_folder.write_run_file(self.out, run | {"step": now["step"]})
         print(f"\n{table}\n\nmodel   {self.out / 'final'}\nreport  {self.out / 'report.md'}")

@@ -14,7 +14,7 @@ import torch
 
 from common import cli
 from common.data.load import load_rows, summary
-from common.data.split import split_rows
+from common.data.split import describe_split, split_rows
 from common.runs.generate import generate_answers
 
 NAMES = ["小明", "小红", "李雷", "韩梅", "王芳", "张伟", "刘洋", "陈静", "阿强", "阿珍"]
@@ -122,6 +122,8 @@ def read_text(args) -> tuple[list[str], list[str], dict]:
         rows, stats = load_rows(args.data_path, "text", seed=args.seed)
         cli.say(summary(stats))
         train_rows, eval_rows = split_rows(rows, EVAL_RATIO, 500, args.seed)
+        for line in describe_split(rows, train_rows, eval_rows, EVAL_RATIO, 500):
+            cli.say(line)
         train_texts = [json.loads(row)["text"] for row in train_rows["row"]]
         eval_texts = [json.loads(row)["text"] for row in eval_rows["row"]]
     else:

@@ -365,7 +365,7 @@ DROPS = [
     ("empty prompt", "chat", {"instruction": " ", "input": "", "output": A}),
     ("empty answer", "chat", {"instruction": Q, "output": ""}),
     ("empty answer", "chat", {"instruction": Q, "output": " \n　\t"}),
-    ("output is not text", "chat", {"instruction": Q, "output": 3}),
+    ("output is not text", "chat", {"instruction": Q, "output": True}),
     ("output is not text", "chat", {"instruction": Q, "output": float("nan")}),
     ("instruction is not text", "chat", {"instruction": [Q], "output": A}),
     ("wrong history", "chat", {"instruction": Q, "output": A, "history": ["x"]}),

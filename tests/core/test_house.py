@@ -153,6 +153,32 @@ def test_no_line_is_kept_from_the_formatter():
             assert "# fmt: skip" not in path.read_text(encoding="utf-8"), name(path)
 
 
+def files_without_encoding(tree) -> list[int]:
+    """Calls that read or write text in whatever encoding the locale has."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call.lineno for call in calls if is_text(call) and not names_encoding(call)]
+
+
+def is_text(call) -> bool:
+    called = ast.unparse(call.func)
+    if called in ("open", "os.fdopen"):
+        return "b" not in ast.unparse(call.args[1] if len(call.args) > 1 else ast.Constant("r"))
+    if called.startswith("subprocess."):
+        return any(keyword.arg == "text" for keyword in call.keywords)
+    return called.endswith((".read_text", ".write_text"))
+
+
+def names_encoding(call) -> bool:
+    """By its word, or in its place: read_text("utf-8")."""
+    by_place = ast.unparse(call.func).endswith(".read_text") and bool(call.args)
+    return by_place or any(keyword.arg == "encoding" for keyword in call.keywords)
+
+
+def test_every_text_file_has_an_encoding():
+    found = {name(path): files_without_encoding(tree) for path, tree in TREES.items()}
+    assert not {file: lines for file, lines in found.items() if lines}
+
+
 def test_data_is_read_without_torch():
     """N processes may read rows before any of them needs a device."""
     code = "import sys, common.data.load, common.data.split; print('torch' in sys.modules)"
