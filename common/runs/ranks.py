@@ -30,8 +30,8 @@ INTERRUPTED = 75
 # what a rank says that has lost another one; never the reason why a run ended, unless nothing else
 # is there
 LOST = re.compile(
-    r"connection (closed|reset|refused)( by peer)?|broken pipe|socket (closed|timeout)|failed to recv|"
-    r"remote process exited|connectFullMesh|timed out waiting|timed out after .* waiting|"
+    r"connection (closed|reset|refused)( by peer)?|broken pipe|socket (closed|timeout)|"
+    r"failed to recv|remote process exited|connectFullMesh|timed out waiting|timed out after .* waiting|"
     r"wait timeout|gloo/|NCCL (error|communicator|watchdog)|nccl(Remote|System|Internal)Error|"
     r"ProcessGroup(Gloo|NCCL|HCCL)|hccl|\bE[IJ]\d{4}\b|ERR0\d{4}|TCPStore|DistNetworkError|"
     r"DistStoreError|DistBackendError|client socket has|sendBytes|recvValue|watchdog|heartbeat|"
