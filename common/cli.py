@@ -230,22 +230,23 @@ def fail(message: str, code: int = 1, stop: bool = True) -> None:
 
 
 def resume_command() -> str:
-    """The command line that continues this run, for people to paste."""
+    """The command line that continues this run, for people to paste: the shell's own, variables
+    included, where one started it."""
     shell = os.environ.get("DANPU_RERUN")
-    skip = {"--overwrite_output_dir"}
     if shell:
-        skip.add("--deepspeed")  # the first is the shell's own, a second one the user's
+        return shell
     words = []
-    rest = iter(sys.argv[1:])
-    for word in rest:
+    is_value = False
+    for word in sys.argv[1:]:
         name, equals, _ = word.partition("=")
-        if name not in skip:
+        if name.replace("-", "_") == "__overwrite_output_dir":  # it would begin anew
+            is_value = not equals
+        elif not is_value or word.startswith("--"):
+            is_value = False
             words.append(word)
-            continue
-        if not equals:
-            next(rest, None)
-        skip.discard("--deepspeed")
-    return " ".join([shell or f"python {sys.argv[0]}", shlex.join(words)]).strip()
+        else:
+            is_value = False
+    return shlex.join(["python", sys.argv[0], *words])
 
 
 # ---- models --------------------------------------------------------------------------------------

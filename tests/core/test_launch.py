@@ -123,6 +123,31 @@ def test_several_nodes_on_one_machine(recipe):
     assert "rank 0 of 2" in outs[0] and "rank 1 of 2" in outs[1]
 
 
+# ---- the command that continues ----------------------------------------------------------------------------------
+
+
+def test_the_printed_command_is_the_one_that_was_typed(tmp_path):
+    """Variables included, flags that the wrapper adds left out, nothing that would begin anew; the same words again
+    give the same command."""
+    (tmp_path / "train.py").write_text("import os; print(os.environ['DANPU_RERUN'])")
+    wrapper = tmp_path / "my run.sh"
+    wrapper.write_text(
+        f"set -euo pipefail\nknobs='SIZE STAGES'\nsource {ROOT}/common/launch.sh\nSIZE=${{SIZE:-tiny}}\n"
+        f'OUTPUT=${{OUTPUT:-elsewhere}}\nlaunch {tmp_path}/train.py --use_lora true --deepspeed x.json "$@"\n'
+    )
+    given = {"MODEL": "a b", "DATA": "x.jsonl:0.5 它's.csv", "NPROC": 1, "STAGES": "sft dpo"}
+    given["DANPU_CACHE"] = str(tmp_path)
+    flags = ["--lora_r", "4", "--overwrite_output_dir", "true", "--system_prompt", "用'中文'答"]
+    flags += ["--overwrite-output-dir", "--deepspeed=mine.json"]
+    printed = expect(shell(wrapper, *flags, **given)).stdout.strip()
+    assert printed == (
+        "MODEL='a b' DATA='x.jsonl:0.5 它'\\''s.csv' NPROC=1 STAGES='sft dpo' "
+        f"DANPU_CACHE={tmp_path} bash '{wrapper}' --lora_r 4 --system_prompt '用'\\''中文'\\''答' --deepspeed=mine.json"
+    )
+    again = finish(start(["bash", "-c", printed]))
+    assert expect(again).stdout.strip() == printed
+
+
 # ---- whose error it is -------------------------------------------------------------------------------------------
 
 DYING = """
@@ -245,10 +270,7 @@ def test_a_handled_error_of_rank_0_and_its_bar_reach_the_terminal(tmp_path):
             shown += part
     os.close(master)
     assert done.wait() == 0
-    assert (
-        shown.decode().split()
-        == "True Traceback (most recent call last): KeyError: handled".split()
-    )
+    assert shown.decode().splitlines() == ["True", f"{ranks.TRACEBACK}:", "KeyError: handled"]
 
 
 # ---- the Python of the shells and its first install --------------------------------------------------------------
