@@ -92,6 +92,7 @@ def parse_args(
     defaults: dict,
     tiny_defaults: dict,
     argv: Sequence[str] | None = None,
+    by_trainer: bool = True,
 ) -> tuple:
     """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a
     subclass).
@@ -102,13 +103,15 @@ def parse_args(
         defaults: the recipe's defaults for the real model.
         tiny_defaults: laid over them when `--model_name_or_path` is "tiny" (or not given); sizes
             and steps only.
-    Errors: an unknown flag, or one without its value, ends the process with code 2 and names the
-    nearest flag.
+        by_trainer: transformers' Trainer trains, not a loop with optimizers of its own.
+    Errors: an unknown flag (the nearest is named), one without its value or with a value that no
+    run can have ends the process with code 2.
     """
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
     from common.runs import engine, old_flags
+    from common.runs import flags as checks
 
     quiet_libraries()
     parser = HfArgumentParser(classes, allow_abbrev=False)
@@ -140,6 +143,11 @@ def parse_args(
             get_reporting_integration_callbacks([tracker])[0]()
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise usage_error(" ".join(str(error).split())) from None
+    checks.refuse_values({name: value for one in parsed for name, value in vars(one).items()})
+    checks.refuse_runs_without_a_step(parsed[-1])
+    if by_trainer:
+        checks.refuse_optimizer(parsed[-1])
+        checks.say_unused_everywhere(parsed[0], parsed[-1])
     return parsed
 
 

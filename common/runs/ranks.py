@@ -32,7 +32,8 @@ INTERRUPTED = 75
 LOST = re.compile(
     r"connection (closed|reset|refused)( by peer)?|broken pipe|socket (closed|timeout)|"
     r"failed to recv|remote process exited|connectFullMesh|timed out waiting|"
-    r"timed out after .* waiting|wait timeout|gloo/|NCCL (error|communicator|watchdog)|nccl(Remote|System|Internal)Error|"
+    r"timed out after .* waiting|wait timeout|gloo/|NCCL (error|communicator|watchdog)|"
+    r"nccl(Remote|System|Internal)Error|"
     r"ProcessGroup(Gloo|NCCL|HCCL)|hccl|\bE[IJ]\d{4}\b|ERR0\d{4}|TCPStore|DistNetworkError|"
     r"DistStoreError|DistBackendError|client socket has|sendBytes|recvValue|watchdog|heartbeat|"
     r"monitoredBarrier|lost (another|a) rank|notify wait",
