@@ -254,7 +254,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000], is_sample) if is_tiny else args.model_name_or_path
     config = cli.model_config(base)
     tokenizer = cli.load(AutoTokenizer, base)
-    flags.check_window(args, config)
+    flags.check_window(args, config, tokenizer)
     every_answer = is_prefix_model(config)
     train_ids, eval_ids, eval_rows = prepare(
         rows,

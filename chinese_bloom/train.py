@@ -276,7 +276,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
     config = load_config(args, base, tokenizer)
-    flags.check_window(args, config)
+    flags.check_window(args, config, tokenizer if args.stage == "sft" else None)
     train_ids, eval_ids, eval_rows = prepare(
         rows,
         stats,

@@ -296,6 +296,7 @@ def refuse_unknown_to_the_loop() -> None:
 def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
     muon = args.optimizer == "muon"
     distills = args.stage == "distill"
+    optimizer = getattr(training.optim, "value", training.optim)
     problems = {  # message -> whether that is so
         f"--optimizer {args.optimizer}: adamw or muon": args.optimizer not in ("adamw", "muon"),
         f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": (
@@ -322,7 +323,7 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         ),
         f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
         f"--min_lr_ratio {args.min_lr_ratio}: from 0 to 1": not 0 <= args.min_lr_ratio <= 1,
-        f"--optim {training.optim}: the loop has adamw_torch, fused or not, and --optimizer muon": (
+        f"--optim {optimizer}: the loop has adamw_torch, fused or not, and --optimizer muon": (
             any_given("optim") and training.optim not in ("adamw_torch", "adamw_torch_fused")
         ),
     }
@@ -332,15 +333,18 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
 
 
 def refuse_sizes(base: str, args: Args) -> None:
-    """Flags that change a size, beside weights that have theirs; sizes that no model has."""
-    given = [name for name in SIZE_FLAGS if any_given(name)]
+    """Flags that change a size, beside weights that have another; sizes that no model has."""
     if base not in SIZES:
-        flags.check_window(args, cli.model_config(base))
-        if given:
-            raise cli.usage_error(
-                f"--{', --'.join(given)}: the weights of {base} have their own; for random ones "
-                f"give --size: {', '.join(SIZES)}"
-            )
+        config = cli.model_config(base)
+        flags.check_window(args, config)
+        for name in SIZE_FLAGS:
+            asked = getattr(args, name)
+            own = getattr(config, name)
+            if any_given(name) and asked != own:
+                raise cli.usage_error(
+                    f"--{name} {asked}: the weights of {base} have their own, {own}; random ones "
+                    f"have what --size says: {', '.join(SIZES)}"
+                )
         return
     heads = SIZES[base].get("num_attention_heads", MiniMindConfig().num_attention_heads)
     if args.hidden_size % (2 * heads):

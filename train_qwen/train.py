@@ -271,8 +271,8 @@ def main() -> None:
 
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config = cli.model_config(base)
-    flags.check_window(args, config)
     tokenizer = load_tokenizer(args, base)
+    flags.check_window(args, config, tokenizer)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
     train_ids, eval_ids, eval_rows = prepare(
         rows,

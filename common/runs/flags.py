@@ -155,16 +155,21 @@ def learned_positions(config) -> int | None:
     ALiBi, none)."""
     config = config.get_text_config()
     fields = config.to_dict()
-    computed = ("rope", "rotary", "alibi")
+    computed = ("rope", "rotary", "alibi", "position_encoding")
     if any(name.startswith(computed) and fields[name] is not None for name in fields):
         return None
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_window(args, config) -> None:
+def check_window(args, config, tokenizer=None) -> None:
     """A usage error where --model_max_length is above the positions that a model has learned, one
-    line where rotated ones go on beyond those it has seen."""
+    line where rotated ones go on beyond those it has seen.
+
+    tokenizer: where chats are trained: an error too where its template leaves no room for a word.
+    """
     length = args.model_max_length
+    if tokenizer is not None and tokenizer.chat_template:
+        refuse_no_room(length, tokenizer)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not positions or length <= positions:
         return
@@ -177,3 +182,18 @@ def check_window(args, config) -> None:
         f"warning: --model_max_length {length} is above the {positions} positions that the model "
         "has learned"
     )
+
+
+def refuse_no_room(length: int, tokenizer) -> None:
+    """A usage error for a window that holds no question and answer of one character."""
+    shortest = [{"role": "user", "content": "a"}]
+    try:
+        text = tokenizer.apply_chat_template(shortest, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template that wants other turns: many kinds
+        return
+    least = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2
+    if length < least:
+        raise cli.usage_error(
+            f"--model_max_length {length}: the chat template alone takes {least - 3} tokens; "
+            f"give {least} or more, better as many as your rows have"
+        )

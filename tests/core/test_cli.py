@@ -132,10 +132,10 @@ def test_wrong_values_are_one_line_and_code_2(tmp_path, capsys, words):
         ("--lora_dropout 1", "--lora_dropout 1.0: from 0 to below 1"),
         ("--eval_ratio 1", "--eval_ratio 1.0: from 0 to below 1"),
         ("--max_new_tokens 0", "--max_new_tokens 0: 1 or more"),
-        ("--save_steps 0", "--save_steps 0: above 0"),
+        ("--save_steps 0", "--save_steps 0.0: above 0"),
         ("--max_steps 0", "--max_steps 0: 1 or more; leave it away"),
-        ("--num_train_epochs 0", "--num_train_epochs 0.0: above 0"),
-        ("--num_train_epochs -1", "--num_train_epochs -1.0: above 0"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: above 0"),
+        ("--num_train_epochs -1", "--num_train_epochs -1: above 0"),
         ("--warmup_ratio 1.0", "--warmup_ratio 1.0: a share of the run"),
         ("--warmup_ratio=-0.1", "--warmup_ratio -0.1: a share of the run"),
         ("--optim lomo", "--optim lomo: You need to install"),
@@ -190,6 +190,18 @@ def test_windows_beyond_the_positions_of_a_model(capsys, name, sizes):
         assert "above the 64 positions" in capsys.readouterr().out
     flags.check_window(Args(model_max_length=9999), transformers.BloomConfig())
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_window_that_the_template_alone_fills(capsys):
+    from common import tiny
+
+    template = "{% for m in messages %}<m>you are an assistant {{ m.content }}<e>{% endfor %}"
+    tokenizer = tiny.make_tokenizer(["ab"], 300, ["<e>", "<m>"], template, eos_token="<e>")
+    config = transformers.BloomConfig()
+    flags.check_window(Args(model_max_length=30), config, tokenizer)
+    with pytest.raises(SystemExit) as stop:
+        flags.check_window(Args(model_max_length=20), config, tokenizer)
+    assert stop.value.code == 2 and "the chat template alone takes" in capsys.readouterr().err
 
 
 def test_generation_stops_at_the_last_learned_position():
