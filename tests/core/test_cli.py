@@ -229,6 +229,27 @@ def test_a_run_without_a_step_is_refused(items, drop, fails):
         plan.refuse_no_steps(args, items)
 
 
+@pytest.mark.parametrize(
+    "step, by_callback, ends",
+    [(7, False, True), (0, True, True), (7, True, False), (10, True, False)],
+)
+def test_a_run_that_ends_before_its_announced_steps_is_an_error(step, by_callback, ends):
+    """Unless a callback asked for it; without a single step it always is."""
+    from common.trainer import RecipeTrainer
+
+    run = SimpleNamespace(
+        safe_stop=SimpleNamespace(stopped=False),
+        state=SimpleNamespace(global_step=step, max_steps=10),
+        control=SimpleNamespace(should_training_stop=by_callback),
+        first_step=0,
+    )
+    if ends:
+        with pytest.raises(SystemExit, match=f"ended at step {step} of the 10"):
+            RecipeTrainer.exit_if_stopped(run)
+    else:
+        RecipeTrainer.exit_if_stopped(run)
+
+
 def test_precision_of_the_device_unless_given(tmp_path):
     from common import device
 
