@@ -174,6 +174,12 @@ class PreferenceTrainer(RecipeTrainer):
         self.fingerprint = fingerprint
         self._reference_model = None
         self._sums: Tensor | None = None  # of pair_losses, since the last log
+        config = self.model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            cli.say(
+                "note: output_router_logits: a loss of pairs has no balance of experts; left out"
+            )
+            config.output_router_logits = False
 
     # ---- reference ----
     def before_measuring(self) -> None:

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 import dpo_losses
+import loss_flags
 import modeling_baichuan  # noqa: F401  (tells the Auto classes about Baichuan2-13B)
 import shared_prompt
 from answers import measure_answers
@@ -32,6 +33,7 @@ from common.data.labels import fingerprint, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
+from common.runs import flags
 from common.runs.generate import pick_eval_rows
 from common.runs.run_folder import open_output
 from pairs import encode
@@ -120,8 +122,7 @@ TINY_FULL_LEARNING_RATE = 5e-5
 
 def resolve_args(args: Args, training: TrainingArguments) -> None:
     """Refuse flags that do not go together; defaults that depend on others."""
-    check_loss(args)
-    check_reference(args)
+    loss_flags.check(args)
     if training.train_sampling_strategy == "group_by_length":
         raise cli.usage_error(
             "--group_by_length: pairs are not grouped; --packing true leaves no padding to save"
@@ -135,36 +136,11 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
         training.learning_rate = TINY_FULL_LEARNING_RATE if is_tiny else FULL_LEARNING_RATE
 
 
-def check_loss(args: Args) -> None:
-    kind = args.loss_type
-    if kind not in dpo_losses.KINDS:
-        raise cli.usage_error(f"--loss_type {kind}: {', '.join(dpo_losses.KINDS)}")
-    if args.beta is not None and args.beta <= 0:
-        raise cli.usage_error(f"--beta {args.beta}: above 0")
-    if not 0 <= args.label_smoothing < 0.5:
-        raise cli.usage_error(f"--label_smoothing {args.label_smoothing}: from 0 to below 0.5")
-    if args.label_smoothing and kind not in ("sigmoid", "robust", "simpo"):
-        raise cli.usage_error(f"--label_smoothing: --loss_type {kind} has none")
-
-
-def check_reference(args: Args) -> None:
-    if args.reference not in ("precomputed", "adapter", "model"):
-        raise cli.usage_error(f"--reference {args.reference}: precomputed, adapter or model")
-    if args.reference == "adapter" and not args.use_lora:
-        raise cli.usage_error(
-            "--reference adapter: there is no adapter to switch off; precomputed or model"
-        )
-    if args.reference_model and args.loss_type in dpo_losses.REFERENCE_FREE:
-        raise cli.usage_error(f"--reference_model: --loss_type {args.loss_type} has no reference")
-    if args.reference_model and args.reference == "adapter":
-        raise cli.usage_error("--reference_model: --reference adapter takes the base itself")
-
-
 # 2. Model and tokenizer
 def check_models(args: Args) -> None:
     """Fail on a wrong name before anything is read or replaced."""
     if args.model_name_or_path != "tiny":
-        cli.model_config(args.model_name_or_path)
+        flags.check_window(args, cli.model_config(args.model_name_or_path))
     if args.reference_model:
         cli.model_config(args.reference_model, "--reference_model")
 

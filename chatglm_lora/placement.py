@@ -276,7 +276,7 @@ def _shard(model, tokenizer, count: int):
     if problem:
         raise SystemExit(problem)
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload(safe_merge=True)
+        model = adapter.merge_into(model)
     engine.prepare_deepspeed()
     from deepspeed import InferenceEngine
     from deepspeed.inference.config import DeepSpeedInferenceConfig

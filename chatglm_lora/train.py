@@ -33,6 +33,7 @@ from common.data.labels import encode_chat, encode_prompt, fingerprint, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
+from common.runs import flags
 from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
@@ -175,12 +176,6 @@ def add_lora(model, args: Args, training: TrainingArguments):
     return get_peft_model(model, config)
 
 
-def warn_of_long_windows(args: Args, config) -> None:
-    learned = config.max_position_embeddings
-    if args.model_max_length > learned:
-        cli.say(f"warning: --model_max_length above the {learned} positions the model has learned")
-
-
 # 3. Data
 def is_learned(turn: dict) -> bool:
     return turn["role"] == "assistant" and turn.get("train", True)
@@ -263,7 +258,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000], is_sample) if is_tiny else args.model_name_or_path
     config = cli.model_config(base)
     tokenizer = cli.load(AutoTokenizer, base)
-    warn_of_long_windows(args, config)
+    flags.check_window(args, config, tokenizer)
     every_answer = is_prefix_model(config)
     train_ids, eval_ids, eval_rows = prepare(
         rows,

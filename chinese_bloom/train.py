@@ -33,6 +33,7 @@ from common.data.labels import encode_chat, encode_prompt, fingerprint, preview,
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
+from common.runs import flags
 from common.runs.generate import answer_eval_rows, continue_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
@@ -104,8 +105,7 @@ TINY = dict(  # sizes and steps only
 
 
 def tiny_model(texts: list[str]) -> str:
-    """Folder of the embedded default: Bloom's architecture at toy size, its tokenizer trained on
-    the data at hand."""
+    """Folder of the embedded default: a toy Bloom, its tokenizer trained on the data at hand."""
     shipped = [Path(file).read_text(encoding="utf-8") for file in TEMPLATES.values()]
     tokenizer = tiny.make_tokenizer(
         [*texts, *shipped],
@@ -140,6 +140,8 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
     if args.use_lora and args.from_config:
         raise cli.usage_error("--use_lora with --from_config: an adapter on weights not kept")
     args.data_path = args.data_path or str(HERE / "data" / args.stage)
+    if args.stage == "pt":
+        flags.say_unused(["template", "system_prompt", "packing"], "--stage pt has none of it")
     if not cli.given_by_user("learning_rate"):
         training.learning_rate = LEARNING_RATE[kind_of_run(args)]
 
@@ -166,8 +168,7 @@ def load_tokenizer(args: Args, path: str):
 
 
 def load_config(args: Args, path: str, tokenizer):
-    """The architecture: the model's own, or that of --from_config with room for the tokenizer's
-    vocabulary."""
+    """The architecture: the model's own, or that of --from_config with room for the tokens."""
     if not args.from_config:
         return cli.model_config(path)
     config = cli.model_config(args.from_config, "--from_config")
@@ -180,8 +181,7 @@ def load_config(args: Args, path: str, tokenizer):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
-    """The model in the dtype it trains in: float32 masters for full training, the half dtype for a
-    frozen base."""
+    """The model in the dtype it trains in: float32 masters, the half dtype for a frozen base."""
     settings = {
         "dtype": device.train_dtype(training) if args.use_lora else torch.float32,
         "attn_implementation": attention.register(),
@@ -276,6 +276,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
     config = load_config(args, base, tokenizer)
+    flags.check_window(args, config, tokenizer if args.stage == "sft" else None)
     train_ids, eval_ids, eval_rows = prepare(
         rows,
         stats,

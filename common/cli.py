@@ -93,6 +93,7 @@ def parse_args(
     defaults: dict,
     tiny_defaults: dict,
     argv: Sequence[str] | None = None,
+    by_trainer: bool = True,
 ) -> tuple:
     """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a
     subclass).
@@ -103,13 +104,15 @@ def parse_args(
         defaults: the recipe's defaults for the real model.
         tiny_defaults: laid over them when `--model_name_or_path` is "tiny" (or not given); sizes
             and steps only.
-    Errors: an unknown flag, or one without its value, ends the process with code 2 and names the
-    nearest flag.
+        by_trainer: transformers' Trainer trains, not a loop with optimizers of its own.
+    Errors: an unknown flag (the nearest is named), one without its value or with a value that no
+    run can have ends the process with code 2.
     """
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
     from common.runs import engine, old_flags
+    from common.runs import flags as checks
 
     quiet_libraries()
     parser = HfArgumentParser(classes, allow_abbrev=False)
@@ -141,6 +144,11 @@ def parse_args(
             get_reporting_integration_callbacks([tracker])[0]()
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise usage_error(" ".join(str(error).split())) from None
+    checks.refuse_values({name: value for one in parsed for name, value in vars(one).items()})
+    checks.refuse_runs_without_a_step(parsed[-1])
+    if by_trainer:
+        checks.refuse_optimizer(parsed[-1])
+        checks.say_unused_everywhere(parsed[0], parsed[-1])
     return parsed
 
 
@@ -240,22 +248,23 @@ def fail(message: str, code: int = 1, stop: bool = True) -> None:
 
 
 def resume_command() -> str:
-    """The command line that continues this run, for people to paste."""
+    """The command line that continues this run, for people to paste: the shell's own, variables
+    included, where one started it."""
     shell = os.environ.get("DANPU_RERUN")
-    skip = {"--overwrite_output_dir"}
     if shell:
-        skip.add("--deepspeed")  # the first is the shell's own, a second one the user's
+        return shell
     words = []
-    rest = iter(sys.argv[1:])
-    for word in rest:
+    is_value = False
+    for word in sys.argv[1:]:
         name, equals, _ = word.partition("=")
-        if name not in skip:
+        if name.replace("-", "_") == "__overwrite_output_dir":  # it would begin anew
+            is_value = not equals
+        elif not is_value or word.startswith("--"):
+            is_value = False
             words.append(word)
-            continue
-        if not equals:
-            next(rest, None)
-        skip.discard("--deepspeed")
-    return " ".join([shell or f"python {sys.argv[0]}", shlex.join(words)]).strip()
+        else:
+            is_value = False
+    return shlex.join(["python", sys.argv[0], *words])
 
 
 # ---- models --------------------------------------------------------------------------------------

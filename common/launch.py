@@ -6,8 +6,9 @@ launch.sh).
         YAML: a config of `accelerate launch` with DeepSpeed
 
 What plain torchrun lacks: the exit code of the recipe is passed through (0 done, 1 failed, 2 usage,
-75 interrupted); the first failing rank's own message is the last thing printed; Ctrl-C or SIGTERM
-lets the ranks finish their step and save (a second one ends them at once).
+75 interrupted); the error of the rank that failed first is the last thing printed, and what the
+others say because of it is one line (common/runs/ranks.py); Ctrl-C or SIGTERM lets the ranks finish
+their step and save (a second one ends them at once).
 """
 
 import logging
@@ -18,10 +19,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAST_LINES = 30  # of a failed rank's stderr
 
 
-def agent_arguments(nproc: int, logs: str) -> list[str]:
+def agent_arguments(nproc: int) -> list[str]:
     """torchrun's flags from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; a free port unless one
     is given."""
     nnodes = int(os.environ.get("NNODES", 1))
@@ -35,12 +35,6 @@ def agent_arguments(nproc: int, logs: str) -> list[str]:
         flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     else:
         flags += meeting_point(nnodes)
-    if os.environ.get("DANPU_VERBOSE") != "1":
-        flags.append(f"--log-dir={logs}")
-        # only the first local rank speaks; the others go to files
-        silent = [f"{rank}:3" for rank in range(1, nproc)]
-        if silent:
-            flags.append(f"--redirects={','.join(silent)}")
     return flags
 
 
@@ -121,6 +115,24 @@ def accelerate_environment(config: Path, nproc: int) -> None:
             os.environ[name] = value
 
 
+def start_ranks(nproc: int, script: list[str], logs: str | None) -> None:
+    """Start the ranks and wait for them; ChildFailedError when one fails.
+
+    logs: where the others than the first local rank, the only one that speaks, leave what they
+        say; None: all speak.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import elastic_launch
+
+    args = run.parse_args([*agent_arguments(nproc), *script])
+    config, command, arguments = run.config_from_args(args)
+    if logs:  # the flag --redirects knows ten ranks only
+        silent = {rank: Std.ALL for rank in range(1, nproc)}
+        config.logs_specs = DefaultLogsSpecs(log_dir=logs, redirects=silent)
+    elastic_launch(config, command)(*arguments)
+
+
 def forward_signals() -> None:
     """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them."""
     import psutil
@@ -137,33 +149,6 @@ def forward_signals() -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-def report_failure(logs: str, rank: int, failure) -> int:
-    """Print why the first rank failed; returns the exit code for the whole run."""
-    words = last_words(logs, failure)
-    if words:
-        print(words, file=sys.stderr)
-    code = failure.exitcode
-    if code < 0:
-        name = signal.Signals(-code).name
-        print(f"rank {rank} was killed by {name}; the other ranks were ended", file=sys.stderr)
-    return code if code in (1, 2, 75) else 1
-
-
-def last_words(logs: str, failure) -> str:
-    """The end of the failed rank's stderr; empty for rank 0, which has spoken on the terminal
-    already."""
-    files = list(Path(logs).glob(f"**/{failure.local_rank}/stderr.log"))
-    if failure.error_file:
-        files.insert(0, Path(failure.error_file).parent / "stderr.log")
-    for file in files:
-        if file.is_file():
-            lines = (
-                file.read_text(encoding=sys.stderr.encoding, errors="replace").strip().splitlines()
-            )
-            return "\n".join(lines[-LAST_LINES:])
-    return ""
-
-
 def main() -> int:
     sys.path.insert(0, str(ROOT))
     nproc = processes(sys.argv[1])
@@ -171,20 +156,29 @@ def main() -> int:
     if script[0] == "--accelerate":
         accelerate_environment(Path(script[1]).resolve(), nproc)
         script = script[2:]
-    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if os.environ.get("DANPU_VERBOSE") != "1":
+    from common.runs import ranks
+
+    is_verbose = os.environ.get("DANPU_VERBOSE") == "1"
+    if not is_verbose:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     os.environ["DANPU_LAUNCHER"] = str(os.getpid())
     forward_signals()
+    watch = ranks.Watch(nproc)
+    watch.start()
+    relay = None if is_verbose else ranks.Relay()
+    failures = {}
     with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:
         try:
-            run.run(run.parse_args([*agent_arguments(nproc, logs), *script]))
+            start_ranks(nproc, script, None if is_verbose else logs)
         except ChildFailedError as error:
-            return report_failure(logs, *error.get_first_failure())
-    return 0
+            failures = error.failures
+        finally:
+            if relay:
+                relay.end(release=not failures)
+        return ranks.report(failures, watch, relay, logs) if failures else 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,36 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several machines: run the same command on each with its NODE_RANK
 #   HOSTFILE                      several machines through the deepspeed launcher (ssh), run on one of them
 #   DANPU_NO_VENV=1 DANPU_VERBOSE=1            never make a .venv; show every rank, all that libraries and pip say
+# A wrapper with variables of its own names them in $knobs before it sources this file.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# One word as a shell reads it back.
+quoted() {
+    if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf '%s' "$1"; else printf "'%s'" "${1//\'/\'\\\'\'}"; fi
+}
+
+# What continues this run, for people to paste: the variables that were given, this script, its flags; all but
+# --overwrite_output_dir, which would begin anew. $@ are the words after the script's name.
+own_command() {
+    local name word skip=0 command=
+    for name in MODEL DATA OUTPUT NPROC DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE ${knobs:-} \
+        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_NO_VENV DANPU_VERBOSE; do
+        if [[ -n ${!name:-} ]]; then command+="$name=$(quoted "${!name}") "; fi
+    done
+    command+="bash $(quoted "$0")"
+    for word in "$@"; do
+        case $skip$word in
+            [01]--overwrite[_-]output[_-]dir) skip=1; continue ;;
+            [01]--overwrite[_-]output[_-]dir=*) skip=0; continue ;;
+            1--*) ;;
+            1*) skip=0; continue ;;
+        esac
+        skip=0
+        command+=" $(quoted "$word")"
+    done
+    printf '%s' "$command"
+}
+rerun=$(own_command "$@") # now: the wrapper has not set anything yet
 
 die() { echo "launch: $1" >&2; exit "${2:-1}"; }
 
@@ -94,7 +123,7 @@ prepare() {
     [[ -n ${OUTPUT:-} ]] && flags+=(--output_dir "$OUTPUT")
     [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
     if machine ascend; then npu_settings; fi
-    export DANPU_RERUN="${DANPU_RERUN:-bash $0}"
+    export DANPU_RERUN="${DANPU_RERUN:-$rerun}"
 }
 
 # launch [--accelerate YAML] path/to/train.py [flags]

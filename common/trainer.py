@@ -56,6 +56,7 @@ class RecipeTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        plan.refuse_no_steps(self.args, len(self.train_dataset))
         if isinstance(self.data_collator, PackedCollator):
             attention.refuse_unpackable(self.model)
         self.measure = measure
@@ -361,13 +362,21 @@ class RecipeTrainer(Trainer):
 
     # ---- the end ----
     def exit_if_stopped(self) -> None:
-        """After train(): when a signal ended it early, say how to continue and exit with 75."""
+        """After train(): when a signal ended it early, say how to continue and exit with 75; when
+        it ended before its last step by itself, that is an error."""
         if self.safe_stop.stopped:
             cli.say(
                 f"interrupted at step {self.state.global_step} of {self.state.max_steps}, saved. "
                 f"Continue with:\n  {cli.resume_command()}"
             )
             raise SystemExit(cli.INTERRUPTED)
+        step = self.state.global_step
+        asked = self.control.should_training_stop and step > self.first_step  # by a callback
+        if step < self.state.max_steps and not asked:
+            raise SystemExit(
+                f"the run ended at step {step} of the {self.state.max_steps} it announced: the "
+                "data gave fewer batches. Checkpoints so far are sound; nothing else was saved"
+            )
 
     def report(self, recipe: str, model_name: str, rows: dict, after: dict) -> None:
         """Write loss.png, report.md and report.json (rank 0) and print the before/after table with

@@ -193,7 +193,7 @@ def load(args) -> tuple[MiniMindForCausalLM, str]:
     if adapter_path:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload(safe_merge=True)
+        model = adapter.merge_into(PeftModel.from_pretrained(model, adapter_path))
     return model.eval(), adapter_path or path
 
 

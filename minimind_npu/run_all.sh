@@ -6,6 +6,8 @@
 # The same command again goes on where it stopped. Flags go to every training stage, those in EVAL to eval.py.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC2034  # read there
+knobs="SIZE STAGES PRETRAIN SFT LORA DPO REASON EVAL"
 source "$here/../common/launch.sh"
 SIZE=${SIZE:-tiny} STAGES=${STAGES:-tokenizer pretrain sft lora dpo reason eval chat}
 OUTPUT=${OUTPUT:-$(dirname "$here")/output/$(basename "$here")}

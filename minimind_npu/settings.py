@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from common import cli, device
 from common.demo.chat_model import find_model
+from common.runs import flags
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
@@ -90,6 +91,22 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     target_modules: str = field(default="all-linear", init=False)
 
 
+RANGES = {
+    "model_max_length": (16, flags.NEVER),
+    "hidden_size": flags.FROM_0,
+    "num_hidden_layers": flags.FROM_0,
+    "muon_lr": flags.FROM_0,
+    "max_minutes": flags.FROM_0,
+    "beta": flags.ABOVE_0,
+    "temperature": flags.ABOVE_0,
+    "think_weight": flags.FROM_0,
+}
+SIZE_FLAGS = ("hidden_size", "num_hidden_layers", "use_moe")
+OF_STAGE = {
+    "dpo": ("beta", "reference"),
+    "distill": ("alpha", "temperature"),
+    "reason": ("think_weight",),
+}
 # fields of TrainingArguments that the loop obeys; any other one given is refused, not ignored
 HONOURED = {
     "output_dir",
@@ -201,8 +218,10 @@ TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that take Muon where
 
 def parse_args() -> tuple[Args, TrainingArguments, str]:
     """The command line -> (args, training, where the weights come from: see start_from)."""
-    args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, {})
+    args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, {}, by_trainer=False)
+    flags.refuse_values(vars(args), RANGES)
     base = start_from(args)
+    refuse_sizes(base, args)
     if args.teacher:
         args.teacher = own_model(args.teacher, "--teacher")
     resolve(args, training, width_of(base, args))
@@ -218,6 +237,7 @@ def resolve(args: Args, training: TrainingArguments, width: int) -> None:
     args.use_lora = args.use_lora or args.stage == "lora"
     training.output_dir = training.output_dir or str(OUTPUT / args.stage)
     refuse_contradictions(args, training)
+    say_unused(args, training)
 
 
 def any_given(*flags: str) -> bool:
@@ -250,10 +270,15 @@ def fit_batches_to_cpu(args: Args, training: TrainingArguments) -> None:
     """On a CPU the same step in smaller batches, where nobody has chosen them."""
     if any_given("per_device_train_batch_size", "gradient_accumulation_steps"):
         return
-    parts = training.per_device_train_batch_size * args.model_max_length // CPU_TOKENS
-    if device.kind() == "cpu" and parts > 1:
-        training.per_device_train_batch_size //= parts
-        training.gradient_accumulation_steps *= parts
+    if device.kind() != "cpu":
+        return
+    windows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    most = max(1, CPU_TOKENS // args.model_max_length)
+    # the largest that the windows of a step divide into, so that the step stays the same
+    batch = max(size for size in range(1, most + 1) if windows % size == 0)
+    if batch < training.per_device_train_batch_size:
+        training.per_device_train_batch_size = batch
+        training.gradient_accumulation_steps = windows // batch
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -271,6 +296,7 @@ def refuse_unknown_to_the_loop() -> None:
 def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
     muon = args.optimizer == "muon"
     distills = args.stage == "distill"
+    optimizer = getattr(training.optim, "value", training.optim)
     problems = {  # message -> whether that is so
         f"--optimizer {args.optimizer}: adamw or muon": args.optimizer not in ("adamw", "muon"),
         f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": (
@@ -286,11 +312,9 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         ),
         "--teacher: --stage distill needs the folder of one": distills and not args.teacher,
         f"--teacher: --stage {args.stage} has none": not distills and bool(args.teacher),
-        f"--model_max_length {args.model_max_length}: 16 or more": args.model_max_length < 16,
         f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": (
             not 0 <= training.warmup_steps < 1
         ),
-        f"--beta {args.beta}: above 0": args.beta <= 0,
         f"--reference {args.reference}: cached or adapter": (
             args.reference not in ("cached", "adapter")
         ),
@@ -298,11 +322,52 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
             args.reference == "adapter" and not args.use_lora
         ),
         f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
-        f"--temperature {args.temperature}: above 0": args.temperature <= 0,
+        f"--min_lr_ratio {args.min_lr_ratio}: from 0 to 1": not 0 <= args.min_lr_ratio <= 1,
+        f"--optim {optimizer}: the loop has adamw_torch, fused or not, and --optimizer muon": (
+            any_given("optim") and training.optim not in ("adamw_torch", "adamw_torch_fused")
+        ),
     }
     for message, wrong in problems.items():
         if wrong:
             raise cli.usage_error(message)
+
+
+def refuse_sizes(base: str, args: Args) -> None:
+    """Flags that change a size, beside weights that have another; sizes that no model has."""
+    if base not in SIZES:
+        config = cli.model_config(base)
+        flags.check_window(args, config)
+        for name in SIZE_FLAGS:
+            asked = getattr(args, name)
+            own = getattr(config, name)
+            if any_given(name) and asked != own:
+                raise cli.usage_error(
+                    f"--{name} {asked}: the weights of {base} have their own, {own}; random ones "
+                    f"have what --size says: {', '.join(SIZES)}"
+                )
+        return
+    heads = SIZES[base].get("num_attention_heads", MiniMindConfig().num_attention_heads)
+    if args.hidden_size % (2 * heads):
+        raise cli.usage_error(
+            f"--hidden_size {args.hidden_size}: a multiple of {2 * heads}, since {heads} heads of "
+            "an even size share it"
+        )
+
+
+def say_unused(args: Args, training: TrainingArguments) -> None:
+    """Flags of another stage, or of what is not used: run_all.sh gives them to every stage."""
+    for stage, names in OF_STAGE.items():
+        if args.stage != stage:
+            flags.say_unused(names, f"--stage {args.stage} has none")
+    if args.optimizer != "muon":
+        flags.say_unused(["muon_lr"], "--optimizer adamw has no matrices of Muon")
+    if not args.use_lora:
+        flags.say_unused(
+            ["lora_r", "lora_alpha", "lora_dropout"],
+            "there is no adapter (--stage lora or --use_lora true)",
+        )
+    if training.max_steps > 0:
+        flags.say_unused(["num_train_epochs"], "--max_steps says how long the run is")
 
 
 # ---- models and tokenizers by name ---------------------------------------------------------------

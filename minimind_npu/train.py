@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 import weights
 from loop import optim, parallel, state, tracking
 from loop.batches import Loader, Order, Plan, TokenRows
-from loop.precision import fast_float32
+from loop.precision import fast_float32, product_shapes
 from model import SparseFeedForward
 from stages import distill, dpo, lora, pretrain, reason, sft
 from settings import DEFINING, Args, parse_args, tokenizer_of
@@ -248,7 +248,6 @@ def measure(args: Args, model, tokenizer, data: Prepared, evaluate) -> dict:
 def main() -> None:
     args, training, base = parse_args()
     device.seed_all(training.seed)
-    fast_float32()
     dtype = device.train_dtype(training)
     rows, stats, start = open_run(args, training, base)
 
@@ -258,6 +257,9 @@ def main() -> None:
     eval_loader = make_loader(args, training, tokenizer, data.eval_ids)
 
     model = weights.load_model(base, args, training, tokenizer)
+    tokens = training.per_device_train_batch_size * args.model_max_length
+    if dtype is torch.float32:
+        fast_float32(product_shapes(model, tokens))
     adapter_of = ""
     if args.use_lora:
         adapter_of = weights.add_adapter(model, base, args, training, tokenizer)

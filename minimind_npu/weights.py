@@ -23,8 +23,10 @@ def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausal
     packed = attention.register()
     with parallel.whole_weights():
         if name in models.SIZES:
-            given = ("hidden_size", "num_hidden_layers", "use_moe")
+            given = ("hidden_size", "num_hidden_layers")
             changes = {one: getattr(args, one) for one in given if getattr(args, one)}
+            if args.use_moe is not None:
+                changes["use_moe"] = args.use_moe
             model = models.build(name, len(tokenizer), **changes)
             model.config._attn_implementation = packed
         else:

@@ -37,6 +37,7 @@ from common.data.labels import encode_chat, encode_prompt, fingerprint, preview,
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
+from common.runs import flags
 from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
@@ -114,6 +115,11 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
             "--group_by_length: packing already fills the windows; "
             "add --packing false to group rows"
         )
+    if args.load_in_4bit and not args.use_lora:
+        raise cli.usage_error("--load_in_4bit: a 4-bit base is frozen; add --use_lora true")
+    flags.refuse_values(vars(args), {"freeze_layers": flags.FROM_0})
+    if args.use_lora:
+        flags.say_unused(["freeze_layers"], "under an adapter all of the base is fixed")
     is_tiny = args.model_name_or_path == "tiny"
     if args.use_lora and not is_tiny and not cli.given_by_user("learning_rate"):
         training.learning_rate = LORA_LEARNING_RATE
@@ -199,6 +205,8 @@ def four_bit(compute_dtype: torch.dtype):
 
 
 def freeze(model, layers: int) -> None:
+    if layers > len(model.model.layers):
+        raise cli.usage_error(f"--freeze_layers {layers}: the model has {len(model.model.layers)}")
     model.get_input_embeddings().requires_grad_(False)
     for layer in model.model.layers[:layers]:
         layer.requires_grad_(False)
@@ -264,6 +272,7 @@ def main() -> None:
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config = cli.model_config(base)
     tokenizer = load_tokenizer(args, base)
+    flags.check_window(args, config, tokenizer)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
     train_ids, eval_ids, eval_rows = prepare(
         rows,

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from common import cli
 from common.data.files import atomic_file, new_folder
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,6 +43,15 @@ def linear_layers(model, names: str) -> str | list[str]:
             f"--target_modules: no layer is called {', '.join(unknown) or repr(names)}; "
             f"give all-linear or some of {','.join(sorted(linear))}"
         )
+    if is_tied(model):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        names_of_ends = [name for name, layer in layers.items() if layer in ends]
+        hit = [one for one in wanted if any(_is_layer(one, [name]) for name in names_of_ends)]
+        if hit:
+            cli.say(
+                f"note: --target_modules {','.join(hit)}: embedding and head of this model are one "
+                "weight, of which the adapter changes one use; merged, they are two"
+            )
     return wanted
 
 
@@ -167,6 +177,41 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
     return kinds
 
 
+def merge_into(model):
+    """A PeftModel -> its base with the adapter added to the weights: the same logits.
+
+    Where embedding and head are one weight and the adapter is on either of them, they become two,
+    and the config says so: what is added to one must not change the other.
+    """
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if is_tied(base) and any(end is not _plain(end) for end in ends):
+        untie(base)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def is_tied(model) -> bool:
+    """Whether the embedding and the head of a model, wrapped by peft or not, are one weight."""
+    table = _plain(model.get_input_embeddings())
+    head = _plain(model.get_output_embeddings())
+    return head is not None and getattr(head, "weight", None) is getattr(table, "weight", head)
+
+
+def untie(model) -> None:
+    """Give the head a weight of its own, with the embedding's values."""
+    head = _plain(model.get_output_embeddings())
+    head.weight = type(head.weight)(head.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _plain(layer):
+    """A layer without what peft puts around it."""
+    while hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
+        layer = getattr(layer, "base_layer", None) or layer.original_module
+    return layer
+
+
 def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
     """Write base + adapter as an ordinary model folder `out`, in the base's dtype, with the
     adapter's tokenizer."""
@@ -176,7 +221,7 @@ def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
     base = check_base(folder, base)
     with new_folder(out) as part:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+        model = merge_into(PeftModel.from_pretrained(model, folder))
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(folder).save_pretrained(part)
     return Path(out)

@@ -71,6 +71,11 @@ def prepare(
         f"split: {stats['used']:,} rows to train on, {stats['held_out']:,} held out, "
         f"{stats['truncated']:,} shortened"
     )
+    if 2 * stats["truncated"] > stats["used"] + stats["held_out"]:
+        cli.say(
+            f"warning: most rows are longer than --model_max_length {args.model_max_length}: they "
+            "lost earlier turns, the middle of their questions or the end of their answers"
+        )
     return Prepared(train_ids, eval_ids, held_out)
 
 

@@ -205,6 +205,7 @@ class _Call:
         self.targets: Tensor | None = None  # [N] the labels
         self.num_items: Tensor | int | None = None  # that the loss is divided by
         self.loss: Tensor | None = None
+        self.token_loss: Tensor | None = None  # the same as it came out behind the head
         self.said: Tensor | None = None  # what the head returned instead of logits
         self.used = False  # the loss function was reached
 
@@ -234,6 +235,10 @@ def _model_forward(self, *args, **kwargs):
         output = self._stock_forward(*args, **kwargs)
         if not call.used:
             _refuse(self, "does not use its loss_function")
+        config = self.config.get_text_config()
+        if getattr(output, "router_logits", None) and hasattr(config, "router_aux_loss_coef"):
+            balance = _weighted_balance(output.router_logits, config, call, kwargs)
+            output.loss = call.token_loss + balance.to(call.token_loss.device)
         return output
     except (IndexError, RuntimeError, ValueError) as error:
         if call.said is None or call.used:
@@ -276,7 +281,54 @@ def _loss_function(self, logits, labels, *args, **kwargs):
     if logits.data_ptr() != call.said.data_ptr():
         _refuse(self, "changes its logits after the head")
     call.used = True
-    return call.loss if call.per_token else logits[-1]
+    call.token_loss = call.loss if call.per_token else logits[-1]
+    return call.token_loss.clone()  # some models add to it in place
+
+
+def _weighted_balance(router_logits: tuple, config, call: _Call, kwargs: dict) -> Tensor:
+    """The auxiliary loss of a mixture of experts in a step: each document's own, weighted by its
+    share of the step's label tokens, so that accumulation, ranks and packing do not change it (the
+    stock one is that of a micro-batch, and counts once for each of them)."""
+    shape = kwargs["labels"].shape
+    where = router_logits[0].device
+    place = torch.arange(shape.numel(), device=where)
+    ends = kwargs.get("cu_seq_lens_q")
+    if ends is None:
+        ends = torch.arange(0, shape.numel() + 1, shape[-1])
+    documents = len(ends) - 1
+    owner = torch.bucketize(place, ends[1:].to(place), right=True)
+    mask = kwargs.get("attention_mask")
+    mask = torch.ones(shape) if mask is None else mask
+    mask = mask.flatten().to(where, torch.float32)
+    labels = torch.bincount(owner[call.index.to(where)], minlength=documents)
+    picks = config.num_experts_per_tok
+    balances = balance_of_documents(router_logits, owner, mask, documents, picks)
+    return config.router_aux_loss_coef * (labels / _num_items(call) * balances).sum()
+
+
+def balance_of_documents(
+    router_logits: tuple[Tensor, ...], owner: Tensor, mask: Tensor, documents: int, picks: int
+) -> Tensor:
+    """E * sum over experts of (share of the document's tokens sent to it) * (its mean probability),
+    all layers together (Fedus et al. 2021): [documents], 0 for one without tokens.
+
+    Args:
+        router_logits: [tokens, E] of each layer.
+        owner, mask: [tokens], the document of each token, and 0 at padding.
+        picks: experts a token goes to.
+    """
+    experts = router_logits[0].shape[-1]
+    sent = mask.new_zeros(documents * experts)
+    likely = mask.new_zeros(documents, experts)
+    for logits in router_logits:
+        probs = logits.flatten(0, -2).to(mask.device).float().softmax(-1)
+        chosen = probs.detach().topk(picks, dim=-1).indices
+        slots = owner[:, None] * experts + chosen
+        sent.index_add_(0, slots.flatten(), mask.repeat_interleave(picks))
+        likely = likely.index_add(0, owner, probs * mask[:, None])
+    tokens = mask.new_zeros(documents).index_add_(0, owner, mask) * len(router_logits)
+    tokens = tokens.clamp(min=1)[:, None]
+    return experts * (sent.view(documents, experts) / tokens * (likely / tokens)).sum(-1)
 
 
 def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
@@ -360,8 +412,9 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
     From then on `model(input_ids, labels=labels, num_items_in_batch=None, ...)`, labels [B, T] by
     keyword, gives
         loss    sum over label tokens / num_items_in_batch (default: the number of label tokens; a
-                batch without any label gives 0 with a graph), plus what the stock forward adds (the
-                auxiliary loss of a mixture of experts)
+                batch without any label gives 0 with a graph), plus the auxiliary loss of a mixture
+                of experts where its config asks for router logits: that of each document, weighted
+                by its share of num_items_in_batch
         logits  no logits but fp32 [4]: loss sum, correct argmax tokens (NaN in training mode) and
                 label tokens of this batch, and the loss; see loss_counts
     Heads that are no plain Linear work at the price of one more product. Models that change their

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from common.data.progress import Progress
+from common.runs.flags import learned_positions
 from common.runs.metrics import answer_match
 from common.runs.report import parameters
 
@@ -79,6 +80,9 @@ def _generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    positions = learned_positions(model.config)
+    if positions:  # there are no more
+        max_new_tokens = min(max_new_tokens, max(1, positions - width))
     where = model.device if model.device.type != "meta" else torch.device("cpu")
     out = model.generate(
         input_ids=ids.to(where),

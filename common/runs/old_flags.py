@@ -57,12 +57,25 @@ def translate(argv: Sequence[str], known: Collection[str]) -> list[str]:
                     _take_value(words)
                 continue
             told.append(f"--{name} -> --{new}")
+            if name == "warmup_ratio":
+                ratio = value if equals else "".join(words[:1])
+                refuse_no_share(ratio)
             name = new
         today = RENAMED_QUIETLY.get(name, name)
         translated.append(f"--{today if today in known else name}{equals}{value}")
     if told:
         cli.say("warning: old flags translated: " + ", ".join(told))
     return translated
+
+
+def refuse_no_share(value: str) -> None:
+    """--warmup_ratio becomes --warmup_steps, where a number from 1 on counts steps."""
+    try:
+        is_share = 0 <= float(value) < 1
+    except ValueError:  # the parser says so
+        return
+    if not is_share:
+        raise cli.usage_error(f"--warmup_ratio {value}: a share of the run, from 0 to below 1")
 
 
 def _take_value(words: list[str]) -> str:

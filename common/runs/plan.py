@@ -10,6 +10,18 @@ from common.runs import report
 from common.runs.engine import engine
 
 
+def refuse_no_steps(args, items: int) -> None:
+    """An error for a run whose epochs have not one step: fewer items (rows or packed windows) than
+    a batch, where incomplete batches are dropped."""
+    size = args.train_batch_size * args.world_size
+    if items < size and (args.dataloader_drop_last or not items):
+        raise SystemExit(
+            f"not one step can be taken: {items} items (rows, or windows of packed rows) are fewer "
+            f"than the {size} of a step's first batch, and --dataloader_drop_last leaves "
+            "incomplete ones out. Leave it away, or lower --per_device_train_batch_size"
+        )
+
+
 def say(trainer) -> None:
     """What is about to happen, in two lines."""
     args = trainer.args
@@ -25,6 +37,17 @@ def say(trainer) -> None:
         f"items an epoch), logged every {args.logging_steps:g} steps, saved every {saved} "
         f"to {args.output_dir}"
     )
+    warmup = args.get_warmup_steps(trainer.state.max_steps)
+    if warmup >= trainer.state.max_steps:
+        cli.say(
+            f"warning: the warm-up takes {warmup} steps and the run {trainer.state.max_steps}: the "
+            "learning rate never reaches its peak"
+        )
+    if trainer.state.global_step > trainer.state.max_steps:
+        cli.say(
+            f"warning: the checkpoint's step {trainer.state.global_step} is beyond the end of "
+            "this run: nothing is trained"
+        )
 
 
 def check_disk(model, args, limit: int) -> None:

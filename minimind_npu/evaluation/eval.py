@@ -40,6 +40,7 @@ from torch import Tensor
 
 from common import collators
 from common.collators import IGNORE
+from common.convert import adapter
 from common.data.files import atomic_file
 from common.data.labels import encode_prompt
 from common.data.load import load_rows, summary
@@ -421,7 +422,7 @@ def harness(chat_model: MiniMindChatModel, args) -> dict:
     model = chat_model.model
     place = chat_model.path
     if chat_model.adapter:
-        model = model.merge_and_unload()
+        model = adapter.merge_into(model)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, MiniMindForCausalLM):
             place = str(Path(folder) / "exported")

@@ -35,13 +35,14 @@ from transformers import (
 )
 
 from common import tiny
-from common.runs import run_folder
+from common.runs import flags, run_folder
 from loop import parallel, state, tracking
 from quickstart.text import endings, questions, read_text, windows
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOG_STEPS = 20
+RANGES = {"warmup_steps": flags.FROM_0, "seed": (0, 2**32), "learning_rate": flags.ABOVE_0}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -103,6 +104,9 @@ def parse() -> Args:
         value = getattr(args, flag)
         if value <= 0:
             raise cli.usage_error(f"--{flag} {value}: must be above 0")
+    flags.refuse_values(vars(args), RANGES)
+    if args.data_path and any(word.startswith("--num_samples") for word in sys.argv):
+        cli.say("warning: --num_samples: no effect; it is for synthetic text, not --data_path")
     if args.dtype not in ("auto", *DTYPES):
         raise cli.usage_error(f"--dtype {args.dtype}: one of auto, {', '.join(DTYPES)}")
     if args.dtype == "fp16" and device.kind() == "cpu":

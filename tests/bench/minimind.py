@@ -277,13 +277,14 @@ def token_rows(ours, training, tokenizer, rows: list[dict]):
 def our_child(args, ours, training, tokenizer, rows) -> dict | None:
     import train
     import weights
-    from loop.precision import fast_float32
+    from loop.precision import fast_float32, product_shapes
 
     from common import device
 
-    fast_float32()
     loader = token_rows(ours, training, tokenizer, rows)
     model = weights.load_model(args.size, ours, training, tokenizer)
+    tokens = training.per_device_train_batch_size * ours.model_max_length
+    fast_float32(product_shapes(model, tokens))
     start_weights(model, moved=False)
     start = forget_peak()
     began = time.process_time()

@@ -17,7 +17,7 @@ import pytest
 from harness import ROOT, error_line, expect, finish, shell, start
 from harness import environment as variables
 
-from common.runs import environment, machine
+from common.runs import environment, machine, ranks
 
 SCRIPT = """
 import os, signal, sys, time
@@ -121,6 +121,156 @@ def test_several_nodes_on_one_machine(recipe):
     nodes = [start(["bash", recipe, "ok"], NODE_RANK=i, **env) for i in range(2)]
     outs = [expect(finish(node, 60)).stdout for node in nodes]
     assert "rank 0 of 2" in outs[0] and "rank 1 of 2" in outs[1]
+
+
+# ---- the command that continues ----------------------------------------------------------------------------------
+
+
+def test_the_printed_command_is_the_one_that_was_typed(tmp_path):
+    """Variables included, flags that the wrapper adds left out, nothing that would begin anew; the same words again
+    give the same command."""
+    (tmp_path / "train.py").write_text("import os; print(os.environ['DANPU_RERUN'])")
+    wrapper = tmp_path / "my run.sh"
+    wrapper.write_text(
+        f"set -euo pipefail\nknobs='SIZE STAGES'\nsource {ROOT}/common/launch.sh\nSIZE=${{SIZE:-tiny}}\n"
+        f'OUTPUT=${{OUTPUT:-elsewhere}}\nlaunch {tmp_path}/train.py --use_lora true --deepspeed x.json "$@"\n'
+    )
+    given = {"MODEL": "a b", "DATA": "x.jsonl:0.5 它's.csv", "NPROC": 1, "STAGES": "sft dpo"}
+    given["DANPU_CACHE"] = str(tmp_path)
+    flags = ["--lora_r", "4", "--overwrite_output_dir", "true", "--system_prompt", "用'中文'答"]
+    flags += ["--overwrite-output-dir", "--deepspeed=mine.json"]
+    printed = expect(shell(wrapper, *flags, **given)).stdout.strip()
+    assert printed == (
+        "MODEL='a b' DATA='x.jsonl:0.5 它'\\''s.csv' NPROC=1 STAGES='sft dpo' "
+        f"DANPU_CACHE={tmp_path} bash '{wrapper}' --lora_r 4 --system_prompt '用'\\''中文'\\''答' --deepspeed=mine.json"
+    )
+    again = finish(start(["bash", "-c", printed]))
+    assert expect(again).stdout.strip() == printed
+
+
+# ---- whose error it is -------------------------------------------------------------------------------------------
+
+DYING = """
+import os, signal, sys, time
+order, rank = sys.argv[-1].split(","), int(os.environ["RANK"])
+what = dict(word.split("=") for word in order).get(str(rank), "lost")
+gloo = f"[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:{4000 + rank}"
+if what == "raises": raise ValueError(f"rank {rank} has a bad row")
+if what == "killed": os.kill(os.getpid(), signal.SIGKILL)
+if what == "late":  # its words are out, and its end takes longer than that of the ranks that lost it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("Traceback (most recent call last):\\n  line\\nValueError: rank", rank, "has a bad row", file=sys.stderr)
+    time.sleep(1.5)
+    sys.exit(1)
+if what == "tidies":  # an exception, and another while it is handled
+    try:
+        raise ValueError(f"rank {rank} has a bad row")
+    finally:
+        raise RuntimeError(gloo)
+time.sleep(0.7)
+raise RuntimeError(gloo)
+"""
+
+
+@pytest.mark.parametrize(
+    "order, ranks, last",
+    [
+        ("9=raises", 16, "ValueError: rank 9 has a bad row"),
+        ("1=late", 2, "ValueError: rank 1 has a bad row"),
+        ("0=raises", 4, "ValueError: rank 0 has a bad row"),
+        ("1=tidies", 2, ""),
+        ("2=killed", 3, "rank 2 was killed by SIGKILL; the other ranks were ended"),
+    ],
+)
+def test_the_error_of_the_rank_that_failed_first_comes_last(tmp_path, order, ranks, last):
+    """Whoever ends first, and whatever the ranks that lost it say: that is one line."""
+    (tmp_path / "train.py").write_text(DYING)
+    command = ["python", ROOT / "common/launch.py", ranks, tmp_path / "train.py", order]
+    lines = expect(finish(start(command)), 1).stderr.splitlines()
+    rank = order.split("=")[0]
+    if last:
+        assert lines[-1] == last
+    else:
+        assert "ValueError: rank 1 has a bad row" in lines and "tcp/pair" in lines[-1]
+    summaries = [line for line in lines if line.startswith("launch: ")]
+    assert len(summaries) <= 1 and all(f"rank {rank} failed first" in s for s in summaries)
+    consequences = [line for line in lines if "Connection closed by peer" in line]
+    assert len(consequences) <= 1 + (order == "1=tidies")
+    if ranks == 16 and summaries:
+        assert summaries[0].count("Connection closed by peer") == ("said" in summaries[0])
+
+
+CUT_OFF = {  # what a rank says that lost another
+    "gloo": "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:45",
+    "gloo reset": "RuntimeError: Application timeout caused pair closure\n[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation",
+    "nccl": "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:2006, remote process exited or there was a network error\nncclRemoteError: A call failed possibly due to a network error",
+    "hccl": "RuntimeError: HcclAllreduce:ProcessGroupHCCL.cpp:120 HCCL function error: error code is 9\nEI0002: Notify wait timeout",
+    "store": "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+    "timeout": "torch.distributed.DistStoreError: wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
+}
+ALONE = {  # what it can have by itself
+    "memory": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+    "nccl": "torch.distributed.DistBackendError: NCCL error: Cuda failure 2 'out of memory'",
+    "port": "torch.distributed.DistNetworkError: The server socket has failed to bind, EADDRINUSE",
+    "hub": "requests.exceptions.ConnectionError: HTTPSConnectionPool(host='hub'): Connection refused",
+    "row": "ValueError: the row has no answer",
+}
+
+
+def ended(rank, error="", code=1, at=0.0, **more):
+    text = ["Traceback (most recent call last):", "  File x", *error.splitlines()] if error else []
+    return ranks.Ended(rank, code, at, at, text, **more)
+
+
+@pytest.mark.parametrize("words", CUT_OFF.values(), ids=CUT_OFF)
+@pytest.mark.parametrize("own", ALONE.values(), ids=ALONE)
+def test_words_of_a_lost_rank_are_no_reason(words, own):
+    all_of_them = [ended(0, words, at=1.0), ended(1, own, at=3.0), ended(2, words, at=2.0)]
+    first = ranks.first_failure(all_of_them)
+    assert first.rank == 1 and ranks.consequences(first, all_of_them).startswith("ranks 0, 2 said")
+    assert ranks.first_failure([all_of_them[0], all_of_them[2]]).rank == 0, "nothing else is known"
+
+
+def test_who_was_first_without_words():
+    lost = ended(0, CUT_OFF["gloo"], at=1.0)
+    assert ranks.first_failure([lost, ended(1, code=-9, at=1.1)]).rank == 1, "killed by the system"
+    assert ranks.first_failure([lost, ended(1, code=-9, at=40.0)]).rank == 0, "by the launcher"
+    assert ranks.first_failure([lost, ended(1, code=-15, at=1.1)]).rank == 0, "by the launcher"
+    survived = ended(1, ALONE["row"], code=-15, at=500.0)
+    survived.said = 20.0
+    lost.at = lost.said = 400.0
+    assert ranks.first_failure([lost, survived]).rank == 0, "an old error that was handled"
+    abort = "[rank0]:[E1129 10:00:00 ProcessGroupNCCL.cpp:699] Watchdog caught collective operation timeout"
+    watchdog = ranks.Ended(0, -6, 1.0, 1.0, [abort, "terminate called after throwing"])
+    assert ranks.first_failure([watchdog, ended(1, code=-11, at=2.0)]).rank == 1
+
+
+def test_prefixes_and_parting_words_of_torch():
+    text = (
+        "[rank3]: Traceback (most recent call last):\n[rank3]:   File x\n[rank3]: ValueError: no\n"
+    )
+    text += "[rank3]:[W1129 10:00:00 ProcessGroupGloo.cpp:1] Warning: destroy_process_group() was not called\n"
+    one = ranks.Ended(3, 1, 1.0, 1.0, text.splitlines())
+    assert one.error == "ValueError: no" and one.text[-1] == "[rank3]: ValueError: no"
+    assert ranks.name_ranks([7, 0, 1, 2]) == "ranks 0-2, 7" and ranks.name_ranks([3]) == "rank 3"
+
+
+def test_a_handled_error_of_rank_0_and_its_bar_reach_the_terminal(tmp_path):
+    """On a terminal rank 0 has one too; an error that it survives is shown in the end."""
+    script = "import sys\nprint(sys.stderr.isatty(), file=sys.stderr)\n"
+    script += "print('Traceback (most recent call last):\\nKeyError: handled', file=sys.stderr)\n"
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, ROOT / "common/launch.py", "2", tmp_path / "train.py"]
+    master, slave = pty.openpty()
+    done = subprocess.Popen(command, stderr=slave, stdout=subprocess.DEVNULL, env=variables())
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(master, 1 << 16):
+            shown += part
+    os.close(master)
+    assert done.wait() == 0
+    assert shown.decode().splitlines() == ["True", f"{ranks.TRACEBACK}:", "KeyError: handled"]
 
 
 # ---- the Python of the shells and its first install --------------------------------------------------------------

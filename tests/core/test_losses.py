@@ -85,10 +85,50 @@ def test_equals_full_logits(head, items):
         )
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
 def test_equals_full_logits_of_a_mixture_of_experts_with_its_auxiliary_loss():
-    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-    stock = build(name="Qwen3Moe", output_router_logits=True, router_aux_loss_coef=0.5, **more)
-    assert_same(losses.use_chunked_loss(copy.deepcopy(stock)), stock, make_batch())
+    """One row: the balance of a document is that of the stock forward over it."""
+    stock = build(name="Qwen3Moe", **BALANCED, **EXPERTS)
+    assert_same(losses.use_chunked_loss(copy.deepcopy(stock)), stock, make_batch(shape=(1, 40)))
+
+
+def step_in(parts, model):
+    """Loss and gradients of a step over batches; num_items_in_batch as the Trainer counts it."""
+    items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in parts)
+    model.zero_grad()
+    total = sum(model(**batch, num_items_in_batch=items).loss for batch in parts)
+    total.backward()
+    return total.detach(), {name: grad.clone() for name, grad in grads(model).items()}
+
+
+def test_the_balance_of_experts_is_the_same_in_one_batch_in_many_and_packed():
+    """Weighted by labels like the rest of the loss, so that rows of uneven length count alike."""
+    from test_packing import make_rows
+
+    from common import collators
+    from common.fast import attention
+
+    attention.register()
+    model = losses.use_chunked_loss(build(name="Qwen3Moe", **BALANCED, **EXPERTS))
+    rows = make_rows([30, 5, 18, 40, 9, 26, 3, 12])
+    padded = [collators.PaddedCollator(0)(rows)]
+    one_by_one = [collators.PaddedCollator(0)([row]) for row in rows]
+    uneven = [collators.PaddedCollator(0)(part) for part in (rows[:3], rows[3:])]
+    packed = [collators.PackedCollator()([rows])]
+    for batch in (*padded, *one_by_one, *uneven, *packed):
+        batch.pop("row_ids")
+    expected, wanted = step_in(padded, model)
+    without = losses.use_chunked_loss(build(name="Qwen3Moe", **EXPERTS))
+    assert expected > step_in(padded, without)[0] + 0.9, "two experts of four, times 0.5"
+    for parts in (one_by_one, uneven, packed):
+        model.config._attn_implementation = "packed" if parts is packed else "sdpa"
+        loss, found = step_in(parts, model)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, wanted[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])

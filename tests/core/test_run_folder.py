@@ -120,13 +120,10 @@ def test_rotation_keeps_what_was_just_saved(tmp_path):
 
 
 def test_printed_command_continues_and_never_wipes(monkeypatch):
-    words = "train.py --deepspeed shell.json --data_path a:1 --overwrite_output_dir true --deepspeed=mine.json"
+    words = "train.py --data_path a:1 --overwrite_output_dir true --deepspeed=mine.json --overwrite-output-dir"
     monkeypatch.setattr("sys.argv", [*words.split(), "--output_dir", "my run"])
-    monkeypatch.setenv("DANPU_RERUN", "bash r/train_zero2.sh")
-    assert (
-        cli.resume_command()
-        == "bash r/train_zero2.sh --data_path a:1 --deepspeed=mine.json --output_dir 'my run'"
-    )
-    monkeypatch.delenv("DANPU_RERUN")
-    both = "python train.py --deepspeed shell.json --data_path a:1 --deepspeed=mine.json --output_dir 'my run'"
+    monkeypatch.delenv("DANPU_RERUN", raising=False)
+    both = "python train.py --data_path a:1 --deepspeed=mine.json --output_dir 'my run'"
     assert cli.resume_command() == both
+    monkeypatch.setenv("DANPU_RERUN", "NPROC=2 bash r/train_zero2.sh --data_path a:1")
+    assert cli.resume_command() == "NPROC=2 bash r/train_zero2.sh --data_path a:1"

@@ -444,6 +444,10 @@ def test_fast_float32_never_rounds(monkeypatch):
             lambda x, y: real(x.bfloat16().float() if x.dtype == torch.float32 else x, y),
         )
         assert not precision.fast_float32() and settings.fp32_precision == before
+        shapes = precision.product_shapes(small(), tokens=96)
+        assert {(96, 48, 48), (48, 96, 48), (96, 48, 97)} <= shapes
+        monkeypatch.setattr(precision, "rounds", lambda *shape: shape == max(shapes))
+        assert not precision.fast_float32(shapes), "one shape that rounds is enough"
     finally:
         settings.fp32_precision = before
 

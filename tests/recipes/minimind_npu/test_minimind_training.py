@@ -265,6 +265,9 @@ def test_when_held_out_rows_are_measured(windows, every, expected):
     (["--reference", "adapter"], "no adapter to switch off"), (["--warmup_steps", 20], "a part of the run"),
     (["--lr_scheduler_type", "polynomial"], "cosine, linear"), (["--packing", "false"], "unknown flag --packing"),
     (["--optimizer", "muon", "--use_lora", "true"], "not for those of an adapter"),
+    (["--optim", "adafactor"], "--optim adafactor: the loop has"), (["--max_minutes", -1], "--max_minutes -1.0: 0 or more"),
+    (["--hidden_size", 100], "a multiple of 8"), (["--model_max_length", 12], "16 or more"),
+    (["--min_lr_ratio", 2], "from 0 to 1"), (["--num_train_epochs", 0, "--max_steps", -1], "above 0"),
 ])  # fmt: skip
 def test_usage_mistakes(monkeypatch, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
@@ -272,6 +275,36 @@ def test_usage_mistakes(monkeypatch, capsys, flags, words):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and words in lines[0]
+
+
+def test_sizes_beside_weights_are_refused(monkeypatch, capsys, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    settings.MiniMindConfig(**sizes).save_pretrained(tmp_path)
+    for flags in (["--hidden_size", 64], ["--num_hidden_layers", 3], ["--use_moe", "true"]):
+        with pytest.raises(SystemExit) as stop:
+            parsed(monkeypatch, "--from_weight", tmp_path, "--model_max_length", 64, *flags)
+        assert stop.value.code == 2 and "have their own" in capsys.readouterr().err
+    parsed(monkeypatch, "--from_weight", tmp_path, "--model_max_length", 65)
+    assert "above the 64 positions" in capsys.readouterr().out
+
+
+def test_flags_of_another_stage_are_told(monkeypatch, capsys):
+    """Not refused: run_all.sh gives its flags to every stage."""
+    parsed(monkeypatch, "--beta", 0.2, "--think_weight", 3, "--lora_r", 4, "--muon_lr", 0.1)
+    said = capsys.readouterr().out
+    assert said.count("no effect") == 4 and "--beta: no effect; --stage pretrain has none" in said
+
+
+@pytest.mark.parametrize("length", [16, 100, 300, 384, 500, 1000, 1500, 2048, 3000, 4096, 9000])
+@pytest.mark.parametrize("windows", [1, 12, 16, 32])
+def test_a_cpu_takes_smaller_batches_of_the_same_step(monkeypatch, length, windows):
+    monkeypatch.setattr(settings.cli, "given_by_user", lambda name: False)
+    args = SimpleNamespace(model_max_length=length)
+    training = SimpleNamespace(per_device_train_batch_size=windows, gradient_accumulation_steps=1)
+    settings.fit_batches_to_cpu(args, training)
+    batch = training.per_device_train_batch_size
+    assert batch * training.gradient_accumulation_steps == windows
+    assert batch == 1 or batch * length <= settings.CPU_TOKENS
 
 
 def test_a_usage_mistake_ends_the_process_with_2(tmp_path):
