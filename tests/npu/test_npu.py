@@ -25,7 +25,9 @@ from harness import (
 )
 from npu_sim.simulator import BANNER
 
-A2, FIRST = "Ascend910B2", "Ascend910A"  # with bf16; fp16 only
+# with bf16; fp16 only. Most tests see two of a chip, also those that use one: processes with equal
+# variables come from one fork server
+A2, FIRST = "Ascend910B2", "Ascend910A"
 CHECKS = ROOT / "tests/npu/npu_checks.py"
 SAMPLES = [
     "--data_path",
@@ -208,14 +210,14 @@ def test_more_processes_than_cards(npu):
 
 def test_a_flag_that_this_chip_gets_wrong_is_one_line(npu):
     line = error_line(
-        shell(ROOT / "train_qwen/train_lora.sh", "--bf16", "true", **npu(FIRST, 1)), 2
+        shell(ROOT / "train_qwen/train_lora.sh", "--bf16", "true", **npu(FIRST, 2)), 2
     )
     assert "--bf16 true: Ascend910A has no bf16" in line
 
 
 def test_deepspeed_without_ascend_home_path(npu):
     unset = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
-    env = {k: v for k, v in npu(A2, 1).items() if k not in unset} | {"HOME": "/nonexistent"}
+    env = {k: v for k, v in npu(A2, 2).items() if k not in unset} | {"HOME": "/nonexistent"}
     command = [
         sys.executable,
         ROOT / "train_qwen/train.py",
@@ -268,7 +270,7 @@ def test_check_env(npu, case):
 
 @pytest.mark.parametrize("chip", [A2, FIRST])
 def test_packed_equals_unpacked(npu, chip):
-    said = check("packing", env=npu(chip, 1))
+    said = check("packing", env=npu(chip, 2))
     assert BANNER in said.pop("stderr")
     assert len(said) == 2
     for dtype, found in said.items():
@@ -281,7 +283,7 @@ def test_packed_equals_unpacked(npu, chip):
 @pytest.mark.parametrize("chip", [A2, FIRST])
 def test_packed_equals_unpacked_with_alibi(npu, chip):
     """Bloom: the fused kernel with its bias in columns where there is one, one document after the other elsewhere."""
-    said = check("packing_alibi", env=npu(chip, 1))
+    said = check("packing_alibi", env=npu(chip, 2))
     assert BANNER in said.pop("stderr") and len(said) == 2
     for dtype, found in said.items():
         fused, exact = dtype == "torch.bfloat16", dtype == "torch.float32"
@@ -299,7 +301,7 @@ def test_packed_equals_unpacked_with_alibi(npu, chip):
 @pytest.mark.parametrize("chip", [A2, FIRST])
 def test_packed_equals_unpacked_with_prefixes(npu, chip):
     """ChatGLM: two calls of the fused kernel, prefixes among themselves and the rest; one mask where there is none."""
-    said = check("packing_prefix", env=npu(chip, 1))
+    said = check("packing_prefix", env=npu(chip, 2))
     assert BANNER in said.pop("stderr") and len(said) == 2
     for dtype, found in said.items():
         exact = dtype == "torch.float32"
@@ -337,7 +339,7 @@ def test_deepspeed_sees_an_overflow_of_a_chip_that_saturates(npu, stage):
 
 def test_what_is_steered_around_is_still_broken(npu):
     """When this fails, a release mended something: the refusal in common/device.py can go."""
-    said = check("known_defects", env=npu(A2, 1))
+    said = check("known_defects", env=npu(A2, 2))
     assert said["scaler"].startswith("torch_npu.")
     assert said["found"] == {
         "npu fused trains on stale gradients": True,
@@ -348,7 +350,7 @@ def test_what_is_steered_around_is_still_broken(npu):
 @pytest.mark.slow
 def test_generation_equals_that_on_the_cpu(npu, tiny_run):
     model = tiny_run[0] / "final"
-    here, there = check("answers", model, env={}), check("answers", model, env=npu(A2, 1))
+    here, there = check("answers", model, env={}), check("answers", model, env=npu(A2, 2))
     assert there["device"] == "npu:0" and here["device"] == "cpu"
     assert there["answers"] == here["answers"] and "小丹" in here["answers"][0]
 
@@ -392,15 +394,16 @@ def test_recipe_trains(npu, tmp_path, recipe, case):
             "--output_dir",
             tmp_path,
         ]
-        done = finish(start([*command, *config, *flags], **npu(chip, cards)))
+        done = finish(start([*command, *config, *flags], **npu(chip, 2)))
     elif deepspeed:
-        done = shell(ROOT / recipe / "train_zero2.sh", *flags, OUTPUT=tmp_path, **npu(chip, cards))
+        done = shell(ROOT / recipe / "train_zero2.sh", *flags, OUTPUT=tmp_path, **npu(chip, 2))
     else:
         done = finish(
             start(
                 ["bash", "-c", PLAIN, ROOT / recipe / "train.py", *flags],
                 OUTPUT=tmp_path,
-                **npu(chip, cards),
+                NPROC=cards,
+                **npu(chip, 2),
             )
         )
     expect(done)
@@ -433,7 +436,7 @@ def test_quickstart_killed_in_a_save_continues_bit_exactly(npu, tmp_path):
     ):
         launch = [sys.executable, ROOT / "common/launch.py", 1, *script]
         command = [*launch, *flags, "--output_dir", tmp_path / name]
-        expect(finish(start(command, **npu(FIRST, 1))), code)
+        expect(finish(start(command, **npu(FIRST, 2))), code)
     assert weights_sha(tmp_path / "whole/final") == weights_sha(tmp_path / "killed/final")
     whole, killed = report(tmp_path / "whole"), report(tmp_path / "killed")
     assert whole["dtype"] == "float16" and whole["metrics"] == killed["metrics"]
@@ -480,7 +483,7 @@ def test_losses_are_those_of_the_cpu(npu, tmp_path):
         "cpu": (one + fp32, 1, cpu),
         "npu x2": (two + fp32, 2, npu(A2, 2)),
         "npu ZeRO-2 x2": (two + fp32 + ZERO2, 2, npu(A2, 2)),
-        "fp16": (one, 1, npu(FIRST, 1)),
+        "fp16": (one, 1, npu(FIRST, 2)),
     }
     for name, (flags, nproc, env) in runs.items():
         train(tmp_path / name, *flags, "--save_strategy", "no", nproc=nproc, env=env)
@@ -535,7 +538,7 @@ def test_demo(npu, tiny_run):
         ROOT / "tests/recipes/train_qwen/test_app.py",
     ]
     select = ["-k", "test_stream_ends_with or test_chat_in_chromium or test_an_answer_ends"]
-    done = expect(finish(start([*command, *select], **npu(A2, 1), DANPU_TEST_RUN=tiny_run[0])))
+    done = expect(finish(start([*command, *select], **npu(A2, 2), DANPU_TEST_RUN=tiny_run[0])))
     assert (
         BANNER in done.stdout + done.stderr
         and " passed" in done.stdout

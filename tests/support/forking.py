@@ -42,12 +42,13 @@ NOT_READ = (
     "HF_HUB_DISABLE_TELEMETRY",
     "PYTHONWARNINGS",
     "PYTHONUNBUFFERED",
+    "PYTHONUTF8",
     "TORCH_CPP_LOG_LEVEL",
     "ASCEND_GLOBAL_LOG_LEVEL",
     "ASCEND_SLOG_PRINT_TO_STDOUT",
     "DS_ACCELERATOR",  # what it says is what DeepSpeed finds on its own, on the CPU and on NPUs
 )
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as launch.sh has it
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUTF8": "1"}  # as launch.sh has them
 SECONDS_BETWEEN_LOOKS = 5  # of a server, whether it is still wanted
 
 CLIENT = """
