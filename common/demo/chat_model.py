@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import device
-from common.convert import adapter
+from common.convert import adapter, model_folder
 from common.data.labels import encode_prompt
 
 REFRESH = 0.05  # seconds between two looks at a growing answer
@@ -71,6 +71,7 @@ class ChatModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = torch.float32 if device.kind() == "cpu" else device.half_dtype()
+        model_folder.check(self.path)
         try:
             base = adapter.check_base(self.path) if self.adapter else self.path
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
