@@ -50,6 +50,7 @@ from common.data.load import load_rows, summary
 from common.data.progress import Progress
 from common.fast import attention, losses
 from common.runs import report
+from common.runs.generate import answer_text
 
 SAMPLES = HERE / "data" / "eval"
 BUILT_IN = {
@@ -398,7 +399,7 @@ def exact_match(model, asker: Asker, args, ends: frozenset[int], file: Path | No
 
 
 def judged(question: Exact, ids: list[int], asker: Asker) -> dict:
-    text = asker.tokenizer.decode(ids, skip_special_tokens=True)
+    text = answer_text(asker.tokenizer, ids)
     # a plain continuation ends where it begins the next question
     said = text if asker.as_chat else text.split("\n问：")[0]
     facts = {"question": question.question, "expected": question.final, "answer": text}

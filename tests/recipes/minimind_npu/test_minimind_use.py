@@ -1016,6 +1016,24 @@ def test_a_pretrained_model_goes_on_with_the_text(trained, tmp_path):
     assert not writer.chats and writer.tokenizer.decode(ids) == "<|im_start|>马德里"
 
 
+def test_an_answer_that_is_cut_inside_a_character_ends_before_it(chat_model, monkeypatch):
+    ids = chat_model.tokenizer("好🙂", add_special_tokens=False)["input_ids"]
+    first = len(chat_model.tokenizer("好", add_special_tokens=False)["input_ids"])
+    assert len(ids) == first + 4, "a token for each byte"
+    for count in range(len(ids) + 1):
+
+        def generate(prompt, room, heard, count=count, **_):
+            for told in range(1, count + 1):
+                heard(torch.tensor([prompt + ids[:told]]))
+                time.sleep(0.06)  # the page looks at it while it grows
+
+        monkeypatch.setattr(chat_model, "_generate", generate)
+        seen = [text for text, _ in chat_model.stream(user("你是谁？"), thinking=False)]
+        assert not any("\ufffd" in text for text in seen)
+        expected = "好🙂" if count == len(ids) else "好" * (count >= first)
+        assert seen[-1] == expected
+
+
 def test_chat_model_and_generate_say_the_same(chat_model):
     prompt = chat_model.prompt(user("西班牙的首都是哪里？"), 40, False)
     expected = chat_model.tokenizer.decode(
