@@ -1,7 +1,7 @@
 """llama.cpp for tests: its converter and its Python binding, from the source distribution of llama-cpp-python. Compiled
 once, into a cache beside the environment; no developer who installs requirements-dev.txt waits for it.
 
-    python tests/support/llama_cpp_build.py            # build it now: about ten minutes of one CPU core
+    python tests/support/llama_cpp_build.py            # build it now: nine minutes of CPU time, five on two free cores
 
 LLAMA_CPP_CACHE names the folder, else ~/.cache/danpu/llama_cpp. The wheel stays there too.
 """
