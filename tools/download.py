@@ -335,7 +335,6 @@ def check_shards(folder: Path, record: dict, offered: Collection[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     args = parse_args(argv)
     folder = Path(args.model)
     only_local = folder.is_dir() and (args.verify or args.manifest or args.try_)
@@ -361,6 +360,7 @@ def interrupted(*_) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, interrupted)
     try:
