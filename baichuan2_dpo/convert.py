@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import fast_tokenizer
-from common.convert import adapter
+from common.convert import adapter, model_folder
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
 from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
@@ -322,6 +322,7 @@ def main() -> None:
         raise SystemExit(
             f"--model {folder}: no folder with a config.json; download the checkpoint first"
         )
+    model_folder.check(folder)
     to_native(folder, out, args.keep_norm_head, args.dtype, args.max_shard_size)
 
 

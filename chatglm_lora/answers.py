@@ -26,7 +26,7 @@ from transformers.generation.logits_process import (
 
 from common import device
 from common.data.labels import encode_prompt
-from common.runs.generate import end_token_ids
+from common.runs.generate import answer_text, end_token_ids
 
 
 @dataclass
@@ -131,7 +131,7 @@ def answer_batch(
             outcomes[row] = {"error": f"out of memory ({len(prompts[row])} tokens asked)"}
             continue
         outcomes[row] = {
-            "answer": loaded.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "answer": answer_text(loaded.tokenizer, ids).strip(),
             "tokens": len(ids),
             "finish_reason": "stop" if ended else "length",
         }

@@ -13,7 +13,7 @@ Model ids: the folder's name; where it is an adapter, `base` is the model withou
 built from the chat template saved with the model, by the code that built the training rows
 (common/data/labels.py). One answer at a time, the others wait in the order they came. What is not
 supported is refused in OpenAI's error object, nothing is cut silently. Beside OpenAI's parameters:
-top_k, repetition_penalty.
+top_k, repetition_penalty, chat_template_kwargs (variables of the chat template).
 """
 
 import sys
@@ -29,6 +29,7 @@ import contextlib
 import hmac
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -40,7 +41,7 @@ from typing import Annotated, Literal
 
 import torch
 import uvicorn
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -52,7 +53,8 @@ import modeling_chatglm  # noqa: F401  (registers ChatGLM)
 from common.data.labels import encode_prompt
 from common.demo import serve
 from common.demo.chat_model import ChatModel
-from common.runs.generate import end_token_ids
+from common.runs.generate import BROKEN, end_token_ids
+from openai_fields import HARMLESS, IN_A_MESSAGE, INSTEAD, NO_VARIABLES, ONLY
 
 DEFAULT = HERE.parent / "output" / HERE.name
 COMPLETIONS = "/v1/chat/completions"
@@ -65,20 +67,9 @@ READ_SECONDS = 60  # and an answer that nobody reads for so long
 CLIENT_LEFT = 499  # in the log
 BASE = "base"  # the model id without the adapter
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
+NAME = re.compile(r"[A-Za-z_]{1,40}")  # of a field, in the log
 MAX_HELD = 64  # tokens that wait for the last bytes of a character; after so many it is broken
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # as OpenAI's
-# fields that would change the answer, with the only value that this server can do (or null)
-ONLY = {
-    "n": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "logprobs": False,
-    "logit_bias": {},
-    "modalities": ["text"],
-    "tools": [],
-    "functions": [],
-}
 
 
 class Refusal(Exception):
@@ -137,21 +128,30 @@ def listed(stop):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(role_of)]
     content: Annotated[str, BeforeValidator(text_of)]
+    reasoning_content: str | None = None
+
+    def for_template(self) -> dict:
+        said = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            said["reasoning_content"] = self.reasoning_content
+        return said
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 StopString = Annotated[str, Field(min_length=1)]
 
 
 class Ask(BaseModel):
-    """Body of POST /v1/chat/completions; other fields than these and ONLY are ignored."""
+    """Body of POST /v1/chat/completions; fields that are neither here nor in ONLY are ignored, and
+    named in the log."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str
@@ -166,6 +166,7 @@ class Ask(BaseModel):
     stop: Annotated[list[StopString], BeforeValidator(listed)] = Field([], max_length=4)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -173,7 +174,14 @@ class Ask(BaseModel):
 
     @property
     def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the fields that nobody here knows."""
+        unknown = self.model_extra.keys() - ONLY.keys() - set(HARMLESS)
+        named = {"name"} if any(one.model_extra.get("name") for one in self.messages) else set()
+        return sorted(named | {name for name in unknown if self.model_extra[name] is not None})
 
     def sampling(self, defaults: dict) -> dict:
         """The arguments of generation: what the request says, else `defaults`."""
@@ -190,14 +198,26 @@ def parse(body: bytes) -> Ask:
         ask = Ask.model_validate_json(body)
     except ValidationError as error:
         raise refusal_of(error) from None
-    for name, only in ONLY.items():
-        if ask.model_extra.get(name) not in (None, only):
-            told = f"{name}: only {json.dumps(only)} is supported here"
-            raise Refusal(400, told, name, "unsupported_value")
-    if ask.stream_options is not None and not ask.stream:
+    check_neutral(ask.model_extra, ONLY)
+    for number, message in enumerate(ask.messages):
+        check_neutral(message.model_extra, IN_A_MESSAGE, f"messages[{number}].")
+    if ask.wants_usage and not ask.stream:
         told = "stream_options: only allowed when stream is true"
         raise Refusal(400, told, "stream_options", "invalid_value")
     return ask
+
+
+def check_neutral(given: dict, only: dict[str, tuple], where: str = "") -> None:
+    """Refusal 400 for the first field with a value that would change the answer."""
+    for name, neutral in only.items():
+        value = given.get(name)
+        if value is None or value in neutral:
+            continue
+        can = " or ".join(json.dumps(one) for one in neutral)
+        told = f"only {can} is supported here" if neutral else "not supported here"
+        if name in INSTEAD:
+            told += f"; {INSTEAD[name]}"
+        raise Refusal(400, f"{where}{name}: {told}", where + name, "unsupported_value")
 
 
 def refusal_of(error: ValidationError) -> Refusal:
@@ -242,7 +262,8 @@ async def read_body(receive) -> bytes:
 
 
 class Text:
-    """Growing token ids -> text in whole characters, up to the first stop string.
+    """Growing token ids -> text in whole characters, up to the first stop string. An answer that is
+    cut inside a character ends before it.
 
     Blanks depend on neighbours, so ids are decoded together with those of the piece before.
     """
@@ -264,12 +285,15 @@ class Text:
         self.ids += ids
         before = self.decode(self.ids[self.start : self.told])
         now = self.decode(self.ids[self.start :])
-        waits_for_bytes = len(now) <= len(before) or now.endswith("\ufffd")
+        waits_for_bytes = len(now) <= len(before) or now.endswith(BROKEN)
         if waits_for_bytes and not last and len(self.ids) - self.told < MAX_HELD:
             return ""
         self.start = self.told
         self.told = len(self.ids)
-        return self._until_stop(self.held + now[len(before) :], last)
+        new = now[len(before) :]
+        if last:
+            new = new.rstrip(BROKEN)
+        return self._until_stop(self.held + new, last)
 
     def _until_stop(self, text: str, last: bool) -> str:
         """What may be told of `text`; the rest is held."""
@@ -374,8 +398,10 @@ class Desk:
     async def read(self, ask: Ask) -> list[int]:
         """The prompt's token ids; Refusal 400 when the template refuses the messages or they leave
         no room."""
-        messages = [message.model_dump() for message in ask.messages]
-        encode = partial(encode_prompt, self.chat_model.tokenizer, messages)
+        messages = [message.for_template() for message in ask.messages]
+        variables = ask.chat_template_kwargs or {}
+        check_template(str(self.chat_model.tokenizer.chat_template), messages, variables)
+        encode = partial(encode_prompt, self.chat_model.tokenizer, messages, **variables)
         with failures():
             try:
                 prompt = await asyncio.get_running_loop().run_in_executor(self.reading, encode)
@@ -429,6 +455,24 @@ class Desk:
         yield "", count, reason or "length"
 
 
+def check_template(template: str, messages: list[dict], variables: dict) -> None:
+    """Refusal 400 for what the template would leave out: thoughts, and variables that it does not
+    have (null and false say no more than their absence)."""
+    for number, message in enumerate(messages):
+        if "reasoning_content" in message and "reasoning_content" not in template:
+            where = f"messages[{number}].reasoning_content"
+            told = f"{where}: this model's chat template has no place for it"
+            raise Refusal(400, told, where, "unsupported_value")
+    for name, value in variables.items():
+        where = f"chat_template_kwargs.{name[:60]}"
+        if name in NO_VARIABLES:
+            raise Refusal(400, f"{where}: the server sets it", where, "unsupported_value")
+        knows = re.search(rf"\b{re.escape(name)}\b", template)
+        if value not in (None, False) and not knows:
+            told = f"{where}: this model's chat template does not know it"
+            raise Refusal(400, told, where, "unsupported_value")
+
+
 @contextlib.contextmanager
 def failures():
     """What goes wrong in the model -> Refusal 500, and the traceback on stderr."""
@@ -461,6 +505,7 @@ class Completions:
         try:
             body = await asyncio.wait_for(read_body(receive), BODY_SECONDS)
             ask = parse(body)
+            scope["state"]["ignored"] = ask.ignored
             check_model(ask.model, self.models)
             with self.desk.place():
                 await unless_gone(receive, self.respond(ask, scope, receive, patient(send)))
@@ -679,6 +724,9 @@ class Front(serve.Guard):
         words = [time.strftime("%Y-%m-%d %H:%M:%S"), str(status), scope["method"], path]
         if "tokens" in scope["state"]:
             words.append(scope["state"]["tokens"])
+        ignored = [name for name in scope["state"].get("ignored", ()) if NAME.fullmatch(name)]
+        if ignored:
+            words.append(f"ignored: {', '.join(ignored[:8])};")
         with contextlib.suppress(OSError):  # whoever read the log has gone
             print(*words, f"{seconds:.2f} s", flush=True)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
-from common.convert import adapter
+from common.convert import adapter, model_folder
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
 from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
@@ -474,6 +474,7 @@ def main() -> None:
         raise SystemExit(
             f"--model {folder}: no folder with a config.json; download the checkpoint first"
         )
+    model_folder.check(folder)
     is_first = "padded_vocab_size" not in json.loads(config_file.read_text(encoding="utf-8"))
     if args.to and args.to != ("slim" if is_first else "native"):
         raise SystemExit(

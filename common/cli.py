@@ -285,9 +285,12 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
     """
     import torch
 
+    from common.convert import model_folder
+
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.exists(os.path.expanduser(name)):
         raise SystemExit(f"{flag} {name}: no such folder")
+    model_folder.check(name, weights="Tokenizer" not in auto_class.__name__)
     try:
         return _load(auto_class, name, settings)
     except torch.OutOfMemoryError:

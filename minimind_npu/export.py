@@ -10,9 +10,14 @@ read one back.
 An adapter is merged into its base; what --import writes can be trained on.
 
 Generation 3 becomes Qwen3 or Qwen3-MoE, generation 2 Llama or Qwen2-MoE (whose shared expert stands
-behind a gate and whose query, key and value have biases: the gate is 0, which halves, the expert's
-last matrix is doubled, the biases are 0). Afterwards both models answer the same token ids; logits
-that differ end with an error.
+behind a gate and whose query, key and value have biases: the gate is next to 0, which halves, the
+expert's last matrix is doubled, the biases are 0). Afterwards both models answer the same token
+ids; logits that differ end with an error.
+
+What only some programs read is not left to them: a YaRN model gets the magnitude that all of them
+use, and smaller queries; Qwen2-MoE gets a head of its own and a gate that is not quite 0, since
+llama.cpp needs both. Whether the weights of chosen experts sum to 1 is fixed in llama.cpp; where
+that differs, a line says so.
 
 --import takes such folders, also of others as long as this recipe's model can compute the same, and
 weight files named as MiniMind names them, {weight}_{hidden}[_moe].pth or .safetensors.
@@ -27,6 +32,7 @@ from common import cli, device  # noqa: I001  (before torch and transformers: it
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping
 
@@ -78,6 +84,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+SILENT = {torch.float32: 1e-20, torch.bfloat16: 1e-20, torch.float16: 2**-24}  # gates: no effect
+NORMALISES = {"qwen2_moe": False, "qwen3_moe": True}  # llama.cpp, whatever norm_topk_prob says
 CLOSE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of the largest logit
 
 
@@ -92,6 +100,8 @@ def native_config(config: MiniMindConfig) -> PretrainedConfig:
     fields["rope_parameters"] = rope_parameters(config)
     if config.use_moe:
         fields |= native_expert_fields(config)
+    if kind is Qwen2MoeConfig:
+        fields["tie_word_embeddings"] = False
     return kind(**fields, architectures=[architecture])
 
 
@@ -118,18 +128,42 @@ def native_expert_fields(config: MiniMindConfig) -> dict:
 
 def rope_parameters(config: MiniMindConfig) -> dict:
     theta = {"rope_theta": float(config.rope_theta)}
-    longer = config.max_position_embeddings > YARN["original_max_position_embeddings"]
-    if config.inference_rope_scaling and longer:
-        return theta | YARN | {"rope_type": "yarn", "attention_factor": 1.0}
+    if is_stretched(config):
+        return theta | YARN | {"rope_type": "yarn"}
     return theta | {"rope_type": "default"}
 
 
+def is_stretched(config: MiniMindConfig) -> bool:
+    longer = config.max_position_embeddings > YARN["original_max_position_embeddings"]
+    return config.inference_rope_scaling and longer
+
+
+def magnitude() -> float:
+    """By which YaRN multiplies query and key (Peng et al. 2023, section 3.4). This recipe's model
+    does not; attention_factor 1 would say so, but llama.cpp and vLLM do not read it."""
+    return 0.1 * math.log(YARN["factor"]) + 1
+
+
+def scaled_queries(config: MiniMindConfig, tensors: dict[str, Tensor], factor: float) -> None:
+    """Multiply every query, after its norm where it has one."""
+    for layer in range(config.num_hidden_layers):
+        part = "q_norm" if config.generation == 3 else "q_proj"
+        name = f"model.layers.{layer}.self_attn.{part}.weight"
+        tensors[name] = (tensors[name].double() * factor).to(tensors[name].dtype)
+
+
 def native_tensors(config: MiniMindConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of transformers; only Qwen2-MoE's differ."""
+    """Weights under the names of transformers; only Qwen2-MoE's differ, and a YaRN model's
+    queries."""
     tensors = dict(weights)
+    if is_stretched(config):
+        scaled_queries(config, tensors, magnitude() ** -2)
+    is_qwen2_moe = config.use_moe and config.generation == 2
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    if config.use_moe and config.generation == 2:
+    if is_qwen2_moe and config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if is_qwen2_moe:
         for layer in range(config.num_hidden_layers):
             as_qwen2_moe(config, tensors, f"model.layers.{layer}.")
     return tensors
@@ -169,7 +203,8 @@ def shared_expert(config: MiniMindConfig, own: dict[str, Tensor]) -> dict[str, T
         found[f"shared_expert.{name}_proj.weight"] = torch.cat(experts, side)
     found["shared_expert.down_proj.weight"] *= 2  # the gate halves
     dtype = own["0.down_proj.weight"].dtype
-    found["shared_expert_gate.weight"] = torch.zeros(1, size, dtype=dtype)
+    # not 0, for which llama.cpp's silu(x) / x is NaN
+    found["shared_expert_gate.weight"] = torch.full((1, size), SILENT[dtype], dtype=dtype)
     return found
 
 
@@ -223,6 +258,24 @@ def for_older_readers(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def note_for_llama_cpp(config: PretrainedConfig) -> str | None:
+    """What llama.cpp computes otherwise from an exported folder; None where nothing."""
+    is_qwen2_moe = config.model_type == Qwen2MoeConfig.model_type
+    if is_qwen2_moe and config.head_dim * config.num_attention_heads != config.hidden_size:
+        return "llama.cpp will not load it: head_dim is not hidden_size / num_attention_heads"
+    sums_to_1 = NORMALISES.get(config.model_type)
+    if sums_to_1 is None or config.num_experts_per_tok == config.num_experts:
+        return None
+    if sums_to_1 == config.norm_topk_prob:
+        return None
+    does = {True: "sum to 1", False: "stay as they are"}
+    return (
+        f"llama.cpp will answer otherwise: in any {config.model_type} model it lets the weights of "
+        f"the chosen experts {does[sums_to_1]}, here they {does[not sums_to_1]} (norm_topk_prob "
+        f"{str(config.norm_topk_prob).lower()}, which transformers, vLLM and SGLang read)"
+    )
+
+
 @torch.inference_mode()
 def compare(ours, theirs) -> float:
     """Largest difference of a logit over some ids; SystemExit when it is more than rounding."""
@@ -270,9 +323,17 @@ def own_config(config: PretrainedConfig, weights: Mapping) -> MiniMindConfig:
         value = getattr(config, name, None)
         if value is not None:
             fields[name] = value
+    fields["tie_word_embeddings"] = config.tie_word_embeddings or has_tied_head(weights)
     if sparse:
         fields |= own_expert_fields(config, weights, generation)
     return MiniMindConfig(**fields)
+
+
+def has_tied_head(weights: Mapping) -> bool:
+    """Whether the head is the embedding, also where it is written apart."""
+    head = weights.get("lm_head.weight")
+    table = weights.get("model.embed_tokens.weight")
+    return head is not None and table is not None and torch.equal(head, table)
 
 
 def own_expert_fields(config: PretrainedConfig, weights: Mapping, generation: int) -> dict:
@@ -301,8 +362,10 @@ def foreign(config: PretrainedConfig, rope: dict) -> list[str]:
         own = getattr(config, name, None)
         if own is not None and own != value:
             found.append(f"{name} is {own}")
-    yarn = YARN | {"rope_type": "yarn", "attention_factor": 1.0}
+    yarn = YARN | {"rope_type": "yarn"}
     known = rope["rope_type"] == "default" or all(rope.get(k) == v for k, v in yarn.items())
+    if not math.isclose(attention_factor(rope), magnitude()):
+        known = known and attention_factor(rope) == 1
     if not known or rope.get("partial_rotary_factor", 1) != 1:
         found.append(f"rope_parameters are {rope}")
     is_qwen2_moe = config.model_type == "qwen2_moe"
@@ -311,10 +374,20 @@ def foreign(config: PretrainedConfig, rope: dict) -> list[str]:
     return found
 
 
+def attention_factor(rope: dict) -> float:
+    """YaRN's magnitude, 1 without YaRN."""
+    if rope["rope_type"] != "yarn":
+        return 1.0
+    given = rope.get("attention_factor")
+    return magnitude() if given is None else given
+
+
 def unsilenced(weights: Mapping) -> list[str]:
     """Names of biases, and of gates before shared experts, that do something."""
-    extra = re.compile(r"\.bias$|shared_expert_gate\.weight$")
-    return [name for name in weights if extra.search(name) and weights[name].any()]
+    found = [name for name in weights if name.endswith(".bias") and weights[name].any()]
+    gates = [name for name in weights if name.endswith("shared_expert_gate.weight")]
+    most = max(SILENT.values())
+    return found + [name for name in gates if weights[name].abs().max() > most]
 
 
 def shared_experts(config: PretrainedConfig, weights: Mapping) -> int:
@@ -430,6 +503,7 @@ def config_of_weights(weights: Mapping, heads: int, per_token: int | None) -> Mi
 def read_foreign(args) -> tuple[MiniMindConfig, dict[str, Tensor], Path | None]:
     """--import: config, tensors, and where a tokenizer stands, if there is one."""
     path = Path(args.model)
+    factor = 1.0
     if path.is_file():
         is_safe = path.suffix == ".safetensors"
         weights = load_file(path) if is_safe else weight_files.read_pickle(path)
@@ -438,25 +512,30 @@ def read_foreign(args) -> tuple[MiniMindConfig, dict[str, Tensor], Path | None]:
         places = [path.parent, path.parent / "final", path.parent.parent / "model"]
     elif path.is_dir():
         weights = weight_files.Weights(path)
-        config = config_of_folder(path, weights)
+        config, factor = config_of_folder(path, weights)
         places = [path]
     else:
         raise SystemExit(f"--model {path}: no such file or folder")
     found = [place for place in places if (place / "tokenizer.json").is_file()]
-    return config, own_tensors(config, weights), found[0] if found else None
+    tensors = own_tensors(config, weights)
+    if factor != 1:
+        scaled_queries(config, tensors, factor**2)
+    return config, tensors, found[0] if found else None
 
 
-def config_of_folder(path: Path, weights: Mapping) -> MiniMindConfig:
+def config_of_folder(path: Path, weights: Mapping) -> tuple[MiniMindConfig, float]:
+    """-> our config, and what its query and key are multiplied by."""
     config = cli.load(AutoConfig, str(path), "--model")
     if config.model_type != MiniMindConfig.model_type:
-        return own_config(config, weights)
+        rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+        return own_config(config, weights), attention_factor(rope)
     # ours, or of MiniMind's own code, which has no generation
     fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
     for name in ("auto_map", "model_type"):
         fields.pop(name, None)
     normalises = any("q_norm" in name for name in weights)
     fields.setdefault("generation", 3 if normalises else 2)
-    return MiniMindConfig(**fields)
+    return MiniMindConfig(**fields), 1.0
 
 
 def bring_in(args) -> str:
@@ -558,6 +637,9 @@ def main() -> None:
         f"exported as {name}, {model.dtype}; logits differ by at most {apart:.1e} -> "
         f"{args.output_dir}"
     )
+    note = note_for_llama_cpp(native_config(model.config))
+    if note:
+        cli.say(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -23,13 +23,18 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Collection
 from pathlib import Path
 
 from filelock import FileLock
 
+from common.convert import model_folder
 from common.data.files import atomic_file
 from tools.manifest import describe, tensors
 
+WEIGHTS = (".safetensors", ".bin")
+POINTER = "only a Git LFS pointer"
+ELSEWHERE = "another --revision, --source or HF_ENDPOINT may have them"
 RECORD = ".danpu.json"  # {source, repo, revision, commit, files: {path: {size, sha256 or git}}}
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
 OTHERS = ["*.py", "*.so", "*.sh", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "*.ggml", "*.ot"]
@@ -104,6 +109,8 @@ def problem(folder: Path, name: str, known: dict, read: bool = True) -> str | No
     size = path.stat().st_size
     if size != known["size"]:
         return f"{size:,} bytes, expected {known['size']:,}"
+    if model_folder.is_pointer(path):
+        return POINTER
     for kind in ("sha256", "git"):
         if read and known.get(kind) and digest(path, kind) != known[kind]:
             return f"its {kind} is not {known[kind]}"
@@ -126,6 +133,8 @@ def verify(folder: Path, files: dict) -> None:
     wrong = problems(folder, files)
     for path, why in wrong.items():
         print(f"  {path}: {why}")
+    if not wrong:
+        model_folder.check(folder, weights=any(path.endswith(WEIGHTS) for path in files))
     if wrong or not files:
         raise SystemExit(f"{folder}: {len(wrong)} of {len(files)} files broken; see --repair")
     print(f"{folder}: {len(files)} files, {size_text(files)}, all right")
@@ -268,12 +277,16 @@ def download(args, folder: Path) -> None:
             for path in known:  # no loader may find a mixture of two versions
                 if files.get(path) != known[path] and not problem(folder, path, known[path]):
                     (folder / path).unlink()
-            fill(args, folder, offered | {"files": files})
+            fill(args, folder, offered | {"files": files}, offered["files"])
     print(f"{folder}: {len(files)} files, {size_text(files)}{'' if args.dry_run else ', complete'}")
 
 
-def fill(args, folder: Path, record: dict) -> None:
-    """Fetch what the record names and the folder lacks; what arrives broken is deleted."""
+def fill(args, folder: Path, record: dict, offered: Collection[str]) -> None:
+    """Fetch what the record names and the folder lacks; what arrives broken is deleted.
+
+    offered: all files of the hub. The lists of shards come first: a model that is not whole there
+    is not worth its gigabytes.
+    """
     wrong = problems(folder, record["files"], read=args.repair)
     for path, why in wrong.items():
         if why != "missing" and not args.repair:
@@ -284,21 +297,44 @@ def fill(args, folder: Path, record: dict) -> None:
     missing = {path: record["files"][path] for path in wrong}
     if sum(known["size"] for known in missing.values()) > shutil.disk_usage(folder).free:
         raise SystemExit(f"{size_text(missing)} to fetch, more than is free under {folder}")
+    indexes = {path: known for path, known in missing.items() if path.endswith(".index.json")}
+    bring(args, folder, record, indexes)
+    check_shards(folder, record, offered)
+    bring(args, folder, record, {p: known for p, known in missing.items() if p not in indexes})
+
+
+def bring(args, folder: Path, record: dict, files: dict) -> None:
     try:
-        if missing:
-            fetch(record, missing, folder, args.aria2)
+        if files:
+            fetch(record, files, folder, args.aria2)
     except Exception as error:
         raise SystemExit(explain(error, folder, record)) from None
-    broken = problems(folder, missing)
+    broken = problems(folder, files)
     for path, why in broken.items():
         print(f"  {path}: {why}")
         (folder / path).unlink(missing_ok=True)
-    if broken:
-        raise SystemExit(f"{len(broken)} of {len(missing)} files arrived broken. Again: {again()}")
+    if not broken:
+        return
+    what = f"{len(broken)} of {len(files)} files arrived broken"
+    if set(broken.values()) == {POINTER}:
+        raise SystemExit(f"{what}: their contents are not in this repository; {ELSEWHERE}")
+    raise SystemExit(f"{what}. Again: {again()}")
+
+
+def check_shards(folder: Path, record: dict, offered: Collection[str]) -> None:
+    """SystemExit when an index names a file that nobody has."""
+    for place in {(folder / path).parent for path in record["files"]}:
+        inside = place.relative_to(folder)
+        here = [Path(path).name for path in offered if Path(path).parent == inside]
+        nowhere = model_folder.missing_shards(place, here)
+        if nowhere:
+            raise SystemExit(
+                f"{record['repo']} is not whole: its index names files that are not in the "
+                f"repository ({model_folder.listed(nowhere)}); {ELSEWHERE}"
+            )
 
 
 def main(argv: list[str]) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     args = parse_args(argv)
     folder = Path(args.model)
     only_local = folder.is_dir() and (args.verify or args.manifest or args.try_)
@@ -324,6 +360,7 @@ def interrupted(*_) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, interrupted)
     try:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from common import cli
+from common.convert import model_folder
 from common.data.files import atomic_file, new_folder
 
 CONFIG_FILE = "adapter_config.json"
@@ -110,12 +111,14 @@ def check_base(folder: str | Path, base: str | None = None) -> str:
     config = folder / CONFIG_FILE
     if not config.is_file():
         raise SystemExit(f"{folder} is not an adapter: it has no {CONFIG_FILE}")
+    model_folder.check(folder)
     trained_on = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     base = base or trained_on
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
         raise SystemExit(
             f"the base model {base} of the adapter {folder} is not there; name it where it is now"
         )
+    model_folder.check(base)
     note = folder / BASE_FILE
     if note.is_file():
         known = json.loads(note.read_text(encoding="utf-8"))

@@ -8,6 +8,8 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from common.convert import model_folder
+
 SPACE = "▁"
 
 
@@ -24,9 +26,10 @@ def read_model(
     try:
         proto = model_pb2.ModelProto.FromString(path.read_bytes())
     except DecodeError:
-        raise SystemExit(
-            f"{path}: not a sentencepiece model; cut off, or only a Git LFS pointer?"
-        ) from None
+        why = "perhaps cut off"
+        if model_folder.is_pointer(path):
+            why = "only a Git LFS pointer: fetch the file itself"
+        raise SystemExit(f"{path}: not a sentencepiece model, {why}") from None
     trainer = proto.trainer_spec
     present = {p.piece for p in proto.pieces}
     reasons = {

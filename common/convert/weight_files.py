@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.convert import model_folder
+
 SHARD_GB = 4.0
 LAYOUTS = (  # (index, weight files)
     ("model.safetensors.index.json", "*.safetensors"),
@@ -25,9 +27,7 @@ LAYOUTS = (  # (index, weight files)
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a torch.save file, mapped from disk where it allows that. SystemExit for
     anything but tensors."""
-    with open(path, "rb") as file:
-        head = file.read(40)
-    if head.startswith(b"version https://git-lfs"):
+    if model_folder.is_pointer(path):
         raise SystemExit(
             f"{path} is only a Git LFS pointer: the download of the weights is missing"
         )
@@ -67,6 +67,7 @@ class Weights(Mapping):
     """
 
     def __init__(self, folder: Path):
+        model_folder.check(folder, weights=False)  # its index is read below
         self.sources = {}  # name -> an open safetensors file, or the dictionary of a .bin file
         for path in _weight_files(folder):
             source = _opened(path)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import device
-from common.convert import adapter
+from common.convert import adapter, model_folder
 from common.data.labels import encode_prompt
 
 REFRESH = 0.05  # seconds between two looks at a growing answer
@@ -71,6 +71,7 @@ class ChatModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         dtype = torch.float32 if device.kind() == "cpu" else device.half_dtype()
+        model_folder.check(self.path)
         try:
             base = adapter.check_base(self.path) if self.adapter else self.path
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
@@ -144,6 +145,8 @@ class ChatModel:
         sampling: some of SAMPLING; temperature 0, the default, is greedy.
         Raises ValueError when the template refuses the messages, and whatever generation raises.
         """
+        from common.runs.generate import answer_text
+
         room = min(int(max_new_tokens), self.window // 2)
         prompt = self.prompt(messages, room, thinking)
         thought_is_open = self.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
@@ -173,14 +176,12 @@ class ChatModel:
                 worker.join(REFRESH)
                 if len(ids) > seen:
                     seen = len(ids)
-                    text = self.tokenizer.decode(ids[:seen], skip_special_tokens=True)
-                    # a character whose last bytes are still to come is left out
-                    yield opened + text.rstrip("\ufffd"), seen
+                    yield opened + answer_text(self.tokenizer, ids[:seen]), seen
         finally:
             left.set()
         if errors:
             raise errors[0]
-        yield opened + self.tokenizer.decode(ids, skip_special_tokens=True), len(ids)
+        yield opened + answer_text(self.tokenizer, ids), len(ids)
 
     def _generate(
         self, prompt, room, heard, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0

@@ -15,6 +15,14 @@ from common.runs.flags import learned_positions
 from common.runs.metrics import answer_match
 from common.runs.report import parameters
 
+BROKEN = "\ufffd"  # what decode() makes of bytes that are no character
+
+
+def answer_text(tokenizer, ids) -> str:
+    """Token ids of an answer -> its text; a character of which only the first bytes are there is
+    left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip(BROKEN)
+
 
 def end_token_ids(model, tokenizer) -> list[int]:
     """Ids that end an answer: the tokenizer's eos and those of the model's generation config."""
@@ -57,7 +65,7 @@ def generate_answers(
         for start in range(0, len(mine), batch_size):
             chosen = mine[start : start + batch_size]
             ids = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = [answer_text(tokenizer, row) for row in ids]
             answers |= dict(zip(chosen, texts, strict=True))
             progress.update(len(chosen))
     model.train(was_training)

@@ -14,7 +14,8 @@ likeliest of A, B, C, D after the question with its choices; by text: the choice
 log-likelihood per UTF-8 byte after the bare question. --exact: the greedy answer's last number, or
 its text, against the given one. Chat models are asked in their chat template, others (--prompt
 plain) go on with a text. lm_eval is lm-evaluation-harness, on an export of the model. Result: a
-table (eval.md too) and eval.json.
+table (eval.md too) and eval.json, written after each part; exact answers stand in answers.jsonl as
+they come.
 """
 
 import sys
@@ -27,9 +28,11 @@ from common import cli, device  # noqa: I001  (device before torch and transform
 import argparse
 import json
 import math
+import os
 import re
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from engine.generation import Engine, MiniMindChatModel, newest
@@ -47,6 +50,7 @@ from common.data.load import load_rows, summary
 from common.data.progress import Progress
 from common.fast import attention, losses
 from common.runs import report
+from common.runs.generate import answer_text
 
 SAMPLES = HERE / "data" / "eval"
 BUILT_IN = {
@@ -355,7 +359,8 @@ def score(pairs: list[tuple[Choice, int]]) -> dict:
 # ---- exact answers -------------------------------------------------------------------------------
 
 
-def exact_match(model, asker: Asker, args, ends: frozenset[int]) -> dict:
+def exact_match(model, asker: Asker, args, ends: frozenset[int], file: Path | None = None) -> dict:
+    """file: gets a line for each answer as soon as it is there."""
     found = questions.read(args.exact, Exact, args.num_rows)
     asked = []
     prompts = []
@@ -373,16 +378,15 @@ def exact_match(model, asker: Asker, args, ends: frozenset[int]) -> dict:
         raise SystemExit("--exact: no question is left to ask; fewer --shots or --max_new_tokens")
 
     began = time.perf_counter()
-    new = answer(model, prompts, args, ends)
+    new: list[list[int]] = [[] for _ in prompts]
+    samples: list[dict] = [{} for _ in prompts]
+    with open(file or os.devnull, "w", encoding="utf-8") as lines:
+        for index, ids in answers(model, prompts, args, ends):
+            new[index] = ids
+            samples[index] = judged(asked[index], ids, asker)
+            lines.write(json.dumps(samples[index], ensure_ascii=False) + "\n")
+            lines.flush()
     seconds = time.perf_counter() - began
-    texts = asker.tokenizer.batch_decode(new, skip_special_tokens=True)
-    samples = []
-    for question, text in zip(asked, texts, strict=True):
-        # a plain continuation ends where it begins the next question
-        said = text if asker.as_chat else text.split("\n问：")[0]
-        right = questions.same(said, question.final)
-        facts = {"question": question.question, "expected": question.final}
-        samples.append(facts | {"answer": text, "right": right})
     tokens = sum(len(ids) for ids in new)
     return accuracy([sample["right"] for sample in samples]) | {
         "ended": sum(ids[-1] in ends for ids in new) / len(new),
@@ -394,15 +398,34 @@ def exact_match(model, asker: Asker, args, ends: frozenset[int]) -> dict:
     }
 
 
-def answer(model, prompts: list[list[int]], args, ends: frozenset[int]) -> list[list[int]]:
-    """New token ids of each prompt, greedy, the end token among them."""
-    answers: list[list[int]] = [[] for _ in prompts]
+def judged(question: Exact, ids: list[int], asker: Asker) -> dict:
+    text = answer_text(asker.tokenizer, ids)
+    # a plain continuation ends where it begins the next question
+    said = text if asker.as_chat else text.split("\n问：")[0]
+    facts = {"question": question.question, "expected": question.final, "answer": text}
+    try:
+        return facts | {"right": questions.same(said, question.final)}
+    except Exception as error:  # what a model may say is boundless; the other answers count
+        cli.say(
+            f"  {question.source}: not judged, counts as wrong ({type(error).__name__} {error})"
+        )
+        return facts | {"right": False}
+
+
+def answers(
+    model, prompts: list[list[int]], args, ends: frozenset[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of the prompt, its new token ids, the end token among them) as they are complete;
+    greedy."""
+    growing: dict[int, list[int]] = {}
     engine = Engine(model, args.batch_size)
     with Progress("answer", unit="tokens") as progress:
         for index, token in engine.stream(prompts, args.max_new_tokens, ends=ends):
-            answers[index].append(token)
+            growing.setdefault(index, []).append(token)
             progress.update(1)
-    return answers
+            if token in ends or len(growing[index]) == args.max_new_tokens:
+                yield index, growing.pop(index)
+        yield from growing.items()  # the window ended them
 
 
 # ---- lm-evaluation-harness -----------------------------------------------------------------------
@@ -529,8 +552,12 @@ def contradiction(args) -> str | None:
     return None
 
 
-def evaluate(args) -> dict:
-    """All that was asked for, by name; SystemExit with one line for what the user has to repair."""
+def evaluate(args, keep: Callable[[dict], None] = lambda results: None, out=None) -> dict:
+    """All that was asked for, by name; SystemExit with one line for what the user has to repair.
+
+    keep: gets what is known so far after each part; out: the folder for answers.jsonl, None for
+        none.
+    """
     chat_model = MiniMindChatModel(args.model_name_or_path or newest())
     model = chat_model.model
     if DTYPES[args.dtype] is not None:
@@ -545,40 +572,39 @@ def evaluate(args) -> dict:
         f"{chat_model.name}: {model.num_parameters():,} parameters, {facts['dtype']} on "
         f"{facts['device']}"
     )
+    facts |= {"recipe": HERE.name, "versions": report.versions()}
+    facts["command"] = f"python {' '.join(sys.argv)}"
     if args.backend == "lm_eval":
-        results: dict = {"lm_eval": harness(chat_model, args)}
+        parts = iter([("lm_eval", harness(chat_model, args))])
     else:
-        results = own(chat_model, args)
-    facts |= {
-        "recipe": HERE.name,
-        "seconds": time.perf_counter() - began,
-        "versions": report.versions(),
-    }
-    return facts | results | {"command": f"python {' '.join(sys.argv)}"}
+        parts = own(chat_model, args, out)
+    for name, result in parts:
+        facts |= {name: result, "seconds": time.perf_counter() - began}
+        keep(facts)
+    return facts
 
 
-def own(chat_model: MiniMindChatModel, args) -> dict:
+def own(chat_model: MiniMindChatModel, args, out: Path | None) -> Iterator[tuple[str, dict]]:
+    """(name, result) of each part."""
     tokenizer = chat_model.tokenizer
     window = chat_model.window
     as_chat = chat_model.chats if args.prompt == "auto" else args.prompt == "chat"
     if as_chat and tokenizer.chat_template is None:
         raise SystemExit("--prompt chat: this model's tokenizer has no chat template")
     scorer = Scorer(chat_model.model)
-    results = {}
     if args.held_out:
         size = min(args.window, window)
         stride = min(args.stride, size - 1)
-        results["held_out"] = held_out(
-            scorer, tokenizer, args.held_out, size, stride, args.num_rows
-        )
+        found = held_out(scorer, tokenizer, args.held_out, size, stride, args.num_rows)
+        yield "held_out", found
     if args.choice:
         asker = Asker(tokenizer, as_chat, window)  # nothing is thought before a letter
-        results["choice"] = {by: multiple_choice(scorer, asker, args, by) for by in args.choice_by}
+        yield "choice", {by: multiple_choice(scorer, asker, args, by) for by in args.choice_by}
     if args.exact:
         thinking = {"template": None, "on": True, "off": False}[args.thinking]
         asker = Asker(tokenizer, as_chat, window, thinking)
-        results["exact"] = exact_match(chat_model.model, asker, args, chat_model.ends)
-    return results
+        file = out / "answers.jsonl" if out else None
+        yield "exact", exact_match(chat_model.model, asker, args, chat_model.ends, file)
 
 
 # ---- what people see -----------------------------------------------------------------------------
@@ -646,16 +672,19 @@ def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
     device.training_defaults(set())
-    results = evaluate(args)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "eval.json": json.dumps(results, indent=1, ensure_ascii=False),
-        "eval.md": table(results) + "\n",
-    }
-    for name, text in texts.items():
-        with atomic_file(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+
+    def keep(results: dict) -> None:
+        texts = {
+            "eval.json": json.dumps(results, indent=1, ensure_ascii=False),
+            "eval.md": table(results) + "\n",
+        }
+        for name, text in texts.items():
+            with atomic_file(out / name) as part:
+                part.write_text(text, encoding="utf-8")
+
+    results = evaluate(args, keep, out)
     cli.say(f"{table(results)}\n{results['seconds']:,.1f} s -> {out / 'eval.json'}")
 
 

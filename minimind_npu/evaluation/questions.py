@@ -1,27 +1,33 @@
 """Files of questions -> Choice and Exact, in the layouts of the public tests; what cannot be used
 is counted and named.
 
-Choices: csv of C-Eval (id,question,A,B,C,D,answer[,explanation]) and CMMLU
-(,Question,A,B,C,D,Answer), lines of ARC ({"question", "choices": {"text", "label"}, "answerKey"})
-and MMLU ({"question", "choices": [...], "answer": 2}). Exact answers: GSM8K's lines ({"question",
-"answer": "... #### 18"}), or an answer in <answer> tags, or alone. The subject of a question is its
-"subject" or "category", else the name of its file without _dev, _val, _test.
+Choices: csv of C-Eval (id,question,A,B,C,D,answer[,explanation]), CMMLU (,Question,A,B,C,D,Answer)
+and MMLU (the same columns without a header), lines of ARC ({"question", "choices": {"text",
+"label"}, "answerKey"}) and MMLU ({"question", "choices" or "options": [...], "answer": 2}). The
+answer is a label (C, Ｃ, (C), "C: 7"), the text of a choice, or its index from 0; where it may be
+two of these and they differ it is refused. Exact answers: GSM8K's lines ({"question", "answer":
+"... #### 18"}), or an answer in <answer> tags, or alone. The subject of a question is its "subject"
+or "category", else the name of its file without _dev, _val, _test.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+
+from evaluation.answers import final_answer, numbers, same  # noqa: F401  (for those who ask)
 
 from common.data import files
 from common.data.shapes import BadRow
 
 LETTERS = "ABCDEFGHIJ"
-NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/[1-9]\d*)?")
+LABELLED = re.compile(r"[(\[【（]?\s*(\w{1,2})\s*[)\]】）.．:：、,，]\s*(.+)", re.DOTALL)
 
 
 @dataclass
@@ -90,7 +96,7 @@ def read(paths, kind: type, limit: int | None = None) -> Read:
 def read_file(file: Path, convert: Callable, out: Read, limit: int | None) -> None:
     stem = re.sub(r"_(dev|val|test|train)$", "", file.name.split(".")[0])
     count = 0
-    for line, record in files.records(file, files.told_encoding(file)):
+    for line, record in records(file, convert is choice):
         if count == limit:
             return
         source = f"{file}:{line}"
@@ -105,116 +111,192 @@ def read_file(file: Path, convert: Callable, out: Read, limit: int | None) -> No
             out.drop(source, bad.reason, bad.detail)
 
 
+def records(file: Path, of_choices: bool) -> Iterator:
+    """(line, record or BadRow) of a file; tables of choices may come without a header, as MMLU's
+    do."""
+    encoding = files.told_encoding(file)
+    if of_choices and files.suffix_of(file) in files.TABLES:
+        first, rows = table(file, encoding)
+        if is_question(first):
+            return headless(rows)
+    return files.records(file, encoding)
+
+
+def table(file: Path, encoding: str) -> tuple[list[str], Iterator]:
+    """The first row with something in it, and (line, cells) of all such rows."""
+
+    def rows() -> Iterator:
+        opened = gzip.open if file.name.endswith(".gz") else open
+        with opened(file, "rt", encoding=encoding, errors="surrogateescape", newline="") as lines:
+            lines = (line.replace("\0", "") for line in lines)
+            start = next(lines, "")
+            csv.field_size_limit(1 << 30)
+            reader = csv.reader(chain([start], lines), delimiter=max(",\t;", key=start.count))
+            number = 1
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    yield number, cells
+                number = reader.line_num + 1
+
+    _, first = next(rows(), (0, []))
+    return first, rows()
+
+
+def is_question(cells: list[str]) -> bool:
+    """Whether a row is a question with its choices and, last, the letter of one of them."""
+    words = [ordinary(cell) for cell in cells]
+    if len(words) < 4 or "QUESTION" in words or "ANSWER" in words:
+        return False
+    return words[-1] in tuple(LETTERS[: len(words) - 2])
+
+
+def headless(rows: Iterator) -> Iterator:
+    width = 0
+    for line, cells in rows:
+        width = width or len(cells)
+        if len(cells) != width:
+            yield line, BadRow("wrong number of cells", f"{len(cells)}, the first row has {width}")
+            continue
+        has_number = len(cells) > 6 and cells[0].strip().isdecimal()  # C-Eval's id
+        question, *options, answer = cells[1:] if has_number else cells
+        named = dict(zip(LETTERS, options, strict=False))
+        yield line, {"question": question, **named, "answer": answer}
+
+
 def choice(record: dict, stem: str, source: str) -> Choice:
     """BadRow for a record of none of the layouts. stem: the subject where the record has none."""
     row = lower_names(record)
-    question = text(row.get("question"), "no question")
-    options, labels, answer = options_of(row)
+    question = row.get("question")
+    if isinstance(question, dict):  # ARC's own files
+        row |= lower_names(question)
+        question = row.get("stem")
+    question = text(question, "no question")
+    options, labels = options_of(row)
     options = [text(option, "an empty choice") for option in options]
+    options = without_labels(options, labels)
     if len(options) < 2 or len(labels) != len(options) or len(options) > len(LETTERS):
         raise BadRow("no choices", f"columns: {', '.join(str(name) for name in record)[:80]}")
-    return Choice(subject_of(row, stem), source, question, options, place(answer, labels))
+    return Choice(subject_of(row, stem), source, question, options, right_one(row, options, labels))
 
 
-def options_of(row: dict) -> tuple[list, list[str], object]:
-    """-> (choices, their labels, the answer as it is given)."""
-    listed = row.get("choices")
-    if isinstance(listed, dict):  # ARC
-        labels = [str(label) for label in listed.get("label") or []]
-        return listed.get("text") or [], labels, row.get("answerkey", row.get("answer"))
-    if isinstance(listed, list):  # MMLU
-        labels = list(LETTERS[: len(listed)])
-        return listed, labels, row.get("answer", row.get("answerkey"))
+def options_of(row: dict) -> tuple[list, list[str]]:
+    """-> (choices, their labels)."""
+    given = row.get("choices", row.get("options"))
+    if isinstance(given, list) and any(isinstance(option, dict) for option in given):
+        given = {
+            "text": [option.get("text") for option in given if isinstance(option, dict)],
+            "label": [option.get("label") for option in given if isinstance(option, dict)],
+        }
+    if isinstance(given, dict) and "text" in given:  # ARC
+        texts = list(given["text"] or [])
+        labels = given.get("label") or LETTERS[: len(texts)]
+        return texts, [ordinary(label) for label in labels]
+    if isinstance(given, dict):  # MedQA; parquet fills absent letters with null
+        given = {label: option for label, option in given.items() if option is not None}
+        return list(given.values()), [ordinary(label) for label in given]
+    if isinstance(given, list):  # MMLU
+        return given, list(LETTERS[: len(given)])
     labels = [letter for letter in LETTERS if text(row.get(letter.lower()), None)]
-    return [row[letter.lower()] for letter in labels], labels, row.get("answer")
+    return [row[letter.lower()] for letter in labels], labels
+
+
+def without_labels(options: list[str], labels: list[str]) -> list[str]:
+    """["A. 3", "B. 4"] -> ["3", "4"]."""
+    matches = [LABELLED.match(option) for option in options]
+    if all(matches) and [ordinary(match[1]) for match in matches] == labels:
+        return [match[2] for match in matches]
+    return options
 
 
 def lower_names(record: dict) -> dict:
-    return {str(name).strip().lower(): value for name, value in record.items()}
+    return {ordinary(name).lower(): value for name, value in record.items()}
+
+
+def ordinary(word) -> str:
+    """Ｃ -> C, 1 -> "1"."""
+    return unicodedata.normalize("NFKC", str(word)).strip().upper()
 
 
 def subject_of(row: dict, stem: str) -> str:
     return str(row.get("subject") or row.get("category") or stem)
 
 
-def place(answer, labels: list[str]) -> int:
-    """Index of the right choice, from its label or (as a number) its index."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
-        return answer
-    word = "" if answer is None else str(answer)
-    word = word.strip().strip("().（）").upper()
-    if not word:
+ANSWERS = ("answerkey", "answer", "answer_key", "answer_idx", "answer_index")
+
+
+def right_one(row: dict, options: list[str], labels: list[str]) -> int:
+    """Index of the right choice; BadRow where the row's answers are missing or differ."""
+    given = [row[name] for name in ANSWERS if row.get(name) not in (None, "")]
+    if not given:
         raise BadRow("no answer given")
-    known = [label.upper() for label in labels]
-    if word not in known:
-        raise BadRow("the answer is none of the choices", word[:20])
-    return known.index(word)
+    places = set()
+    problems = []
+    for answer in given:
+        try:
+            places.add(place(answer, options, labels))
+        except BadRow as bad:  # perhaps an explanation beside the label
+            problems.append(bad)
+    if not places:
+        raise problems[0]
+    if len(places) > 1:
+        raise BadRow("its answers differ", ", ".join(map(str, given))[:40])
+    return places.pop()
+
+
+def place(answer, options: list[str], labels: list[str]) -> int:
+    """Index of the right choice, from its label, its text or (as a number) its index from 0."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    word = ordinary(answer)
+    bare = word.strip("().,:;、。[]【】 ")
+    if not bare:
+        raise BadRow("no answer given")
+    if bare in labels:
+        return labels.index(bare)
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    texts = [i for i, option in enumerate(options) if ordinary(option) == word]
+    index = [int(bare)] if bare.isdecimal() and len(bare) < 3 and int(bare) < len(options) else []
+    if is_number and index:
+        return index[0]
+    letters = re.sub("[,、/ ]", "", bare)
+    if not texts and not index and len(letters) > 1 and set(letters) <= set(labels):
+        raise BadRow("several answers", word[:20])
+    found = set(texts + index + labelled(word, options, labels))
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise BadRow("the answer may be several of the choices; give its letter", word[:20])
+    raise BadRow("the answer is none of the choices", word[:20])
+
+
+def labelled(word: str, options: list[str], labels: list[str]) -> list[int]:
+    """ "C: 7" or "(C) 7" -> the index of C, and of 7 where that is another choice."""
+    match = LABELLED.match(word)
+    if not match or match[1] not in labels:
+        return []
+    texts = [i for i, option in enumerate(options) if ordinary(option) == match[2]]
+    return [labels.index(match[1]), *texts]
 
 
 def exact(record: dict, stem: str, source: str) -> Exact:
     """BadRow for a record without question or answer. stem: the subject where it has none."""
     row = lower_names(record)
     question = text(row.get("question"), "no question")
-    answer = row.get("answer")
-    if isinstance(answer, (int, float)):
-        answer = str(answer)
-    solution = text(answer, "no answer given")
+    solution = text(row.get("answer"), "no answer given")
     return Exact(subject_of(row, stem), source, question, solution, final_answer(solution))
 
 
 def text(value, reason: str | None) -> str:
-    """A stripped text; BadRow(reason) where there is none (with None: "")."""
+    """A stripped text, also of a number or true and false; BadRow(reason) where there is none (with
+    None: "")."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)) and value == value:
+        return str(value)
     if isinstance(value, str) and value.strip():
+        if re.search("[\ud800-\udfff]", value):
+            raise BadRow("broken characters", ascii(value)[:40])
         return value.strip()
     if reason is None:
         return ""
     raise BadRow(reason)
-
-
-# ---- answers -------------------------------------------------------------------------------------
-
-
-def final_answer(answer: str) -> str:
-    """What counts of an answer: after its last ####, in its last <answer>, or all that follows its
-    thought."""
-    said = answer.split("</think>")[-1]
-    if "<answer>" in said:
-        said = said.split("<answer>")[-1].split("</answer>")[0]
-    else:
-        said = said.split("####")[-1]
-    return said.strip()
-
-
-def numbers(words: str) -> list[Fraction]:
-    """The numbers in a text; 1,200 and full-width digits are read, a dot at the end of a sentence
-    is none of theirs."""
-    found = []
-    for number in NUMBER.findall(normalised(words)):
-        numerator, _, denominator = number.replace(",", "").partition("/")
-        found.append(Fraction(numerator) / Fraction(denominator or 1))
-    return found
-
-
-def same(given: str, wanted: str) -> bool:
-    """Whether an answer's final part is the wanted one: numbers by value, its last one counts; else
-    word by word."""
-    given = final_answer(given)
-    target = numbers(wanted)
-    if len(target) == 1 and is_number(wanted):
-        return numbers(given)[-1:] == target
-    return plain(given) == plain(wanted)
-
-
-def is_number(words: str) -> bool:
-    """Whether a text is one number, perhaps with a sign of money, a percent sign or a dot around
-    it."""
-    return bool(NUMBER.fullmatch(normalised(words).strip(" $¥€%.。\n")))
-
-
-def normalised(words: str) -> str:
-    """Full-width characters as ordinary ones, one kind of minus."""
-    return unicodedata.normalize("NFKC", words).replace("−", "-")
-
-
-def plain(words: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", words).split()).strip(" .。!！").casefold()

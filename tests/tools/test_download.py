@@ -490,6 +490,66 @@ def test_a_file_that_is_broken_in_the_repository_is_not_kept(hub, get):
     assert not (get.folder / W).exists()
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 5\n" % 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", W, "merges.txt"])
+def test_a_pointer_of_git_lfs_is_named_as_that(name, hub, get):
+    hub.repos[REPO][name] = LFS
+    result = get(hub, code=1)
+    assert f"  {name}: only a Git LFS pointer" in result.stdout
+    assert "not in this repository; another --revision, --source or HF_ENDPOINT" in result.error
+    assert not (get.folder / name).exists() and "Again" not in result.error
+    (get.folder / name).write_bytes(LFS)  # as a clone without git-lfs leaves it
+    (get.folder / download.RECORD).unlink()
+    told = get(hub, "--verify", what=get.folder, code=1).error
+    assert f"Git LFS pointers without contents ({name})" in told and "git lfs pull" in told
+
+
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+BOTH = {
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}
+    ).encode()
+}
+
+
+@pytest.mark.parametrize("place", ["", "vision/"])
+def test_an_index_that_names_a_shard_nobody_has_ends_before_the_weights(place, hub, get):
+    files = BOTH | {SHARDS[0]: FILES[W]}
+    hub.repos[REPO] = dict(SMALL) | {place + name: data for name, data in files.items()}
+    told = get(hub, code=1).error
+    assert f"{REPO} is not whole: its index names files that are not in the repository" in told
+    assert f"({SHARDS[1]})" in told
+    assert hub.sent(place + SHARDS[0]) == 0
+    hub.repos[REPO][place + SHARDS[1]] = FILES[W]
+    hub.commit = "beef" * 10
+    get(hub)
+    stands(get.folder, hub.repos[REPO])
+
+
+def test_an_index_that_nobody_follows_is_no_fault(hub, get):
+    hub.repos[REPO] = (
+        FILES | BOTH | {"pytorch_model.bin.index.json": b'{"weight_map": {"a": "x.bin"}}'}
+    )
+    get(hub)
+    assert "all right" in get(hub, "--verify").stdout
+    hub.repos["org/half"] = SMALL | BOTH | {name: FILES[W] for name in SHARDS}
+    get(hub, "--include", "*.json", what="org/half")  # chosen so
+    assert "all right" in get(hub, "--verify", what=get.folder.parent / "half").stdout
+
+
+def test_a_shard_that_is_gone_is_found_by_verify(hub, get):
+    hub.repos[REPO] = SMALL | BOTH | {name: FILES[W] for name in SHARDS}
+    get(hub)
+    record = json.loads((get.folder / download.RECORD).read_text())
+    del record["files"][SHARDS[1]]  # a record of another program's making
+    (get.folder / SHARDS[1]).unlink()
+    (get.folder / download.RECORD).write_text(json.dumps(record))
+    told = get(hub, "--verify", code=1).error
+    assert f"its index names files that are not there ({SHARDS[1]})" in told
+
+
 # ---- ModelScope and aria2c ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import json
 import os
@@ -358,6 +359,29 @@ BAD = {
     "response_format": ({"response_format": {"type": "json_object"}}, 400, "response_format", '{"type": "text"}'),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "supported"),
     "logprobs": ({"logprobs": True}, 400, "logprobs", "only false"),
+    "top_logprobs": ({"top_logprobs": 3}, 400, "top_logprobs", "only 0"),
+    "tool_choice": ({"tool_choice": "required"}, 400, "tool_choice", '"none" or "auto"'),
+    "function_call": ({"function_call": {"name": "f"}}, 400, "function_call", '"none" or "auto"'),
+    "modalities": ({"modalities": ["text", "audio"]}, 400, "modalities", '["text"]'),
+    "logit_bias": ({"logit_bias": {"7": -100}}, 400, "logit_bias", "only {}"),
+    "min_p": ({"min_p": 0.1}, 400, "min_p", "only 0"),
+    "ignore_eos": ({"ignore_eos": True}, 400, "ignore_eos", "only false"),
+    "stop_token_ids": ({"stop_token_ids": [7]}, 400, "stop_token_ids", "only []"),
+    "guided_json": ({"guided_json": {"type": "object"}}, 400, "guided_json", "not supported"),
+    "reasoning_effort": ({"reasoning_effort": "high"}, 400, "reasoning_effort", '"none"'),
+    "enable_thinking": ({"enable_thinking": False}, 400, "enable_thinking", "chat_template_kwargs"),
+    "max_new_tokens": ({"max_new_tokens": 9}, 400, "max_new_tokens", "max_tokens is the limit"),
+    "system": ({"system": "短一点"}, 400, "system", 'role "system"'),
+    "usage in each chunk": ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, 400,
+                            "stream_options.continuous_usage_stats", "False"),
+    "calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, 400,
+              "messages[0].tool_calls", "only []"),
+    "a thought": ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, 400,
+                  "messages[0].reasoning_content", "no place"),
+    "template": ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs.enable_thinking",
+                 "does not know it"),
+    "template's own": ({"chat_template_kwargs": {"tools": []}}, 400, "chat_template_kwargs.tools", "the server sets it"),
+    "template word": ({"chat_template_kwargs": "x"}, 400, "chat_template_kwargs", "object"),
     "json": (b'{"model": "my_run", ', 400, None, "not valid JSON"),
     "empty": (b"", 400, None, "not valid JSON"),
     "bytes": (b'{"model": "\xff"}', 400, None, "not valid JSON"),
@@ -405,6 +429,69 @@ def test_harmless_fields_are_accepted(server):
         server, GOOD | extra | {"metadata": {"a": "b"}, "tools": [], "tool_choice": "none"}
     )
     assert status == 200 and body["usage"]["completion_tokens"] == 2
+
+
+def test_values_that_change_nothing_are_accepted_of_every_field(api, server):
+    usage = post(server, GOOD)[2]["usage"]
+    for pick in (0, -1):
+        extra = {name: neutral[pick] if neutral else None for name, neutral in api.ONLY.items()}
+        extra |= {"chat_template_kwargs": {"enable_thinking": False}, "stream_options": {}}
+        message = {"role": "user", "content": "数数", "refusal": None, "annotations": []}
+        message |= {
+            name: neutral[0] if neutral else None for name, neutral in api.IN_A_MESSAGE.items()
+        }
+        status, _, body = post(server, GOOD | extra | {"messages": [message]})
+        assert status == 200 and body["usage"] == usage
+
+
+def test_a_field_that_nobody_knows_is_named_in_the_log(server):
+    named = [{"role": "user", "content": "数数", "name": "bob"}]
+    post(
+        server,
+        GOOD
+        | {"messages": named, "unheard_of": 1, "user": "u", "nothing": None, "bad\nname": SECRET},
+    )
+    line = wait_for(lambda: [line for line in server.log().splitlines() if "unheard_of" in line])[
+        -1
+    ]
+    assert "ignored: name, unheard_of; " in line and SECRET not in server.log()
+
+
+def test_variables_and_thoughts_reach_a_template_that_has_them(api, run):
+    """A ChatGLM template with a switch and a place for thoughts."""
+    tokenizer = copy.deepcopy(run.tokenizer)
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if loud is defined and loud %}数数数{% endif %}"
+        "{% for m in messages if m.reasoning_content is defined %}{{ m.reasoning_content }}{% endfor %}"
+    ) + plain
+
+    def prompt(**body):
+        desk = api.Desk(SimpleNamespace(tokenizer=tokenizer, window=WINDOW), 1)
+        ask = api.parse(json.dumps(GOOD | body).encode())
+        return tokenizer.decode(asyncio.run(desk.read(ask)))
+
+    assert prompt(chat_template_kwargs={"loud": True}) == "数数数" + prompt()
+    thought = {"role": "assistant", "content": "好", "reasoning_content": "一二三"}
+    asked = [*user("数数"), thought, *user("数数")]
+    assert prompt(messages=asked).startswith("一二三")
+    with pytest.raises(api.Refusal):
+        prompt(chat_template_kwargs={"quiet": True})
+
+
+def test_an_answer_that_is_cut_inside_a_character_ends_before_it(client, run):
+    before = ANSWERS["你是谁？"].partition("😀")[0]
+    count = len(run.tokenizer.encode(before, add_special_tokens=False))
+    for more in (1, 2, 3):
+        options = {"max_tokens": count + more}
+        choice = ask(client, **options).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (before, "length")
+        streamed = [
+            chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True, **options)
+        ]
+        assert "".join(streamed) == before
+    whole = ask(client, max_tokens=count + 4).choices[0].message.content
+    assert whole == before + "😀"
 
 
 def test_paths_and_methods(server):
@@ -753,7 +840,8 @@ def test_pieces_add_up_to_the_whole_text(api, run):
     for ids in rows:
         text = api.Text(run.tokenizer, [])
         pieces = [text.add([token]) for token in ids] + [text.add([], last=True)]
-        assert "".join(pieces) == run.tokenizer.decode(ids, skip_special_tokens=True)
+        whole = run.tokenizer.decode(ids, skip_special_tokens=True)
+        assert "".join(pieces) == whole.rstrip("\ufffd"), "half a character at the end is none"
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in "".join(pieces)
 
 

@@ -257,7 +257,8 @@ def test_greedy_and_penalty_are_those_of_transformers(loaded):
         out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[
             0, ids.shape[1] :
         ]
-        assert own["answer"] == loaded.tokenizer.decode(out, skip_special_tokens=True).strip()
+        text = loaded.tokenizer.decode(out, skip_special_tokens=True)
+        assert own["answer"] == text.rstrip("\ufffd").strip(), "without half a character at the end"
 
 
 def test_tokens_are_drawn_with_their_probability():

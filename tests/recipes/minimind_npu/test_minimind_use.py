@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -399,9 +398,11 @@ def test_exported_models_compute_the_same_and_come_back(name, more, out, tmp_pat
         export.parse_args(["--import", "--model", str(out), "--output_dir", str(tmp_path / "back")])
     )
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
-    assert isinstance(back, models.MiniMindForCausalLM) and torch.equal(
-        logits(back, ids), logits(model, ids)
-    )
+    assert isinstance(back, models.MiniMindForCausalLM)
+    assert back.config.tie_word_embeddings == model.config.tie_word_embeddings
+    apart = (logits(back, ids) - logits(model, ids)).abs().max()
+    # queries of YaRN are divided and multiplied
+    assert apart < 1e-5 if "inference_rope_scaling" in more else apart == 0
     stored = json.loads((out / "config.json").read_text())
     assert stored["architectures"] == [name] and stored["rope_theta"] == 1e6
     assert ("rope_scaling" in stored) == ("inference_rope_scaling" in more)
@@ -410,6 +411,34 @@ def test_exported_models_compute_the_same_and_come_back(name, more, out, tmp_pat
         == json.loads((out / "generation_config.json").read_text())["eos_token_id"]
         == 2
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_of_the_shared_expert_is_next_to_0_and_the_head_stands_apart(dtype, out):
+    model = build("tiny-moe", generation=2, scale=2.0).to(dtype)
+    export.write_native(model, None, out)
+    stored = weights(out)
+    gates = [value for name, value in stored.items() if name.endswith("shared_expert_gate.weight")]
+    assert len(gates) == 2 and all(gate.all() and gate.abs().max() < 1e-7 for gate in gates)
+    assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_yarn_is_written_with_the_magnitude_that_every_reader_has(out):
+    export.write_native(build(inference_rope_scaling=True), None, out)
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["rope_scaling"].keys() == {*models.YARN, "rope_type"}
+    assert "attention_factor" not in stored["rope_parameters"]
+
+
+def test_older_exports_with_an_attention_factor_come_in(out, tmp_path):
+    model = native("llama", rope_parameters=models.YARN | {
+        "rope_type": "yarn", "rope_theta": 1e6, "attention_factor": 1.0}, max_position_embeddings=32768)  # fmt: skip
+    model.save_pretrained(tmp_path / "native")
+    found, _ = brought_in(tmp_path / "native", out)
+    ids = torch.randint(60, (2, 30))
+    expected = logits(model, ids)
+    assert (logits(found, ids) - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
 
 
 def test_what_transformers_has_no_model_for_is_refused(out):
@@ -713,32 +742,6 @@ def test_choices_of_all_layouts_are_read_and_bad_rows_named(tmp_path):
         questions.read(str(tmp_path / "empty.jsonl"), questions.Choice)
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted", "right"),
-    [
-        ("先算5加2等于7。\n#### 7", "7", True), ("一共是 1,234.", "1234", True), ("The answer is 18.", "18", True),
-        ("3.50", "3.5", True), ("3/4", "0.75", True), ("得－5", "-5", True), ("8-3=5", "5", True), ("5-3", "3", True),
-        ("一共13个，不是12", "13", False), ("没有数", "13", False), ("$1,200", "1200", True), ("50%", "50%", True),
-        ("<think>\n是 3\n</think>\n<answer>\n5。\n</answer>", "5", True), ("<answer>5", "5", True),
-        ("１２", "12", True), ("<think>5</think>6", "5", False), ("", "0", False),
-        ("星期一。", "星期一", True), ("是星期一", "星期一", False),
-    ],
-)  # fmt: skip
-def test_exact_answers(given, wanted, right):
-    assert questions.same(given, wanted) is right
-
-
-def test_numbers_are_read_by_value():
-    assert questions.numbers("2.5, 1,000,000和-3/4，第10.") == [
-        Fraction(5, 2),
-        1000000,
-        Fraction(-3, 4),
-        10,
-    ]
-    row = {"question": "q", "answer": "x\n#### 1,018"}
-    assert questions.exact(row, "s", "f:1").final == "1,018" and questions.same("1018.0", "1,018")
-
-
 def test_likelihoods_of_choices_are_those_of_one_row_at_a_time(chat_model, tmp_path, monkeypatch):
     asked = [
         {
@@ -1011,6 +1014,24 @@ def test_a_pretrained_model_goes_on_with_the_text(trained, tmp_path):
     writer = generation.MiniMindChatModel(tmp_path / "run")
     ids = writer.prompt(user("西班牙", "不看", "马德里"), 20)
     assert not writer.chats and writer.tokenizer.decode(ids) == "<|im_start|>马德里"
+
+
+def test_an_answer_that_is_cut_inside_a_character_ends_before_it(chat_model, monkeypatch):
+    ids = chat_model.tokenizer("好🙂", add_special_tokens=False)["input_ids"]
+    first = len(chat_model.tokenizer("好", add_special_tokens=False)["input_ids"])
+    assert len(ids) == first + 4, "a token for each byte"
+    for count in range(len(ids) + 1):
+
+        def generate(prompt, room, heard, count=count, **_):
+            for told in range(1, count + 1):
+                heard(torch.tensor([prompt + ids[:told]]))
+                time.sleep(0.06)  # the page looks at it while it grows
+
+        monkeypatch.setattr(chat_model, "_generate", generate)
+        seen = [text for text, _ in chat_model.stream(user("你是谁？"), thinking=False)]
+        assert not any("\ufffd" in text for text in seen)
+        expected = "好🙂" if count == len(ids) else "好" * (count >= first)
+        assert seen[-1] == expected
 
 
 def test_chat_model_and_generate_say_the_same(chat_model):

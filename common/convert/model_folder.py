@@ -1,0 +1,73 @@
+"""What a model folder lacks: told in one line before anything of it is opened."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+POINTER = b"version https://git-lfs"
+LAYOUTS = (  # (weights in one file, the index of several)
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def check(folder: str | Path, weights: bool = True) -> None:
+    """SystemExit for a folder with Git LFS pointers in place of files, or (weights) without files
+    that its index names. A hub id, and what is no folder, passes."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        return
+    found = pointers(folder)
+    if found:
+        raise SystemExit(
+            f"{folder} cannot be read: Git LFS pointers without contents ({listed(found)}); git "
+            "lfs pull in that folder, or fetch the model again"
+        )
+    missing = missing_shards(folder) if weights else []
+    if missing:
+        raise SystemExit(
+            f"{folder}: its index names files that are not there ({listed(missing)}); fetch the "
+            "model again"
+        )
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file, of whatever kind, is only the note that stands for it in Git."""
+    if not path.is_file() or path.stat().st_size > 1024:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
+def pointers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if is_pointer(path))
+
+
+def missing_shards(folder: Path, to_come: Collection[str] = ()) -> list[str]:
+    """Names in the index that a loader of this folder follows, of files that are not there.
+
+    to_come: names of files that count as there.
+    """
+
+    def is_there(name: str) -> bool:
+        return name in to_come or (folder / name).is_file()
+
+    for whole, index in LAYOUTS:
+        if is_there(whole):
+            return []
+        if is_there(index):
+            return [name for name in shards(folder / index) if not is_there(name)]
+    return []
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names; none where it is no index."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []

@@ -1,0 +1,74 @@
+"""Folders whose contents never arrived: one line that says so, wherever a model is opened."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common import cli
+from common.convert import adapter, model_folder, weight_files
+from common.demo.chat_model import ChatModel
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 123456\n"
+INDEX = {
+    "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path
+
+
+OPENERS = {
+    "config": lambda folder: cli.load(AutoConfig, str(folder)),
+    "tokenizer": lambda folder: cli.load(AutoTokenizer, str(folder), "--tokenizer"),
+    "weights": lambda folder: cli.load(AutoModelForCausalLM, str(folder), dtype="auto"),
+    "chat": ChatModel,
+    "converter": weight_files.Weights,
+    "base of an adapter": lambda folder: adapter.check_base(made_adapter(folder), str(folder)),
+}
+
+
+def made_adapter(base):
+    (base / "adapter").mkdir()
+    settings = {"base_model_name_or_path": str(base)}
+    (base / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    return base / "adapter"
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pointer_of_any_kind_of_file_is_named(name, opener, folder):
+    (folder / name).write_text(POINTER)
+    with pytest.raises(
+        SystemExit, match=rf"Git LFS pointers without contents \({name}\); git lfs pull"
+    ) as end:
+        OPENERS[opener](folder)
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("opener", ["config", "weights", "chat"])
+def test_an_index_without_its_shards_is_named_before_anything_is_read(opener, folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(INDEX))
+    (folder / "model-00001-of-00002.safetensors").write_text("x")
+    with pytest.raises(SystemExit, match=r"names files that are not there \(model-00002-of-00002"):
+        OPENERS[opener](folder)
+
+
+def test_an_adapter_that_is_a_pointer_is_named(folder):
+    made = made_adapter(folder)
+    (made / "adapter_model.safetensors").write_text(POINTER)
+    with pytest.raises(SystemExit, match=r"Git LFS pointers .*\(adapter_model.safetensors\)"):
+        adapter.check_base(made)
+
+
+def test_what_is_whole_or_no_folder_passes(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(INDEX))
+    model_folder.check(folder, weights=False)
+    (folder / "model.safetensors").write_text("the one file that is read")
+    model_folder.check(folder)
+    model_folder.check("org/name")
+    names = [f"{i}.json" for i in range(5)]
+    assert model_folder.listed(names) == "0.json, 1.json, 2.json and 2 more"
