@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
+from copy import deepcopy
 from functools import lru_cache
 from itertools import groupby, pairwise
 from os.path import commonprefix
@@ -22,20 +23,34 @@ IGNORE = -100  # the label of a token that is not trained; the one place where t
 TEXT_KEYS = ("content", "reasoning_content")
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")  # planes 15 and 16: no assigned characters
 
+# what a template leaves out of a row that is trained all the same: `notes` of encode_chat
+THOUGHTS_LEFT_OUT = (
+    "the chat template leaves out thoughts of earlier answers; those answers are not trained, the "
+    "last one is"
+)
+_CLOSES_THOUGHT = re.compile(r"\s*</\w*(?:think|thought|reason)\w*>")
+LEADS = ("\n", "。", "a", "0")
+SHOWN_AS = {"system": "the system turn", "user": "a user turn", "tool": "a tool's result"}
+THOUGHT = "reasoning_content"
+
 
 # ---- for recipes ---------------------------------------------------------------------------------
 
 
 def set_template(tokenizer, path_or_text):
     """Give `tokenizer` the chat template in a file, or the Jinja text itself. Raises SystemExit
-    when it is neither."""
+    when it is neither.
+
+    Where the tokenizer's own call begins a text with its beginning-of-text token and the template
+    writes none, the template gets it too, so that chats begin as all other texts do.
+    """
     import jinja2
 
     is_text = "{%" in path_or_text or "{{" in path_or_text
     name = "chat template" if is_text else path_or_text
     try:
         template = path_or_text if is_text else Path(path_or_text).read_text(encoding="utf-8-sig")
-        tokenizer.chat_template = template
+        tokenizer.chat_template = _with_bos(tokenizer, template)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"{name}: not a readable chat template file: {error}") from None
@@ -44,6 +59,14 @@ def set_template(tokenizer, path_or_text):
         raise SystemExit(f"{where}: not a Jinja chat template: {error.message}") from None
     except jinja2.TemplateError:
         pass  # the template may refuse our probe; rows are checked when they come
+
+
+def _with_bos(tokenizer, template):
+    bos = tokenizer.bos_token
+    has_one = "bos_token" in template or (bos and bos in template)
+    if has_one or not bos or text_start(tokenizer) != [tokenizer.bos_token_id]:
+        return template
+    return "{{ bos_token }}" + template
 
 
 def fingerprint(tokenizer):
@@ -72,10 +95,16 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
     nothing to train. Special tokens written inside the texts are encoded as plain text. `tools` and
     `template_kwargs` go to the template. Too long a row loses its oldest exchanges, then the middle
     of what is left of its prompt (never below a quarter of the window), then the tail of its answer
-    before the end token. Raises ValueError for a row that the template refuses, shows only in part,
-    or rewrites so that its answers cannot be found; SystemExit when there is no template.
+    before the end token. Raises ValueError for a row that the template refuses, shows only in part
+    (a turn, a thought of the last answer, a tool), or rewrites so that its answers cannot be found;
+    SystemExit when there is no template.
+
+    An earlier answer without its thought, which templates leave out of a history, is not trained.
+    That, and an answer that stands behind other tokens than generation will start from, is told in
+    "notes" [str], which is there only then.
     """
-    ids, labels = _encode(tokenizer, messages, tools, False, template_kwargs)
+    notes = []
+    ids, labels = _encode(tokenizer, messages, tools, False, template_kwargs, notes)
     if not _any_trained(labels):
         return None
     truncated = len(ids) > max_length
@@ -84,14 +113,58 @@ def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):
         if newest is not None:
             ids, labels = newest
         ids, labels = _shrink(tokenizer, ids, labels, max_length)
-    return {"input_ids": ids, "labels": labels, "truncated": truncated}
+    found = {"input_ids": ids, "labels": labels, "truncated": truncated}
+    return found | {"notes": notes} if notes else found
 
 
 def encode_prompt(tokenizer, messages, tools=None, **template_kwargs):
     """Messages -> token ids [T] that generation starts from: the same tokens as before the answer
-    in training."""
+    in training. Raises ValueError where the template refuses the messages or leaves out more of
+    them than the thoughts of earlier answers."""
     ids, _ = _encode(tokenizer, messages, tools, True, template_kwargs)
     return ids
+
+
+def answer_text(tokenizer, messages, tools=None, **template_kwargs):
+    """The last answer of a conversation as the template writes it (tool calls too), without its
+    special tokens: what generation should give. Raises ValueError like encode_chat."""
+    ids, labels = _encode(tokenizer, messages, tools, False, template_kwargs)
+    runs = [tokens for trained, tokens in _runs(ids, labels) if trained]
+    return tokenizer.decode(runs[-1], skip_special_tokens=True) if runs else ""
+
+
+def encode_text(tokenizer, text):
+    """Token ids [T] of a text that is no chat, as documents are trained and continued.
+
+    It begins as the tokenizer's own call begins a text, with a beginning-of-text token or nothing;
+    special tokens written inside it are encoded as plain text.
+    """
+    spelling = _spelling(tokenizer, len(tokenizer))
+    if not spelling.special.search(text):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        data = [m.span() for m in spelling.special.finditer(text)]
+        spell = _by_offset if spelling.by_offset else _by_piece
+        ids, _ = spell(tokenizer, text, [], data, spelling)
+    return [*text_start(tokenizer), *ids]
+
+
+def text_start(tokenizer):
+    """The ids that the tokenizer's own call writes before a text: [bos] or [], as a rule."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    own = tokenizer("a")["input_ids"]
+    for start in range(len(own) - len(bare) + 1):
+        if own[start : start + len(bare)] == bare:
+            return own[:start]
+    return []
+
+
+def turn_end_ids(tokenizer):
+    """Ids of the special tokens with which the chat template ends an answer, the last one and
+    earlier ones; [] without a template."""
+    if not tokenizer.chat_template:
+        return []
+    return tokenizer.convert_tokens_to_ids(list(_facts(tokenizer, None, {}).ends))
 
 
 def preview(tokenizer, input_ids, labels, color=True):
@@ -129,13 +202,23 @@ def _runs(ids, labels):
 # ---- what a template does ------------------------------------------------------------------------
 
 
+class _Spelling(NamedTuple):
+    """What a tokenizer does with texts and special tokens."""
+
+    # any special token
+    special: re.Pattern
+    special_ids: frozenset
+    # the tokenizer puts a space before every text it is given, so texts must not be split
+    by_offset: bool
+
+
 class _Facts(NamedTuple):
     """What a template and its tokenizer do, learned once from two tiny conversations."""
 
     template: str
+    spelling: _Spelling
     # any special token
     special: re.Pattern
-    special_ids: frozenset
     # tags the template itself may look for inside texts, like </think>
     tags: re.Pattern
     # what announces an answer, longest first: the generation prompt, and what earlier turns have of
@@ -143,10 +226,10 @@ class _Facts(NamedTuple):
     headers: tuple
     # the special tokens after a plain answer, or nothing
     end: str
+    # the first special token after a last answer and after an earlier one, where there is one
+    ends: tuple
     # the template says itself what is generated: {% generation %}
     tracks: bool
-    # the tokenizer puts a space before every text it is given, so texts must not be split
-    by_offset: bool
 
 
 def _facts(tokenizer, tools, kwargs):
@@ -163,19 +246,29 @@ def _facts(tokenizer, tools, kwargs):
 def _probe(tokenizer, template, kwargs, _size):
     """kwargs: as JSON, and _size: tokens may be added later; both are here for the cache."""
     kwargs = json.loads(kwargs)
-    added = tokenizer.added_tokens_decoder.values()
-    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-    special = _any_of(name for name in names if name.strip())
-    headers, end = _headers_and_end(tokenizer, template, special, kwargs)
-    first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[:1]
+    spelling = _spelling(tokenizer, len(tokenizer))
+    headers, end, ends = _headers_and_ends(tokenizer, template, spelling.special, kwargs)
+    tags = set(re.findall(r"</?[\w:]+>", template))
     return _Facts(
         template=template,
-        special=special,
-        special_ids=frozenset(tokenizer.convert_tokens_to_ids(sorted(names))),
-        tags=_any_of(set(re.findall(r"</?[\w:]+>", template)) - names),
+        spelling=spelling,
+        special=spelling.special,
+        tags=_any_of(tag for tag in tags if not spelling.special.fullmatch(tag)),
         headers=headers,
         end=end,
+        ends=ends,
         tracks=bool(re.search(r"\{%-?\s*generation\s*-?%\}", template)),
+    )
+
+
+@lru_cache(maxsize=64)
+def _spelling(tokenizer, _size):
+    added = tokenizer.added_tokens_decoder.values()
+    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[:1]
+    return _Spelling(
+        special=_any_of(name for name in names if name.strip()),
+        special_ids=frozenset(tokenizer.convert_tokens_to_ids(sorted(names))),
         by_offset=tokenizer.is_fast and first != ["a"],
     )
 
@@ -186,7 +279,7 @@ def _any_of(names):
     return re.compile("|".join(map(re.escape, longest_first)) or nothing)
 
 
-def _headers_and_end(tokenizer, template, special, kwargs):
+def _headers_and_ends(tokenizer, template, special, kwargs):
     question = "\U000f0000"
     answer = "\U000f0001"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -201,7 +294,7 @@ def _headers_and_end(tokenizer, template, special, kwargs):
         twice = render(turns * 2)
     except ValueError:
         # it wants more than one question: texts are then trained from their own start
-        return (), ""
+        return (), "", ()
 
     after_question = asked.partition(question)[2]
     if prompt == asked:
@@ -214,8 +307,16 @@ def _headers_and_end(tokenizer, template, special, kwargs):
         earlier = twice.partition(question)[2].partition(answer)[0].removeprefix(after_question)
         short = _common_start(header, earlier, special)
     headers = [text for text in dict.fromkeys([header, short]) if text.strip()]
-    end = re.compile(f"({special.pattern})+").search(once, once.find(answer) + 1)
-    return tuple(headers), end.group() if end else ""
+    behind = once.find(answer) + 1
+    end = re.compile(f"({special.pattern})+").search(once, behind)
+    earlier_answer = twice.find(answer) + 1
+    next_question = twice.find(question, earlier_answer)
+    firsts = (
+        special.search(once, behind),
+        special.search(twice, earlier_answer, max(earlier_answer, next_question)),
+    )
+    ends = tuple(dict.fromkeys(found.group() for found in firsts if found))
+    return tuple(headers), end.group() if end else "", ends
 
 
 def _common_start(header, other, special):
@@ -269,6 +370,8 @@ class _Marker:
         self.free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in taken)
         # mark -> (index of its message, the opening mark of its pair or None if it opens itself)
         self.owner = {}
+        # opening mark -> a key of TEXT_KEYS, "arguments", or None where it marks a special token
+        self.field = {}
 
     def messages(self, messages):
         marked = []
@@ -278,28 +381,32 @@ class _Marker:
             marked.append(copy)
         return marked
 
-    def walk(self, value, index=None, whole=False):
-        """A copy of `value` with marks around the texts in it where `whole`, else around their
-        special tokens only."""
+    def walk(self, value, index=None, field=None):
+        """A copy of `value` with marks around the texts in it where they belong to a `field`, else
+        around their special tokens only."""
         if isinstance(value, dict):
             return {
-                key: self.walk(item, index, whole or self.is_text(key))
+                key: self.walk(item, index, self.field_of(key, field))
                 for key, item in value.items()
             }
         if isinstance(value, (list, tuple)):
-            return [self.walk(item, index, whole) for item in value]
+            return [self.walk(item, index, field) for item in value]
         if not isinstance(value, str):
             return value
-        if whole:
-            return self.wrap(value, _parts(value, self.facts.tags), index)
-        return self.wrap(value, [m.span() for m in self.facts.special.finditer(value)], index)
+        if field:
+            return self.wrap(value, _parts(value, self.facts.tags), index, field)
+        spans = [m.span() for m in self.facts.special.finditer(value)]
+        return self.wrap(value, spans, index, None)
 
-    def is_text(self, key):
-        if key in TEXT_KEYS:
-            return self.level >= 1
-        return key == "arguments" and self.level >= 2
+    def field_of(self, key, outer):
+        """What the strings under `key` are; outer: what the object around them is."""
+        if key == "type":  # of a part of a content list: templates compare it
+            return None
+        is_text = key in TEXT_KEYS and self.level >= 1
+        is_call = key == "arguments" and self.level >= 2
+        return outer or (key if is_text or is_call else None)
 
-    def wrap(self, text, spans, index):
+    def wrap(self, text, spans, index, field):
         out = []
         at = 0
         for start, end in spans:
@@ -307,9 +414,19 @@ class _Marker:
             closing = next(self.free)
             self.owner[opening] = (index, None)
             self.owner[closing] = (index, opening)
+            is_thought = field == "content" and _CLOSES_THOUGHT.match(text, end)
+            self.field[opening] = THOUGHT if is_thought else field
             out += [text[at:start], opening, text[start:end], closing]
             at = end
         return "".join(out) + text[at:]
+
+    def lost(self, rendered):
+        """{(message index, field)} of the marked texts of messages that are not in `rendered`."""
+        return {
+            (index, self.field[mark])
+            for mark, (index, opening) in self.owner.items()
+            if opening is None and self.field[mark] and mark not in rendered and index is not None
+        }
 
 
 def _parts(text, tags):
@@ -353,48 +470,167 @@ def _unmark(marked, owner):
     return "".join(parts) + marked[at:], spans
 
 
-def _spans_of_texts(tokenizer, facts, text, messages, tools, prompt, kwargs, level):
-    """[(start, end, message index)] of the data's texts in the rendered `text`; None when the
-    template renders marked messages otherwise."""
+def _texts_in(tokenizer, facts, text, messages, tools, prompt, kwargs, level):
+    """-> ([(start, end, message index)] of the data's texts in the rendered `text`, {(message
+    index, field)} of those that are not in it); None when the template renders marked messages
+    otherwise."""
     marker = _Marker(facts, level, taken=set(_PRIVATE.findall(text)))
     marked = marker.messages(messages)
     marked_tools = marker.walk(tools)
     if not marker.owner:
-        return []
+        return [], set()
     rendered, _ = _render(
         tokenizer, facts.template, marked, marked_tools, prompt, kwargs, facts.tracks
     )
     unmarked, spans = _unmark(rendered, marker.owner)
-    return spans if unmarked == text else None
+    return (spans, marker.lost(rendered)) if unmarked == text else None
+
+
+def _unnoticed(tokenizer, facts, text, messages, tools, prompt, kwargs, level):
+    """{(message index, field)} of the texts that `level` does not mark and the rendered `text` does
+    not depend on: more words at their end change nothing."""
+    mark = next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in text)
+    found = set()
+    for index, message in enumerate(messages):
+        for field, changed in _lengthened(message, mark, facts.tags, level):
+            turns = [*messages[:index], changed, *messages[index + 1 :]]
+            try:
+                other, _ = _render(
+                    tokenizer, facts.template, turns, tools, prompt, kwargs, facts.tracks
+                )
+            except ValueError:  # the template parses it, so it is not left out
+                continue
+            if other == text:
+                found.add((index, field))
+    return found
+
+
+def _lengthened(message, mark, tags, level):
+    """(field, copy of `message`) with `mark` at the end of one text that `level` does not mark."""
+    for key in TEXT_KEYS if level < 1 else ():
+        value = message.get(key)
+        for _, end in _parts(value, tags) if isinstance(value, str) else ():
+            is_thought = key == "content" and _CLOSES_THOUGHT.match(value, end)
+            changed = {**message, key: value[:end] + mark + value[end:]}
+            yield THOUGHT if is_thought else key, changed
+    for number, call in enumerate(message.get("tool_calls") or []):
+        if level < 2 and call.get("function", call)["arguments"]:
+            changed = deepcopy(message)
+            call = changed["tool_calls"][number]
+            call.get("function", call)["arguments"][mark] = mark
+            yield "arguments", changed
 
 
 # ---- turns: which text of the rendered chat is trained -------------------------------------------
 
 
 def _locate(tokenizer, facts, messages, tools, prompt, kwargs):
-    """-> (text, turns [(start, end)], spans of special tokens that are data, whether the last
-    answer lacks its end)."""
+    """-> (text, turns [(start, end, whether it is trained)], spans of special tokens that are data,
+    whether the last answer lacks its end)."""
+    asked = (tokenizer, facts, messages, tools, prompt, kwargs)
     text, tracked = _render(
         tokenizer, facts.template, messages, tools, prompt, kwargs, facts.tracks
     )
+    _check_tools(text, *asked)
     # a template that cuts texts up or parses arguments bears fewer marks
-    for level in (0,) if facts.tracks else (2, 1, 0):
-        spans = _spans_of_texts(tokenizer, facts, text, messages, tools, prompt, kwargs, level)
-        if spans is not None:
+    for level in (2, 1, 0):
+        found = _texts_in(tokenizer, facts, text, *asked[2:], level)
+        if found is not None:
             break
     else:
         raise ValueError(
             "the chat template rewrites special tokens in the texts; take them out of this row"
         )
+    spans, lost = found
+    if level < 2:
+        lost |= _unnoticed(tokenizer, facts, text, *asked[2:], level)
+    untrained = _without_their_thoughts(messages, lost, prompt)
     data = [m.span() for start, end, _ in spans for m in facts.special.finditer(text, start, end)]
     if facts.tracks:
-        tracked = _trained_of(tracked, messages)
         turns, still_open = _tracked_turns(_blank(text, data), tracked, facts)
+        turns = _of_messages(turns, messages, untrained)
+        still_open = still_open and turns[-1][2]
     else:
-        turns, still_open = _turns(text, messages, spans if level else None, data, prompt, facts)
+        spans = spans if level else None
+        turns, still_open = _turns(text, messages, spans, data, prompt, facts, untrained)
     if still_open and not prompt:
         text = text[: turns[-1][1]]
     return text, turns, data, still_open
+
+
+def _not_shown(what):
+    return ValueError(
+        f"the chat template does not show {what}; take a template that does, or leave it out of "
+        "the rows"
+    )
+
+
+def _check_tools(text, tokenizer, facts, messages, tools, prompt, kwargs):
+    """ValueError where the definition of a tool is not in `text`."""
+    if not tools:
+        return
+    try:
+        bare, _ = _render(tokenizer, facts.template, messages, None, prompt, kwargs, facts.tracks)
+    except ValueError:  # it wants tools
+        bare = ""
+    for words in _words_of_tools(tools):
+        spellings = {words, json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]}
+        if not any(text.count(words) > bare.count(words) for words in spellings):
+            raise _not_shown("the definitions of tools")
+    if text == bare:
+        raise _not_shown("the definitions of tools")
+
+
+def _words_of_tools(tools):
+    """Names, descriptions and parameters' names of tool definitions."""
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        if not isinstance(function, dict):
+            continue
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        yield from (properties if isinstance(properties, dict) else ())
+        for key in ("name", "description"):
+            if isinstance(function.get(key), str) and function[key].strip():
+                yield function[key].strip()
+
+
+def _without_their_thoughts(messages, lost, prompt):
+    """{index} of the earlier answers whose thought the template leaves out of a history. ValueError
+    for whatever else is `lost`."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    found = set()
+    for index, field in sorted(lost):
+        role = messages[index]["role"]
+        if field == THOUGHT and not messages[index].get("train", True):
+            continue
+        if role != "assistant":
+            raise _not_shown(SHOWN_AS.get(role, f"a {role} turn"))
+        if field == "arguments":
+            raise _not_shown("the arguments of tool calls")
+        if field != THOUGHT:
+            raise _not_shown("the text of an answer")
+        if index == answers[-1] and not prompt:
+            raise _not_shown("the thought of an answer")
+        if not prompt:
+            found.add(index)
+    return found
+
+
+def _of_messages(turns, messages, untrained):
+    """The turns (start, end) that a template marks itself, with whether they are trained."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    read_only = {index for index in answers if not messages[index].get("train", True)}
+    if len(turns) == 1:  # the last answer, all that a prefix model learns
+        answers = answers[-1:]
+    if not untrained | read_only:
+        return [(start, end, True) for start, end in turns]
+    if len(answers) != len(turns):
+        raise ValueError("the chat template does not mark one span for each answer of this row")
+    return [
+        (start, end, index not in untrained | read_only)
+        for index, (start, end) in zip(answers, turns, strict=True)
+    ]
 
 
 def _blank(text, spans):
@@ -406,18 +642,6 @@ def _blank(text, spans):
             out += [text[at:start], "\0" * (end - start)]
             at = end
     return "".join(out) + text[at:]
-
-
-def _trained_of(tracked, messages):
-    """The template's spans without those of turns that say "train": False."""
-    trained = [m.get("train", True) for m in messages if m["role"] == "assistant"]
-    if all(trained) or not tracked:
-        return tracked
-    if len(tracked) == 1:  # of the last answer, all that a prefix model learns
-        trained = trained[-1:]
-    if len(trained) != len(tracked):
-        raise ValueError("the chat template does not mark one span for each answer of this row")
-    return [span for span, is_trained in zip(tracked, trained, strict=True) if is_trained]
 
 
 def _tracked_turns(literal, tracked, facts):
@@ -444,9 +668,9 @@ def _tracked_turns(literal, tracked, facts):
     return turns, not ended and not literal[turns[-1][1] :].strip()
 
 
-def _turns(text, messages, spans, data, prompt, facts):
-    """-> ([(start, end)] of the assistant turns, whether the template left the last one without an
-    end token).
+def _turns(text, messages, spans, data, prompt, facts, untrained):
+    """-> ([(start, end, whether it is trained)] of the assistant turns, whether the template left
+    the last one without an end token).
 
     A turn starts after its header, or else at its text, and ends after the end token, or else after
     the first special token that the template wrote, or else with its text. `spans` None: only the
@@ -476,12 +700,11 @@ def _turns(text, messages, spans, data, prompt, facts):
             if index == len(messages) - 1 and not prompt:
                 end = max(text_end, len(literal.rstrip()))
                 still_open = start < end and message.get("train", True)
-        text_lost = spans is not None and own is None and index == answers[-1]
-        _check(message, text[start:end], text_lost)
+        _check_calls(message, text[start:end])
         if start < end:
+            is_trained = index not in untrained and message.get("train", True)
+            turns.append((start, end, is_trained))
             cursor = end
-            if message.get("train", True):
-                turns.append((start, end))
     return turns, still_open
 
 
@@ -502,13 +725,11 @@ def _text_of_each_message(spans):
     return texts
 
 
-def _check(message, turn, text_lost):
-    """Refuse rows of which the template shows less than there is to learn."""
-    if text_lost and (message.get("content") or "").strip():
-        raise ValueError("the chat template does not show the text of the last answer")
+def _check_calls(message, turn):
     for call in message.get("tool_calls") or []:
-        if call.get("function", call)["name"] not in turn:
-            raise ValueError("the chat template does not show tool calls")
+        function = call.get("function", call)
+        if function["name"] not in turn or any(key not in turn for key in function["arguments"]):
+            raise _not_shown("tool calls")
 
 
 def _start(literal, own, starts, cursor, headers):
@@ -551,14 +772,14 @@ def _end(literal, at, limit, facts):
 # ---- text -> tokens ------------------------------------------------------------------------------
 
 
-def _encode(tokenizer, messages, tools, prompt, kwargs):
-    """-> (ids [T], labels [T])."""
+def _encode(tokenizer, messages, tools, prompt, kwargs, notes=None):
+    """-> (ids [T], labels [T]); notes: a list to which is added what should be told of the row."""
     facts = _facts(tokenizer, tools, kwargs)
     text, turns, data, still_open = _locate(tokenizer, facts, messages, tools, prompt, kwargs)
-    if facts.by_offset:
-        ids, labels = _by_offset(tokenizer, text, turns, data, facts)
-    else:
-        ids, labels = _by_piece(tokenizer, text, turns, data, facts)
+    if notes is not None:
+        notes += _notes(tokenizer, facts, text, turns, messages, tools, kwargs)
+    spell = _by_offset if facts.spelling.by_offset else _by_piece
+    ids, labels = spell(tokenizer, text, turns, data, facts.spelling)
     if still_open and not prompt:
         if tokenizer.eos_token_id is None:
             raise SystemExit(
@@ -570,12 +791,44 @@ def _encode(tokenizer, messages, tools, prompt, kwargs):
     return ids, labels
 
 
-def _by_piece(tokenizer, text, turns, data, facts):
+def _notes(tokenizer, facts, text, turns, messages, tools, kwargs):
+    """What the row does not teach, or teaches otherwise than it will be asked for."""
+    notes = []
+    read_only = sum(not message.get("train", True) for message in messages)
+    if sum(not trained for _, _, trained in turns) > read_only:
+        notes.append(THOUGHTS_LEFT_OUT)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or not turns[-1][2]:
+        return notes
+    before = text[: turns[-1][0]]
+    try:
+        asked, _ = _render(
+            tokenizer, facts.template, messages[: answers[-1]], tools, True, kwargs, facts.tracks
+        )
+    except ValueError:  # there is no prompt to compare with
+        return notes
+    if before != asked:
+        notes.append(_asked_otherwise(before, asked))
+    return notes
+
+
+def _asked_otherwise(before, asked):
+    """before: what stands before an answer in training; asked: what generation starts from."""
+    common = len(commonprefix([before, asked]))
+    trained = before[common:]
+    wanted = asked[common:]
+    note = "answers are trained behind another prompt than the one they will be asked with"
+    if max(len(trained), len(wanted)) > 60:
+        return note
+    return f"{note}: it ends with {trained!r} in these rows, with {wanted!r} when asked"
+
+
+def _by_piece(tokenizer, text, turns, data, spelling):
     """Every piece on its own, so that no token reaches over the edge of a turn."""
     ids = []
     labels = []
     for piece, trained, plain in _pieces(text, turns, data):
-        tokens = _tokens(tokenizer, piece, plain, facts)
+        tokens = _tokens(tokenizer, piece, plain, spelling)
         ids += tokens
         labels += tokens if trained else [IGNORE] * len(tokens)
     return ids, labels
@@ -584,58 +837,68 @@ def _by_piece(tokenizer, text, turns, data, facts):
 def _pieces(text, turns, data):
     """(piece, trained, data): the text cut at the ends of turns and of the special tokens that are
     data."""
-    starts = {start for start, _ in turns}
-    ends = {end for _, end in turns}
+    starts = {start: trained for start, _, trained in turns}
+    ends = {end for _, end, _ in turns}
     plain = dict(data)
     cuts = sorted({0, len(text), *starts, *ends, *plain, *plain.values()})
     trained = False
     for start, end in pairwise(cuts):
-        trained = start in starts or (trained and start not in ends)
+        trained = starts.get(start, trained and start not in ends)
         yield text[start:end], trained, plain.get(start) == end
 
 
-def _tokens(tokenizer, text, plain, facts):
+def _tokens(tokenizer, text, plain, spelling):
     """Token ids of one piece; with `plain` its special tokens are spelt out like any text."""
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-    if plain and not facts.special_ids.isdisjoint(ids):
+    ids = tokenizer.encode(
+        text, add_special_tokens=False, split_special_tokens=plain, verbose=False
+    )
+    if plain and not spelling.special_ids.isdisjoint(ids):
         # a vocabulary that has them as ordinary pieces too
         ids = [i for char in text for i in tokenizer.encode(char, add_special_tokens=False)]
     return ids
 
 
-def _by_offset(tokenizer, text, turns, data, facts):
-    """Like the whole text at once; a token is trained when its last character lies in a turn."""
+def _by_offset(tokenizer, text, turns, data, spelling):
+    """Like the whole text at once, but for a cut where a turn begins, since generation begins
+    there; a token is trained when its last character lies in a turn."""
     ids = []
     labels = []
     plain = dict(data)
-    ends = [end for _, end in turns]
-    for start, end in pairwise(sorted({0, len(text), *plain, *plain.values()})):
+    ends = [end for _, end, _ in turns]
+    starts = [start for start, _, _ in turns]
+    for start, end in pairwise(sorted({0, len(text), *starts, *plain, *plain.values()})):
         as_text = plain.get(start) == end
-        for token, at in _offsets(tokenizer, text[start:end], start, as_text, facts):
+        for token, at in _offsets(tokenizer, text[start:end], start, as_text, spelling):
             turn = bisect_left(ends, at + 1)
-            trained = turn < len(turns) and turns[turn][0] <= at
+            trained = turn < len(turns) and turns[turn][0] <= at and turns[turn][2]
             ids.append(token)
             labels.append(token if trained else IGNORE)
     return ids, labels
 
 
-def _offsets(tokenizer, piece, start, plain, facts):
+def _offsets(tokenizer, piece, start, plain, spelling):
     """[(token, position of its last character)] of a piece that stands at `start`."""
-    lead = "\n" if start else ""  # keeps the tokenizer from putting a space before a later piece
-    out = tokenizer(
-        lead + piece,
-        add_special_tokens=False,
-        split_special_tokens=plain,
-        return_offsets_mapping=True,
-    )
+    # what stands before a later piece keeps the tokenizer from putting a space there; it must not
+    # become one token with the beginning of the piece
+    for lead in LEADS if start else ("",):
+        out = tokenizer(
+            lead + piece,
+            add_special_tokens=False,
+            split_special_tokens=plain,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        tokens = list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+        if not any(begin < len(lead) < end for _, (begin, end) in tokens):
+            break
     found = []
-    for token, (begin, end) in zip(out["input_ids"], out["offset_mapping"], strict=True):
+    for token, (begin, end) in tokens:
         if end > len(lead) or not lead:
             found.append((token, start - len(lead) + max(begin, end - 1)))
-    if plain and len(piece) > 1 and any(token in facts.special_ids for token, _ in found):
+    if plain and len(piece) > 1 and any(token in spelling.special_ids for token, _ in found):
         found = []
         for i, char in enumerate(piece):
-            found += _offsets(tokenizer, char, start + i, True, facts)
+            found += _offsets(tokenizer, char, start + i, True, spelling)
     return found
 
 

@@ -1,21 +1,27 @@
 """Labels from chat templates: exact turns, exact tokens, truncation, injected special tokens, preview."""
 
 import json
+from copy import deepcopy
 from functools import cache
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from common.data.labels import (
     IGNORE,
+    THOUGHTS_LEFT_OUT,
+    answer_text,
     encode_chat,
     encode_prompt,
+    encode_text,
     fingerprint,
     preview,
     set_template,
+    text_start,
+    turn_end_ids,
 )
 
 TEXTS = [
@@ -71,7 +77,7 @@ QWEN3 = r"""{%- if tools %}{{- '<|im_start|>system\n' }}
 {%- endif %}"""
 
 INST = """{{ bos_token }}{% for message in messages %}
-{%- if message['role'] == 'system' %}{% set sys = message['content'] %}
+{%- if message['role'] == 'system' %}{{ '[S]' + message['content'].strip() + '[/S]' }}
 {%- elif message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}
 {%- else %}{{ ' ' + message['content'].strip() + eos_token }}{% endif %}{% endfor %}"""
 
@@ -208,7 +214,11 @@ def qwen3_turn(message, last, after_query, tools=""):
 def expect_qwen3(messages):
     query = max(i for i, m in enumerate(messages) if m["role"] == "user")
     turns = [(i, m) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return [qwen3_turn(m, i == len(messages) - 1, i > query) for i, m in turns]
+    return [
+        qwen3_turn(m, i == len(messages) - 1, i > query)
+        for i, m in turns
+        if i > query or "reasoning_content" not in m  # else it would be trained without its thought
+    ]
 
 
 def expect_glm(messages):
@@ -298,10 +308,18 @@ def conversations(draw, extra=(), edges=True, blank=False):
     return messages
 
 
+def fitting(name, messages):
+    """Without thoughts where the template has no place for them: such rows are refused."""
+    if name == "qwen3":
+        return messages
+    return [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+
+
 @pytest.mark.parametrize("name", CASES)
 @given(messages=conversations())
 @settings(max_examples=40, deadline=None)
 def test_exactly_the_turns_are_trained(name, messages):
+    messages = fitting(name, messages)
     make, expected = CASES[name]
     tokenizer = make()
     row = encode_chat(tokenizer, messages, 100_000)
@@ -313,6 +331,7 @@ def test_exactly_the_turns_are_trained(name, messages):
 @given(messages=conversations(edges=False))
 @settings(max_examples=40, deadline=None)
 def test_tokens_are_those_of_the_template(name, messages):
+    messages = fitting(name, messages)
     tokenizer = CASES[name][0]()
     row = encode_chat(tokenizer, messages, 100_000)
     ids = plain_ids(tokenizer, messages)
@@ -333,6 +352,7 @@ def test_tokens_are_those_of_the_template(name, messages):
 @settings(max_examples=40, deadline=None)
 def test_the_prompt_is_where_the_last_answer_starts(name, thinking, messages):
     kwargs = {} if thinking is None else {"enable_thinking": thinking}
+    messages = fitting(name, messages)
     if thinking is False:
         messages[-1].pop("reasoning_content", None)  # with it, the row contradicts the switch
     tokenizer = CASES[name][0]()
@@ -341,12 +361,14 @@ def test_the_prompt_is_where_the_last_answer_starts(name, thinking, messages):
     assert row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][len(prompt)] != IGNORE
     assert row["labels"][len(prompt) - 1] == IGNORE
+    assert "prompt" not in str(row.get("notes"))
 
 
 @pytest.mark.parametrize("name", CASES)
 @given(messages=conversations(extra=INJECTED))
 @settings(max_examples=40, deadline=None)
 def test_special_tokens_in_texts_are_plain_text(name, messages):
+    messages = fitting(name, messages)
     make, expected = CASES[name]
     tokenizer = make()
     row = encode_chat(tokenizer, messages, 100_000)
@@ -375,6 +397,7 @@ def defuse(text):
 @given(messages=conversations(extra=INJECTED), room=st.integers(1, 120))
 @settings(max_examples=40, deadline=None)
 def test_truncation(name, messages, room):
+    messages = fitting(name, messages)
     tokenizer = CASES[name][0]()
     full = encode_chat(tokenizer, messages, 100_000)
     row = encode_chat(tokenizer, messages, room)
@@ -392,6 +415,7 @@ def test_truncation(name, messages, room):
 @given(messages=conversations(blank=True), room=st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
 def test_empty_answers_only_learn_to_end(name, messages, room):
+    messages = fitting(name, messages)
     make, expected = CASES[name]
     assert trained(make(), encode_chat(make(), messages, 100_000)) == expected(messages)
     row = encode_chat(make(), messages, room)
@@ -486,8 +510,9 @@ def test_tool_calls_and_results(arguments, content):
     control = [tokenizer.convert_ids_to_tokens(i) for i in row["input_ids"] if i < len(SPECIALS)]
     assert control == ["<|im_start|>", "<|im_end|>"] * 5
     row = encode_chat(tokenizer, messages, 10_000, tools=TOOLS)
-    turns = [content + calls, "晴天<|im_end|>", "<think>\n\n</think>\n\n不客气<|im_end|>"]
-    assert trained(tokenizer, row) == turns
+    # once a question follows, the template leaves out both thoughts: their answers are not trained
+    assert trained(tokenizer, row) == ["<think>\n\n</think>\n\n不客气<|im_end|>"]
+    assert row["notes"] == [THOUGHTS_LEFT_OUT]
     prompt = encode_prompt(tokenizer, messages[:-1], tools=TOOLS)
     assert row["input_ids"][: len(prompt)] == prompt and prompt[-1:] == tokenizer.encode("\n")
 
@@ -503,11 +528,10 @@ def test_thinking(inline):
 
     messages = [user("一"), think("旧想法", "旧答"), user("二"), think("新想法", "新答")]
     row = encode_chat(tokenizer, messages, 10_000)
-    assert trained(tokenizer, row) == [
-        "旧答<|im_end|>",
-        "<think>\n新想法\n</think>\n\n新答<|im_end|>",
-    ]
-    assert "旧想法" not in tokenizer.decode(row["input_ids"])
+    assert trained(tokenizer, row) == ["<think>\n新想法\n</think>\n\n新答<|im_end|>"]
+    assert row["notes"] == [THOUGHTS_LEFT_OUT]
+    shown = tokenizer.decode(row["input_ids"])
+    assert "旧想法" not in shown and "旧答" in shown
     # a template that knows nothing of thinking trains it as it stands
     if inline:
         row = encode_chat(byte_level(QWEN2), messages, 10_000)
@@ -546,10 +570,11 @@ def test_generation_mask_always_has_the_end_token(mask_end):
 
 def test_a_template_that_rewrites_texts_still_gives_exact_turns():
     upper = QWEN2.replace("message['content']", "(message['content']|upper)[:40]")
-    row = encode_chat(
-        byte_level(upper), [user("hi"), said("abc " * 20), user("x"), said("y")], 1000
-    )
-    assert trained(byte_level(upper), row) == [("ABC " * 20)[:40] + "<|im_end|>", "Y<|im_end|>"]
+    messages = [user("hi"), said("abc " * 5), user("x"), said("y")]
+    row = encode_chat(byte_level(upper), messages, 1000)
+    assert trained(byte_level(upper), row) == ["ABC " * 5 + "<|im_end|>", "Y<|im_end|>"]
+    with pytest.raises(ValueError, match="does not show the text of an answer"):  # it cuts it off
+        encode_chat(byte_level(upper), [user("hi"), said("abc " * 20), user("x"), said("y")], 1000)
     with pytest.raises(ValueError, match="special tokens"):
         encode_chat(byte_level(upper), [user("<|im_end|>" * 9), said("y")], 1000)
 
@@ -587,14 +612,166 @@ def test_two_end_tokens_and_a_mask_that_runs_on():
 def test_rows_the_template_cannot_show_are_refused():
     with pytest.raises(ValueError, match="does not show tool calls"):
         encode_chat(byte_level(QWEN2), [user("一"), call("weather", {})], 1000)
-    silent = QWEN2.replace("message['content']", "''")
-    with pytest.raises(ValueError, match="does not show the text"):
-        encode_chat(byte_level(silent), [user("一"), said("壹")], 1000)
-    rewritten = QWEN2.replace("message['content']", "message['content'][:1]").replace(
+    rewritten = QWEN2.replace("message['content']", "message['content'] | reverse").replace(
         "<|im_start|>assistant\n", ""
     )
     with pytest.raises(ValueError, match="generation"):
-        encode_chat(byte_level(rewritten), [user("一二"), said("壹贰")], 1000)
+        encode_chat(byte_level(rewritten), [user("a"), said("b")], 1000)
+
+
+# what a template has no place for -> how the row is refused
+SYSTEM = {"role": "system", "content": "规则"}
+RESULT = {"role": "tool", "content": "晴"}
+NO_SYSTEM = QWEN2.replace(
+    "{{- '<|im_start|>' + m", "{% if message.role != 'system' %}{{- '<|im_start|>' + m"
+)
+NO_SYSTEM = NO_SYSTEM.replace("+ '\n' }}{% endfor %}", "+ '\n' }}{% endif %}{% endfor %}")
+NO_TOOL = NO_SYSTEM.replace("!= 'system'", "!= 'tool'")
+LAST_TWO = QWEN2.replace("for message in messages", "for message in messages[-2:]")
+NEVER_THINKS = QWEN2.replace("message['content']", "message['content'].split('</think>')[-1]")
+NAMES_ONLY = QWEN3.replace("tool | tojson", "tool.function.name")
+NO_ARGUMENTS = QWEN3.replace("call.arguments | tojson", "''")
+SILENT = QWEN2.replace(
+    "message['content']", "('' if message.role == 'assistant' else message.content)"
+)
+LEFT_OUT = {
+    "system": (NO_SYSTEM, [SYSTEM, user("一"), said("壹")], None, "the system turn"),
+    "result": (NO_TOOL, [user("一"), said("查"), RESULT, said("晴")], None, "a tool's result"),
+    "question": (LAST_TWO, [user("一"), said("壹"), user("二"), said("贰")], None, "a user turn"),
+    "answer": (SILENT, [user("一"), said("壹")], None, "the text of an answer"),
+    "field": (QWEN2, [user("一"), said("壹", reasoning_content="想")], None, "the thought"),
+    "tags": (NEVER_THINKS, [user("一"), said("<think>想</think>壹")], None, "the thought"),
+    "tools": (QWEN2, [user("一"), said("壹")], TOOLS, "the definitions of tools"),
+    "words": (NAMES_ONLY, [user("一"), said("壹")], TOOLS, "the definitions of tools"),
+    "arguments": (NO_ARGUMENTS, [user("一"), call("f", {"城": "京"})], None, "the arguments"),
+    "parts": (
+        QWEN2.replace(
+            "message['content']",
+            "(message.content if message.content is string else message.content[0].text)",
+        ),
+        [user([{"type": "text", "text": "一"}, {"type": "text", "text": "二"}]), said("壹")],
+        None,
+        "a user turn",
+    ),
+    "cut": (
+        QWEN2.replace("message['content']", "message['content'][:2]"),
+        [user("一二三"), said("壹")],
+        None,
+        "a user turn",
+    ),
+    "generation": (
+        GENERATION.replace(
+            "message['role'] == 'assistant' %}",
+            "message['role'] == 'assistant' and message.content %}",
+        ),
+        [user("一"), said("壹", reasoning_content="想")],
+        None,
+        "the thought",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_row_of_which_the_template_drops_something_is_refused_with_its_reason(name):
+    template, messages, tools, what = LEFT_OUT[name]
+    with pytest.raises(ValueError, match=f"does not show {what}"):
+        encode_chat(byte_level(template), messages, 1000, tools=tools)
+
+
+def test_a_prompt_of_which_the_template_drops_something_is_refused_too():
+    with pytest.raises(ValueError, match="does not show the system turn"):
+        encode_prompt(byte_level(NO_SYSTEM), [SYSTEM, user("一")])
+    with pytest.raises(ValueError, match="does not show the definitions of tools"):
+        encode_prompt(byte_level(QWEN2), [user("一")], tools=TOOLS)
+    # but not for the thoughts of earlier answers, which templates leave out of a history
+    history = [user("一"), said("壹", reasoning_content="想"), user("二")]
+    bare = [user("一"), said("壹"), user("二")]
+    for template in (QWEN2, QWEN3):
+        tokenizer = byte_level(template)
+        assert encode_prompt(tokenizer, history) == encode_prompt(tokenizer, bare)
+
+
+def test_answers_trained_behind_another_prompt_are_told():
+    opens = QWEN2.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    tokenizer = byte_level(opens)
+    (note,) = encode_chat(tokenizer, [user("一"), said("壹")], 1000)["notes"]
+    assert "'' in these rows" in note and "'<think>\\n' when asked" in note
+    assert "notes" not in encode_chat(tokenizer, [user("一"), said("<think>\n想</think>壹")], 1000)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_answer_is_tokenised_as_generation_meets_it(kind):
+    """A vocabulary whose tokens reach from the prompt into the answer."""
+    tokenizer = metaspace(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+        "{{ eos_token }}{% endif %}{% endfor %}",
+        kind,
+    )
+    for question, answer in (("l", "l"), ("h", "e"), ("你", "好"), ("a ", "a"), (" ", "he")):
+        messages = [user(question), said(answer)]
+        row = encode_chat(tokenizer, messages, 1000)
+        prompt = encode_prompt(tokenizer, messages[:1])
+        labels = row["labels"]
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert (
+            labels[: len(prompt)] == [IGNORE] * len(prompt) and IGNORE not in labels[len(prompt) :]
+        )
+        assert trained(tokenizer, row) == [answer + "</s>"]
+
+
+def test_special_tokens_in_a_document_are_text():
+    text = "标记 <|im_end|> 与 <|im_start|>user\n 之后"
+    for tokenizer in (byte_level(QWEN2), metaspace(INST), metaspace(INST, "bare")):
+        text = text + tokenizer.eos_token
+        ids = encode_text(tokenizer, text)
+        assert not set(ids) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    plain = "没有标记的 text"
+    assert encode_text(tokenizer, plain) == tokenizer.encode(plain, add_special_tokens=False)
+
+
+def with_bos(template):
+    """A tokenizer whose own call begins with <|begin|>."""
+    tokenizer = deepcopy(byte_level(template))
+    begin = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def test_texts_and_chats_begin_as_the_tokenizers_own_call():
+    tokenizer = with_bos(None)
+    assert encode_text(tokenizer, "你好") == tokenizer("你好")["input_ids"]
+    assert text_start(tokenizer) == [tokenizer.bos_token_id] and text_start(byte_level(QWEN2)) == []
+    set_template(tokenizer, QWEN2)
+    assert tokenizer.apply_chat_template([user("a")], tokenize=False).startswith("<|begin|><|im_st")
+    prompt = encode_prompt(tokenizer, [user("a")])
+    assert prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1
+    set_template(tokenizer, GLM)  # brings its own
+    assert encode_prompt(tokenizer, [user("a")]).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        (QWEN2, ["<|im_end|>"]),
+        (GENERATION, ["<|im_end|>"]),
+        (GLM, ["<|user|>"]),
+        (ROUNDS, []),
+        (None, []),
+    ],
+)
+def test_the_tokens_that_end_a_turn(template, ends):
+    tokenizer = byte_level(template, "<|endoftext|>")
+    assert tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer)) == ends
+
+
+def test_the_answer_as_text():
+    tokenizer = byte_level(QWEN3)
+    messages = [user("一"), call("f", {"城": "京"}, "查")]
+    shown = '<think>\n\n</think>\n\n查\n<tool_call>\n{"name": "f", "arguments": {"城": "京"}}\n</tool_call>'
+    assert answer_text(tokenizer, messages) == shown
 
 
 def test_fingerprint_follows_tokenizer_and_template():
