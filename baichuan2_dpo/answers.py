@@ -5,7 +5,7 @@ import json
 from pairs import with_system
 
 from common.data.labels import encode_prompt
-from common.runs.generate import answer_eval_rows
+from common.runs.generate import answer_eval_rows, expected_answer
 from common.runs.metrics import longest_common_subsequence
 
 
@@ -32,7 +32,8 @@ def measure_answers(
         return metrics, samples
     like_chosen = 0
     for sample, pair in zip(samples, pairs, strict=True):
-        sample["rejected"] = pair["rejected"][0]["content"]
+        chat = {**pair, "messages": pair["prompt"] + pair["rejected"]}
+        sample["rejected"] = expected_answer(tokenizer, chat)
         to_chosen = similarity(sample["answer"], sample["reference"])
         like_chosen += to_chosen > similarity(sample["answer"], sample["rejected"])
     return metrics | {"like_chosen": like_chosen / len(samples)}, samples

@@ -37,6 +37,7 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCaus
 
 import fast_tokenizer
 from common.convert import adapter, model_folder
+from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
 from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
@@ -165,8 +166,7 @@ def to_native(
     with new_folder(out) as part:
         config.save_pretrained(part)
         generation_config(folder, config).save_pretrained(part)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
         size = save_sharded(converted(weights, names, config.dtype, fold), part, shard_gb)
     cli.say(f"{out}: {about(config)}; {size / 1e9:.2f} GB in {str(config.dtype)[6:]}")
 

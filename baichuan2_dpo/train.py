@@ -138,11 +138,12 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
 
 # 2. Model and tokenizer
 def check_models(args: Args) -> None:
-    """Fail on a wrong name before anything is read or replaced."""
-    if args.model_name_or_path != "tiny":
-        flags.check_window(args, cli.model_config(args.model_name_or_path))
+    """Fail on a wrong name, or one tokenizer too large for a model, before anything is read."""
+    named = args.model_name_or_path
+    if named != "tiny":
+        flags.check_window(args, cli.check_model(named))
     if args.reference_model:
-        cli.model_config(args.reference_model, "--reference_model")
+        cli.check_model(args.reference_model, "--reference_model", named if named != "tiny" else "")
 
 
 def load_tokenizer(path: str):

@@ -29,6 +29,7 @@ from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
 from common.convert import adapter, model_folder
+from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
 from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
@@ -176,8 +177,7 @@ def to_native(
     with new_folder(out) as part:
         config.save_pretrained(part)
         generation_config(config, tokenizer).save_pretrained(part)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
         size = save_sharded(native_tensors(weights, names, config), part, shard_gb)
     cli.say(f"{out}: GlmForCausalLM, {size / 1e9:.2f} GB in {str(config.dtype)[6:]}")
 

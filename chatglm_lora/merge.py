@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from common.convert import adapter
+from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import Weights, check_shape, read_pickle, save_sharded
 from common.data.files import check_empty, new_folder
 from common.data.progress import Progress
@@ -103,7 +104,7 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
     with new_folder(out) as part:
         settings.save_pretrained(part)
         save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
-        cli.load(AutoTokenizer, base, "--base").save_pretrained(part)
+        save_tokenizer(cli.load(AutoTokenizer, base, "--base"), part)
         adapter.remember_base(part, base)
     kinds = ", ".join(sorted(kinds_of(modules)))
     cli.say(
@@ -211,7 +212,7 @@ def adapter_folder(args) -> Iterator[Path]:
         else:
             shutil.copytree(path, folder)
             base = adapter.check_base(folder, args.base)
-            cli.load(AutoTokenizer, base, "--base").save_pretrained(folder)
+            save_tokenizer(cli.load(AutoTokenizer, base, "--base"), folder)
         yield folder
 
 

@@ -70,6 +70,7 @@ def load(
     base = adapter.check_base(path) if lora else path
     tokenizer = cli.load(AutoTokenizer, path, "--model")
     config = cli.load(AutoConfig, base, "--model")
+    cli.check_vocabulary(tokenizer, config, path)
     if dtype is None:
         dtype = torch.float32 if device.kind() == "cpu" else device.half_dtype()
     home = device.device()

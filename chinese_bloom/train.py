@@ -29,7 +29,8 @@ import bloom_attention
 from common import collators, tiny
 from common.convert import adapter
 from common.data.cache import cache_root
-from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
+from common.data.labels import encode_chat, encode_document, encode_prompt, fingerprint
+from common.data.labels import preview, set_template
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
@@ -226,10 +227,9 @@ def encode(row: dict, tokenizer, args: Args) -> dict | None:
     """sft: a canonical chat row -> input_ids [T], labels [T] on the answers; pt: a document ->
     input_ids [T] + eos."""
     if args.stage == "pt":
-        ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [*ids, tokenizer.eos_token_id]}
+        return {"input_ids": encode_document(tokenizer, row["text"])}
     turns = with_system(row["messages"], args.system_prompt)
-    return encode_chat(tokenizer, turns, args.model_max_length)
+    return encode_chat(tokenizer, turns, args.model_max_length, row.get("tools"))
 
 
 def windows(args: Args, training: TrainingArguments, token_rows):
@@ -260,10 +260,10 @@ def main() -> None:
     set_seed(training.seed)
     is_tiny = args.model_name_or_path == "tiny"
     # fail on a wrong name before anything is read or replaced
-    if not is_tiny:
-        cli.model_config(args.model_name_or_path)
     if args.from_config:
         cli.model_config(args.from_config, "--from_config")
+    elif not is_tiny:
+        cli.check_model(args.model_name_or_path)
 
     kind = "chat" if args.stage == "sft" else "text"
     rows, stats = load_rows(

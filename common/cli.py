@@ -277,6 +277,28 @@ def model_config(name: str, flag: str = "--model_name_or_path"):
     return load(AutoConfig, name, flag)
 
 
+def check_model(name: str, flag: str = "--model_name_or_path", tokenizer: str = ""):
+    """The config of a model, like model_config; SystemExit with one line where its tokenizer (or
+    that of the model `tokenizer`) cannot be loaded or has tokens beyond its embedding."""
+    from transformers import AutoTokenizer
+
+    config = model_config(name, flag)
+    check_vocabulary(load(AutoTokenizer, tokenizer or name, flag), config, f"{flag} {name}")
+    return config
+
+
+def check_vocabulary(tokenizer, config, name: str) -> None:
+    """SystemExit where a tokenizer has tokens beyond the embedding of the model."""
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    rows = getattr(config.get_text_config(), "vocab_size", None) or tokens
+    if tokens > rows:
+        raise SystemExit(
+            f"{name}: the tokenizer has {tokens:,} tokens, the model's embedding {rows:,} rows; "
+            "give the model rows for them first: model.resize_token_embeddings(len(tokenizer)) and "
+            "model.save_pretrained(folder)"
+        )
+
+
 def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
     """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model
     folder or hub id.

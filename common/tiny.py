@@ -8,9 +8,11 @@ model.
 import hashlib
 import inspect
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 
@@ -30,7 +32,7 @@ def make_tokenizer(
     process.
 
     Args:
-        texts: what to learn merges from.
+        texts: what to learn merges from, but for special tokens that stand in them.
         vocab_size: upper bound, tokens; texts with few different words end below it.
         special_tokens: get ids 0, 1, ... in this order and are skipped by
             decode(skip_special_tokens=True).
@@ -61,7 +63,8 @@ def make_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer)
+    marks = re.compile("|".join(map(re.escape, special_tokens)) or "(?!)")
+    core.train_from_iterator(chain.from_iterable(map(marks.split, texts)), trainer)
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain_tokens])
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **settings)
 
@@ -114,6 +117,8 @@ def save_tiny(
     """
     from filelock import FileLock
 
+    from common.convert.older_readers import for_older_readers, save_tokenizer
+
     text = config.get_text_config()
     if hasattr(tokenizer, "vocab_size") and text.vocab_size < len(tokenizer):
         raise ValueError(
@@ -124,7 +129,7 @@ def save_tiny(
     folder.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
     try:
-        tokenizer.save_pretrained(draft)
+        save_tokenizer(tokenizer, draft)
         parts = [config.to_json_string(use_diff=False), str((seed, dtype, model_class))]
         if teach:
             source = inspect.getsourcefile(getattr(teach, "func", teach))
@@ -138,6 +143,7 @@ def save_tiny(
                 if teach:
                     teach(model)
                 model.save_pretrained(draft)
+                for_older_readers(draft)
                 draft.chmod(0o755)  # mkdtemp makes it private
                 os.replace(draft, final)
     finally:

@@ -24,10 +24,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from common import callbacks, cli, device
 from common.collators import IGNORE, PackedCollator
+from common.convert.older_readers import for_older_readers
 from common.data.files import atomic_folder
 from common.fast import attention, losses
 from common.runs import checkpoint, evaluate, plan, report
 from common.runs.engine import engine, patch_overflow_check
+from common.runs.generate import remember_ends
 from common.runs.run_folder import read_run_file, write_run_file
 
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
@@ -307,6 +309,8 @@ class RecipeTrainer(Trainer):
         if _internal_call and self.args.should_save and Path(output_dir).exists():
             # incomplete: a complete one would have been resumed from
             shutil.rmtree(output_dir)
+        if self.processing_class is not None and hasattr(self.model, "generation_config"):
+            remember_ends(self.model, self.processing_class)
         self.barrier()
         if engine(self.args) not in ("zero-0", "zero-1", "zero-2"):
             super().save_model(output_dir, _internal_call)
@@ -315,6 +319,8 @@ class RecipeTrainer(Trainer):
             # embeddings
             self.model.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
+        if self.args.should_save:
+            for_older_readers(output_dir)
 
     def complete_checkpoint(self) -> None:
         """All ranks have written: mark the checkpoint as complete, then delete older ones."""

@@ -52,8 +52,10 @@ from transformers import (
 )
 
 from common.convert import adapter, weight_files
+from common.convert.older_readers import save_tokenizer
 from common.data.files import new_folder
 from common.demo.chat_model import find_model
+from common.runs.generate import remember_ends
 
 KINDS = {  # (generation, use_moe) -> config and class of transformers
     (2, False): (LlamaConfig, "LlamaForCausalLM"),
@@ -241,21 +243,11 @@ def write_native(model: MiniMindForCausalLM, tokenizer, out: str | Path) -> floa
     with new_folder(out) as part:
         weight_files.save_sharded(tensors.items(), part)
         config.save_pretrained(part)
-        for_older_readers(part / "config.json")
-        model.generation_config.save_pretrained(part)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            remember_ends(model, tokenizer)
+        model.generation_config.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
         return compare(model, AutoModelForCausalLM.from_pretrained(part, dtype=model.dtype))
-
-
-def for_older_readers(file: Path) -> None:
-    """The rotary settings once more, under the names they had before transformers 5."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    rope = dict(config["rope_parameters"])
-    config["rope_theta"] = rope.pop("rope_theta")
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = rope
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def note_for_llama_cpp(config: PretrainedConfig) -> str | None:
@@ -551,9 +543,10 @@ def bring_in(args) -> str:
     model = MiniMindForCausalLM(config).to(dtype)
     fill(model, tensors, args.model)
     with new_folder(args.output_dir) as part:
-        model.save_pretrained(part)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            remember_ends(model, tokenizer)
+        model.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
     experts = ", experts" if config.use_moe else ""
     what = f"generation {config.generation}{experts}, {model.num_parameters():,} parameters"
     if tokenizer is None:

@@ -51,6 +51,14 @@ STAGES = {
 
 
 # 1. Data
+def load_tokenizer(args: Args, base: str):
+    """SystemExit where the model of the folder `base` has no room for all its tokens."""
+    tokenizer = cli.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
+    if Path(base).is_dir():
+        cli.check_vocabulary(tokenizer, cli.model_config(base), base)
+    return tokenizer
+
+
 def open_run(args: Args, training, base: str) -> tuple:
     """-> (rows, their counts, the checkpoint to continue from or None). The process ends here when
     the output folder is another run's, or this run is finished."""
@@ -229,7 +237,9 @@ def answers(args: Args, model, tokenizer, rows: list[str]) -> tuple[dict, list]:
         return {}, []
     if args.stage == "pretrain":
         longest = min(48, args.max_new_tokens)
-        return generate.continue_eval_rows(model, tokenizer, rows[:12], longest)
+        texts = [pretrain.first_document(row) for row in rows[:12]]
+        start = [tokenizer.bos_token_id]
+        return generate.continue_eval_rows(model, tokenizer, texts, longest, start=start)
     if args.stage == "reason":
         loaded = [json.loads(row) for row in rows]
         return reason.measure(model, tokenizer, loaded, args.max_new_tokens)
@@ -249,9 +259,9 @@ def main() -> None:
     args, training, base = parse_args()
     device.seed_all(training.seed)
     dtype = device.train_dtype(training)
+    tokenizer = load_tokenizer(args, base)
     rows, stats, start = open_run(args, training, base)
 
-    tokenizer = cli.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
     data = read(args, training, tokenizer, rows, stats)
     loader = make_loader(args, training, tokenizer, data.train_ids)
     eval_loader = make_loader(args, training, tokenizer, data.eval_ids)

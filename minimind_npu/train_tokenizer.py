@@ -17,6 +17,7 @@ those that llama.cpp has under the name deepseek-coder.
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from common import cli
+from common.convert.older_readers import save_tokenizer
 from common.data import files, shapes
 from common.data.files import atomic_file
 from common.data.progress import Progress
@@ -51,6 +53,8 @@ TAGS = [
 ]
 BUFFERS = [f"<|buffer{i}|>" for i in range(1, 8)]
 FIXED = SPECIAL + TAGS + BUFFERS
+# what frames documents and turns in people's files, no words to learn
+MARKS = re.compile("|".join(map(re.escape, [*FIXED, "<s>", "</s>"])))
 CUTS = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
 NUMERALS = "[零一二三四五六七八九十百千万亿两]"
 SMALLEST = len(FIXED) + 256
@@ -146,7 +150,8 @@ def train(
     coverage: float = 0.9995,
 ):
     """A byte-level BPE with the fixed ids, a PreTrainedTokenizerFast with the chat template; texts
-    with few different words end below `vocab_size` tokens.
+    with few different words end below `vocab_size` tokens. Nothing is learned from the fixed tokens
+    (MARKS) that stand in the texts.
 
     Merges are learned between characters, and the bytes of each frequent character are merged
     before all else: so no token ends inside a character, but for rare ones, which stay bytes.
@@ -162,7 +167,7 @@ def train(
     counts = Counter()
 
     def counted():
-        for text in texts:
+        for text in chain.from_iterable(map(MARKS.split, texts)):
             counts.update(text)
             yield text
 
@@ -257,18 +262,11 @@ def wrapped(cuts, vocabulary: dict, merges: list):
 
 def save(tokenizer, folder: Path) -> None:
     """The tokenizer's files, tokenizer.json in one line: a third of the size."""
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     file = folder / "tokenizer.json"
     made = json.loads(file.read_text(encoding="utf-8"))
-    _replace(file, json.dumps(made, ensure_ascii=False, separators=(",", ":")))
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows, too
-    _replace(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-
-
-def _replace(file: Path, text: str) -> None:
     with atomic_file(file) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(json.dumps(made, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
 
 
 # ---- what it is worth ----------------------------------------------------------------------------
@@ -277,7 +275,8 @@ def _replace(file: Path, text: str) -> None:
 def measure(tokenizer, texts: list[str]) -> dict:
     """Compression of `texts`: counts, chars_per_token, bytes_per_token, and how many tokens of the
     vocabulary occur."""
-    ids = [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
+    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = [i for row in rows for i in row]
     chars = sum(len(text) for text in texts)
     size = sum(len(text.encode()) for text in texts)
     return {

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 
 from common import cli, device
 from common.convert import adapter
+from common.convert.older_readers import save_tokenizer
 from common.fast import attention, losses
+from common.runs.generate import remember_ends
 
 
 def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausalLM:
@@ -85,10 +87,11 @@ def write_model(model, tokenizer, engine, adapter_of: str, folder: Path) -> None
         if adapter_of:
             lora.save(model, folder, adapter_of, weights)
         else:
+            remember_ends(model, tokenizer)
             model.config.use_cache = True
             model.save_pretrained(folder, state_dict=weights)
             model.config.use_cache = False
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     parallel.barrier()
 
 

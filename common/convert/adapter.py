@@ -221,10 +221,15 @@ def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from common.convert.older_readers import save_tokenizer
+    from common.runs.generate import remember_ends
+
     base = check_base(folder, base)
     with new_folder(out) as part:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         model = merge_into(PeftModel.from_pretrained(model, folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        remember_ends(model, tokenizer)
         model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(part)
+        save_tokenizer(tokenizer, part)
     return Path(out)

@@ -125,7 +125,7 @@ def encode_prompt(tokenizer, messages, tools=None, **template_kwargs):
     return ids
 
 
-def answer_text(tokenizer, messages, tools=None, **template_kwargs):
+def written_answer(tokenizer, messages, tools=None, **template_kwargs):
     """The last answer of a conversation as the template writes it (tool calls too), without its
     special tokens: what generation should give. Raises ValueError like encode_chat."""
     ids, labels = _encode(tokenizer, messages, tools, False, template_kwargs)
@@ -133,12 +133,13 @@ def answer_text(tokenizer, messages, tools=None, **template_kwargs):
     return tokenizer.decode(runs[-1], skip_special_tokens=True) if runs else ""
 
 
-def encode_text(tokenizer, text):
+def encode_text(tokenizer, text, start=None):
     """Token ids [T] of a text that is no chat, as documents are trained and continued.
 
-    It begins as the tokenizer's own call begins a text, with a beginning-of-text token or nothing;
-    special tokens written inside it are encoded as plain text.
+    start: the ids it begins with, default those of the tokenizer's own call (a beginning-of-text
+    token, or nothing). Special tokens written inside the text are encoded as plain text.
     """
+    start = text_start(tokenizer) if start is None else start
     spelling = _spelling(tokenizer, len(tokenizer))
     if not spelling.special.search(text):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -146,17 +147,19 @@ def encode_text(tokenizer, text):
         data = [m.span() for m in spelling.special.finditer(text)]
         spell = _by_offset if spelling.by_offset else _by_piece
         ids, _ = spell(tokenizer, text, [], data, spelling)
-    return [*text_start(tokenizer), *ids]
+    return [*start, *ids]
+
+
+def encode_document(tokenizer, text, start=None):
+    """encode_text with the end-of-text token behind it; SystemExit where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise SystemExit("the tokenizer has no end token to close documents; set its eos_token")
+    return [*encode_text(tokenizer, text, start), tokenizer.eos_token_id]
 
 
 def text_start(tokenizer):
     """The ids that the tokenizer's own call writes before a text: [bos] or [], as a rule."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    own = tokenizer("a")["input_ids"]
-    for start in range(len(own) - len(bare) + 1):
-        if own[start : start + len(bare)] == bare:
-            return own[:start]
-    return []
+    return list(_spelling(tokenizer, len(tokenizer)).start)
 
 
 def turn_end_ids(tokenizer):
@@ -208,6 +211,8 @@ class _Spelling(NamedTuple):
     # any special token
     special: re.Pattern
     special_ids: frozenset
+    # the ids that the tokenizer's own call writes before a text
+    start: tuple
     # the tokenizer puts a space before every text it is given, so texts must not be split
     by_offset: bool
 
@@ -269,8 +274,18 @@ def _spelling(tokenizer, _size):
     return _Spelling(
         special=_any_of(name for name in names if name.strip()),
         special_ids=frozenset(tokenizer.convert_tokens_to_ids(sorted(names))),
+        start=_start_of_texts(tokenizer),
         by_offset=tokenizer.is_fast and first != ["a"],
     )
+
+
+def _start_of_texts(tokenizer):
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    own = tokenizer("a")["input_ids"]
+    for start in range(len(own) - len(bare) + 1):
+        if own[start : start + len(bare)] == bare:
+            return tuple(own[:start])
+    return ()
 
 
 def _any_of(names):

@@ -64,6 +64,9 @@ def prepare(
     stats["dropped"] |= counts["dropped"]
     for reason, count in counts["dropped"].items():
         cli.say(f"  {count:,} dropped: {counts['examples'].get(reason, reason)}")
+    stats["notes"] = counts["notes"]
+    for note, count in counts["notes"].items():
+        cli.say(f"  warning: {count:,} rows, e.g. {counts['examples'][note]}")
     stats["used"] = len(train_ids)
     stats["held_out"] = len(eval_ids)
     stats["truncated"] = counts["truncated"]

@@ -55,6 +55,8 @@ def _encode_batch(
             _refuse(refusals, NO_LABEL, source)
         for tokens in usable:
             _append(out, tokens, columns, source)
+        for note in {note for tokens in usable for note in tokens.get("notes", [])}:
+            _write(refusals, "noted", note, source)
     if not worker:  # the first worker speaks for all: their shares are equal
         progress.update(len(batch["row"]) * workers)
     return out
@@ -88,7 +90,11 @@ def _append(out: dict, tokens: dict, columns: tuple[str, ...], source: str) -> N
 
 
 def _refuse(refusals: Path, reason: str, source: str) -> None:
-    with open(refusals / f"{os.getpid()}.refused", "a", encoding="utf-8") as file:
+    _write(refusals, "refused", reason, source)
+
+
+def _write(folder: Path, kind: str, reason: str, source: str) -> None:
+    with open(folder / f"{os.getpid()}.{kind}", "a", encoding="utf-8") as file:
         file.write(json.dumps([reason, source]) + "\n")
 
 
@@ -107,15 +113,15 @@ def tokenise(
     """load_rows' Dataset -> (Dataset of token rows, counts), cached; safe when N ranks call it at
     once.
 
-    encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool}, a list of such, or
-    None. It must depend on nothing that `key` does not name (tokenizer, template, max length,
-    version of the code). columns: the lists of ints it returns. A ValueError of encode drops the
-    row under its text. required: SystemExit when no row is left.
+    encode(row dict) -> {"input_ids": [T], "labels": [T], "truncated": bool, "notes": [str]?}, a
+    list of such, or None. It must depend on nothing that `key` does not name (tokenizer, template,
+    max length, version of the code). columns: the lists of ints it returns. A ValueError of encode
+    drops the row under its text. required: SystemExit when no row is left.
     num_proc: worker processes (default: all cores; 1 below 5,000 rows).
     Columns: `columns` as int32, length (tokens), truncated, source. Rows without a label are
     dropped.
-    counts: {"rows", "truncated", "dropped": {"no label left": n}, "examples", "tokens",
-        "label_tokens"}.
+    counts: {"rows", "truncated", "dropped": {"no label left": n}, "notes": {note of encode: n},
+        "examples", "tokens", "label_tokens"}.
     """
     columns = tuple(columns)
     workers = (num_proc or _cores()) if len(dataset) >= FORKED_FROM else 1
@@ -125,10 +131,10 @@ def tokenise(
             tokens = _map(dataset, encode, columns, workers, folder)
         except _Stop as stop:
             raise SystemExit(str(stop)) from None
-        refused = _refused(folder)
+        refused = _written(folder, "refused")
         if required and not len(tokens):
             raise SystemExit(f"none of {len(dataset)} rows has a label left: {_why(refused)}")
-        return _counts(tokens, columns, refused)
+        return _counts(tokens, columns, refused, _written(folder, "noted"))
 
     full_key = json.dumps(["tokens", CODE, dataset._fingerprint, columns, required, key])
     return cached(full_key, build, cache_dir)
@@ -171,13 +177,13 @@ def _map(dataset, encode: Callable, columns: tuple[str, ...], workers: int, fold
     )
 
 
-def _refused(folder: Path) -> list[tuple[str, str]]:
-    """(reason, source) of every row that was left out."""
-    refused = []
-    for file in folder.glob("*.refused"):
+def _written(folder: Path, kind: str) -> list[tuple[str, str]]:
+    """(reason, source) of every row that was left out, or noted."""
+    found = []
+    for file in folder.glob(f"*.{kind}"):
         lines = file.read_text(encoding="utf-8").splitlines()
-        refused += [tuple(json.loads(line)) for line in lines]
-    return refused
+        found += [tuple(json.loads(line)) for line in lines]
+    return found
 
 
 def _why(refused: list[tuple[str, str]]) -> str:
@@ -188,16 +194,17 @@ def _why(refused: list[tuple[str, str]]) -> str:
     return "the length limit cuts off every answer, or the chat template marks none"
 
 
-def _counts(tokens, columns: tuple[str, ...], refused: list[tuple[str, str]]) -> dict:
+def _counts(tokens, columns: tuple[str, ...], refused: list, noted: list) -> dict:
     counts = {
         "rows": len(tokens),
         "truncated": 0,
         "dropped": dict(Counter(reason for reason, _ in refused)),
+        "notes": dict(Counter(note for note, _ in noted)),
         "examples": {},
         "tokens": 0,
         "label_tokens": 0,
     }
-    for reason, source in refused:
+    for reason, source in refused + noted:
         counts["examples"].setdefault(reason, f"{source}: {reason}")
     label_columns = [name for name in columns if name.endswith("labels")]
     for table in tokens.with_format("arrow").iter(1000):
@@ -218,8 +225,9 @@ def tokenise_split(train, held_out, encode: Callable, key: str, **settings):
     if not len(held_out):
         return train_ids, [], counts
     eval_ids, more = tokenise(held_out, encode, key, required=False, **settings)
-    for reason, count in more["dropped"].items():
-        counts["dropped"][reason] = counts["dropped"].get(reason, 0) + count
+    for kind in ("dropped", "notes"):
+        for reason, count in more[kind].items():
+            counts[kind][reason] = counts[kind].get(reason, 0) + count
     counts["examples"] = more["examples"] | counts["examples"]
     counts["truncated"] += more["truncated"]
     return train_ids, eval_ids, counts

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import device
+from common import cli, device
 from common.convert import adapter, model_folder
-from common.data.labels import encode_prompt
+from common.data.labels import encode_prompt, encode_text
 
 REFRESH = 0.05  # seconds between two looks at a growing answer
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -83,6 +83,7 @@ class ChatModel:
         except Exception as error:  # damaged files, unknown architectures: many libraries' classes
             words = " ".join(str(error).split())[:300]
             raise SystemExit(f"{self.path}: cannot be loaded: {words}") from None
+        cli.check_vocabulary(self.tokenizer, self.model.config, self.path)
         self.model.to(device.device()).eval()
 
     def sampling_defaults(self) -> dict[str, float]:
@@ -128,7 +129,7 @@ class ChatModel:
 
     def text_prompt(self, text: str) -> list[int]:
         """Token ids of a text that is continued, as documents begin in training."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return encode_text(self.tokenizer, text)
 
     def stream(
         self,

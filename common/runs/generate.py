@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from common.data.labels import encode_text, text_start, turn_end_ids, written_answer
 from common.data.progress import Progress
 from common.runs.flags import learned_positions
-from common.runs.metrics import answer_match
+from common.runs.metrics import answer_match, with_plain_calls
 from common.runs.report import parameters
 
 BROKEN = "\ufffd"  # what decode() makes of bytes that are no character
@@ -25,10 +26,19 @@ def answer_text(tokenizer, ids) -> str:
 
 
 def end_token_ids(model, tokenizer) -> list[int]:
-    """Ids that end an answer: the tokenizer's eos and those of the model's generation config."""
+    """Ids that end an answer: the tokenizer's eos, those of the model's generation config, and the
+    token with which the chat template ends a turn, which may be another one."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *own} - {None})
+    return sorted({tokenizer.eos_token_id, *own, *turn_end_ids(tokenizer)} - {None})
+
+
+def remember_ends(model, tokenizer) -> None:
+    """All of `end_token_ids` into the generation config that is saved with the model, so that other
+    programs stop there too."""
+    ends = end_token_ids(model, tokenizer)
+    if ends:
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 @torch.no_grad()
@@ -43,8 +53,7 @@ def generate_answers(
     get all answers.
 
     batch_size: default 32, of models above a billion parameters 8: their caches take gigabytes.
-    Rows are padded on the left; generation stops at the tokenizer's eos and at those of the model's
-    generation config.
+    Rows are padded on the left; generation stops at `end_token_ids`.
     """
     if batch_size is None:
         batch_size = 32 if parameters(model)["total"] < 1e9 else 8
@@ -134,7 +143,8 @@ def answer_eval_rows(
         encode: (messages, tools) -> token ids that generation starts from.
     Returns:
         {"exact_match", "rouge_l"} and [{"messages", "tools", "prompt", "reference", "answer"}]; a
-        thought before the answer is left out.
+        thought before the answer is left out. Tool calls are compared as calls: the order of keys,
+        blanks and escapes do not count.
     """
     loaded = [json.loads(row) for row in rows]
     if not loaded:
@@ -146,42 +156,58 @@ def answer_eval_rows(
             "messages": row["messages"][:-1],
             "tools": row.get("tools"),
             "prompt": row["messages"][-2]["content"],
-            "reference": row["messages"][-1]["content"],
+            "reference": expected_answer(tokenizer, row),
             "answer": answer.split("</think>")[-1].strip(),
         }
         for row, answer in zip(loaded, answers, strict=True)
     ]
-    found = [sample["answer"] for sample in samples]
-    wanted = [sample["reference"] for sample in samples]
+    found = [with_plain_calls(sample["answer"]) for sample in samples]
+    wanted = [with_plain_calls(sample["reference"]) for sample in samples]
     return answer_match(found, wanted), samples
 
 
+def expected_answer(tokenizer, row: dict) -> str:
+    """The last answer of a canonical chat row without its thought; a tool call is written as the
+    chat template writes it."""
+    last = row["messages"][-1]
+    text = last["content"]
+    if last.get("tool_calls"):
+        text = written_answer(tokenizer, row["messages"], row.get("tools"))
+    return text.split("</think>")[-1].strip()
+
+
 def continue_eval_rows(
-    model, tokenizer, rows: list[str], max_new_tokens: int, share: float = 0.3
+    model,
+    tokenizer,
+    rows: list[str],
+    max_new_tokens: int,
+    share: float = 0.3,
+    start: list[int] | None = None,
 ) -> tuple[dict, list]:
     """Greedy continuations of the beginning of held-out documents, to look at. Every rank calls it.
 
     Args:
         rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is
             given.
+        start: the ids that documents begin with in training, default as in labels.encode_text.
     Returns:
         {} (the loss on held-out text is the measure) and samples as in `answer_eval_rows`.
     """
     samples = []
     prompts = []
+    start = text_start(tokenizer) if start is None else start
     for row in rows:
-        text = json.loads(row)["text"]
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode_text(tokenizer, json.loads(row)["text"], start=[])
         cut = min(64, max(1, round(share * len(ids))))
-        start = tokenizer.decode(ids[:cut])
+        given = tokenizer.decode(ids[:cut])
         sample = {
-            "messages": [{"role": "user", "content": start}],
+            "messages": [{"role": "user", "content": given}],
             "tools": None,
-            "prompt": start,
+            "prompt": given,
             "reference": tokenizer.decode(ids[cut : cut + max_new_tokens]),
         }
         samples.append(sample)
-        prompts.append(ids[:cut])
+        prompts.append([*start, *ids[:cut]])
     if prompts:
         answers = generate_answers(model, tokenizer, prompts, max_new_tokens)
         for sample, answer in zip(samples, answers, strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 
 def longest_common_subsequence(a: str, b: str) -> int:
     """Length in characters; O(len(a) * len(b))."""
@@ -33,3 +36,31 @@ def answer_match(predictions: list[str], references: list[str]) -> dict[str, flo
             rouge += 2 * common / (len(answer) + len(reference))
     count = max(1, len(predictions))
     return {"exact_match": exact / count, "rouge_l": rouge / count}
+
+
+def with_plain_calls(text: str) -> str:
+    """A text with the tool calls in it that are JSON ({"name", "arguments"}) in one spelling,
+    whatever their blanks, their escapes and the order of their keys."""
+    parts = []
+    at = 0
+    for brace in re.finditer(r"\{", text):
+        if brace.start() < at:
+            continue
+        try:
+            call, end = json.JSONDecoder().raw_decode(text, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(call.get("name"), str) and "arguments" in call:
+            if isinstance(call["arguments"], str):
+                call["arguments"] = _parsed(call["arguments"])
+            spelt = json.dumps(call, sort_keys=True, ensure_ascii=False)
+            parts += [text[at : brace.start()].rstrip(), spelt]
+            at = end + len(text[end:]) - len(text[end:].lstrip())
+    return "".join(parts) + text[at:]
+
+
+def _parsed(text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from common.data.labels import encode_text
 from common.demo.chat_model import ChatModel
 from common.fast.attention import varlen_kernel
 from common.runs.generate import end_token_ids
@@ -501,8 +502,7 @@ class MiniMindChatModel(ChatModel):
 
     def text_prompt(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_token_id
-        ids = super().text_prompt(text)
-        return ids if bos is None else [bos, *ids]
+        return encode_text(self.tokenizer, text, [] if bos is None else [bos])
 
     def _generate(self, prompt, room, heard, **sampling):
         engine = Engine(self.model, slots=1)

@@ -45,7 +45,7 @@ from common import collators
 from common.collators import IGNORE
 from common.convert import adapter
 from common.data.files import atomic_file
-from common.data.labels import encode_prompt
+from common.data.labels import encode_prompt, encode_text
 from common.data.load import load_rows, summary
 from common.data.progress import Progress
 from common.fast import attention, losses
@@ -148,8 +148,7 @@ def held_out(scorer: Scorer, tokenizer, paths, size: int, stride: int, limit: in
     begins = ends if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows += windows([*begins, *ids, *ends], size, stride)
+        rows += windows([*encode_text(tokenizer, text, begins), *ends], size, stride)
     log_probs = scorer.log_probs(rows)
     nats = -sum(of_row.double().sum().item() for of_row in log_probs)
     count = sum(len(of_row) for of_row in log_probs)
@@ -208,7 +207,7 @@ class Asker:
         return self.ids(text) if bos is None else [bos, *self.ids(text)]
 
     def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return encode_text(self.tokenizer, text, [])
 
 
 def listed(question: Choice) -> str:

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from common import tiny
+from common.convert.older_readers import save_tokenizer
 from common.runs import flags, run_folder
 from loop import parallel, state, tracking
 from quickstart.text import endings, questions, read_text, windows
@@ -162,7 +163,7 @@ def write_model(model, tokenizer, folder: Path) -> None:
         model.config.use_cache = True
         model.save_pretrained(folder)
         model.config.use_cache = False
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 # 3. One step, and the training loss over all ranks

@@ -13,6 +13,7 @@ import random
 import torch
 
 from common import cli
+from common.data.labels import encode_text
 from common.data.load import load_rows, summary
 from common.data.split import describe_split, split_rows
 from common.runs.generate import generate_answers
@@ -142,8 +143,7 @@ def windows(tokenizer, texts: list[str], length: int) -> torch.Tensor:
     """Documents end to end, each closed by the end token, cut into windows [N, T]; the rest at the
     end is left out."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    ids = [token for row in rows for token in (*row, *end)]
+    ids = [token for text in texts for token in (*encode_text(tokenizer, text), *end)]
     if len(ids) < length:
         raise SystemExit(
             f"{len(texts)} documents are {len(ids)} tokens, less than one window of {length}: "
@@ -169,9 +169,7 @@ def questions(texts: list[str], count: int) -> list[tuple[str, str]]:
 def endings(model, tokenizer, asked: list[tuple[str, str]]) -> tuple[list[str], float]:
     """(how the model ends each beginning, up to the full stop; the share that is right). All ranks
     call it."""
-    prompts = [
-        tokenizer(beginning, add_special_tokens=False)["input_ids"] for beginning, _ in asked
-    ]
+    prompts = [encode_text(tokenizer, beginning) for beginning, _ in asked]
     texts = generate_answers(model, tokenizer, prompts, 24)
     answers = [text.split("。")[0] + "。" for text in texts]
     right = [answer == wanted for answer, (_, wanted) in zip(answers, asked, strict=True)]

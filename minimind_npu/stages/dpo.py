@@ -38,12 +38,14 @@ def encode(row: dict, tokenizer, max_length: int) -> dict | None:
     the last answer."""
     pair = {"truncated": False}
     for side in ("chosen", "rejected"):
-        found = encode_chat(tokenizer, row["prompt"] + row[side], max_length // 2)
+        turns = row["prompt"] + row[side]
+        found = encode_chat(tokenizer, turns, max_length // 2, row.get("tools"))
         if found is None:
             return None
         pair[f"{side}_input_ids"] = found["input_ids"]
         pair[f"{side}_labels"] = only_last_answer(found["labels"])
         pair["truncated"] |= found["truncated"]
+        pair["notes"] = found.get("notes", [])
     return pair
 
 

@@ -19,7 +19,7 @@ from stages.sft import COLUMNS, KIND, encode  # noqa: F401
 from common.collators import IGNORE
 from common.data.labels import encode_prompt
 from common.fast import losses
-from common.runs.generate import generate_answers
+from common.runs.generate import expected_answer, generate_answers
 from common.runs.metrics import answer_match
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -73,7 +73,7 @@ def measure(model, tokenizer, rows: list[dict], max_new_tokens: int) -> tuple[di
     found = [split_answer(answer) for answer in answers]
     samples = []
     for row, answer in zip(rows, answers, strict=True):
-        reference, _ = split_answer(row["messages"][-1]["content"])
+        reference, _ = split_answer(expected_answer(tokenizer, row))
         question = row["messages"][-2]["content"]
         samples.append({"prompt": question, "reference": reference, "answer": answer})
     references = [sample["reference"] for sample in samples]

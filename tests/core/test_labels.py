@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from common.data.labels import (
     IGNORE,
     THOUGHTS_LEFT_OUT,
-    answer_text,
     encode_chat,
     encode_prompt,
     encode_text,
@@ -22,6 +21,7 @@ from common.data.labels import (
     set_template,
     text_start,
     turn_end_ids,
+    written_answer,
 )
 
 TEXTS = [
@@ -771,7 +771,7 @@ def test_the_answer_as_text():
     tokenizer = byte_level(QWEN3)
     messages = [user("一"), call("f", {"城": "京"}, "查")]
     shown = '<think>\n\n</think>\n\n查\n<tool_call>\n{"name": "f", "arguments": {"城": "京"}}\n</tool_call>'
-    assert answer_text(tokenizer, messages) == shown
+    assert written_answer(tokenizer, messages) == shown
 
 
 def test_fingerprint_follows_tokenizer_and_template():
