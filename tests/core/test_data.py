@@ -725,6 +725,27 @@ def test_held_out_rows_that_cannot_be_used_are_counted_and_end_nothing(tmp_path,
     assert tokenise_split(good, dataset.select([]), encode, "k")[1] == []
 
 
+def test_an_empty_system_turn_is_one(tmp_path):
+    """Templates write a system turn of their own where a row has none."""
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    for content, kept in (("", True), ("  ", True), (None, False)):
+        row = {"messages": [{"role": "system", "content": content}, *turns]}
+        got, _ = load(write(tmp_path / "a.jsonl", [row]), "chat")
+        assert (got[0]["messages"][0] == {"role": "system", "content": content}) is kept
+        assert got[0]["messages"][-2:] == turns
+
+
+def test_what_encode_notes_is_counted(tmp_path, cache):
+    dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 9, "a"))
+
+    def noted(row):
+        return {**encode(row), "notes": ["half of it"]} if "a3" in str(row) else encode(row)
+
+    _, counts = tokenise(dataset, noted, "k")
+    assert counts["notes"] == {"half of it": 1}
+    assert counts["examples"]["half of it"] == f"{tmp_path / 'a.jsonl'}:4: half of it"
+
+
 def test_tokenise(tmp_path, cache):
     dataset, _ = load_rows(numbered(tmp_path / "a.jsonl", 20, "a"))
     tokens, counts = tokenise(dataset, encode, "k")
@@ -738,6 +759,7 @@ def test_tokenise(tmp_path, cache):
         "rows": 18,
         "truncated": 2,
         "dropped": {"no label left": 2},
+        "notes": {},
         "examples": {"no label left": f"{tmp_path / 'a.jsonl'}:8: no label left"},
         "tokens": sum(tokens["length"]),
         "label_tokens": 18,
