@@ -10,6 +10,7 @@ import socket
 import sys
 
 import numpy
+import older
 import pytest
 import sentencepiece
 import torch
@@ -717,6 +718,8 @@ def test_a_converted_folder_needs_no_code_of_ours(tmp_path, sentences):
     )
     for text in (*TEXTS, *FIXED, "    <reserved_106>"):
         same_ids(again, sentences, text)
+    (theirs,) = older.read([tmp_path / "out"])
+    older.agree(tmp_path / "out", theirs)
     with pytest.raises(SystemExit, match="does not fit"):
         convert.to_native(
             original(tmp_path / "in", proto=sentences, eos_token_id=7), tmp_path / "none"

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 
+import older
 import pytest
 import sentencepiece
 import torch
@@ -388,6 +389,9 @@ def test_a_converted_folder_needs_no_code_of_ours(tmp_path, sentences, family, c
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 2
     ends = [2, first + 6, first + 8] if family == "chatglm3" else 2
     assert model.generation_config.eos_token_id == ends
+    if family == "chatglm3":
+        (theirs,) = older.read([tmp_path / "out"])
+        older.agree(tmp_path / "out", theirs)
     assert "philosophy" in tokenizer.decode(
         tokenizer("philosophy sop", add_special_tokens=False)["input_ids"]
     )

@@ -10,6 +10,7 @@ import threading
 import time
 from types import ModuleType, SimpleNamespace
 
+import older
 import pytest
 import torch
 from harness import ROOT, environment, expect, finish, own_modules, start, weights
@@ -621,6 +622,8 @@ def test_export_from_the_command_line_with_an_adapter_merged(trained, out, tmp_p
     base = AutoModelForCausalLM.from_pretrained(trained / "final")
     assert (logits(merged, ids) - logits(base, ids)).abs().max() > 1e-2
     assert AutoTokenizer.from_pretrained(out).chat_template
+    (theirs,) = older.read([out])
+    older.agree(out, theirs)
     with pytest.raises(SystemExit, match="is not empty"):
         export.write_native(base, None, out)
     with pytest.raises(SystemExit, match="is a Qwen3ForCausalLM already"):
