@@ -289,13 +289,20 @@ def check_model(name: str, flag: str = "--model_name_or_path", tokenizer: str = 
 
 def check_vocabulary(tokenizer, config, name: str) -> None:
     """SystemExit where a tokenizer has tokens beyond the embedding of the model."""
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    rows = getattr(config.get_text_config(), "vocab_size", None) or tokens
-    if tokens > rows:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    in_use = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    unknown = str(tokenizer.unk_token)
+    if unknown not in in_use and unknown not in str(tokenizer.chat_template):
+        beyond.discard(unknown)  # transformers adds one to some classes; nothing becomes this token
+    if beyond:
+        shown = ", ".join(sorted(beyond)[:3])
         raise SystemExit(
-            f"{name}: the tokenizer has {tokens:,} tokens, the model's embedding {rows:,} rows; "
-            "give the model rows for them first: model.resize_token_embeddings(len(tokenizer)) and "
-            "model.save_pretrained(folder)"
+            f"{name}: the model's embedding has {rows:,} rows, and {len(beyond):,} tokens of the "
+            f"tokenizer are beyond it ({shown}); give the model rows for them first: "
+            "model.resize_token_embeddings(len(tokenizer)) and model.save_pretrained(folder)"
         )
 
 
