@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
-from transformers import TrainingArguments
+from transformers import Qwen2Config, TrainingArguments
 
-from common import cli
+from common import cli, tiny
 from common.runs import flags, old_flags, plan
 
 
@@ -257,3 +257,28 @@ def test_precision_of_the_device_unless_given(tmp_path):
     assert training.bf16 == (str(device.half_dtype()) == "torch.bfloat16")
     _, training = parse(tmp_path, "--bf16", "false")
     assert not training.bf16 and not training.fp16
+
+
+def test_a_tokenizer_beyond_the_embedding_is_one_line(tmp_path):
+    tokenizer = tiny.make_tokenizer(["abc"], 300, ["<end>"], eos_token="<end>")
+    size = len(tokenizer)
+    config = Qwen2Config(
+        vocab_size=size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    folder = tiny.save_tiny(config, tokenizer, tmp_path)
+    assert cli.check_model(folder).vocab_size == size
+    tokenizer.add_tokens(["<dose>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        SystemExit, match=rf"{size} rows.*1 tokens.*<dose>.*resize_token_embeddings"
+    ):
+        cli.check_model(folder)
+    # nothing becomes an unknown token of bytes
+    tokenizer = tiny.make_tokenizer(["abc"], 300, ["<end>"], eos_token="<end>")
+    tokenizer.add_special_tokens({"unk_token": "<unknown>"})
+    cli.check_vocabulary(tokenizer, config, folder)

@@ -27,6 +27,7 @@ from harness import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from common import collators, tiny
 from common.data.labels import encode_chat, encode_prompt, set_template
@@ -650,6 +651,37 @@ def test_a_document_ends_with_eos(toy):
     tokenizer = toy("belle")
     row = recipe().encode({"text": "春眠不觉晓"}, tokenizer, recipe().Args(stage="pt"))
     assert tokenizer.decode(row["input_ids"]) == "春眠不觉晓</s>"
+
+
+def test_special_tokens_written_in_a_document_are_text(toy):
+    tokenizer = toy("belle")
+    row = recipe().encode({"text": "写 </s> 与 <s>。"}, tokenizer, recipe().Args(stage="pt"))
+    special = set(tokenizer.all_special_ids)
+    assert [token in special for token in row["input_ids"]].index(True) == len(row["input_ids"]) - 1
+    assert tokenizer.decode(row["input_ids"]) == "写 </s> 与 <s>。</s>"
+
+
+def test_a_tokenizer_that_begins_texts_begins_documents_and_chats(toy):
+    tokenizer = copy.deepcopy(toy("belle"))
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    set_template(tokenizer, str(RECIPE / "templates/alpaca-zh.jinja"))
+    document = recipe().encode({"text": "春眠"}, tokenizer, recipe().Args(stage="pt"))
+    chat = recipe().encode({"messages": TURNS[:2]}, tokenizer, recipe().Args())
+    for ids in (document["input_ids"], chat["input_ids"]):
+        assert ids[0] == bos and ids.count(bos) == 1
+
+
+def test_tools_that_the_templates_have_no_place_for_are_refused(toy):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for tools, turns in (
+        ([tool], TURNS[:2]),
+        (None, [*TURNS[:2], {"role": "tool", "content": "晴"}, TURNS[1]]),
+    ):
+        with pytest.raises(ValueError, match="does not show"):
+            recipe().encode({"messages": turns, "tools": tools}, toy("alpaca-zh"), recipe().Args())
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from common.data.split import split_rows
 
 RECIPE = ROOT / "minimind_npu"
 DATA = RECIPE / "data"
-make_data, train_tokenizer = own_modules("minimind_npu", "samples.make_data", "train_tokenizer")
+make_data, train_tokenizer, pretrain = own_modules(
+    "minimind_npu", "samples.make_data", "train_tokenizer", "stages.pretrain"
+)
 ODD = [
     "Hello, world! 你好 😀\tx  y\r\n\n",
     "𠮷野家 ﬁ é ñ 한국어",
@@ -302,6 +304,36 @@ def test_frequent_characters_and_limits():
     assert longest == [4, 1] and len(one.encode("水光鑫")) == 2 + 3  # 鑫 is rare: three bytes
     counted = train_tokenizer.measure(one, texts)
     assert (counted["chars"], counted["bytes"], counted["tokens"]) == (641, 1923, 643)
+
+
+def test_nothing_is_learned_from_marks():
+    """Corpora of MiniMind carry the marks of documents and turns in their texts."""
+    marked = "<|im_start|>湖光山色<|im_end|> <s>好</s><think>想</think>"
+    learned = train_tokenizer.train([marked] * 50, 600)
+    bare = train_tokenizer.train(["湖光山色", " ", "好", "想"] * 50, 600)
+    assert learned.get_vocab() == bare.get_vocab()
+
+
+@pytest.mark.parametrize(
+    "text, texts",
+    [
+        ("<|im_start|>甲。<|im_end|> <|im_start|>乙。<|im_end|>", ["甲。", "乙。"]),
+        ("<|im_start|>甲。<|im_end|>\n<|im_start|>乙。一半", ["甲。", "乙。一半"]),
+        ("<s>甲。</s><s>乙。</s>", ["甲。", "乙。"]),
+        ("在 <|im_start|> 之后写 <|im_end|>。", ["在 <|im_start|> 之后写 <|im_end|>。"]),
+        ("没有标记", ["没有标记"]),
+    ],
+)
+def test_a_row_with_marks_is_the_documents_between_them(text, texts):
+    assert pretrain.documents(text) == texts
+    start, end = tokenizer().bos_token_id, tokenizer().eos_token_id
+    rows = [piece["input_ids"] for piece in pretrain.encode({"text": text}, tokenizer(), 512)]
+    assert len(rows) == len(texts)
+    for ids, document in zip(rows, texts, strict=True):
+        assert (ids[0], ids[-1]) == (start, end) and not {0, start, end} & set(ids[1:-1])
+        assert tokenizer().decode(ids[1:-1]) == document
+    row = json.dumps({"text": text})
+    assert json.loads(pretrain.first_document(row))["text"] == texts[0]
 
 
 def test_numerals_may_merge():
