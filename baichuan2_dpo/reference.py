@@ -154,7 +154,11 @@ def scored_row(
     """
     template = {"enable_thinking": True} if chat_model.can_think else {}
     answer = answer_message(text)
-    row = encode_chat(chat_model.tokenizer, [*messages, answer], window, **template)
+    try:
+        row = encode_chat(chat_model.tokenizer, [*messages, answer], window, **template)
+    except ValueError:  # the template has no place for a thought: the text as it was written
+        answer = {"role": "assistant", "content": text}
+        row = encode_chat(chat_model.tokenizer, [*messages, answer], window, **template)
     if row is None or row["truncated"]:
         return None
     labels = row["labels"]
