@@ -58,6 +58,7 @@ def load_teacher(name: str, training, tokenizer) -> models.MiniMindForCausalLM:
         )
     if cli.load(AutoTokenizer, name, "--teacher").get_vocab() != tokenizer.get_vocab():
         raise SystemExit(f"--teacher {name} has another tokenizer than the student")
+    cli.check_vocabulary(tokenizer, teacher.config, f"--teacher {name}")
     return teacher.to(training.device).requires_grad_(False).eval()
 
 

@@ -127,7 +127,9 @@ def load(args: Args, texts: list[str], start: Path | None):
             raise SystemExit(
                 f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
             )
-        return model, cli.load(AutoTokenizer, name)
+        tokenizer = cli.load(AutoTokenizer, name)
+        cli.check_vocabulary(tokenizer, model.config, name)
+        return model, tokenizer
 
     mark = "<|endoftext|>"
     tokenizer = tiny.make_tokenizer(texts[:50000], 8000, [mark], eos_token=mark, bos_token=mark)
