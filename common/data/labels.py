@@ -876,11 +876,13 @@ def _tokens(tokenizer, text, plain, spelling):
 def _by_offset(tokenizer, text, turns, data, spelling):
     """Like the whole text at once, but for a cut where a turn begins, since generation begins
     there; a token is trained when its last character lies in a turn."""
+    # behind a special token the tokenizer cuts by itself, and may begin the text with a space
+    parted = {match.end() for match in spelling.special.finditer(text)} if turns else set()
     ids = []
     labels = []
     plain = dict(data)
     ends = [end for _, end, _ in turns]
-    starts = [start for start, _, _ in turns]
+    starts = [start for start, _, _ in turns if start not in parted]
     for start, end in pairwise(sorted({0, len(text), *starts, *plain, *plain.values()})):
         as_text = plain.get(start) == end
         for token, at in _offsets(tokenizer, text[start:end], start, as_text, spelling):
