@@ -259,10 +259,9 @@ def main() -> None:
     resolve_args(args, training)
     set_seed(training.seed)
     is_tiny = args.model_name_or_path == "tiny"
-    # fail on a wrong name before anything is read or replaced; --from_config: its rows will grow
+    # fail on a wrong name before anything is read or replaced
     if not is_tiny:
-        check = cli.model_config if args.from_config else cli.check_model
-        check(args.model_name_or_path)
+        cli.check_model(args.model_name_or_path, grows=bool(args.from_config))
     if args.from_config:
         cli.model_config(args.from_config, "--from_config")
 

@@ -277,13 +277,18 @@ def model_config(name: str, flag: str = "--model_name_or_path"):
     return load(AutoConfig, name, flag)
 
 
-def check_model(name: str, flag: str = "--model_name_or_path", tokenizer: str = ""):
+def check_model(
+    name: str, flag: str = "--model_name_or_path", tokenizer: str = "", grows: bool = False
+):
     """The config of a model, like model_config; SystemExit with one line where its tokenizer (or
-    that of the model `tokenizer`) cannot be loaded or has tokens beyond its embedding."""
+    that of the model `tokenizer`) cannot be loaded or has tokens beyond its embedding, unless the
+    embedding `grows` to hold them."""
     from transformers import AutoTokenizer
 
     config = model_config(name, flag)
-    check_vocabulary(load(AutoTokenizer, tokenizer or name, flag), config, f"{flag} {name}")
+    loaded = load(AutoTokenizer, tokenizer or name, flag)
+    if not grows:
+        check_vocabulary(loaded, config, f"{flag} {name}")
     return config
 
 

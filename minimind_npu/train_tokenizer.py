@@ -266,7 +266,8 @@ def save(tokenizer, folder: Path) -> None:
     file = folder / "tokenizer.json"
     made = json.loads(file.read_text(encoding="utf-8"))
     with atomic_file(file) as part:
-        part.write_text(json.dumps(made, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
+        text = json.dumps(made, ensure_ascii=False, separators=(",", ":"))
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 # ---- what it is worth ----------------------------------------------------------------------------

@@ -638,7 +638,7 @@ def _of_messages(turns, messages, untrained):
     read_only = {index for index in answers if not messages[index].get("train", True)}
     if len(turns) == 1:  # the last answer, all that a prefix model learns
         answers = answers[-1:]
-    if not untrained | read_only:
+    if not turns or not untrained | read_only:
         return [(start, end, True) for start, end in turns]
     if len(answers) != len(turns):
         raise ValueError("the chat template does not mark one span for each answer of this row")
