@@ -204,7 +204,8 @@ def children() -> list[int]:
     """Processes that the main thread has started and that are there."""
     own = os.getpid()
     with contextlib.suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
+        pids = Path(f"/proc/{own}/task/{own}/children").read_text(encoding="ascii")
+        return [int(pid) for pid in pids.split()]
     return []
 
 
@@ -351,7 +352,7 @@ def how_it_ended(rank: int, failure, watch: Watch, relay: Relay | None, logs: st
     if relay is not None and failure.local_rank == 0:
         return Ended(rank, failure.exitcode, at, relay.said, list(relay.lines))
     for file in Path(logs).glob(f"**/{failure.local_rank}/stderr.log"):
-        text = file.read_text(errors="replace").splitlines()
+        text = file.read_text(encoding="utf-8", errors="replace").splitlines()
         said = file.stat().st_mtime
         return Ended(rank, failure.exitcode, at, said, text[-KEPT_LINES:])
     return Ended(rank, failure.exitcode, at)
