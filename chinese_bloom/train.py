@@ -29,10 +29,10 @@ import bloom_attention
 from common import collators, tiny
 from common.convert import adapter
 from common.data.cache import cache_root
-from common.data.labels import encode_chat, encode_document, encode_prompt, fingerprint
-from common.data.labels import preview, set_template
+from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
+from common.data.spelling import encode_document
 from common.fast import attention, losses
 from common.runs import flags
 from common.runs.generate import answer_eval_rows, continue_eval_rows, pick_eval_rows

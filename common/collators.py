@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from common.data.labels import IGNORE
+from common.data.spelling import IGNORE
 
 
 def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:

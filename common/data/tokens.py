@@ -9,9 +9,9 @@ from pathlib import Path
 
 from common.data import files
 from common.data.cache import cached
-from common.data.labels import IGNORE
 from common.data.load import VERSION
 from common.data.progress import Progress
+from common.data.spelling import IGNORE
 
 FORKED_FROM = 5000  # fewer rows than this are tokenised faster than worker processes start
 NO_LABEL = "no label left"

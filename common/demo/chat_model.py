@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common import cli, device
 from common.convert import adapter, model_folder
-from common.data.labels import encode_prompt, encode_text
+from common.data.labels import encode_prompt
+from common.data.spelling import encode_text
 
 REFRESH = 0.05  # seconds between two looks at a growing answer
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from common.data.labels import encode_text, text_start, turn_end_ids, written_answer
+from common.data.labels import turn_end_ids, written_answer
 from common.data.progress import Progress
+from common.data.spelling import encode_text, text_start
 from common.runs.flags import learned_positions
 from common.runs.metrics import answer_match, with_plain_calls
 from common.runs.report import parameters
@@ -189,7 +190,7 @@ def continue_eval_rows(
     Args:
         rows: canonical text rows (JSON); share: part of a document's tokens (at most 64) that is
             given.
-        start: the ids that documents begin with in training, default as in labels.encode_text.
+        start: the ids that documents begin with in training, default as in encode_text.
     Returns:
         {} (the loss on held-out text is the measure) and samples as in `answer_eval_rows`.
     """

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from common.data.labels import encode_text
+from common.data.spelling import encode_text
 from common.demo.chat_model import ChatModel
 from common.fast.attention import varlen_kernel
 from common.runs.generate import end_token_ids

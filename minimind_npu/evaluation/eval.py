@@ -45,7 +45,8 @@ from common import collators
 from common.collators import IGNORE
 from common.convert import adapter
 from common.data.files import atomic_file
-from common.data.labels import encode_prompt, encode_text
+from common.data.labels import encode_prompt
+from common.data.spelling import encode_text
 from common.data.load import load_rows, summary
 from common.data.progress import Progress
 from common.fast import attention, losses

@@ -13,8 +13,8 @@ import random
 import torch
 
 from common import cli
-from common.data.labels import encode_text
 from common.data.load import load_rows, summary
+from common.data.spelling import encode_text
 from common.data.split import describe_split, split_rows
 from common.runs.generate import generate_answers
 

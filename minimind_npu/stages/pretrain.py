@@ -12,7 +12,7 @@ import json
 import math
 import re
 
-from common.data.labels import encode_document
+from common.data.spelling import encode_document
 from common.fast import losses
 
 KIND = "text"

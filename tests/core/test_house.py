@@ -185,3 +185,17 @@ def test_data_is_read_without_torch():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_every_test_that_the_table_of_cases_names_exists():
+    """CASES.md says what happens in which situation; a name without a file may be in any."""
+    tests = ROOT / "tests"
+    known = {}
+    for path in tests.rglob("test_*.py"):
+        known[path] = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    everywhere = {test for found in known.values() for test in found}
+    table = (tests / "CASES.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", table)
+    assert len(named) > 40
+    for file, test in named:
+        assert test in (known[tests / file] if file else everywhere), (file, test)

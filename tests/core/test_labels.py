@@ -11,18 +11,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from common.data.labels import (
-    IGNORE,
     THOUGHTS_LEFT_OUT,
     encode_chat,
     encode_prompt,
-    encode_text,
     fingerprint,
     preview,
     set_template,
-    text_start,
     turn_end_ids,
     written_answer,
 )
+from common.data.spelling import IGNORE, encode_text, text_start
 
 TEXTS = [
     "你好，世界。今天天气很好，我们去公园吧！",

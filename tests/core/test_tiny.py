@@ -14,8 +14,9 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPConfig, CLIPModel, Qwen3Config
 
 from common import tiny
-from common.data.labels import IGNORE, encode_chat, encode_prompt
+from common.data.labels import encode_chat, encode_prompt
 from common.data.load import load_rows
+from common.data.spelling import IGNORE
 
 RECIPE = ROOT / "train_qwen"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from common.convert import weight_files
-from common.data.labels import IGNORE, encode_chat, encode_prompt
+from common.data.labels import encode_chat, encode_prompt
+from common.data.spelling import IGNORE
 
 GOLDEN = ROOT / "tests/golden/chatglm2"
 TEXTS = [

@@ -1,0 +1,96 @@
+"""Conversations that are too long for the window: the oldest exchanges go, then middles of what is
+not trained, then tails of what is."""
+
+from common.data.spelling import IGNORE, runs_of
+
+
+def up_to_last_answer(messages):
+    """Without what follows the last assistant turn that says anything."""
+    for index in reversed(range(len(messages))):
+        message = messages[index]
+        if message["role"] == "assistant" and any(message[key] for key in message if key != "role"):
+            return messages[: index + 1]
+    return messages
+
+
+def exchanges(messages):
+    """-> (how many messages stand before the first exchange, where the exchanges begin)."""
+    roles = [message["role"] for message in messages]
+    speaks = ("user", "assistant", "tool")
+    head = next((i for i, role in enumerate(roles) if role in speaks), 0)
+    begins = []
+    for i in range(head, len(roles)):
+        after_user = i > head and roles[i - 1] == "user"
+        if roles[i] == "user" and not after_user:
+            begins.append(i)
+    return head, begins
+
+
+def shrink(tokenizer, ids, labels, room):
+    """Cut one exchange to `room` tokens: middles of what is not trained, then tails of what is,
+    never an end token."""
+    if len(ids) <= room:
+        return ids, labels
+    last = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
+    runs = list(runs_of(ids[:last], labels[:last]))
+    if 16 * len(runs) > room:  # too little room for every turn: the last one alone is trained
+        _, answer = runs[-1]
+        runs = [(False, ids[: last - len(answer)]), (True, answer)]
+    prompts = [len(run) for trained, run in runs if not trained]
+    answers = [len(run) for trained, run in runs if trained]
+    kept = min(sum(prompts), max(room - sum(answers), room // 4))
+    prompt_cap = _cap(prompts, kept)
+    answer_cap = _cap(answers, room - kept)
+    ids = []
+    labels = []
+    for trained, run in runs:
+        if trained:
+            run = _cut_tail(tokenizer, run, answer_cap)
+            labels += run
+        else:
+            run = _cut_middle(tokenizer, run, prompt_cap)
+            labels += [IGNORE] * len(run)
+        ids += run
+    return ids, labels
+
+
+def _cap(lengths, room):
+    """The largest c with sum(min(length, c)) <= room."""
+    rest = sorted(lengths)
+    while rest and rest[0] <= room // len(rest):
+        room -= rest.pop(0)
+    return room // len(rest) if rest else max(lengths, default=0)
+
+
+def _cut_tail(tokenizer, run, size):
+    """The last token, which ends the answer, stays."""
+    if len(run) <= size:
+        return run
+    return _clean_end(tokenizer, run[: size - 1]) + run[-1:]
+
+
+def _cut_middle(tokenizer, run, size):
+    if len(run) <= size:
+        return run
+    head = size // 2
+    tail = size - head
+    start = _clean_end(tokenizer, run[:head])
+    return start + _clean_start(tokenizer, run[len(run) - tail :])
+
+
+def _clean_end(tokenizer, ids):
+    """Without the first bytes of a character that was cut (at most three)."""
+    for _ in range(3):
+        if not ids or not tokenizer.decode(ids[-8:]).endswith("\ufffd"):
+            break
+        ids = ids[:-1]
+    return ids
+
+
+def _clean_start(tokenizer, ids):
+    """Without the last bytes of a character that was cut (at most three)."""
+    for _ in range(3):
+        if not ids or not tokenizer.decode(ids[:8]).startswith("\ufffd"):
+            break
+        ids = ids[1:]
+    return ids
