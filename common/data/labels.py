@@ -219,14 +219,14 @@ def _headers_and_ends(tokenizer, template, special, kwargs):
     answer = "\U000f0001"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
-    def render(messages, prompt=False):
+    def rendered(messages, prompt=False):
         return render(tokenizer, template, messages, None, prompt, kwargs)[0]
 
     try:
-        asked = render(turns[:1])
-        prompt = render(turns[:1], prompt=True)
-        once = render(turns)
-        twice = render(turns * 2)
+        asked = rendered(turns[:1])
+        prompt = rendered(turns[:1], prompt=True)
+        once = rendered(turns)
+        twice = rendered(turns * 2)
     except ValueError:
         # it wants more than one question: texts are then trained from their own start
         return (), "", ()
