@@ -41,8 +41,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """train_qwen's first command, run once: (output folder, what it printed). DANPU_TEST_RUN names
-    one made before."""
+    """train_qwen's first command, run once in one process: (output folder, what it printed).
+    DANPU_TEST_RUN names one made before."""
     from harness import expect, shell
 
     if made := os.environ.get("DANPU_TEST_RUN"):
@@ -54,7 +54,7 @@ def tiny_run(tmp_path_factory):
     with FileLock(shared / "tiny-run.lock"):
         if not printed.is_file():
             printed.write_text(
-                expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out)).stdout,
+                expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out, NPROC=1)).stdout,
                 encoding="utf-8",
             )
     return out, printed.read_text(encoding="utf-8")

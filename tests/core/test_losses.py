@@ -327,7 +327,7 @@ def test_full_logits_are_never_alive(dtype):
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:],
     )
     logits = 2048 * 40000 * (4 if dtype == "float32" else 2) / 2**20  # MiB
-    assert chunked < 0.35 * logits
+    assert chunked < 0.35 * full  # a CPU without bf16 makes float32 copies of both
     assert full > 0.8 * logits  # the probe sees them where they are
 
 

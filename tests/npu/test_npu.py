@@ -43,11 +43,13 @@ FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
 }
 SHORT = [
     "--max_steps",
-    8,
+    6,
     "--logging_steps",
     1,
     "--eval_generate",
-    4,
+    2,
+    "--max_new_tokens",
+    8,
     "--report_to",
     "none",
     "--save_strategy",
@@ -339,7 +341,9 @@ def test_deepspeed_sees_an_overflow_of_a_chip_that_saturates(npu, stage):
 
 def test_what_is_steered_around_is_still_broken(npu):
     """When this fails, a release mended something: the refusal in common/device.py can go."""
-    said = check("known_defects", env=npu(A2, 2))
+    said = check(
+        "known_defects", env=npu(A2, 1)
+    )  # in a process of its own: as a user's imports are
     assert said["scaler"].startswith("torch_npu.")
     assert said["found"] == {
         "npu fused trains on stale gradients": True,
@@ -413,7 +417,7 @@ def test_recipe_trains(npu, tmp_path, recipe, case):
     assert facts["dtype"] == ("bfloat16" if chip == A2 else "float16")
     assert facts["engine"] == ("zero-2" if deepspeed else "ddp" if cards > 1 else "single")
     assert (
-        losses[8] < losses[1]
+        losses[6] < losses[1]
         and facts["metrics"]["after"]["loss"] < facts["metrics"]["before"]["loss"]
     )
     assert all("lora_" in name for name in weights(tmp_path / "final")) == (kind == "lora")

@@ -56,7 +56,7 @@ def results(run):
     """{check: what went wrong or None} of one process."""
     module, soc, devices, extra = RUNS[run]
     env = simulator.environment(soc, devices, **extra)
-    return results_of(start([sys.executable, CHECKS / "run.py", module], **env))
+    return results_of(start([sys.executable, CHECKS / "run.py", module], fork=False, **env))
 
 
 @cache

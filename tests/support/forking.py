@@ -104,16 +104,13 @@ def client(folder: Path, env: dict, often: bool) -> Path | None:
     with FileLock(folder / f"{key}.lock"):
         first = not own.exists()
         own.mkdir(exist_ok=True)
-        if python.exists():
-            return python
-        if first and not often:
-            return None
-        start(own, env)
-    return python
+        if not python.exists() and (often or not first):
+            start(own, env)
+    return python if python.exists() else None
 
 
 def start(folder: Path, env: dict) -> None:
-    """Start a server whose client is folder/python."""
+    """Start a server whose client is folder/python; none where the libraries cannot be imported."""
     address = folder / "socket"
     names = {"PYTHON": sys.executable, "KNOWN": watched(env), "ADDRESS": str(address)}
     names |= {"READ_AT_IMPORT": READ_AT_IMPORT, "NOT_READ": NOT_READ}
@@ -130,7 +127,7 @@ def start(folder: Path, env: dict) -> None:
         )
     # after what the libraries have to say
     if "ready\n" not in iter(server.stdout.readline, ""):
-        raise RuntimeError(f"the fork server did not start: {(folder / 'log').read_text()[-2000:]}")
+        return
     part = folder / "python.part"
     part.write_text(f"#!{sys.executable} -IS\n{head}{CLIENT}")
     part.chmod(0o755)

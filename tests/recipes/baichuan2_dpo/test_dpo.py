@@ -802,9 +802,9 @@ def test_the_same_run_in_other_ways(run):
 def test_dropout_is_off_in_the_reference(run):
     flags = ["--lora_dropout", 0.3, "--max_steps", 3, "--learning_rate", 0]
     one, other = run("precomputed", *flags), run("adapter", *flags, "--reference", "adapter")
-    assert torch.equal(curves(one), curves(other)) or torch.allclose(
-        curves(one), curves(other), atol=1e-4
-    )
+    # accuracies are those of ties, which the last bit decides
+    names = [name for name in METRICS if not name.endswith("accuracies")]
+    assert torch.allclose(curves(one, names), curves(other, names), atol=1e-4)
 
 
 def test_precomputed_log_probs_are_kept_and_belong_to_data_and_base(
@@ -1190,7 +1190,7 @@ def tensors(file):
 def default_run(tmp_path_factory):
     """(folder, what it printed) of `bash train_zero2.sh`: two of its five epochs, half the answers."""
     output = tmp_path_factory.mktemp("default")
-    flags = ["--num_train_epochs", 2, "--eval_generate", 30]
+    flags = ["--num_train_epochs", 2, "--eval_generate", 16]
     done = shell(RECIPE / "train_zero2.sh", *flags, OUTPUT=output, NPROC=1, fork=True)
     return output, expect(done).stdout
 

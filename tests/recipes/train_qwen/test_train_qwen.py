@@ -13,7 +13,7 @@ from common.runs.report import KEYS
 
 @pytest.mark.slow
 def test_default_run_learns_and_reports(tiny_run):
-    """`bash train_qwen/train_zero2.sh`: trained by DeepSpeed on two processes, and it shows."""
+    """`bash train_qwen/train_zero2.sh`: trained by DeepSpeed, and it shows."""
     out, printed = tiny_run
     facts = report(out)
     assert facts.keys() >= set(KEYS)
