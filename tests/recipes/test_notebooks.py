@@ -1,7 +1,10 @@
 """Every notebook: committed empty, short, and running top to bottom from a copy of its recipe under another name."""
 
+import json
 import shutil
+import sys
 
+import harness
 import nbformat
 import pytest
 from harness import RECIPES, ROOT
@@ -117,6 +120,21 @@ def test_committed_empty_and_short(notebook):
     assert notebook.parent.name not in notebook.read_text(encoding="utf-8"), (
         "a copied recipe has another name"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_kernels(tmp_path_factory):
+    """Kernels begin as other processes of the tests do: with the libraries imported."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    python = harness.forked_python(harness.environment()) or sys.executable
+    spec = folder / "kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    command = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    settings = {"argv": command, "display_name": "Python 3", "language": "python"}
+    spec.write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder))
+        yield
 
 
 def execute(notebook, tmp_path, **parameters) -> str:
