@@ -77,7 +77,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
 # steps of the quick run that an infer notebook makes when it finds no model: enough for its last
 # cell, and to see what it shows
 QUICK_STEPS = {
-    "baichuan2_dpo": 40,
+    "baichuan2_dpo": 60,
     "chatglm_lora": 150,
     "chinese_bloom": 30,
     "minimind_npu": {"pretrain": 40, "sft": 40},

@@ -55,6 +55,8 @@ CLIENT = """
 import os, signal, socket, sys
 def become_python():
     os.execv(PYTHON, [PYTHON, *sys.argv[1:]])
+if sys.argv[1:2] and sys.argv[1].startswith("-") and sys.argv[1] not in ("-c", "-m", "-u"):
+    become_python()
 seen = {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT) and not k.startswith(NOT_READ)}
 if seen != KNOWN:
     if "DANPU_FORK_DEBUG" in os.environ:
@@ -277,8 +279,10 @@ def bury(lines: dict, selector) -> None:
 
 
 def run(words: list[str]) -> None:
-    """Be `python words`."""
+    """Be `python words`, whose own children are forks too."""
     import runpy
+
+    sys.executable = str(Path(sys.argv[1]).parent / "python")
 
     if words[0] == "-u":
         words = words[1:]

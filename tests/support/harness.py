@@ -104,9 +104,9 @@ def often_asked_for() -> list[dict]:
 def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
     """Start a command in a process group of its own; stdout and stderr are kept apart.
 
-    Python processes with equal variables, the ranks they launch, and those that shells launch on
-    simulated NPUs are forks of a server that has the libraries imported. Shells on the CPU start
-    their ranks as a user's do, unless `fork` is True; with False all do.
+    Python processes with equal variables, what they start, and what shells start on simulated NPUs
+    are forks of a server that has the libraries imported. Shells on the CPU start Python as a
+    user's do, unless `fork` is True; with False all do.
     """
     words, folder, env = [str(word) for word in command], env.pop("cwd", ROOT), environment(**env)
     is_python = words[0] in ("python", sys.executable)
@@ -114,6 +114,7 @@ def start(command: list, fork: bool | None = None, **env) -> subprocess.Popen:
     client = forked_python(env) if fork else None
     if client:
         env["PYTHON_EXEC"] = client
+        env["PATH"] = f"{Path(client).parent}:{env['PATH']}"
         words[0] = client if is_python else words[0]
     return subprocess.Popen(
         words,
