@@ -77,7 +77,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
 # steps of the quick run that an infer notebook makes when it finds no model: enough for its last
 # cell, and to see what it shows
 QUICK_STEPS = {
-    "baichuan2_dpo": 60,
+    "baichuan2_dpo": 40,
     "chatglm_lora": 150,
     "chinese_bloom": 30,
     "minimind_npu": {"pretrain": 40, "sft": 40},
@@ -155,13 +155,16 @@ def execute(notebook, tmp_path, **parameters) -> str:
 
 
 @pytest.mark.slow
-def test_runs_as_it_is(notebook, tiny_run, tmp_path, monkeypatch):
+def test_runs_as_it_is(notebook, request, tmp_path, monkeypatch):
     """train_qwen's infer notebook on the finished run, the others on the quick one they make."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     parameters = {}
     if notebook.stem == "infer":
         steps = QUICK_STEPS.get(notebook.parent.name)
-        parameters = {"QUICK_STEPS": steps} if steps else {"MODEL": str(tiny_run[0])}
+        if steps:
+            parameters = {"QUICK_STEPS": steps}
+        else:
+            parameters = {"MODEL": str(request.getfixturevalue("tiny_run")[0])}
     text = execute(notebook, tmp_path, **parameters)
     for expected in SAID.get(name(notebook), ()):
         assert expected in text
