@@ -118,6 +118,60 @@ def test_rank_counts_make_one_total(layouts):
     assert tokens["1 process"]["total"] > tokens["1 process"]["label"] > 0
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A model of experts whose loss holds their balance, untrained, with a tokenizer for chats."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from common import tiny
+
+    folder = tmp_path_factory.mktemp("experts")
+    texts = [path.read_text(encoding="utf-8") for path in (RECIPE / "data").glob("*.jsonl")]
+    tokenizer = tiny.make_tokenizer(
+        texts,
+        vocab_size=1000,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=(RECIPE / "chat_template.jinja").read_text(encoding="utf-8"),
+    )
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+        router_aux_loss_coef=1.0,
+        initializer_range=0.1,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_balance_of_experts_is_that_of_one_process(experts, tmp_path):
+    """It is a mean over experts in a batch: once it was added for each micro-batch and rank."""
+    flags = ["--model_name_or_path", experts, "--save_strategy", "no", "--max_steps", 4]
+    sizes = {"one": (1, 8, 1), "two": (2, 2, 2)}  # processes, rows per device, accumulation
+    losses = {}
+    for name, (nproc, size, accumulation) in sizes.items():
+        batch = ["--per_device_train_batch_size", size]
+        batch += ["--gradient_accumulation_steps", accumulation]
+        train(tmp_path / name, *flags, *batch, nproc=nproc)
+        losses[name] = history(tmp_path / name)
+    assert len(losses["one"]) == 4
+    for step, expected in losses["one"].items():
+        assert expected > 8  # 6.9 for guessing, and the balance
+        assert abs(losses["two"][step] - expected) < 1e-4 * expected
+
+
 # ---- resume -------------------------------------------------------------------------------------------------
 
 
