@@ -36,6 +36,7 @@ from datetime import datetime, timezone
 from filelock import FileLock, Timeout
 
 from common.data import shapes
+from common.runs import machine
 
 RATINGS = "ratings.jsonl"
 SFT = "sft.jsonl"
@@ -360,7 +361,7 @@ def main() -> None:
     if not (folder / RATINGS).is_file():
         hint = "name the folder given to app.py as --feedback_dir"
         raise SystemExit(f"{folder}: no {RATINGS} here; {hint}")
-    sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
+    machine.tolerate_terminals()
     print(summary(Store(folder, to_write=False)))
 
 

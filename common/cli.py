@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import difflib
 import os
@@ -168,7 +167,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         """description: shown by --help as it stands."""
-        tolerate_terminals()
+        machine.tolerate_terminals()
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -215,14 +214,6 @@ def remove_stale_build_locks() -> None:
 def is_main() -> bool:
     """Whether this process is rank 0, the one that speaks."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def tolerate_terminals() -> None:
-    """What a terminal cannot show (an emoji in GBK) becomes `?`: words never end a run."""
-    for stream in (sys.stdout, sys.stderr):
-        # notebooks have other streams; one that was a file and became a pipe cannot be changed
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="replace")
 
 
 def say(text: str) -> None:
@@ -363,7 +354,7 @@ def _load(auto_class, name: str, settings: dict):
 def run(main: Callable[[], None]) -> None:
     """Call `main` and turn what users cause (full disk, memory, signals) into one line and an exit
     code."""
-    tolerate_terminals()
+    machine.tolerate_terminals()
     # before training starts there is nothing to save
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(INTERRUPTED))

@@ -628,7 +628,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hubs")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    machine.tolerate_terminals()
     hubs_off = env("HF_HUB_OFFLINE").upper() in ("1", "ON", "YES", "TRUE")
     lines, found = look(args.offline or hubs_off)
     form = as_json if args.json else as_text

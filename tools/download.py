@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from common.convert import model_folder
 from common.data.files import atomic_file
+from common.runs import machine
 from tools.manifest import describe, tensors
 
 WEIGHTS = (".safetensors", ".bin")
@@ -360,7 +361,7 @@ def interrupted(*_) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
+    machine.tolerate_terminals()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, interrupted)
     try:

@@ -38,6 +38,14 @@ CARDS = "/dev/davinci[0-9]*"
 # ---- Python and packages -------------------------------------------------------------------------
 
 
+def tolerate_terminals() -> None:
+    """What a terminal cannot show (an emoji in GBK) becomes `?`: words never end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        # notebooks have other streams; one that was a file and became a pipe cannot be changed
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="replace")
+
+
 def supported() -> bool:
     """Whether the requirements are pinned for this Python."""
     return (3, 10) <= sys.version_info[:2] <= (3, 12)

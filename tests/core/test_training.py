@@ -119,37 +119,23 @@ def test_rank_counts_make_one_total(layouts):
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory):
-    """A model of experts whose loss holds their balance, untrained, with a tokenizer for chats."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    from common import tiny
+def experts(layouts, tmp_path_factory):
+    """A model of experts whose loss holds their balance, untrained, with the other runs'
+    tokenizer."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder = tmp_path_factory.mktemp("experts")
-    texts = [path.read_text(encoding="utf-8") for path in (RECIPE / "data").glob("*.jsonl")]
-    tokenizer = tiny.make_tokenizer(
-        texts,
-        vocab_size=1000,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=(RECIPE / "chat_template.jinja").read_text(encoding="utf-8"),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(layouts["1 process"] / "final")
+    size = {"hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    balance = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
-        output_router_logits=True,
-        router_aux_loss_coef=1.0,
         initializer_range=0.1,
+        **(size | heads | balance),
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
