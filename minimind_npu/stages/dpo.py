@@ -36,7 +36,7 @@ COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_
 def encode(row: dict, tokenizer, max_length: int) -> dict | None:
     """A canonical pair -> tokens and labels of both sides, max_length tokens together; labels on
     the last answer."""
-    pair = {"truncated": False}
+    pair = {"truncated": False, "notes": []}
     for side in ("chosen", "rejected"):
         turns = row["prompt"] + row[side]
         found = encode_chat(tokenizer, turns, max_length // 2, row.get("tools"))
@@ -45,7 +45,7 @@ def encode(row: dict, tokenizer, max_length: int) -> dict | None:
         pair[f"{side}_input_ids"] = found["input_ids"]
         pair[f"{side}_labels"] = only_last_answer(found["labels"])
         pair["truncated"] |= found["truncated"]
-        pair["notes"] = found.get("notes", [])
+        pair["notes"] += found.get("notes", [])
     return pair
 
 

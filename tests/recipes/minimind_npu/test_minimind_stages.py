@@ -222,6 +222,21 @@ def pairs(lengths, seed=0):
     ]  # fmt: skip
 
 
+def test_what_is_to_be_told_of_either_answer_is_told_of_the_pair(monkeypatch):
+    told = {"好": ["of the chosen one"], "坏": []}
+
+    def encoded(tokenizer, turns, *_):
+        notes = told[turns[-1]["content"]]
+        return {"input_ids": [1, 2], "labels": [-100, 2], "truncated": False, "notes": notes}
+
+    monkeypatch.setattr(dpo, "encode_chat", encoded)
+    answers = {
+        side: [{"role": "assistant", "content": c}] for side, c in zip(("chosen", "rejected"), told)
+    }
+    row = {"prompt": [{"role": "user", "content": "问"}], **answers}
+    assert dpo.encode(row, None, 16)["notes"] == ["of the chosen one"]
+
+
 def test_dpo_equals_its_formula(tmp_path):
     made, policy, reference = pairs([20, 31, 9, 12, 40, 8]), small(1), small(2)
     found = batches.TokenRows(token_rows(made, dpo.COLUMNS), dpo.COLUMNS)
