@@ -230,10 +230,11 @@ def test_what_is_to_be_told_of_either_answer_is_told_of_the_pair(monkeypatch):
         return {"input_ids": [1, 2], "labels": [-100, 2], "truncated": False, "notes": notes}
 
     monkeypatch.setattr(dpo, "encode_chat", encoded)
-    answers = {
-        side: [{"role": "assistant", "content": c}] for side, c in zip(("chosen", "rejected"), told)
+    row = {
+        "prompt": [{"role": "user", "content": "问"}],
+        "chosen": [{"role": "assistant", "content": "好"}],
+        "rejected": [{"role": "assistant", "content": "坏"}],
     }
-    row = {"prompt": [{"role": "user", "content": "问"}], **answers}
     assert dpo.encode(row, None, 16)["notes"] == ["of the chosen one"]
 
 
