@@ -166,8 +166,8 @@ def _canonical(
     record = records.as_record(record)
     if shape is None:
         raise BadRow("not an object", type(record).__name__)
-    tidied, notes = records.tidy(renamed(record, renames))
-    return shape.convert(tidied), notes
+    notes: list[str] = []
+    return shape.convert(renamed(record, renames), notes), notes
 
 
 # ---- files -> rows -------------------------------------------------------------------------------

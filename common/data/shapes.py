@@ -411,8 +411,11 @@ def _for_files(kind: str, shape: Shape) -> Shape:
     def matches(record: dict) -> bool:
         return shape.matches(tidy(record)[0])
 
-    def convert(record: dict) -> dict:
-        row, _ = tidy(record)
+    def convert(record: dict, notes: list[str] | None = None) -> dict:
+        """notes: a list to which is added what was left out of the record."""
+        row, left_out = tidy(record)
+        if notes is not None:
+            notes += left_out
         check_row(row, kind)
         return shape.convert(row)
 
