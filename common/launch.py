@@ -168,7 +168,7 @@ def main() -> int:
     forward_signals()
     watch = ranks.Watch(nproc)
     watch.start()
-    relay = None if is_verbose else ranks.Relay()
+    relay = None if is_verbose else ranks.Relay(watch)
     failures = {}
     with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:
         try:

@@ -216,7 +216,8 @@ class Relay:
     On a terminal the rank gets one too, so that its progress bar stays a bar.
     """
 
-    def __init__(self):
+    def __init__(self, watch: Watch):
+        self.watch = watch
         self.real = os.dup(2)
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.said = 0.0  # when the last of them came
@@ -243,7 +244,9 @@ class Relay:
                 if not data:
                     return
                 self.take(data)
-            if self.held and time.time() - self.held_since > HELD_SECONDS:
+            is_survived = self.held and time.time() - self.held_since > HELD_SECONDS
+            # once a rank has ended the run ends too, however long the others take to
+            if is_survived and not self.watch.ended:
                 self.release()
 
     def take(self, data: bytes) -> None:
@@ -330,7 +333,7 @@ def report(failures: dict, watch: Watch, relay: Relay | None, logs: str) -> int:
     words = "\n".join(first.text[-LAST_LINES:])
     if relay is not None and is_shown and relay.held:
         relay.release()
-    elif words and (others or not is_shown):
+    elif words and (others or not is_shown) and first.code != INTERRUPTED:
         say(words)
     code = first.code
     if code < 0:
