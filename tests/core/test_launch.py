@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -255,6 +256,19 @@ def test_prefixes_and_parting_words_of_torch():
     one = ranks.Ended(3, 1, 1.0, 1.0, text.splitlines())
     assert one.error == "ValueError: no" and one.text[-1] == "[rank3]: ValueError: no"
     assert ranks.name_ranks([7, 0, 1, 2]) == "ranks 0-2, 7" and ranks.name_ranks([3]) == "rank 3"
+
+
+@pytest.mark.parametrize("ended, shown", [({}, True), ({41: 1.0}, False)])
+def test_an_error_waits_longer_once_a_rank_has_ended(capfd, monkeypatch, ended, shown):
+    """On a slow machine the ranks need more than HELD_SECONDS to end after one another."""
+    monkeypatch.setattr(ranks, "HELD_SECONDS", 0)
+    relay = ranks.Relay(SimpleNamespace(ended=ended))
+    os.write(2, b"error: lost another rank\n")
+    time.sleep(1.5)
+    before_the_end = capfd.readouterr().err
+    relay.end(release=True)
+    assert ("lost another rank" in before_the_end) == shown
+    assert ("lost another rank" in capfd.readouterr().err) == (not shown)
 
 
 def test_a_handled_error_of_rank_0_and_its_bar_reach_the_terminal(tmp_path):
