@@ -432,13 +432,18 @@ def test_harmless_fields_are_accepted(server):
 
 
 def test_values_that_change_nothing_are_accepted_of_every_field(api, server):
+    import openai_fields
+
     usage = post(server, GOOD)[2]["usage"]
     for pick in (0, -1):
-        extra = {name: neutral[pick] if neutral else None for name, neutral in api.ONLY.items()}
+        extra = {
+            name: neutral[pick] if neutral else None for name, neutral in openai_fields.ONLY.items()
+        }
         extra |= {"chat_template_kwargs": {"enable_thinking": False}, "stream_options": {}}
         message = {"role": "user", "content": "数数", "refusal": None, "annotations": []}
         message |= {
-            name: neutral[0] if neutral else None for name, neutral in api.IN_A_MESSAGE.items()
+            name: neutral[0] if neutral else None
+            for name, neutral in openai_fields.IN_A_MESSAGE.items()
         }
         status, _, body = post(server, GOOD | extra | {"messages": [message]})
         assert status == 200 and body["usage"] == usage
