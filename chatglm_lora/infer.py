@@ -42,7 +42,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer
 
 from answers import Settings, answer, answer_batch, check, record  # noqa: F401  (answer: notebooks)
-from common.convert import adapter
+from common.convert import adapter, models
 from common.data import files
 from common.data.labels import fingerprint
 from common.data.progress import Progress
@@ -251,8 +251,8 @@ def facts_of(args, settings: Settings) -> dict:
     path = find_model(args.model)
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     base = adapter.check_base(path) if is_adapter else path
-    config = cli.load(AutoConfig, base, "--model")
-    tokenizer = cli.load(AutoTokenizer, path, "--model")
+    config = models.load(AutoConfig, base, "--model")
+    tokenizer = models.load(AutoTokenizer, path, "--model")
     problem = refusal(config, args.tensor_parallel) if args.tensor_parallel > 1 else None
     if problem:
         raise SystemExit(problem)

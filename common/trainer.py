@@ -27,7 +27,7 @@ from common.collators import IGNORE, PackedCollator
 from common.convert.older_readers import for_older_readers
 from common.data.files import atomic_folder
 from common.fast import attention, losses
-from common.runs import checkpoint, evaluate, plan, report
+from common.runs import checkpoint, evaluate, memory, plan, report
 from common.runs.engine import engine, patch_overflow_check
 from common.runs.generate import remember_ends
 from common.runs.run_folder import read_run_file, write_run_file
@@ -235,7 +235,7 @@ class RecipeTrainer(Trainer):
 
     def after_epoch(self) -> None:
         if self.state.global_step > self.first_step:
-            self.log({"epoch_peak_memory_mb": round(device.next_peak_memory_mb(), 1)})
+            self.log({"epoch_peak_memory_mb": round(memory.next_peak_mb(), 1)})
 
     # ---- logging ----
     def totals(self) -> dict:
@@ -258,7 +258,7 @@ class RecipeTrainer(Trainer):
                 logs[f"{name.removeprefix('total_')}_per_second"] = now[name] / seconds
             for name, before in self.past.items():
                 logs[name] = before + now[name]
-            logs["memory_mb"] = device.peak_memory_mb()
+            logs["memory_mb"] = memory.peak_mb()
             logs["seconds_left"] = seconds / steps * left
             self.add_to_log(logs)
         super().log(logs, start_time)

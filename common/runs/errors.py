@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from common import cli, device
+from common import cli
+from common.runs import memory
 
 # how a full disk reads where torch writes
 FULL_DISK = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
@@ -24,7 +25,7 @@ def explain(error: Exception) -> str | None:
         return f"--target_modules: {first_line} Give names of linear layers, or all-linear"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of memory at {device.peak_memory_mb() / 1024:.1f} GiB. Cheapest changes first: "
+            f"out of memory at {memory.peak_mb() / 1024:.1f} GiB. Cheapest changes first: "
             "--gradient_checkpointing true; --per_device_train_batch_size 1 with more "
             "--gradient_accumulation_steps; a smaller --model_max_length; --use_lora true; "
             "--eval_generate 0; train_zero3.sh"

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms of this recipe
 from common import cli, device  # before torch and transformers
+from common.convert import models
 
 import torch
 import torch.distributed as dist
@@ -121,14 +122,14 @@ def load(args: Args, texts: list[str], start: Path | None):
     from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
-        model = cli.load(AutoModelForCausalLM, name, dtype=torch.float32)
+        model = models.load(AutoModelForCausalLM, name, dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
             raise SystemExit(
                 f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
             )
-        tokenizer = cli.load(AutoTokenizer, name)
-        cli.check_vocabulary(tokenizer, model.config, name)
+        tokenizer = models.load(AutoTokenizer, name)
+        models.check_vocabulary(tokenizer, model.config, name)
         return model, tokenizer
 
     mark = "<|endoftext|>"
