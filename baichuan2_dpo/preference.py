@@ -30,7 +30,7 @@ from common import cli, collators
 from common.collators import IGNORE
 from common.data.cache import cache_root
 from common.data.progress import Progress
-from common.fast import losses
+from common.fast import losses, packing_check
 from common.trainer import RecipeTrainer
 
 SIDES = ("chosen", "rejected")
@@ -183,11 +183,21 @@ class PreferenceTrainer(RecipeTrainer):
 
     # ---- reference ----
     def before_measuring(self) -> None:
+        if self.data_collator.packing:
+            packing_check.refuse_leaks(self, self.some_answers())
         if self.reference != "precomputed":
             return
         for pairs in (self.train_dataset, self.eval_dataset):
             if pairs:
                 self.precompute(pairs)
+
+    def some_answers(self) -> list[dict]:
+        """Chosen answers of the first pairs, for the check of packing."""
+        pairs = [self.train_dataset[i] for i in range(min(8, len(self.train_dataset)))]
+        return [
+            {"input_ids": pair["chosen_input_ids"], "labels": pair["chosen_labels"]}
+            for pair in pairs
+        ]
 
     def precompute(self, pairs: Pairs) -> None:
         """Give each pair the reference's log-probs: from disk, or computed by all ranks together

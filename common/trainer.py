@@ -26,13 +26,14 @@ from common import callbacks, cli, device
 from common.collators import IGNORE, PackedCollator
 from common.convert.older_readers import for_older_readers
 from common.data.files import atomic_folder
-from common.fast import attention, losses
+from common.fast import attention, losses, packing_check
 from common.runs import checkpoint, evaluate, memory, plan, report
 from common.runs.engine import engine, patch_overflow_check
 from common.runs.generate import remember_ends
 from common.runs.run_folder import read_run_file, write_run_file
 
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
+BINS_LOOKED_AT = 8
 BEFORE_THE_STEP = "before the optimizer step"
 
 
@@ -95,6 +96,8 @@ class RecipeTrainer(Trainer):
         self.first_step = self.state.global_step
         resumed = self.first_step > 0
         self.before_measuring()
+        if isinstance(self.data_collator, PackedCollator):
+            packing_check.refuse_leaks(self, self.some_rows())
 
         run = read_run_file(self.args.output_dir)
         if resumed and run.get("before"):
@@ -121,6 +124,11 @@ class RecipeTrainer(Trainer):
     def before_measuring(self) -> None:
         """For subclasses: the model is wrapped (DDP, DeepSpeed), a checkpoint is loaded, nothing is
         measured yet."""
+
+    def some_rows(self) -> list[dict]:
+        """Rows of the first bins, for the check of packing."""
+        bins = [self.train_dataset[i] for i in range(min(BINS_LOOKED_AT, len(self.train_dataset)))]
+        return [row for one in bins for row in one]
 
     def measure_all(self) -> dict:
         """evaluate() and the recipe's own measure: {"metrics": {...}, "samples": [...]}. Call on

@@ -22,6 +22,9 @@ from common.fast import attention_cpu
 
 NAME = "packed"
 PACKS: set[str] = set()  # implementations that keep the documents of a row apart
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# what some models want of their attention and neither the kernels nor sdpa compute
+EXTRAS = {"softcap": "capped attention scores", "s_aux": "attention sinks"}
 
 
 def register(name: str = NAME, forward: Callable | None = None) -> str:
@@ -45,14 +48,21 @@ def refuse_unpackable(model) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    remedy = "use --packing false (where every window is packed, another architecture)"
+    kinds = set(getattr(inner.config.get_text_config(), "layer_types", None) or ())
+    others = sorted(kinds - ATTENTION_LAYERS)
+    if others:
+        raise SystemExit(
+            f"{type(inner).__name__} has layers that carry a state from token to token "
+            f"({', '.join(others)}), and so from one packed row into the next: {remedy}"
+        )
     name = inner.config._attn_implementation
     # a model that asks transformers for its attention; others in PACKS bring their own
     asks = name in ALL_ATTENTION_FUNCTIONS
     if name not in PACKS or (asks and not inner._supports_attention_backend):
         raise SystemExit(
             f"{type(inner).__name__} has an attention of its own, which would look from one packed "
-            "row into the next: use --packing false (where every window is packed, another "
-            "architecture)"
+            f"row into the next: {remedy}"
         )
 
 
@@ -61,8 +71,10 @@ class _LazyMask:
     """The stock mask of a packed row, built only if an attention layer cannot do without it (once
     for all layers)."""
 
-    def __init__(self, build):
+    def __init__(self, build, local_size: int | None):
+        """local_size: tokens that a layer's window or chunk has; None: all."""
         self.build = build
+        self.local_size = local_size
 
     @functools.cached_property
     def tensor(self) -> Tensor | None:
@@ -76,7 +88,7 @@ def _mask(**kwargs):
     square = kwargs["q_length"] == kwargs["kv_length"] > 1
     unpadded = kwargs.get("attention_mask") is None
     packed = square and unpadded and not kwargs.get("allow_is_causal_skip", True)
-    return _LazyMask(build) if packed else build()
+    return _LazyMask(build, kwargs.get("local_size")) if packed else build()
 
 
 def packed_forward(module, query, key, value, attention_mask, **kwargs):
@@ -111,17 +123,23 @@ def can_pack(
         return False
     if dropout or not getattr(module, "is_causal", True):
         return False
-    extras = ("softcap", "position_bias", "s_aux", "cache")
+    extras = (*EXTRAS, "position_bias", "cache")
     if any(kwargs.get(name) is not None for name in extras):
         return False
-    if sliding_window is None:
-        return True
-    return max_length_k is not None and max_length_k <= sliding_window
+    local_size = attention_mask.local_size if attention_mask is not None else None
+    windows = [size for size in (sliding_window, local_size) if size is not None]
+    return not windows or (max_length_k is not None and max_length_k <= min(windows))
 
 
 def _stock_forward(module, query, key, value, attention_mask, **kwargs):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    for name, what in EXTRAS.items():
+        if kwargs.get(name) is not None:
+            raise SystemExit(
+                f"{type(module).__name__} has {what}, which the attention here does not compute; "
+                "take a model without them"
+            )
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     lazy = isinstance(attention_mask, _LazyMask)
     # a cache hides from transformers that the row is packed

@@ -1,7 +1,9 @@
 """Bins, collators and packed attention: a packed batch must be its members alone, in value and gradient."""
 
+import contextlib
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from common import collators, device
 from common.convert import models
-from common.fast import attention, attention_cpu, losses
+from common.fast import attention, attention_cpu, losses, packing_check
 
 VOCAB = 97
 COMMON = {
@@ -33,9 +35,10 @@ def build(name: str, implementation: str, **more):
 
     torch.manual_seed(0)
     extra = MOE if "Moe" in name else {"head_dim": 12} if name == "Qwen3" else {}
-    config = getattr(transformers, f"{name}Config")(**COMMON, **extra, **more)
+    config = getattr(transformers, f"{name}Config")(**(COMMON | extra | more))
     config._attn_implementation, config.use_cache = implementation, False
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    kind = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM", None)
+    return (kind or transformers.GPT2LMHeadModel)(config)
 
 
 # ---- bins ----
@@ -297,3 +300,86 @@ def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
     for model in (bloom, falcon):
         with pytest.raises(SystemExit, match="--packing false"):
             attention.refuse_unpackable(model)
+
+
+STATES = {  # architecture: what makes a tiny one with layers that are no attention
+    "MiniMax": {"num_local_experts": 2, "block_size": 8},
+    "GraniteMoeHybrid": {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 2,
+        "shared_intermediate_size": 32,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_layers_that_carry_a_state_are_refused(kind):
+    """Their packed rows differed by up to 97 % and nobody was told."""
+    model = build(kind, attention.register(), hidden_size=64, head_dim=16, **STATES[kind])
+    with pytest.raises(SystemExit, match="layers that carry a state .*--packing false"):
+        attention.refuse_unpackable(model)
+
+
+class LooksBack(torch.nn.Module):
+    """What no list of layers knows: every token gets a little of the one before it."""
+
+    def forward(self, module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        mixed = hidden + 0.1 * torch.roll(hidden, 1, dims=1)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+
+def asked(model):
+    """A trainer, as far as the check asks it."""
+    return SimpleNamespace(
+        model_wrapped=losses.use_chunked_loss(model),
+        compute_dtype=lambda: "float32",
+        compute_loss_context_manager=contextlib.nullcontext,
+        args=SimpleNamespace(device="cpu"),
+    )
+
+
+POSITIONED = {"n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Mistral", "OPT"])
+def test_the_real_model_is_asked_whether_packed_rows_see_each_other(kind):
+    rows = make_rows([24, 9, 30, 12])
+    model = build(kind, attention.register())
+    packing_check.refuse_leaks(asked(model), rows)
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    layers[0].register_forward_hook(LooksBack())
+    with pytest.raises(SystemExit, match="from one packed row into the next: .*--packing false"):
+        packing_check.refuse_leaks(asked(model), rows)
+
+
+def test_a_model_that_counts_positions_itself_is_found():
+    model = build("GPT2", attention.register(), **POSITIONED)
+    packing_check.refuse_leaks(asked(model), make_rows([24, 9, 30, 12]))
+    stock = model.transformer.forward
+
+    def forward(*args, position_ids=None, **kwargs):
+        return stock(*args, **kwargs)
+
+    model.transformer.forward = forward
+    with pytest.raises(SystemExit, match="another loss when packed"):
+        packing_check.refuse_leaks(asked(model), make_rows([24, 9, 30, 12]))
+
+
+def test_chunks_shorter_than_the_documents_are_kept():
+    """Llama 4: a document of 24 tokens in chunks of 8 gives the same loss alone and packed."""
+    sizes = {"attention_chunk_size": 8, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 9}
+    model = build("Llama4Text", attention.register(), intermediate_size_mlp=64, **sizes)
+    packing_check.refuse_leaks(asked(model), make_rows([24, 24]))
+
+
+@pytest.mark.parametrize("kind, words", [("Gemma2", "capped"), ("GptOss", "sinks")])
+def test_scores_that_nothing_here_computes_are_one_line(kind, words):
+    model = build(kind, attention.register(), sliding_window=8, num_hidden_layers=1)
+    for batch in (pack(make_rows([12, 9])), {"input_ids": torch.ones(1, 9, dtype=torch.int64)}):
+        with pytest.raises(SystemExit, match=f"{words}.*does not compute"):
+            model(**batch)
