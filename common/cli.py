@@ -269,7 +269,18 @@ def run(main: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(INTERRUPTED))
     end_with_launcher()
+    if "RANK" not in os.environ:  # the launcher has asked already
+        refuse_unused_devices()
     close(exit_code_of(main))
+
+
+def refuse_unused_devices() -> None:
+    """Exit 1 where this machine has a device that only the installation keeps from being used: a
+    model would train on the CPU for weeks."""
+    message, fatal = device.install_problem()
+    if fatal:
+        print(message, file=sys.stderr)
+        raise SystemExit(1)
 
 
 def end_with_launcher() -> None:

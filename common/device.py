@@ -12,6 +12,8 @@ from common.runs.npu_install import NPU_ERROR, cann_home, npu_hardware
 # isort: split
 import torch
 
+from common.runs import card_install
+
 
 def kind() -> str:
     """npu, cuda or cpu: the device this process trains on. `DANPU_DEVICE` overrides the choice."""
@@ -24,7 +26,8 @@ def kind() -> str:
         "cpu": True,
     }
     if wanted and not usable[wanted]:
-        reason = NPU_ERROR if wanted == "npu" and NPU_ERROR else "no such device is visible"
+        reasons = {"npu": NPU_ERROR, "cuda": card_install.why_unused()}
+        reason = reasons[wanted] or "no such device is visible"
         raise SystemExit(f"DANPU_DEVICE={wanted} cannot be used: {reason}")
     return wanted or next(name for name, ok in usable.items() if ok)
 
@@ -74,11 +77,9 @@ def dist_backend() -> str:
 def varlen_attention() -> str | None:
     """Library whose variable-length attention kernel runs here: "torch", "torch_npu" (both want a
     chip with bf16)."""
-    return (
-        {"cuda": "torch", "npu": "torch_npu"}.get(kind())
-        if half_dtype() is torch.bfloat16
-        else None
-    )
+    if half_dtype() is not torch.bfloat16 or torch.version.hip:  # not tried on AMD's cards
+        return None
+    return {"cuda": "torch", "npu": "torch_npu"}.get(kind())
 
 
 def overflow_saturates() -> bool:
@@ -198,11 +199,14 @@ def unsupported_flags(flags) -> str | None:
 
 
 def install_problem() -> tuple[str, bool]:
-    """What to tell about an installed torch_npu that is not used ("" if nothing), and whether that
-    must end the run."""
+    """What to tell about devices that are there and not used ("" if nothing), and whether that must
+    end the run."""
     chosen = bool(os.environ.get("DANPU_DEVICE"))
     if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not chosen:
         return f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", True
+    unused = None if chosen and kind() == "cpu" else card_install.why_unused()
+    if unused and kind() != "npu":
+        return f"launch: this machine has an NVIDIA card, but {unused} (or DANPU_DEVICE=cpu)", True
     if NPU_ERROR is not None:
         return f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", False
     if sys.modules.get("torch_npu") and kind() == "cpu":
@@ -212,7 +216,7 @@ def install_problem() -> tuple[str, bool]:
 
 
 def main() -> int:
-    """`python -m common.device` prints "<kind> <count>"; 1 when an NPU is there and cannot be
+    """`python -m common.device` prints "<kind> <count>"; 1 when a device is there and cannot be
     used."""
     message, fatal = install_problem()
     if message:
