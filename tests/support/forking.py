@@ -10,6 +10,7 @@ client becomes the real Python.
     python = forking.client(folder, env)  # the client; one server for all that share `folder`
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -211,13 +212,20 @@ def fork(line: socket.socket, lines: dict, own: tuple) -> list[str] | None:
     size, streams, *_ = socket.recv_fds(line, 4, 3)
     what = b""
     while len(what) < int.from_bytes(size, "big"):
-        what += line.recv(1 << 20)
-    pid = os.fork()
-    if pid:
+        part = line.recv(1 << 20)
+        if not part:  # the client was killed: nobody waits for this process
+            size = b""
+        what += part
+    pid = os.fork() if size else None
+    if pid != 0:
         for stream in streams:
             os.close(stream)
+    if pid is None:
+        return None
+    if pid:
         lines[pid] = line
-        line.sendall(pid.to_bytes(4, "big"))
+        with contextlib.suppress(OSError):  # killed meanwhile: the end of its line is seen later
+            line.sendall(pid.to_bytes(4, "big"))
         return None
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -302,5 +310,36 @@ def run(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+def end(action) -> None:
+    """Call it and leave as Python leaves, but for taking all modules apart, which costs more than
+    most of what is started here."""
+    import atexit
+    import threading
+
+    code = 0
+    try:
+        action()
+    except SystemExit as error:
+        code = error.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 120  # what Python says of a stream that cannot be flushed
+    os._exit((code or 0) & 0xFF)
+
+
 if __name__ == "__main__":
-    run(serve(sys.argv[1]))
+    words = serve(sys.argv[1])
+    end(lambda: run(words))
