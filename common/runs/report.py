@@ -149,7 +149,7 @@ def plot_curve(history: list[dict], key: str, path: Path, title: str, ylabel: st
     below.set_ylim(bottom=0)
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.grid(alpha=0.3)
-    figure.subplots_adjust(left=0.1, right=0.98, top=0.93, bottom=0.1, hspace=0.1)
+    figure.subplots_adjust(left=0.1, right=0.98, top=0.93, bottom=0.1, hspace=0.18)
     with atomic_file(path) as part:
         figure.savefig(part, format="png")
     plt.close(figure)

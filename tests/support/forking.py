@@ -28,7 +28,7 @@ LIBRARIES = (
 )  # fmt: skip
 READ_AT_IMPORT = (  # beginnings of variables
     "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "PYTHON", "DS_", "CUDA_", "TORCH", "LD_", "ASCEND", "NPU", "NUMEXPR", "MPL",
-    "DANPU_DEVICE", "DANPU_VERBOSE", "ACCELERATE_", "XDG_", "HOME", "LANG", "LC_", "TMP",
+    "DANPU_DEVICE", "DANPU_VERBOSE", "XDG_", "HOME", "LANG", "LC_", "TMP",
 )  # fmt: skip
 NOT_READ = (
     "TORCHELASTIC",
