@@ -2,8 +2,8 @@
 
 Bytes per card: weights, gradients, Adam's moments and float32 masters (of LoRA only the adapter's),
 buckets of DDP or DeepSpeed, what ZeRO-3 gathers at a time, activations (or ZeRO's gradients at its
-step, where these are more), 1 GiB for driver and fragmentation; in bf16, with common.fast's loss and
-attention. The activations were counted on a CPU, none was measured on a card: leave a margin.
+step, where these are more), 1 GiB for driver and fragmentation; in bf16, with the loss and
+attention of common.fast. Activations were counted on a CPU, none on a card: leave a margin.
 """
 
 import json
