@@ -44,6 +44,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -59,42 +60,12 @@ COMPLETIONS = "/v1/chat/completions"
 MODELS = "/v1/models"
 HEALTH = "/health"
 PATHS = (COMPLETIONS, MODELS, HEALTH)
-MAX_BODY = 1 << 20  # bytes
-BODY_SECONDS = 30  # a body that takes longer is given up
-READ_SECONDS = 60  # and an answer that nobody reads for so long
+LIMITS = serve.Limits(body=1 << 20)
 CLIENT_LEFT = 499  # in the log
 BASE = "base"  # the model id without the adapter
 NAME = re.compile(r"[A-Za-z_]{1,40}")  # of a field, in the log
 MAX_HELD = 64  # tokens that wait for the last bytes of a character; after so many it is broken
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # as OpenAI's
-
-
-class Left(Exception):
-    """The client has gone."""
-
-
-# ---- the request -------------------------------------------------------------------------------
-
-
-async def read_body(receive) -> bytes:
-    """The body, also a chunked one.
-
-    Of one that is too large some more is read, so that the client sees the answer.
-    """
-    body = bytearray()
-    size = 0
-    more = True
-    while more and size <= 8 * MAX_BODY:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Left
-        size += len(message["body"])
-        more = message["more_body"]
-        if size <= MAX_BODY:
-            body += message["body"]
-    if size > MAX_BODY:
-        raise Refusal(413, f"the body is larger than {MAX_BODY} bytes", connection="close")
-    return bytes(body)
 
 
 # ---- the answer --------------------------------------------------------------------------------
@@ -219,11 +190,11 @@ class Desk:
 
     @contextlib.contextmanager
     def place(self):
-        """A place in the queue; Refusal 429 when there is none, 503 when the server ends."""
+        """A place in the queue; Refusal 503 when there is none, or the server ends."""
         self.check_open()
         if self.present > self.max_waiting:
             told = f"{self.max_waiting} requests wait already; try again later"
-            raise Refusal(429, told, code="queue_full")
+            raise Refusal(503, told, code="queue_full")
         self.present += 1
         try:
             yield
@@ -324,16 +295,12 @@ class Completions:
 
     async def __call__(self, scope, receive, send):
         try:
-            body = await asyncio.wait_for(read_body(receive), BODY_SECONDS)
-            ask = parse(body)
+            ask = parse(await Request(scope, receive).body())
             scope["state"]["ignored"] = ask.ignored
             check_model(ask.model, self.models)
             with self.desk.place():
-                await unless_gone(receive, self.respond(ask, scope, receive, patient(send)))
-        except asyncio.TimeoutError:
-            told = f"the body took more than {BODY_SECONDS} s"
-            raise Refusal(408, told, connection="close") from None
-        except Left:
+                await unless_gone(receive, self.respond(ask, scope, receive, send))
+        except serve.Left:
             scope["state"]["left"] = True
 
     async def respond(self, ask: Ask, scope, receive, send):
@@ -432,26 +399,8 @@ async def send_data(send, text: str):
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def patient(send):
-    """`send` that takes a client who does not read for one who has left: his place is for
-    others."""
-
-    async def sending(message):
-        task = asyncio.ensure_future(send(message))
-        try:
-            # not wait_for, which can lose a cancellation
-            done, _ = await asyncio.wait([task], timeout=READ_SECONDS)
-        finally:
-            task.cancel()
-        if not done:
-            raise Left
-        task.result()
-
-    return sending
-
-
 async def unless_gone(receive, work):
-    """Await `work`; when the client leaves first, cancel it and raise Left."""
+    """Await `work`; when the client leaves first, cancel it and raise serve.Left."""
 
     async def leaving():
         while (await receive())["type"] != "http.disconnect":
@@ -462,7 +411,7 @@ async def unless_gone(receive, work):
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Left
+            raise serve.Left
         return working.result()
     finally:
         for task in tasks:
@@ -476,7 +425,7 @@ async def unless_gone(receive, work):
 def check_model(model: str, models: dict[str, bool]) -> None:
     """Refusal 404 for an id that this server does not have."""
     if model not in models:
-        told = f"the model {model[:100]!r} does not exist; this server has {', '.join(models)}"
+        told = f"this model does not exist; this server has {', '.join(models)}"
         raise Refusal(404, told, "model", "model_not_found")
 
 
@@ -507,8 +456,8 @@ class Front(serve.Guard):
     """The guard of the pages, in OpenAI's words, and one log line for each request without anything
     of its text."""
 
-    def __init__(self, app, hosts: set[str], origins: list[str]):
-        super().__init__(app, hosts, MAX_BODY)
+    def __init__(self, app, hosts: set[str], origins: list[str], limits: serve.Limits = LIMITS):
+        super().__init__(app, hosts, limits)
         self.origins = {origin.encode() for origin in origins}
 
     async def __call__(self, scope, receive, send):
@@ -521,23 +470,22 @@ class Front(serve.Guard):
                 sent_status = message["status"]
             await send(message)
 
-        app = self.refusing(dict(scope["headers"])) or self.app
         try:
-            await app(scope, receive, send_and_note)
+            await super().__call__(scope, receive, send_and_note)
         finally:
             state = scope["state"]
             status = CLIENT_LEFT if state.get("left") else sent_status
             self.log(scope, state.get("failed") or status, time.perf_counter() - began)
 
-    def refusing(self, headers: dict[bytes, bytes]) -> JSONResponse | None:
-        """The refusal of a stranger; pages of --allow_origin are none."""
+    def refuse_strangers(self, headers: dict[bytes, bytes]) -> None:
+        """Pages of --allow_origin are none."""
         if b"*" in self.origins or headers.get(b"origin") in self.origins:
-            headers.pop(b"origin", None)
-        refused = self.stranger(headers)
-        if not refused:
-            return None
-        status, text = refused
-        return Refusal(status, text.decode(), code="forbidden").response()
+            headers = {name: value for name, value in headers.items() if name != b"origin"}
+        super().refuse_strangers(headers)
+
+    def response(self, refused: serve.Refused) -> JSONResponse:
+        code = "forbidden" if refused.status in (403, 421) else None
+        return Refusal(refused.status, refused.text, code=code, **refused.headers).response()
 
     def log(self, scope, status: int, seconds: float) -> None:
         """status CLIENT_LEFT: the client left before the end."""
@@ -617,22 +565,8 @@ def build_app(
 class Server(uvicorn.Server):
     """uvicorn that says when it can be asked, and whose signals end the answers under way."""
 
-    def __init__(self, app, desk: Desk, ready: str):
-        config = uvicorn.Config(
-            app,
-            loop="asyncio",
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=10,
-        )
-        super().__init__(config)
+    def __init__(self, app: Front, desk: Desk, ready: str):
+        super().__init__(serve.config(app, app.limits))
         self.desk = desk
         self.ready = ready
 

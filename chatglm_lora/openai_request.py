@@ -10,6 +10,7 @@ from openai_fields import HARMLESS, IN_A_MESSAGE, INSTEAD, NO_VARIABLES, ONLY
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from starlette.responses import JSONResponse
 
+PLAIN = re.compile(r"\w{1,40}", re.ASCII)  # names of fields; anything else is the client's text
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
 
 
@@ -167,8 +168,12 @@ def refusal_of(error: ValidationError) -> Refusal:
 
 def where(loc: tuple) -> str:
     """("messages", 0, "content") -> "messages[0].content"."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in loc)
     return path.lstrip(".")
+
+
+def shown(name: str) -> str:
+    return name if PLAIN.fullmatch(name) else "?"
 
 
 def check_template(template: str, messages: list[dict], variables: dict) -> None:
@@ -180,7 +185,7 @@ def check_template(template: str, messages: list[dict], variables: dict) -> None
             told = f"{where}: this model's chat template has no place for it"
             raise Refusal(400, told, where, "unsupported_value")
     for name, value in variables.items():
-        where = f"chat_template_kwargs.{name[:60]}"
+        where = f"chat_template_kwargs.{shown(name)}"
         if name in NO_VARIABLES:
             raise Refusal(400, f"{where}: the server sets it", where, "unsupported_value")
         knows = re.search(rf"\b{re.escape(name)}\b", template)

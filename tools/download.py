@@ -14,26 +14,27 @@ import argparse
 import difflib
 import errno
 import glob
-import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Collection
 from pathlib import Path
 
 from filelock import FileLock
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.utils import filter_repo_objects, logging
+from huggingface_hub.utils.sha import git_hash
 
 from common.convert import model_folder
-from common.data.files import atomic_file
+from common.data.files import atomic_file, sha256
 from common.runs import machine
 from tools.manifest import describe, tensors
 
-WEIGHTS = (".safetensors", ".bin")
 POINTER = "only a Git LFS pointer"
 ELSEWHERE = "another --revision, --source or HF_ENDPOINT may have them"
 RECORD = ".danpu.json"  # {source, repo, revision, commit, files: {path: {size, sha256 or git}}}
@@ -90,16 +91,6 @@ def size_text(files: dict) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
-def digest(path: Path, kind: str) -> str:
-    """The file's sha256, or "git": the sha1 by which git names it."""
-    size = path.stat().st_size
-    made = hashlib.sha1(b"blob %d\0" % size) if kind == "git" else hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            made.update(block)
-    return made.hexdigest()
-
-
 def problem(folder: Path, name: str, known: dict, read: bool = True) -> str | None:
     """What is wrong with a file, by what the hub said of it; read: not only by its size."""
     path = folder / name
@@ -112,9 +103,10 @@ def problem(folder: Path, name: str, known: dict, read: bool = True) -> str | No
         return f"{size:,} bytes, expected {known['size']:,}"
     if model_folder.is_pointer(path):
         return POINTER
-    for kind in ("sha256", "git"):
-        if read and known.get(kind) and digest(path, kind) != known[kind]:
-            return f"its {kind} is not {known[kind]}"
+    if read and known.get("sha256") and sha256(path) != known["sha256"]:
+        return f"its sha256 is not {known['sha256']}"
+    if read and known.get("git") and git_hash(path.read_bytes()) != known["git"]:
+        return f"its git is not {known['git']}"
     try:
         if path.suffix == ".safetensors":
             tensors(path)
@@ -135,7 +127,7 @@ def verify(folder: Path, files: dict) -> None:
     for path, why in wrong.items():
         print(f"  {path}: {why}")
     if not wrong:
-        model_folder.check(folder, weights=any(path.endswith(WEIGHTS) for path in files))
+        model_folder.check(folder, any(path.endswith((".safetensors", ".bin")) for path in files))
     if wrong or not files:
         raise SystemExit(f"{folder}: {len(wrong)} of {len(files)} files broken; see --repair")
     print(f"{folder}: {len(files)} files, {size_text(files)}, all right")
@@ -150,8 +142,6 @@ def list_files(target: dict) -> dict:
         found = HubApi().list_repo_files(target["repo"], "model", revision=target["revision"])
         files = {f.path: {"size": f.size, "sha256": f.sha256} for f in found if not f.is_dir}
         return target | {"files": files}
-    from huggingface_hub import HfApi
-
     revision = target["commit"] or target["revision"]
     info = HfApi().model_info(target["repo"], revision=revision, files_metadata=True, timeout=30)
     files = {}
@@ -168,10 +158,9 @@ def fetch(target: dict, files: dict, folder: Path, aria2: bool) -> None:
 
         HubApi().download_repo(target["repo"], "model", revision=target["revision"], **where)
         return
-    from huggingface_hub import snapshot_download
-
     for left in folder.glob(".cache/huggingface/download/**/*.incomplete"):
         left.unlink()  # by a run that was killed; the library does not continue them
+    logging.set_verbosity_error()  # its warnings show signed addresses
     if aria2:
         large = {path: known["sha256"] for path, known in files.items() if "sha256" in known}
         fetch_aria2(target, large, folder)
@@ -181,8 +170,6 @@ def fetch(target: dict, files: dict, folder: Path, aria2: bool) -> None:
 def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
     """Several connections a file. aria2c gets the addresses that the hub redirects to, on stdin
     where no list of processes shows them, and no token. shas: path -> sha256."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     drafts = folder.resolve() / ".cache/aria2"
     job = []
     for path, sha in shas.items():
@@ -193,10 +180,9 @@ def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
     env = {f"{scheme}_proxy": proxy for scheme, proxy in urllib.request.getproxies().items()}
     told = "\n".join(job).encode()
     code = subprocess.run(words, input=told, env=os.environ | env).returncode
-    if code == 9:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if code:
-        raise OSError(f"aria2c ended with code {code}, see its manual")
+        kind = errno.ENOSPC if code == 9 else errno.EIO
+        raise OSError(kind, f"aria2c ended with code {code}, see its manual")
     for path in shas:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (drafts / path).replace(folder / path)
@@ -204,8 +190,6 @@ def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
 
 def explain(error: Exception, folder: Path, target: dict) -> str:
     """What went wrong at the hub and what helps, in one line."""
-    from huggingface_hub import constants
-
     if isinstance(error, ImportError):
         return "--source modelscope needs its client: pip install modelscope-hub==0.5.1"
     hub = {"hf": constants.ENDPOINT, "modelscope": "ModelScope"}[target["source"]]
@@ -215,10 +199,10 @@ def explain(error: Exception, folder: Path, target: dict) -> str:
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC:
             return f"no space left on device under {folder}. Free some space, then: {again()}"
-        status = getattr(getattr(error, "response", error), "status_code", None)
-        if status:
+        if status := getattr(getattr(error, "response", error), "status_code", None):
             return f"{hub} answers {status} for {asked}: {remedies.get(status, 'try later')}"
-        said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        said = " ".join(f"{type(error).__name__} {error}".split())
+        said = re.sub(r"\?\S+", "", said)[:200]  # what signs an address
         failed = [*getattr(error, "failed_files", {}).values()]  # of ModelScope's client
         error = failed[0] if failed else error.__cause__ or error.__context__
     remedy = "HF_ENDPOINT chooses a mirror, --source modelscope another hub"
@@ -227,8 +211,6 @@ def explain(error: Exception, folder: Path, target: dict) -> str:
 
 def choose(files: dict, args) -> set[str]:
     """The files to fetch; says what is left out. SystemExit when no weights are among them."""
-    from huggingface_hub.utils import filter_repo_objects
-
     safe = any(path.endswith(".safetensors") for path in files)
     unwanted = args.exclude + ([] if args.include else OTHERS)
     if not args.allow_pickle or (safe and not args.include):
@@ -282,12 +264,9 @@ def download(args, folder: Path) -> None:
     print(f"{folder}: {len(files)} files, {size_text(files)}{'' if args.dry_run else ', complete'}")
 
 
-def fill(args, folder: Path, record: dict, offered: Collection[str]) -> None:
-    """Fetch what the record names and the folder lacks; what arrives broken is deleted.
-
-    offered: all files of the hub. The lists of shards come first: a model that is not whole there
-    is not worth its gigabytes.
-    """
+def fill(args, folder: Path, record: dict, offered: dict) -> None:
+    """Fetch what the record names and the folder lacks. The lists of shards come first: a model
+    that is not whole there is not worth its gigabytes. offered: all files of the hub."""
     wrong = problems(folder, record["files"], read=args.repair)
     for path, why in wrong.items():
         if why != "missing" and not args.repair:
@@ -300,11 +279,16 @@ def fill(args, folder: Path, record: dict, offered: Collection[str]) -> None:
         raise SystemExit(f"{size_text(missing)} to fetch, more than is free under {folder}")
     indexes = {path: known for path, known in missing.items() if path.endswith(".index.json")}
     bring(args, folder, record, indexes)
-    check_shards(folder, record, offered)
+    for place in {Path(path).parent for path in record["files"]}:
+        here = [Path(path).name for path in offered if Path(path).parent == place]
+        if nowhere := model_folder.listed(model_folder.missing_shards(folder / place, here)):
+            told = f"{record['repo']} is not whole: its index names files that are not in the"
+            raise SystemExit(f"{told} repository ({nowhere}); {ELSEWHERE}")
     bring(args, folder, record, {p: known for p, known in missing.items() if p not in indexes})
 
 
 def bring(args, folder: Path, record: dict, files: dict) -> None:
+    """Fetch these; what arrives broken is deleted."""
     try:
         if files:
             fetch(record, files, folder, args.aria2)
@@ -314,25 +298,11 @@ def bring(args, folder: Path, record: dict, files: dict) -> None:
     for path, why in broken.items():
         print(f"  {path}: {why}")
         (folder / path).unlink(missing_ok=True)
-    if not broken:
-        return
-    what = f"{len(broken)} of {len(files)} files arrived broken"
+    remedy = f"Again: {again()}"
     if set(broken.values()) == {POINTER}:
-        raise SystemExit(f"{what}: their contents are not in this repository; {ELSEWHERE}")
-    raise SystemExit(f"{what}. Again: {again()}")
-
-
-def check_shards(folder: Path, record: dict, offered: Collection[str]) -> None:
-    """SystemExit when an index names a file that nobody has."""
-    for place in {(folder / path).parent for path in record["files"]}:
-        inside = place.relative_to(folder)
-        here = [Path(path).name for path in offered if Path(path).parent == inside]
-        nowhere = model_folder.missing_shards(place, here)
-        if nowhere:
-            raise SystemExit(
-                f"{record['repo']} is not whole: its index names files that are not in the "
-                f"repository ({model_folder.listed(nowhere)}); {ELSEWHERE}"
-            )
+        remedy = f"Their contents are not in this repository; {ELSEWHERE}"
+    if broken:
+        raise SystemExit(f"{len(broken)} of {len(files)} files arrived broken. {remedy}")
 
 
 def main(argv: list[str]) -> None:

@@ -1,15 +1,16 @@
 """danpu_manifest.json of a model folder: hashes, what the model is, what memory training it takes.
 
 Bytes per card: weights, gradients, Adam's moments and float32 masters (of LoRA only the adapter's),
-the buckets of DDP or DeepSpeed, the weights that ZeRO-3 gathers at a time, activations (or, where
-these are more, the float32 gradients of ZeRO's step), 1 GiB for driver and fragmentation. bf16, the
-loss of common.fast.losses, an attention that never builds its matrix. The activations are those
-counted on a CPU (saved tensors of three families); none was measured on a card: leave a margin.
+buckets of DDP or DeepSpeed, what ZeRO-3 gathers at a time, activations (or ZeRO's gradients at its
+step, where these are more), 1 GiB for driver and fragmentation; in bf16, with the loss and
+attention of common.fast. Activations were counted on a CPU, none on a card: leave a margin.
 """
 
 import json
-from math import prod
+from math import gcd, prod
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 CARDS = (1, 2, 4, 8, 16)
 METHODS = ("full", "LoRA", "ZeRO-2", "ZeRO-3")
@@ -21,26 +22,28 @@ LOGITS = 2**27  # as common.fast.losses.ACCELERATOR_LOGITS
 NAMES = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
 NAMES += ["hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"]
 NAMES += ["tie_word_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+PARALLEL = {  # what the number of cards must divide
+    "tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    "pipeline": ("num_hidden_layers",),
+    "expert": ("num_experts",),
+}
 
 
 def tensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Tensor name -> (dtype as stored, e.g. "BF16", shape). ValueError when the header is no JSON,
     or its offsets overlap, leave gaps, do not fit shapes and dtypes or do not end with the file."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                part = file.get_slice(name)
-                found[name] = part.get_dtype(), list(part.get_shape())
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            return {name: (p.get_dtype(), list(p.get_shape())) for name, p in parts.items()}
     except SafetensorError as error:
         raise ValueError(f"broken safetensors file ({' '.join(str(error).split())})") from None
-    return found
 
 
-def config_facts(folder: Path) -> dict:
-    """type, quantised, and NAMES, None where config.json has none. No code of the model runs."""
+def facts_of(folder: Path) -> dict:
+    """type, quantised, NAMES (None where config.json has none; no code of the model runs), and what
+    the weights' headers say. matrices: elements of weights with 2 dimensions or more that are no
+    table of tokens; sides: their inputs + outputs, which LoRA multiplies by its rank."""
     from common import device  # noqa: F401, I001 (before transformers)
     from transformers import AutoConfig, PretrainedConfig
 
@@ -54,32 +57,24 @@ def config_facts(folder: Path) -> dict:
     facts["num_experts"] = facts["num_experts"] or getattr(text, "n_routed_experts", None)
     if not facts["head_dim"] and facts["num_attention_heads"] and facts["hidden_size"]:
         facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
-    return facts | {"type": config.model_type, "quantised": hasattr(config, "quantization_config")}
-
-
-def tensor_facts(folder: Path, tied: bool) -> dict:
-    """Counts from the headers. matrices: elements of weights with 2 dimensions or more that are no
-    table of tokens; sides: their inputs + outputs, which LoRA multiplies by its rank."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= tensors(file)
     shapes = {name: shape for name, (_, shape) in found.items()}
     tables = [n for n in shapes if len(shapes[n]) == 2 and ("embed" in n or "wte" in n)]
     heads = [n for n in shapes if "lm_head" in n]
-    stored_twice = sum(prod(shapes[n]) for n in heads) if tied and tables else 0
+    tied = facts["tie_word_embeddings"] and tables
+    stored_twice = sum(prod(shapes[n]) for n in heads) if tied else 0
     matrices = [s for n, s in shapes.items() if len(s) >= 2 and n not in tables + heads]
-    return {
+    return facts | {
+        "type": config.model_type,
+        "quantised": hasattr(config, "quantization_config"),
         "parameters": sum(map(prod, shapes.values())) - stored_twice,
         "dtypes": sorted({dtype for dtype, _ in found.values()}),
         "matrices": sum(map(prod, matrices)),
         "sides": sum(prod(s[:-2]) * (s[-1] + s[-2]) for s in matrices),
         "normed_queries": any("q_norm" in n for n in shapes),
     }
-
-
-def divisors(most: int, *numbers: int | None) -> list[int]:
-    given = [n for n in numbers if n]
-    return [t for t in range(1, most + 1) if given and not any(n % t for n in given)]
 
 
 def states(method: str, facts: dict, cards: int, lora_r: int) -> dict[str, float]:
@@ -139,17 +134,13 @@ def describe(folder: Path, record: dict, args) -> None:
     """Write FOLDER/danpu_manifest.json, the record with what is known of the model, and show it."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise SystemExit(f"{folder} has no config.json, or no safetensors: no model to describe")
-    facts = config_facts(folder)
-    facts |= tensor_facts(folder, bool(facts["tie_word_embeddings"]))
-    cut_by_tensor = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    parallel = {
-        "tensor": divisors(64, *(facts[name] for name in cut_by_tensor)),
-        "pipeline": divisors(16, facts["num_hidden_layers"]),
-        "expert": divisors(64, facts["num_experts"]),
-    }
+    facts = facts_of(folder)
+    parallel = {}
     print(f"{folder}: {facts['type']}, {facts['parameters']:,} parameters, {facts['dtypes']}")
-    for kind, sizes in parallel.items():
-        print(f"  {kind} parallel: {', '.join(map(str, sizes)) or 'no'}")
+    for kind, names in PARALLEL.items():
+        cut = gcd(*(facts[name] or 0 for name in names))  # 0: config.json says none of them
+        parallel[kind] = [cards for cards in range(1, 65) if cut and cut % cards == 0]
+        print(f"  {kind} parallel: {', '.join(map(str, parallel[kind])) or 'no'}")
     asked = f"{args.batch} rows of {args.window} tokens, LoRA rank {args.lora_r}"
     if not activations("full", facts, 1, False):
         asked += ", without activations: config.json has no shapes"

@@ -238,6 +238,7 @@ class Chat(Runs):
         if not text.strip():
             return
         refuse_long(text)
+        refuse_long(system)
         run = self.begin(request)
         options = dict(zip(self.controls, values, strict=True))
         history = [*history, {"role": "user", "content": text}]

@@ -75,7 +75,8 @@ class Hub:
         """The next `times` GETs of a file (or of "listing") go wrong:
 
         cut at=N: the connection breaks after byte N of the file; flip at=N: one bit is wrong;
-        length by=N: another Content-Length and body; status code=503; slow seconds=S a piece
+        length by=N: another Content-Length and body; status code=503; slow seconds=S a piece;
+        page body=b"...": these bytes instead, with 200 and their own length
         """
         self.faults.setdefault(path, []).append(Fault(kind, times, settings))
 
@@ -167,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault("listing")
         if fault.kind == "status":
             return self.answer(fault.settings["code"], b"not now")
+        if fault.kind == "page":
+            return self.answer(200, fault.settings["body"], {"Content-Type": "text/html"})
         files = self.hub.repos.get(repo)
         if files is None:
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -208,6 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
             data[fault.settings["at"]] ^= 1
         if fault.kind == "length":
             data = data[: fault.settings["by"]]
+        if fault.kind == "page":
+            return self.answer(200, fault.settings["body"], {"Content-Type": "text/html"})
         start, end = 0, len(data)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked:

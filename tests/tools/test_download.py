@@ -102,6 +102,8 @@ def get(tmp_path, monkeypatch):
             if env
             else inside(hub, *flags, what=what)
         )
+        if code is None:
+            return result
         if code:
             result.error = error_line(result, code)
         return expect(result, code)
@@ -208,6 +210,41 @@ def test_what_arrives_broken_is_not_kept_and_the_same_command_goes_on(name, hub,
     assert f"  {W}: missing" in get(hub, "--verify", code=1).stdout
     get(hub)
     stands(get.folder)
+
+
+PAGE = b"<html>sign in</html>"  # shorter than config.json
+NOTHING = ("page", {"body": b""})
+CUT = ("cut", {"at": 400_000})
+FALSE_ANSWERS = [
+    ("hf", "listing", [("page", {"body": PAGE})]),
+    ("hf", W, [("page", {"body": PAGE})]),
+    ("hf", W, [NOTHING]),
+    ("hf", W, [CUT, ("page", {"body": PAGE})]),
+    ("hf", W, [CUT, NOTHING]),
+    ("hf", W, [CUT, ("status", {"code": 416})]),
+    ("hf", "config.json", [NOTHING]),
+    ("hf", "config.json", [("page", {"body": PAGE.ljust(len(SMALL["config.json"]))})]),
+    ("modelscope", "listing", [("page", {"body": PAGE})]),
+    ("modelscope", W, [("page", {"body": PAGE}), NOTHING]),
+    ("modelscope", W, [CUT, ("status", {"code": 416})]),
+]
+
+
+@pytest.mark.parametrize("source, file, faults", FALSE_ANSWERS)
+def test_a_false_answer_never_stands_under_the_name_of_a_file(
+    source, file, faults, hub, get, caplog
+):
+    """Pages with 200, empty bodies, 416 on a resume: the client asks again by itself, or one line
+    says what was wrong and the same command goes on."""
+    for kind, settings in faults:
+        hub.fault(file, kind, **settings)
+    first = get(hub, "--source", source, code=None)
+    if first.returncode:
+        error_line(first, 1)
+        assert not (get.folder / file).exists()
+        get(hub, "--source", source)
+    stands(get.folder)
+    assert "secret-of-the-store" not in first.stdout + first.stderr + caplog.text
 
 
 def test_refusals_are_one_line_with_a_remedy(hub, get):
@@ -751,7 +788,7 @@ def test_estimated_activations_are_those_that_torch_keeps(method, recompute, tin
     from common.fast import losses
 
     assert manifest.LOGITS == losses.ACCELERATOR_LOGITS
-    facts = manifest.config_facts(tiny_model) | manifest.tensor_facts(tiny_model, True)
+    facts = manifest.facts_of(tiny_model)
     dtype = torch.float32 if method == "full" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).train()
     losses.use_chunked_loss(model)

@@ -22,7 +22,7 @@ from common import device
 from common.data.labels import encode_chat, encode_prompt
 from common.demo import page
 from common.demo.chat_model import ChatModel, find_model, split_thought
-from common.demo.serve import Guard
+from common.demo.serve import Guard, Refused
 
 RECIPE = ROOT / "train_qwen"
 QUESTION, THOUGHTFUL = "你是谁？", "2加3再加4，一共是多少？"
@@ -218,44 +218,35 @@ def test_text_of_people_and_models():
 
 
 @pytest.mark.parametrize(
-    "status, method, headers",
+    "status, headers",
     [
-        (None, "GET", {"host": "127.0.0.1:7860"}),
-        (
-            None,
-            "POST",
-            {"host": "localhost:9", "origin": "http://localhost:9", "content-length": "10"},
-        ),
-        (421, "GET", {"host": "evil.example"}),
-        (421, "GET", {"host": "evil.example:7860", "origin": "http://evil.example:7860"}),
-        (421, "GET", {}),
-        (
-            403,
-            "POST",
-            {"host": "127.0.0.1:7860", "origin": "https://evil.example", "content-length": "2"},
-        ),
-        (403, "GET", {"host": "127.0.0.1:7860", "origin": "null"}),
-        (403, "GET", {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}),
-        (413, "POST", {"host": "127.0.0.1:7860", "content-length": "1001"}),
-        (413, "POST", {"host": "127.0.0.1:7860"}),
-        (413, "POST", {"host": "127.0.0.1:7860", "content-length": "-5"}),
+        (None, {"host": "127.0.0.1:7860"}),
+        (None, {"host": "localhost:9", "origin": "http://localhost:9"}),
+        (421, {"host": "evil.example"}),
+        (421, {"host": "evil.example:7860", "origin": "http://evil.example:7860"}),
+        (421, {}),
+        (403, {"host": "127.0.0.1:7860", "origin": "https://evil.example"}),
+        (403, {"host": "127.0.0.1:7860", "origin": "null"}),
+        (403, {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}),
     ],
 )
-def test_guard(status, method, headers):
-    guard = Guard(None, {"127.0.0.1", "localhost"}, 1000)
-    refused = guard.refusal(method, {k.encode(): v.encode() for k, v in headers.items()})
-    assert (refused and refused[0]) == status
+def test_guard(status, headers):
+    assert refused(Guard(None, {"127.0.0.1", "localhost"}), headers) == status
 
 
 def test_guard_without_names_still_wants_the_same_page():
-    guard = Guard(None, set(), 1000)
-    assert (
-        guard.refusal("GET", {b"host": b"box.lan:7860", b"origin": b"http://box.lan:7860"}) is None
-    )
-    assert (
-        guard.refusal("GET", {b"host": b"box.lan:7860", b"origin": b"http://evil.example"})[0]
-        == 403
-    )
+    guard = Guard(None, set())
+    host = {"host": "box.lan:7860"}
+    assert refused(guard, host | {"origin": "http://box.lan:7860"}) is None
+    assert refused(guard, host | {"origin": "http://evil.example"}) == 403
+
+
+def refused(guard: Guard, headers: dict[str, str]) -> int | None:
+    """The status with which a stranger is refused."""
+    try:
+        guard.refuse_strangers({name.encode(): value.encode() for name, value in headers.items()})
+    except Refused as error:
+        return error.status
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
