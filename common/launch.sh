@@ -122,8 +122,27 @@ prepare() {
     [[ -n ${DATA:-} ]] && flags+=(--data_path "$DATA")
     [[ -n ${OUTPUT:-} ]] && flags+=(--output_dir "$OUTPUT")
     [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
-    if machine ascend; then npu_settings; fi
+    if machine ascend; then
+        npu_settings
+    else # packed rows have another length each step: blocks of memory that grow instead of new ones beside them
+        export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+    fi
     export DANPU_RERUN="${DANPU_RERUN:-$rerun}"
+}
+
+# HOSTFILE: what deepspeed's launcher lacks. It starts the other machines through pdsh, and hands them few variables;
+# names of tokens and keys stay out, since the command line of a process can be read by everybody there.
+prepare_hosts() {
+    [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2
+    if (($(grep -cE '^[^#[:space:]]' "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
+        die "HOSTFILE starts the other machines through pdsh, which is not here: apt-get install pdsh, or run this command on each machine with NNODES, NODE_RANK and MASTER_ADDR"
+    fi
+    local name
+    export DS_ENV_FILE=${DS_ENV_FILE:-${TMPDIR:-/tmp}/danpu-environment-$UID}
+    for name in $(compgen -e | grep -E '^(DANPU|HF|HCCL|ASCEND|NCCL|GLOO|PYTORCH|TOKENIZERS|TRANSFORMERS|DATASETS|MODELSCOPE)_' |
+        grep -vE 'TOKEN|KEY|SECRET|^DANPU_RERUN$'); do
+        printf '%s=%s\n' "$name" "${!name//$'\n'/ }"
+    done | sed 's/["$`\\]/\\&/g' >"$DS_ENV_FILE" # it puts values between double quotes
 }
 
 # launch [--accelerate YAML] path/to/train.py [flags]
@@ -136,7 +155,7 @@ launch() {
     shift
     prepare
     if [[ -n ${HOSTFILE:-} ]]; then
-        [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2
+        prepare_hosts
         [[ ${script[0]} != --accelerate ]] || die "HOSTFILE starts the deepspeed launcher, not accelerate: use train_zero3.sh" 2
         exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "${script[@]}" "${flags[@]}" "$@"
     fi

@@ -118,6 +118,29 @@ def test_usage_errors(recipe):
     expect(shell(recipe, "ok", NNODES=2), 1)
 
 
+def test_a_hostfile_needs_pdsh_and_hands_variables_on(recipe, tmp_path):
+    """deepspeed's launcher starts the other machines through pdsh and gives them few variables."""
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("first slots=1\n# a note\nsecond slots=1\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    env = {"HOSTFILE": hosts, "PATH": f"{tools}:{os.environ['PATH']}", "TMPDIR": tmp_path}
+    assert "apt-get install pdsh" in error_line(shell(recipe, "ok", **env), 1)
+    for name, body in (("ssh", "echo 10.0.0.1"), ("pdsh", f'printf "%s\\n" "$@" >{tmp_path}/said')):
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    env |= {
+        "HF_ENDPOINT": "https://a.mirror/with $pace",
+        "HF_TOKEN": "hf_secret",
+        "DS_ACCELERATOR": "cpu",
+    }
+    done = expect(shell(recipe, "ok", **env))
+    said = (tmp_path / "said").read_text()
+    assert "first,second" in said and r'export HF_ENDPOINT="https://a.mirror/with \$pace"' in said
+    assert "hf_secret" not in said + done.stdout + done.stderr
+    assert "--no_local_rank" not in said and "train.py" in said
+
+
 def test_several_nodes_on_one_machine(recipe):
     """Two launchers as two nodes, one process each."""
     env = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29571, "NPROC": 1}
