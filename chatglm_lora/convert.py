@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
+from transformers import GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
 from common.convert import adapter, model_folder
@@ -411,7 +411,7 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     if base is None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
     settings, published = adapter.read_plain(folder)
-    config = AutoConfig.from_pretrained(base)
+    config = cli.model_config(base, "--base")
     if not isinstance(config, GlmConfig):
         raise SystemExit(f"--base {base} is not a converted ChatGLM2 or ChatGLM3")
     names = native_modules(config)
