@@ -164,7 +164,8 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
         "dtype": torch.float32 if trains_all else device.train_dtype(training),
         "attn_implementation": shared_prompt.register(),
     }
-    model = models.load(AutoModelForCausalLM, path, **settings)
+    flag = "--reference_model" if path == args.reference_model else "--model_name_or_path"
+    model = models.load(AutoModelForCausalLM, path, flag, **settings)
     model.config.use_cache = False
     if args.packing:
         attention.refuse_unpackable(model)

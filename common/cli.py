@@ -38,6 +38,10 @@ class RunArgs:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace what an earlier run left in --output_dir"}
     )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "continue from ZeRO files of others, which can run any code"},
+    )
     eval_generate: int = field(
         default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
     )

@@ -18,7 +18,7 @@ quoted() {
 own_command() {
     local name word skip=0 command=
     for name in MODEL DATA OUTPUT NPROC DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE ${knobs:-} \
-        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_NO_VENV DANPU_VERBOSE; do
+        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_KEY DANPU_NO_VENV DANPU_VERBOSE; do
         if [[ -n ${!name:-} ]]; then command+="$name=$(quoted "${!name}") "; fi
     done
     command+="bash $(quoted "$0")"

@@ -1,9 +1,8 @@
 """Crash-safe checkpoints by validation on read.
 
 After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256
-of each file. A folder without it, or whose files differ from it, is incomplete: resume names it and
-takes the newest complete one. DeepSpeed's optimizer files are pickles: resume only from folders you
-wrote yourself.
+of each file, signed by this user (trust.py). A folder without it, or whose files differ from it, is
+incomplete: resume names it and takes the newest complete one.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.data.files import atomic_file
+from common.runs import trust
 
 MARKER = "complete.json"
 THREADS = 8  # that read files at once
@@ -46,6 +46,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
 
 
+def _name(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder))
+
+
 def mark_complete(folder: str | Path, **facts) -> None:
     """Declare `folder` complete. Call on one process after all have written.
 
@@ -55,10 +59,12 @@ def mark_complete(folder: str | Path, **facts) -> None:
     paths = _files(folder)
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(_synced_digest, paths))
-    names = [str(path.relative_to(folder)) for path in paths]
+    names = [_name(path, folder) for path in paths]
     files = dict(zip(names, digests, strict=True))
+    content = {**facts, "files": files}
+    content[trust.SIGNATURE] = trust.sign(content)
     with atomic_file(folder / MARKER) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
+        json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -87,6 +93,17 @@ def why_incomplete(folder: str | Path) -> str | None:
         if digest["sha256"] != wanted[name]["sha256"]:
             return f"{name} is damaged (sha256 differs)"
     return None
+
+
+def why_foreign(folder: str | Path) -> str | None:
+    """None if a run of this user wrote all files of a complete checkpoint, else the reason in a few
+    words."""
+    folder = Path(folder)
+    content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    added = [path.name for path in _files(folder) if _name(path, folder) not in content["files"]]
+    if added:
+        return f"{added[0]} was added to it"
+    return trust.why_foreign(content)
 
 
 def step_of(folder: str | Path) -> int:
@@ -131,5 +148,4 @@ def rotate(output_dir: str | Path, limit: int, step: int, best: str | None = Non
 def facts(folder: str | Path) -> dict:
     """What `mark_complete` stored beside the file list."""
     content = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
-    content.pop("files")
-    return content
+    return {name: content[name] for name in content if name not in ("files", trust.SIGNATURE)}

@@ -11,6 +11,7 @@ import torch
 
 from common import cli
 from common.runs import memory
+from common.runs.trust import holds_code
 
 # how a full disk reads where torch writes
 FULL_DISK = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
@@ -20,6 +21,11 @@ def explain(error: Exception) -> str | None:
     """One line with the remedy for an error that is not a bug of ours, else None."""
     if any(_is_full_disk(link) for link in _chain(error)):
         return _full_disk(error)
+    if holds_code(error):
+        return (
+            "a file of the checkpoint holds code, not only tensors: no run wrote it, and nothing "
+            "of it was run. Choose a new folder (OUTPUT=... or --output_dir ...)"
+        )
     if isinstance(error, ValueError) and "arget modules" in str(error):
         first_line = str(error).splitlines()[0][:200]
         return f"--target_modules: {first_line} Give names of linear layers, or all-linear"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from common import cli, device
 from common.data.files import atomic_file
-from common.runs import checkpoint
+from common.runs import checkpoint, trust
 from common.runs.engine import engine
 
 RUN_FILE = "run.json"  # what this run is, to recognise it when the same command comes again
@@ -34,6 +35,7 @@ FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
     "output_dir",
     "resume_from_checkpoint",
     "overwrite_output_dir",
+    "trust_checkpoint",
     "dataloader_num_workers",
     "ddp_timeout",
     "ddp_backend",
@@ -44,6 +46,7 @@ FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
 
 REMEDY = "Choose a new folder (OUTPUT=... or --output_dir ...)"
 REPLACE = "--overwrite_output_dir true to replace it"
+TRUST = "add --trust_checkpoint true, or name its key: DANPU_KEY=FILE"
 RESUME = "--resume_from_checkpoint true to continue it with these settings"
 
 
@@ -67,7 +70,7 @@ def open_output(
     Args:
         args: TrainingArguments.
         settings: all that defines the run (recipe arguments, data fingerprint); compared with the
-            folder's last run.
+            folder's last run. trust_checkpoint among them: the user vouches for the checkpoint.
         overwrite: delete what is there and start anew.
         keeps_order: rows come in one order whatever the number of processes.
     Returns:
@@ -77,9 +80,10 @@ def open_output(
     """
     defining = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
     defining = json.loads(json.dumps(defining, default=str, sort_keys=True))
+    trusted = settings.get("trust_checkpoint", False)
 
     def decide() -> Verdict:
-        return inspect(args, Path(args.output_dir), defining, overwrite, keeps_order)
+        return inspect(args, Path(args.output_dir), defining, overwrite, keeps_order, trusted)
 
     verdict = _on_first_rank(decide)
     for line in verdict.say:
@@ -100,7 +104,9 @@ def _on_first_rank(action: Callable[[], Verdict]) -> Verdict:
     return box[0]
 
 
-def inspect(args, out: Path, settings: dict, overwrite: bool, keeps_order: bool) -> Verdict:
+def inspect(
+    args, out: Path, settings: dict, overwrite: bool, keeps_order: bool, trusted: bool = False
+) -> Verdict:
     """What `open_output` does with the folder, decided by one process."""
     asked = str(args.resume_from_checkpoint or "false")
     explicit = asked.lower() != "false"
@@ -138,6 +144,8 @@ def inspect(args, out: Path, settings: dict, overwrite: bool, keeps_order: bool)
         if changed:
             verdict.say.append(f"warning: continuing with other settings: {told}")
         _check_fit(verdict, args, keeps_order)
+    if runs_code(args) and not trusted and verdict.exit is None:
+        _check_writer(verdict)
     if verdict.exit is None:
         before = past.get("before") if verdict.start else None
         write_run_file(out, {"settings": settings, "before": before})  # no step: not finished
@@ -202,6 +210,31 @@ def _check_fit(verdict: Verdict, args, keeps_order: bool) -> None:
                 "uninterrupted run"
             )
     verdict.say.append(f"continuing from {start}")
+
+
+def runs_code(args) -> bool:
+    """Whether the engine's checkpoints are pickles that may run code when they are loaded: those of
+    DeepSpeed and FSDP. All others are read as tensors only."""
+    by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    return engine(args).startswith("zero") or bool(getattr(args, "fsdp", None)) or by_accelerate
+
+
+def _check_writer(verdict: Verdict) -> None:
+    """Refuse, with exit 1, a checkpoint that no run of this user wrote; say at the start of a run
+    whose checkpoints nobody will know again."""
+    if not verdict.start:
+        problem = trust.why_no_key()
+        if problem:
+            verdict.say.append(f"warning: {problem}; to continue this run {TRUST}")
+        return
+    reason = checkpoint.why_foreign(verdict.start)
+    if reason:
+        verdict.exit = 1
+        verdict.error = (
+            f"{verdict.start} may be another's: {reason}. Its optimizer files are pickles, which "
+            f"can run any code. If you wrote it (on another machine, in a container), {TRUST}; "
+            f"else start a new run from its weights: MODEL={verdict.start} OUTPUT=<new folder>"
+        )
 
 
 def _clear(out: Path) -> None:

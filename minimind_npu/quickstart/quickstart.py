@@ -122,13 +122,13 @@ def load(args: Args, texts: list[str], start: Path | None):
     from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
-        model = models.load(AutoModelForCausalLM, name, dtype=torch.float32)
+        model = models.load(AutoModelForCausalLM, name, "--model_name", dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
             raise SystemExit(
                 f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
             )
-        tokenizer = models.load(AutoTokenizer, name)
+        tokenizer = models.load(AutoTokenizer, name, "--model_name")
         models.check_vocabulary(tokenizer, model.config, name)
         return model, tokenizer
 

@@ -162,13 +162,13 @@ def test_the_printed_command_is_the_one_that_was_typed(tmp_path):
         f'OUTPUT=${{OUTPUT:-elsewhere}}\nlaunch {tmp_path}/train.py --use_lora true --deepspeed x.json "$@"\n'
     )
     given = {"MODEL": "a b", "DATA": "x.jsonl:0.5 它's.csv", "NPROC": 1, "STAGES": "sft dpo"}
-    given["DANPU_CACHE"] = str(tmp_path)
+    given |= {"DANPU_CACHE": str(tmp_path), "DANPU_KEY": f"{tmp_path}/key"}
     flags = ["--lora_r", "4", "--overwrite_output_dir", "true", "--system_prompt", "用'中文'答"]
     flags += ["--overwrite-output-dir", "--deepspeed=mine.json"]
     printed = expect(shell(wrapper, *flags, **given)).stdout.strip()
     assert printed == (
         "MODEL='a b' DATA='x.jsonl:0.5 它'\\''s.csv' NPROC=1 STAGES='sft dpo' "
-        f"DANPU_CACHE={tmp_path} bash '{wrapper}' --lora_r 4 --system_prompt '用'\\''中文'\\''答' --deepspeed=mine.json"
+        f"DANPU_CACHE={tmp_path} DANPU_KEY={tmp_path}/key bash '{wrapper}' --lora_r 4 --system_prompt '用'\\''中文'\\''答' --deepspeed=mine.json"
     )
     again = finish(start(["bash", "-c", printed]))
     assert expect(again).stdout.strip() == printed
