@@ -265,7 +265,7 @@ def test_nobody_is_asked_whether_code_may_run(model, tmp_path, monkeypatch):
     for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
         with pytest.raises(SystemExit, match=r"\(auto_map\), and nothing of that is run here"):
             models.load(kind, str(model))
-    assert manifest.config_facts(model)["type"] == "foreign"
+    assert manifest.facts_of(model)["type"] == "foreign"
     with pytest.raises(SystemExit, match="auto_map"):
         download.main([str(model), "--try"])
     assert not asked and not (tmp_path / "ran").exists()
