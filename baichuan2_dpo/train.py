@@ -240,13 +240,13 @@ def main() -> None:
         args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    start = open_output(training, settings, args.overwrite_output_dir)
-
     base = args.model_name_or_path
     if base == "tiny":
         base = tiny_model(rows["row"][:5000], taught=not cli.given_by_user("data_path"))
     tokenizer = load_tokenizer(base)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
     train_ids, eval_ids, eval_rows = prepare(
         rows,
         stats,

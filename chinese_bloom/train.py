@@ -270,11 +270,11 @@ def main() -> None:
         args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    start = open_output(training, settings, args.overwrite_output_dir)
-
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
     config = load_config(args, base, tokenizer)
     flags.check_window(args, config, tokenizer if args.stage == "sft" else None)
     train_ids, eval_ids, eval_rows = prepare(

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import os
@@ -222,6 +223,17 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_in_handler(text: str) -> None:
+    """Print on rank 0 from a handler of signals, which may have come in the middle of a print."""
+    if is_main():
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(1, f"{text}\n".encode(errors="replace"))
+
+
+def how_to_go_on() -> str:
+    return f"The same command goes on from what is saved, or begins again:\n  {resume_command()}"
+
+
 def usage_error(message: str) -> SystemExit:
     """Say the mistake once (rank 0) and give the exit with code 2 to raise."""
     fail(message, code=2, stop=False)
@@ -357,9 +369,15 @@ def run(main: Callable[[], None]) -> None:
     machine.tolerate_terminals()
     # before training starts there is nothing to save
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(INTERRUPTED))
+        signal.signal(number, interrupt)
     end_with_launcher()
     close(exit_code_of(main))
+
+
+def interrupt(number, frame) -> None:
+    """A handler of signals for all times but those when a step is finished first."""
+    say_in_handler(f"\ninterrupted. {how_to_go_on()}")
+    raise SystemExit(INTERRUPTED)
 
 
 def end_with_launcher() -> None:

@@ -133,11 +133,12 @@ def start_ranks(nproc: int, script: list[str], logs: str | None) -> None:
     elastic_launch(config, command)(*arguments)
 
 
-def forward_signals() -> None:
-    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them."""
+def forward_signals() -> list[int]:
+    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them. Returns the
+    list that those seen come into."""
     import psutil
 
-    seen = []
+    seen: list[int] = []
 
     def handle(number, frame):
         seen.append(number)
@@ -147,6 +148,7 @@ def forward_signals() -> None:
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    return seen
 
 
 def main() -> int:
@@ -165,7 +167,7 @@ def main() -> int:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     os.environ["DANPU_LAUNCHER"] = str(os.getpid())
-    forward_signals()
+    signals = forward_signals()
     watch = ranks.Watch(nproc)
     watch.start()
     relay = None if is_verbose else ranks.Relay(watch)
@@ -178,6 +180,9 @@ def main() -> int:
         finally:
             if relay:
                 relay.end(release=not failures)
+        if failures and len(signals) > 1:
+            ranks.say("launch: stopped at once; the same command goes on from what is saved")
+            return ranks.INTERRUPTED
         return ranks.report(failures, watch, relay, logs) if failures else 0
 
 

@@ -414,8 +414,9 @@ class RecipeTrainer(Trainer):
         out = Path(self.args.output_dir)
         samples = report.before_and_after(self.before.get("samples", []), after["samples"])
         table = report.write_report(out, facts, history, samples, self.plots)
-        write_run_file(out, read_run_file(out) | {"step": self.state.global_step})
         self.state.save_to_json(str(out / "trainer_state.json"))
+        # last, since it says that nothing is missing
+        write_run_file(out, read_run_file(out) | {"step": self.state.global_step})
         print(
             f"\n{table}\n\nmodel   {out / 'final'}\n"
             f"report  {out / 'report.md'}, {out / 'loss.png'}",

@@ -11,6 +11,7 @@ import torch
 
 from common import cli, device
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # how a full disk reads where torch writes
 FULL_DISK = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
 
@@ -19,6 +20,11 @@ def explain(error: Exception) -> str | None:
     """One line with the remedy for an error that is not a bug of ours, else None."""
     if any(_is_full_disk(link) for link in _chain(error)):
         return _full_disk(error)
+    if isinstance(error, OSError) and error.errno in FORBIDDEN and error.filename:
+        return (
+            f"{error.filename} cannot be written or read by this user: {error.strerror}. Change "
+            "its owner or mode, or choose another folder"
+        )
     if isinstance(error, ValueError) and "arget modules" in str(error):
         first_line = str(error).splitlines()[0][:200]
         return f"--target_modules: {first_line} Give names of linear layers, or all-linear"

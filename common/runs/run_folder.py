@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 from common import cli, device
 from common.data.files import atomic_file
+from common.data.labels import tokenizer_settings
 from common.runs import checkpoint
 from common.runs.engine import engine
 
 RUN_FILE = "run.json"  # what this run is, to recognise it when the same command comes again
 # settings that may differ when the same run goes on
-FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
+FREE_TO_CHANGE = {
     "logging_steps",
     "logging_strategy",
     "save_steps",
@@ -59,7 +60,7 @@ class Verdict:
 
 
 def open_output(
-    args, settings: dict, overwrite: bool = False, keeps_order: bool = False
+    args, settings: dict, overwrite: bool = False, keeps_order: bool = False, tokenizer=None
 ) -> Path | None:
     """Decide whether this run starts, continues or is refused, before the model is loaded. Call on
     every rank.
@@ -70,16 +71,23 @@ def open_output(
             folder's last run.
         overwrite: delete what is there and start anew.
         keeps_order: rows come in one order whatever the number of processes.
+        tokenizer: a run does not go on with another vocabulary or chat template.
     Returns:
         the complete checkpoint to continue from, or None for a fresh start.
     Errors: exit 2 for a folder of another run, exit 1 when no checkpoint is complete, exit 0 when
     the run is finished.
     """
+    if tokenizer is not None:
+        settings = settings | tokenizer_settings(tokenizer)
     defining = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
     defining = json.loads(json.dumps(defining, default=str, sort_keys=True))
 
     def decide() -> Verdict:
-        return inspect(args, Path(args.output_dir), defining, overwrite, keeps_order)
+        out = Path(args.output_dir)
+        try:
+            return inspect(args, out, defining, overwrite, keeps_order)
+        except OSError as error:  # of another user, a disk that is full or read-only
+            return Verdict(exit=1, error=f"--output_dir {out} cannot be written: {error}")
 
     verdict = _on_first_rank(decide)
     for line in verdict.say:
