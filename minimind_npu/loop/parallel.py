@@ -169,8 +169,8 @@ class Gradients:
         if not self.is_scaled:
             raise SystemExit(
                 f"step {step}: the norm of the gradients is {norm}; stopped, and nothing of this "
-                "step is saved. The last checkpoint is complete: lower --learning_rate, or train "
-                "in float32"
+                "step is saved. Checkpoints so far are sound: lower --learning_rate, or train in "
+                "float32"
             )
         if self.skipped == SKIPS:
             raise SystemExit(
