@@ -77,7 +77,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,

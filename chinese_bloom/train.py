@@ -85,7 +85,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TEMPLATES = {file.stem: str(file) for file in sorted((HERE / "templates").glob("*.jinja"))}
 LEARNING_RATE = {"sft": 2e-5, "pt": 5e-5, "lora": 2e-4, "from_config": 3e-4, "tiny": 3e-3}

@@ -110,7 +110,7 @@ def parse_args(
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from common.runs import engine, old_flags
+    from common.runs import engine, heartbeat, old_flags
     from common.runs import flags as checks
 
     quiet_libraries()
@@ -134,9 +134,10 @@ def parse_args(
     problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
+    device.limit_collectives(flags.ddp_timeout)
     if by_accelerate or given_by_user("deepspeed"):
         remove_stale_build_locks()
-        engine.prepare_deepspeed()
+        engine.prepare_deepspeed(flags.ddp_timeout)
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
         for tracker in parsed[-1].report_to:
@@ -148,6 +149,7 @@ def parse_args(
     if by_trainer:
         checks.refuse_optimizer(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
+    heartbeat.start(parsed[-1].ddp_timeout)
     return parsed
 
 
@@ -220,6 +222,14 @@ def say(text: str) -> None:
     """Print on rank 0 only."""
     if is_main():
         print(text, flush=True)
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until all ranks are here, however long rank 0 works alone before; `what` it does, in a
+    few words. All ranks call it."""
+    from common.runs import heartbeat
+
+    heartbeat.wait_for_all(what)
 
 
 def usage_error(message: str) -> SystemExit:
@@ -313,8 +323,12 @@ def close(code: int) -> None:
     `code`."""
     import torch.distributed as dist
 
+    from common.runs import heartbeat
+
+    if code == 0:
+        heartbeat.wait_for_all("the end of the run")
+    heartbeat.stop()
     if code == 0 and dist.is_available() and dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -311,7 +311,7 @@ class RecipeTrainer(Trainer):
             shutil.rmtree(output_dir)
         if self.processing_class is not None and hasattr(self.model, "generation_config"):
             remember_ends(self.model, self.processing_class)
-        self.barrier()
+        cli.wait_for_all("it writes the model")
         if engine(self.args) not in ("zero-0", "zero-1", "zero-2"):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -321,10 +321,12 @@ class RecipeTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
         if self.args.should_save:
             for_older_readers(output_dir)
+        # what comes next may be a collective, DeepSpeed's own part of a checkpoint
+        cli.wait_for_all("it writes the model")
 
     def complete_checkpoint(self) -> None:
         """All ranks have written: mark the checkpoint as complete, then delete older ones."""
-        self.barrier()
+        cli.wait_for_all("it writes a checkpoint")
         if self.args.should_save:
             checkpoint.mark_complete(
                 Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
@@ -339,11 +341,7 @@ class RecipeTrainer(Trainer):
                 self.state.global_step,
                 best=self.state.best_model_checkpoint,
             )
-        self.barrier()
-
-    def barrier(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()
+        cli.wait_for_all("it checks a checkpoint")
 
     def save_final(self, dtype: torch.dtype | None = None) -> Path:
         """Write the model and tokenizer to OUTPUT/final, ready for `from_pretrained`. All ranks
@@ -357,13 +355,13 @@ class RecipeTrainer(Trainer):
             self.model.to(dtype)
         writes = self.args.should_save
         with atomic_folder(final) if writes else nullcontext(f"{final}.part") as part:
-            self.barrier()
+            cli.wait_for_all("it makes room for the model")
             self.save_model(str(part))
-            self.barrier()
             if writes:
                 # a pickle nobody needs; run.json has the settings
                 (part / "training_args.bin").unlink(missing_ok=True)
-        self.barrier()
+                checkpoint.refuse_not_finite(part)
+        cli.wait_for_all("it writes the model")
         return final
 
     # ---- the end ----

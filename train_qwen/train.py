@@ -88,7 +88,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 LORA_LEARNING_RATE = 2e-4  # an adapter wants about ten times the rate of full fine-tuning
 TINY = dict(  # sizes and steps only

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ from transformers import (
 
 from common import tiny
 from common.convert.older_readers import save_tokenizer
-from common.runs import flags, run_folder
+from common.runs import flags, heartbeat, run_folder
 from loop import parallel, state, tracking
 from quickstart.text import endings, questions, read_text, windows
 
@@ -341,7 +342,10 @@ def run(args: Args) -> None:
     dtype = DTYPES.get(args.dtype) or device.half_dtype() or torch.float32
     training = settings_for_loop(args, dtype)
     if WORLD > 1:
-        dist.init_process_group(device.dist_backend())
+        patience = timedelta(seconds=device.DDP_TIMEOUT)
+        device.limit_collectives(device.DDP_TIMEOUT)
+        dist.init_process_group(device.dist_backend(), timeout=patience)
+        heartbeat.start(device.DDP_TIMEOUT)
     device.seed_all(args.seed)
     train_texts, eval_texts, rows = read_text(args)
     settings = asdict(args) | {"dtype": str(dtype), "data": rows["sha256"], "processes": WORLD}
