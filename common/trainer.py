@@ -34,6 +34,8 @@ from common.runs.run_folder import read_run_file, write_run_file
 
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
 BEFORE_THE_STEP = "before the optimizer step"
+BEFORE_SAVING = "before anything was saved"
+MOST_SKIPPED = 20  # steps in a row that fp16's scaler may skip
 
 
 class RecipeTrainer(Trainer):
@@ -86,6 +88,7 @@ class RecipeTrainer(Trainer):
             self.add_callback(callback)
 
         self.counts = torch.zeros(3, dtype=torch.int64)  # of this rank, in the order of TOTALS
+        self.norm = 0.0  # of the gradients of the step that is being computed
         self.skipped_in_a_row = 0
         self.row_ids: list[int] = []  # of the step that is being computed
 
@@ -187,23 +190,33 @@ class RecipeTrainer(Trainer):
         return 0
 
     def check_gradients(self) -> None:
-        """Stop on a gradient that is not finite; fp16's scaler may skip a step now and then.
+        """Stop on a gradient that is not finite, before the optimizer uses it; in fp16 the scaler
+        decides first (check_step).
 
         DeepSpeed has stepped already when this event comes, so that the weights of this process are
         lost there; nothing of them is saved.
         """
-        norm = self.gradient_norm()
-        if math.isfinite(norm):
+        self.norm = self.gradient_norm()
+        if not self.args.fp16 and not math.isfinite(self.norm):
+            where = BEFORE_SAVING if self.is_deepspeed_enabled else BEFORE_THE_STEP
+            self.stop_on_rows(f"gave a gradient norm of {self.norm}", where)
+
+    def check_step(self) -> None:
+        """fp16: the scaler may skip a step now and then. It tells what a norm does not: a chip that
+        saturates overflows to finite numbers."""
+        if not self.args.fp16:
+            return
+        if not self.accelerator.optimizer_step_was_skipped:
             self.skipped_in_a_row = 0
+            if not math.isfinite(self.norm):
+                self.stop_on_rows(f"gave a gradient norm of {self.norm}", BEFORE_SAVING)
             return
         self.skipped_in_a_row += 1
-        where = "before anything was saved" if self.is_deepspeed_enabled else BEFORE_THE_STEP
-        if not self.args.fp16:
-            self.stop_on_rows(f"gave a gradient norm of {norm}", where)
-        if self.skipped_in_a_row == 20:
+        if self.skipped_in_a_row == MOST_SKIPPED:
             self.stop_on_rows(
-                "overflowed fp16 for the 20th step in a row (use bf16, or a lower learning rate)",
-                where,
+                f"overflowed fp16 for the {MOST_SKIPPED}th step in a row, so that nothing is "
+                "learned any more (use bf16, or a lower learning rate)",
+                BEFORE_SAVING,
             )
 
     def gradient_norm(self) -> float:

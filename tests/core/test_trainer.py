@@ -40,40 +40,41 @@ def trainer(folder, rows=(), net=None, **flags):
 # ---- gradients and weights ---------------------------------------------------------------------------------------
 
 
-def look_at(norms, monkeypatch, capsys, one, fp16: bool) -> int:
-    """How many steps go by before the run is ended."""
-    one.args.fp16 = fp16
-    found = iter(norms)
-    monkeypatch.setattr(one, "gradient_norm", lambda: next(found))
-    for step, _ in enumerate(norms):
-        one.state.global_step = step
+def steps_until_the_end(one, monkeypatch, steps) -> int:
+    """How many of `steps`, (gradient norm, whether the scaler skipped it), go by."""
+    monkeypatch.setattr(type(one.accelerator), "optimizer_step_was_skipped", False)
+    for number, (norm, skipped) in enumerate(steps):
+        one.state.global_step = number
+        monkeypatch.setattr(one, "gradient_norm", lambda norm=norm: norm)
+        monkeypatch.setattr(type(one.accelerator), "optimizer_step_was_skipped", skipped)
         try:
             one.check_gradients()
+            one.check_step()
         except SystemExit as error:
             assert error.code == 1
-            return step
-    return len(norms)
+            return number
+    return len(steps)
 
 
-@pytest.mark.parametrize(
-    "norms, fp16, steps",
-    [
-        ([1.0, NAN], False, 1),
-        ([1.0, float("inf")], False, 1),
-        ([float("inf")] * 19 + [1.0] + [NAN] * 19, True, 39),
-        ([1.0] + [float("inf")] * 20, True, 20),
-        ([NAN] * 30, True, 19),
-    ],
-)
-def test_fp16_may_skip_nineteen_steps_in_a_row(tmp_path, monkeypatch, capsys, norms, fp16, steps):
+SOUND, SKIPPED, SATURATED = (1.0, False), (float("inf"), True), (1.0, True)
+GRADIENTS = {  # fp16, steps, how many go by, what is said
+    "NaN": (False, [SOUND, (NAN, False)], 1, "gave a gradient norm of nan"),
+    "infinite": (False, [SOUND, (float("inf"), False)], 1, "gave a gradient norm of inf"),
+    "19 skipped": (True, [SKIPPED] * 19 + [SOUND] + [SKIPPED] * 19, 39, ""),
+    "20 skipped": (True, [SOUND] + [SKIPPED] * 20, 20, "overflowed fp16 for the 20th step"),
+    "20 saturated": (True, [SOUND] + [SATURATED] * 30, 20, "overflowed fp16 for the 20th step"),
+    "fp16, not skipped": (True, [SOUND, (NAN, False)], 1, "gave a gradient norm of nan"),
+}
+
+
+@pytest.mark.parametrize("fp16, steps, go_by, words", GRADIENTS.values(), ids=GRADIENTS)
+def test_gradients_that_are_not_finite(tmp_path, monkeypatch, capsys, fp16, steps, go_by, words):
+    """fp16 may skip nineteen steps in a row."""
     one = trainer(tmp_path)
-    assert look_at(norms, monkeypatch, capsys, one, fp16) == steps
+    one.args.fp16 = fp16
+    assert steps_until_the_end(one, monkeypatch, steps) == go_by
     said = capsys.readouterr().err
-    if steps == len(norms):
-        assert not said
-    else:
-        words = "overflowed fp16 for the 20th step in a row" if fp16 else "gave a gradient norm of"
-        assert f"step {steps + 1}: a batch {words}" in said and "before the optimizer step" in said
+    assert f"step {go_by + 1}: a batch {words}" in said if words else not said
 
 
 def test_a_final_model_that_is_not_finite_is_not_written(tmp_path):
@@ -208,7 +209,7 @@ def test_a_pad_token_that_is_eos_keeps_eos_trained(name, packing):
     check_ends(batch, ends, tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "lora", "distill", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "lora", "distill", "reason", "dpo"])
 def test_a_pad_token_that_is_eos_keeps_eos_trained_in_the_stages(stage):
     tokenizer = byte_level(QWEN2)
     eos = tokenizer.eos_token_id
