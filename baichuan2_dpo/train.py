@@ -28,7 +28,7 @@ import loss_flags
 import modeling_baichuan  # noqa: F401  (tells the Auto classes about Baichuan2-13B)
 import shared_prompt
 from answers import measure_answers
-from common.convert import adapter
+from common.convert import adapter, models
 from common.data.labels import fingerprint, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
@@ -100,7 +100,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TINY = dict(  # sizes and steps only, and beta: small models move far
     model_max_length=256,
@@ -141,13 +140,15 @@ def check_models(args: Args) -> None:
     """Fail on a wrong name, or one tokenizer too large for a model, before anything is read."""
     named = args.model_name_or_path
     if named != "tiny":
-        flags.check_window(args, cli.check_model(named))
+        flags.check_window(args, models.check_model(named))
     if args.reference_model:
-        cli.check_model(args.reference_model, "--reference_model", named if named != "tiny" else "")
+        models.check_model(
+            args.reference_model, "--reference_model", named if named != "tiny" else ""
+        )
 
 
 def load_tokenizer(path: str):
-    tokenizer = cli.load(AutoTokenizer, path)
+    tokenizer = models.load(AutoTokenizer, path)
     if not tokenizer.chat_template:
         raise SystemExit(
             f"{path} has no chat template: save one with its tokenizer (tokenizer.chat_template)"
@@ -162,7 +163,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
         "dtype": torch.float32 if trains_all else device.train_dtype(training),
         "attn_implementation": shared_prompt.register(),
     }
-    model = cli.load(AutoModelForCausalLM, path, **settings)
+    model = models.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     if args.packing:
         attention.refuse_unpackable(model)
@@ -287,7 +288,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     trainer.exit_if_stopped()
     after = trainer.measure_all()
-    final = trainer.save_final(dtype=cli.model_config(base).dtype)
+    final = trainer.save_final(dtype=models.model_config(base).dtype)
     adapter.remember_base(final, base)  # of all weights too: the demo compares with the base
     trainer.report(HERE.name, args.model_name_or_path, stats, after)
 

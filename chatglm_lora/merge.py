@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from common.convert import adapter
+from common.convert import adapter, models
 from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import Weights, check_shape, read_pickle, save_sharded
 from common.data.files import check_empty, new_folder
@@ -76,7 +76,7 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
     fingerprint."""
     if base is None:
         raise SystemExit(f"{path} does not say on which model it was trained: give --base")
-    config = cli.model_config(base, "--base")
+    config = models.model_config(base, "--base")
     if not isinstance(config, ChatGLMConfig):
         raise SystemExit(f"--base {base} is not ChatGLM-6B")
     expected = empty_weights(ChatGLMForConditionalGeneration, config)
@@ -104,7 +104,7 @@ def write_adapter(path: Path, out: Path, base: str | None, alpha: float) -> None
     with new_folder(out) as part:
         settings.save_pretrained(part)
         save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
-        save_tokenizer(cli.load(AutoTokenizer, base, "--base"), part)
+        save_tokenizer(models.load(AutoTokenizer, base, "--base"), part)
         adapter.remember_base(part, base)
     kinds = ", ".join(sorted(kinds_of(modules)))
     cli.say(
@@ -212,7 +212,7 @@ def adapter_folder(args) -> Iterator[Path]:
         else:
             shutil.copytree(path, folder)
             base = adapter.check_base(folder, args.base)
-            save_tokenizer(cli.load(AutoTokenizer, base, "--base"), folder)
+            save_tokenizer(models.load(AutoTokenizer, base, "--base"), folder)
         yield folder
 
 
@@ -277,7 +277,7 @@ def merge(folder: Path, out: Path, base: str | None, layout: str) -> None:
         adapter.merge(folder, out, base)
         return
     base = adapter.check_base(folder, base)
-    if not isinstance(cli.model_config(base, "--base"), ChatGLMConfig):
+    if not isinstance(models.model_config(base, "--base"), ChatGLMConfig):
         raise SystemExit(f"--layout original is for ChatGLM-6B; {base} is another model")
     native = out.with_name(out.name + ".native")
     shutil.rmtree(native, ignore_errors=True)

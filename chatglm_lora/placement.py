@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_chatglm  # noqa: F401  (registers ChatGLM)
-from common.convert import adapter
+from common.convert import adapter, models
 from common.data.labels import encode_prompt
 from common.demo.chat_model import find_model
 from common.runs import engine
@@ -68,9 +68,9 @@ def load(
     path = find_model(model)
     lora = path if (Path(path) / "adapter_config.json").is_file() else None
     base = adapter.check_base(path) if lora else path
-    tokenizer = cli.load(AutoTokenizer, path, "--model")
-    config = cli.load(AutoConfig, base, "--model")
-    cli.check_vocabulary(tokenizer, config, path)
+    tokenizer = models.load(AutoTokenizer, path, "--model")
+    config = models.load(AutoConfig, base, "--model")
+    models.check_vocabulary(tokenizer, config, path)
     if dtype is None:
         dtype = torch.float32 if device.kind() == "cpu" else device.half_dtype()
     home = device.device()
@@ -96,7 +96,7 @@ def load(
 
 def _whole(base: str, lora: str | None, dtype: torch.dtype):
     """The whole model in host memory."""
-    model = cli.load(AutoModelForCausalLM, base, "--model", dtype=dtype)
+    model = models.load(AutoModelForCausalLM, base, "--model", dtype=dtype)
     if lora:
         model = _adapted(model, lora)
     return model.eval().requires_grad_(False)
@@ -123,7 +123,9 @@ def _spread(base: str, lora: str | None, dtype: torch.dtype, places: dict, offlo
             "for the rest"
         )
     settings = {"device_map": places, "offload_folder": offload_folder, "dtype": dtype}
-    model = cli.load(AutoModelForCausalLM, base, "--model", **settings).eval().requires_grad_(False)
+    model = (
+        models.load(AutoModelForCausalLM, base, "--model", **settings).eval().requires_grad_(False)
+    )
     if lora:
         model = _adapted_in_place(model, lora, home)
     return model.eval().requires_grad_(False)

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from common import collators, tiny
-from common.convert import adapter
+from common.convert import adapter, models
 from common.data.cache import cache_root
 from common.data.labels import encode_chat, encode_prompt, fingerprint, preview
 from common.data.load import load_rows, summary
@@ -77,7 +77,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
@@ -146,7 +145,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config):
     settings = {"dtype": device.train_dtype(training) if args.use_lora else torch.float32}
     if not is_prefix_model(config):
         settings["attn_implementation"] = attention.register()
-    model = cli.load(AutoModelForCausalLM, path, **settings)
+    model = models.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     # from here on the output's `logits` are no logits, but sums of the loss: they are never built
     losses.use_chunked_loss(model)
@@ -246,15 +245,15 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
         # fail on a wrong name before anything is read or replaced
-        cli.check_model(args.model_name_or_path)
+        models.check_model(args.model_name_or_path)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
     base = tiny_model(rows["row"][:5000], is_sample) if is_tiny else args.model_name_or_path
-    config = cli.model_config(base)
-    tokenizer = cli.load(AutoTokenizer, base)
+    config = models.model_config(base)
+    tokenizer = models.load(AutoTokenizer, base)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
 

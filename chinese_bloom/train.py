@@ -27,7 +27,7 @@ from transformers import TrainingArguments, set_seed
 
 import bloom_attention
 from common import collators, tiny
-from common.convert import adapter
+from common.convert import adapter, models
 from common.data.cache import cache_root
 from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.load import load_rows, summary
@@ -85,7 +85,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TEMPLATES = {file.stem: str(file) for file in sorted((HERE / "templates").glob("*.jinja"))}
 LEARNING_RATE = {"sft": 2e-5, "pt": 5e-5, "lora": 2e-4, "from_config": 3e-4, "tiny": 3e-3}
@@ -158,7 +157,7 @@ def kind_of_run(args: Args) -> str:
 
 # 2. Model and tokenizer
 def load_tokenizer(args: Args, path: str):
-    tokenizer = cli.load(AutoTokenizer, path)
+    tokenizer = models.load(AutoTokenizer, path)
     if args.stage == "sft" and args.template != "tokenizer":
         set_template(tokenizer, TEMPLATES.get(args.template, args.template))
     if args.stage == "sft" and not tokenizer.chat_template:
@@ -171,8 +170,8 @@ def load_tokenizer(args: Args, path: str):
 def load_config(args: Args, path: str, tokenizer):
     """The architecture: the model's own, or that of --from_config with room for the tokens."""
     if not args.from_config:
-        return cli.model_config(path)
-    config = cli.model_config(args.from_config, "--from_config")
+        return models.model_config(path)
+    config = models.model_config(args.from_config, "--from_config")
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
@@ -190,7 +189,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config):
     if args.from_config:
         model = AutoModelForCausalLM.from_config(config, **settings)
     else:
-        model = cli.load(AutoModelForCausalLM, path, **settings)
+        model = models.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     if isinstance(model, BloomForCausalLM):
         bloom_attention.use(model)
@@ -261,9 +260,9 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     # fail on a wrong name before anything is read or replaced
     if not is_tiny:
-        cli.check_model(args.model_name_or_path, grows=bool(args.from_config))
+        models.check_model(args.model_name_or_path, grows=bool(args.from_config))
     if args.from_config:
-        cli.model_config(args.from_config, "--from_config")
+        models.model_config(args.from_config, "--from_config")
 
     kind = "chat" if args.stage == "sft" else "text"
     rows, stats = load_rows(

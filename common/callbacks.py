@@ -27,6 +27,9 @@ class TrainerHooks(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_gradients()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_step()
+
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.after_epoch()
 

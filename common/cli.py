@@ -111,7 +111,7 @@ def parse_args(
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from common.runs import engine, old_flags
+    from common.runs import engine, heartbeat, old_flags
     from common.runs import flags as checks
 
     quiet_libraries()
@@ -135,9 +135,10 @@ def parse_args(
     problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
+    device.limit_collectives(flags.ddp_timeout)
     if by_accelerate or given_by_user("deepspeed"):
         remove_stale_build_locks()
-        engine.prepare_deepspeed()
+        engine.prepare_deepspeed(flags.ddp_timeout)
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
         for tracker in parsed[-1].report_to:
@@ -149,6 +150,7 @@ def parse_args(
     if by_trainer:
         checks.refuse_optimizer(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
+    heartbeat.start(parsed[-1].ddp_timeout)
     return parsed
 
 
@@ -234,6 +236,14 @@ def how_to_go_on() -> str:
     return f"The same command goes on from what is saved, or begins again:\n  {resume_command()}"
 
 
+def wait_for_all(what: str) -> None:
+    """Wait until all ranks are here, however long rank 0 works alone before; `what` it does, in a
+    few words. All ranks call it."""
+    from common.runs import heartbeat
+
+    heartbeat.wait_for_all(what)
+
+
 def usage_error(message: str) -> SystemExit:
     """Say the mistake once (rank 0) and give the exit with code 2 to raise."""
     fail(message, code=2, stop=False)
@@ -268,96 +278,6 @@ def resume_command() -> str:
         else:
             is_value = False
     return shlex.join(["python", sys.argv[0], *words])
-
-
-# ---- models --------------------------------------------------------------------------------------
-
-
-def model_config(name: str, flag: str = "--model_name_or_path"):
-    """AutoConfig of a model folder or hub id; SystemExit with one line when it is neither."""
-    from transformers import AutoConfig
-
-    return load(AutoConfig, name, flag)
-
-
-def check_model(
-    name: str, flag: str = "--model_name_or_path", tokenizer: str = "", grows: bool = False
-):
-    """The config of a model, like model_config; SystemExit with one line where its tokenizer (or
-    that of the model `tokenizer`) cannot be loaded or has tokens beyond its embedding, unless the
-    embedding `grows` to hold them."""
-    from transformers import AutoTokenizer
-
-    config = model_config(name, flag)
-    loaded = load(AutoTokenizer, tokenizer or name, flag)
-    if not grows:
-        check_vocabulary(loaded, config, f"{flag} {name}")
-    return config
-
-
-def check_vocabulary(tokenizer, config, name: str) -> None:
-    """SystemExit where a tokenizer has tokens beyond the embedding of the model."""
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    if rows is None:
-        return
-    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
-    in_use = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    unknown = str(tokenizer.unk_token)
-    if unknown not in in_use and unknown not in str(tokenizer.chat_template):
-        beyond.discard(unknown)  # transformers adds one to some classes; nothing becomes this token
-    if beyond:
-        shown = ", ".join(sorted(beyond)[:3])
-        raise SystemExit(
-            f"{name}: the model's embedding has {rows:,} rows, and {len(beyond):,} tokens of the "
-            f"tokenizer are beyond it ({shown}); give the model rows for them first: "
-            "model.resize_token_embeddings(len(tokenizer)) and model.save_pretrained(folder)"
-        )
-
-
-def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
-    """auto_class.from_pretrained(name, **settings); SystemExit with one line when that is no model
-    folder or hub id.
-
-    `flag`: where the name came from. AutoConfig takes the path of a config.json too.
-    """
-    import torch
-
-    from common.convert import model_folder
-
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not os.path.exists(os.path.expanduser(name)):
-        raise SystemExit(f"{flag} {name}: no such folder")
-    model_folder.check(name, weights="Tokenizer" not in auto_class.__name__)
-    try:
-        return _load(auto_class, name, settings)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # many kinds: no config.json, no weights, unknown type, no network, no such id
-        words = " ".join(str(error).split())[:300]
-        raise SystemExit(
-            f"{flag} {name} is not a model that can be loaded ({words}). Give a folder with "
-            "config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
-        ) from None
-
-
-def _load(auto_class, name: str, settings: dict):
-    """from_pretrained with a line for people where it takes long."""
-    began = time.time()
-    has_weights = "dtype" in settings
-    if has_weights:
-        say(f"loading {name}")
-    try:
-        loaded = auto_class.from_pretrained(name, **settings)
-    except KeyError as error:
-        if settings.get("attn_implementation") not in error.args:
-            raise
-        # an architecture that knows only attention of its own
-        own = {key: value for key, value in settings.items() if key != "attn_implementation"}
-        loaded = auto_class.from_pretrained(name, **own)
-    if has_weights and time.time() - began > 5:
-        say(f"loaded in {time.time() - began:.0f} s")
-    return loaded
 
 
 # ---- the frame -----------------------------------------------------------------------------------
@@ -421,8 +341,12 @@ def close(code: int) -> None:
     `code`."""
     import torch.distributed as dist
 
+    from common.runs import heartbeat
+
+    if code == 0:
+        heartbeat.wait_for_all("the end of the run")
+    heartbeat.stop()
     if code == 0 and dist.is_available() and dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,100 +1,18 @@
-"""The only place that knows cuda / npu / cpu. Import it before torch and transformers.
-
-A torch_npu wheel without a working CANN makes `import torch` itself fail (its autoload hook) and
-transformers imports torch_npu unguarded; importing this module first turns such an install into one
-clear line and a normal CPU/CUDA run.
-"""
+"""The only place that knows cuda / npu / cpu. Import it before torch and transformers: it keeps a
+broken torch_npu away from them (common/runs/npu_install.py)."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import importlib.util
 import os
 import random
 import sys
-import warnings
 
-# Importing this module changes the environment and sys.modules, on purpose: torch must not load a
-# broken torch_npu by itself, and afterwards no library may find one.
-_wanted = os.environ.get("DANPU_DEVICE", "").lower()
-_autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
-if "torch" not in sys.modules:
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+from common.runs.npu_install import NPU_ERROR, cann_home, npu_hardware
+
+# isort: split
 import torch
 
-from common.runs import machine
-
-CANN_PLACES = (
-    "/usr/local/Ascend/cann",
-    "/usr/local/Ascend/ascend-toolkit/latest",
-    "~/Ascend/ascend-toolkit/latest",
-)
-
-
-def cann_home() -> str | None:
-    """CANN's folder: what its set_env.sh exported, else the first of its usual places that
-    exists."""
-    exported = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-    return exported or next(filter(os.path.isdir, map(os.path.expanduser, CANN_PLACES)), None)
-
-
-def npu_hardware() -> bool:
-    """Whether the Ascend driver shows a card to this machine (or container)."""
-    return bool(machine.ascend_cards())
-
-
-def _version_mismatch() -> ImportError | None:
-    """torch_npu works with the torch of its own version only."""
-    try:
-        torch_version = importlib.metadata.version("torch").split("+")[0]
-        npu_version = importlib.metadata.version("torch-npu").split("+")[0]
-    except importlib.metadata.PackageNotFoundError:  # built from source: its import will tell
-        return None
-    wanted = npu_version.split(".post")[0].split("rc")[0]
-    if torch_version.split(".post")[0].split("rc")[0] == wanted:
-        return None
-    return ImportError(
-        f"torch-npu {npu_version} belongs to torch {wanted}, and torch is {torch_version}: "
-        "pip install -r requirements-npu.txt"
-    )
-
-
-def _load_torch_npu() -> Exception | None:
-    """Import torch_npu if it is installed; what stands in the way, in one line with the remedy,
-    else None."""
-    if importlib.util.find_spec("torch_npu") is None or _wanted in ("cpu", "cuda"):
-        return None
-    mismatch = _version_mismatch()
-    if mismatch:
-        return mismatch
-    try:
-        with warnings.catch_warnings():  # it changes the filters of the whole process
-            import torch_npu  # noqa: F401
-    except Exception as error:
-        words = " ".join(str(error).split())
-        if "cannot open shared object" not in words and "ASCEND" not in words:
-            return error  # for instance a second accelerator
-        place = cann_home() or CANN_PLACES[0]
-        remedy = f"source {os.path.join(place.removesuffix('/latest'), 'set_env.sh')}"
-        if not cann_home():
-            remedy = f"install CANN and then {remedy}"
-        return ImportError(f"CANN is missing or its environment is not set ({words}): {remedy}")
-    return None
-
-
-NPU_ERROR: Exception | None = _load_torch_npu()
-"""Why an installed torch_npu cannot be used; None when it works or is not installed."""
-if NPU_ERROR is not None or _wanted in ("cpu", "cuda"):
-    for _name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
-        del sys.modules[_name]
-    sys.modules["torch_npu"] = (
-        None  # transformers, peft, accelerate and deepspeed now see "not installed"
-    )
-if _autoload is None:
-    os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
-else:
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = _autoload
+DDP_TIMEOUT = 600  # seconds that a rank waits for others in a collective, unless --ddp_timeout says
 
 
 def kind() -> str:
@@ -225,51 +143,18 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-_highest = 0.0  # MiB, up to the last reset
-
-
-def peak_memory_mb() -> float:
-    """Peak memory of this process in MiB: of the device's allocator, or resident memory on CPU."""
-    return max(_highest, _peak_since_reset())
-
-
-def next_peak_memory_mb() -> float:
-    """The peak since the last call (or the start), in MiB; on a CPU only Linux can tell it from the
-    peak so far."""
-    global _highest
-    peak = _peak_since_reset()
-    _highest = max(_highest, peak)
-    if kind() != "cpu":
-        module().reset_peak_memory_stats()
-    else:
-        with (
-            contextlib.suppress(OSError),
-            open("/proc/self/clear_refs", "w", encoding="utf-8") as file,
-        ):
-            file.write("5")  # the peak of the resident memory starts again
-    return peak
-
-
-def _peak_since_reset() -> float:
-    if kind() != "cpu":
-        return module().max_memory_allocated() / 2**20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
 def training_defaults(training_args_given: set[str]) -> dict:
     """Settle what libraries guess wrongly, before TrainingArguments are built.
 
     Args:
         training_args_given: flag names the user typed; those are left alone.
     Returns:
-        defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend.
+        defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend,
+        ddp_timeout.
     """
     here = kind()
     half = half_dtype()
-    defaults: dict = {"use_cpu": here == "cpu"}
+    defaults: dict = {"use_cpu": here == "cpu", "ddp_timeout": DDP_TIMEOUT}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         defaults["ddp_backend"] = dist_backend()
     if not {"bf16", "fp16"} & training_args_given:
@@ -284,6 +169,12 @@ def training_defaults(training_args_given: set[str]) -> dict:
         # for minutes
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return defaults
+
+
+def limit_collectives(seconds: int) -> None:
+    """Let HCCL, too, give up a collective after --ddp_timeout; what the user has exported stays."""
+    if kind() == "npu":
+        os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
 
 
 def unsupported_flags(flags) -> str | None:
@@ -318,7 +209,8 @@ def unsupported_flags(flags) -> str | None:
 def install_problem() -> tuple[str, bool]:
     """What to tell about an installed torch_npu that is not used ("" if nothing), and whether that
     must end the run."""
-    if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not _wanted:
+    chosen = bool(os.environ.get("DANPU_DEVICE"))
+    if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not chosen:
         return f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", True
     if NPU_ERROR is not None:
         return f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", False

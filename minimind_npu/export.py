@@ -51,7 +51,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from common.convert import adapter, weight_files
+from common.convert import adapter, models, weight_files
 from common.convert.older_readers import save_tokenizer
 from common.data.files import new_folder
 from common.demo.chat_model import find_model
@@ -222,7 +222,7 @@ def load(args) -> tuple[MiniMindForCausalLM, str]:
         adapter_path = path
         path = None
     base = adapter.check_base(adapter_path, path) if adapter_path else path
-    model = cli.load(AutoModelForCausalLM, base, "--model", dtype=DTYPES[args.dtype])
+    model = models.load(AutoModelForCausalLM, base, "--model", dtype=DTYPES[args.dtype])
     if not isinstance(model, MiniMindForCausalLM):
         raise SystemExit(
             f"{base} is a {type(model).__name__} already; nothing to export (--import reads it)"
@@ -517,7 +517,7 @@ def read_foreign(args) -> tuple[MiniMindConfig, dict[str, Tensor], Path | None]:
 
 def config_of_folder(path: Path, weights: Mapping) -> tuple[MiniMindConfig, float]:
     """-> our config, and what its query and key are multiplied by."""
-    config = cli.load(AutoConfig, str(path), "--model")
+    config = models.load(AutoConfig, str(path), "--model")
     if config.model_type != MiniMindConfig.model_type:
         rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
         return own_config(config, weights), attention_factor(rope)
@@ -534,7 +534,7 @@ def bring_in(args) -> str:
     """--import; -> what it was, for people."""
     config, tensors, place = read_foreign(args)
     place = args.tokenizer or place
-    tokenizer = cli.load(AutoTokenizer, str(place), "--tokenizer") if place else None
+    tokenizer = models.load(AutoTokenizer, str(place), "--tokenizer") if place else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise SystemExit(
             f"the tokenizer has {len(tokenizer):,} tokens, the model only {config.vocab_size:,}"
@@ -623,7 +623,7 @@ def main() -> None:
     model, folder = load(args)
     tokenizer = None
     if (Path(folder) / "tokenizer.json").is_file():
-        tokenizer = cli.load(AutoTokenizer, folder, "--model")
+        tokenizer = models.load(AutoTokenizer, folder, "--model")
     apart = write_native(model, tokenizer, args.output_dir)
     _, name = KINDS[model.config.generation, model.config.use_moe]
     cli.say(

@@ -11,6 +11,7 @@ from model import SIZES, MiniMindConfig
 from transformers import TrainingArguments
 
 from common import cli, device
+from common.convert import models
 from common.demo.chat_model import find_model
 from common.runs import flags
 
@@ -167,7 +168,6 @@ DEFAULTS = dict(
     save_steps=1000,
     save_total_limit=2,
     report_to=["tensorboard"],
-    ddp_timeout=7200,
 )
 STAGE = {  # learning rates, windows and epochs of real models; windows as for an accelerator
     "pretrain": dict(learning_rate=1e-3, model_max_length=512, per_device_train_batch_size=32),
@@ -335,7 +335,7 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
 def refuse_sizes(base: str, args: Args) -> None:
     """Flags that change a size, beside weights that have another; sizes that no model has."""
     if base not in SIZES:
-        config = cli.model_config(base)
+        config = models.model_config(base)
         flags.check_window(args, config)
         for name in SIZE_FLAGS:
             asked = getattr(args, name)
@@ -408,7 +408,7 @@ def own_model(name: str, flag: str) -> str:
         raise SystemExit(
             f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import"
         )
-    kind = cli.model_config(folder, flag).model_type
+    kind = models.model_config(folder, flag).model_type
     if kind != MiniMindConfig.model_type:
         raise SystemExit(
             f"{flag} {name} is a {kind} model; bring it over first: export.py --import "
@@ -421,7 +421,7 @@ def width_of(base: str, args: Args) -> int:
     """Of the model that starts from `base`."""
     if base in SIZES:
         return args.hidden_size or SIZES[base]["hidden_size"]
-    return cli.model_config(base).hidden_size
+    return models.model_config(base).hidden_size
 
 
 def tokenizer_of(args: Args, base: str) -> str:

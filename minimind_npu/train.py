@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this one
 from common import cli, device  # before torch and transformers
+from common.convert import models
 
 import torch
 from torch import nn
@@ -53,9 +54,9 @@ STAGES = {
 # 1. Data
 def load_tokenizer(args: Args, base: str):
     """SystemExit where the model of the folder `base` has no room for all its tokens."""
-    tokenizer = cli.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
+    tokenizer = models.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
     if Path(base).is_dir():
-        cli.check_vocabulary(tokenizer, cli.model_config(base), base)
+        models.check_vocabulary(tokenizer, models.model_config(base), base)
     return tokenizer
 
 
@@ -70,8 +71,7 @@ def open_run(args: Args, training, base: str, tokenizer) -> tuple:
     dtype = device.train_dtype(training)
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}
     settings |= {name: getattr(training, name) for name in DEFINING}
-    overwrite = args.overwrite_output_dir
-    start = run_folder.open_output(training, settings, overwrite, True, tokenizer)
+    start = run_folder.open_output(training, settings, args.overwrite_output_dir, True, tokenizer)
     return rows, stats, start
 
 

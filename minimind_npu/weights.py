@@ -6,35 +6,35 @@ import os
 import shutil
 from pathlib import Path
 
-import model as models
+import model as minimind
 import torch
 from loop import parallel, state
 from stages import lora
 from transformers import AutoTokenizer
 
 from common import cli, device
-from common.convert import adapter
+from common.convert import adapter, models
 from common.convert.older_readers import save_tokenizer
 from common.fast import attention, losses
 from common.runs.generate import remember_ends
 
 
-def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausalLM:
+def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCausalLM:
     """Random weights of a size or those of a folder: float32; a base under an adapter in the dtype
     it runs in."""
     packed = attention.register()
     with parallel.whole_weights():
-        if name in models.SIZES:
+        if name in minimind.SIZES:
             given = ("hidden_size", "num_hidden_layers")
             changes = {one: getattr(args, one) for one in given if getattr(args, one)}
             if args.use_moe is not None:
                 changes["use_moe"] = args.use_moe
-            model = models.build(name, len(tokenizer), **changes)
+            model = minimind.build(name, len(tokenizer), **changes)
             model.config._attn_implementation = packed
         else:
             dtype = device.train_dtype(training) if args.use_lora else torch.float32
-            kind = models.MiniMindForCausalLM
-            model = cli.load(kind, name, dtype=dtype, attn_implementation=packed)
+            kind = minimind.MiniMindForCausalLM
+            model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
     losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts
     model.config.use_cache = False
     if cli.recompute(training):
@@ -45,32 +45,32 @@ def load_model(name: str, args, training, tokenizer) -> models.MiniMindForCausal
     return model.to(training.device)
 
 
-def load_teacher(name: str, training, tokenizer) -> models.MiniMindForCausalLM:
+def load_teacher(name: str, training, tokenizer) -> minimind.MiniMindForCausalLM:
     """A model to learn from, in the dtype it runs in; SystemExit when it has another tokenizer."""
     with parallel.whole_weights():
-        teacher = cli.load(
-            models.MiniMindForCausalLM,
+        teacher = models.load(
+            minimind.MiniMindForCausalLM,
             name,
             "--teacher",
             dtype=device.train_dtype(training),
             use_cache=False,
             attn_implementation=attention.register(),
         )
-    if cli.load(AutoTokenizer, name, "--teacher").get_vocab() != tokenizer.get_vocab():
+    if models.load(AutoTokenizer, name, "--teacher").get_vocab() != tokenizer.get_vocab():
         raise SystemExit(f"--teacher {name} has another tokenizer than the student")
-    cli.check_vocabulary(tokenizer, teacher.config, f"--teacher {name}")
+    models.check_vocabulary(tokenizer, teacher.config, f"--teacher {name}")
     return teacher.to(training.device).requires_grad_(False).eval()
 
 
 def fingerprint(name: str) -> str:
     """Of the weights that a run starts from; random ones follow from its seed."""
-    return "random" if name in models.SIZES else adapter.base_fingerprint(name)
+    return "random" if name in minimind.SIZES else adapter.base_fingerprint(name)
 
 
 def add_adapter(model, name: str, args, training, tokenizer) -> str:
     """Adapters on the model of `name`; -> the folder of their base. Random weights are saved as
     OUTPUT/base."""
-    if name in models.SIZES:
+    if name in minimind.SIZES:
         name = str(Path(training.output_dir) / "base")
         write_model(model, tokenizer, None, "", Path(name))
     lora.add(model, args.lora_r, args.lora_alpha, args.lora_dropout)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from common import collators, tiny
-from common.convert import adapter
+from common.convert import adapter, models
 from common.data.cache import cache_root
 from common.data.labels import encode_chat, encode_prompt, fingerprint, preview, set_template
 from common.data.load import load_rows, summary
@@ -88,7 +88,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 LORA_LEARNING_RATE = 2e-4  # an adapter wants about ten times the rate of full fine-tuning
 TINY = dict(  # sizes and steps only
@@ -161,7 +160,7 @@ def tiny_model(texts: list[str]) -> str:
 
 # 2. Model and tokenizer
 def load_tokenizer(args: Args, path: str):
-    tokenizer = cli.load(AutoTokenizer, path)
+    tokenizer = models.load(AutoTokenizer, path)
     if args.chat_template:
         set_template(tokenizer, args.chat_template)
     return tokenizer
@@ -177,7 +176,7 @@ def load_model(args: Args, training: TrainingArguments, path: str):
     }
     if args.load_in_4bit:
         settings["quantization_config"] = four_bit(half)
-    model = cli.load(AutoModelForCausalLM, path, **settings)
+    model = models.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     # from here on the output's `logits` are no logits, but sums of the loss: they are never built
     losses.use_chunked_loss(model)
@@ -260,14 +259,14 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
         # fail on a wrong name before anything is read or replaced
-        cli.check_model(args.model_name_or_path)
+        models.check_model(args.model_name_or_path)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
-    config = cli.model_config(base)
+    config = models.model_config(base)
     tokenizer = load_tokenizer(args, base)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import cli, device
-from common.convert import adapter, model_folder
+from common import device
+from common.convert import adapter, model_folder, models
 from common.data.labels import encode_prompt
 from common.data.spelling import encode_text
 
@@ -84,7 +84,7 @@ class ChatModel:
         except Exception as error:  # damaged files, unknown architectures: many libraries' classes
             words = " ".join(str(error).split())[:300]
             raise SystemExit(f"{self.path}: cannot be loaded: {words}") from None
-        cli.check_vocabulary(self.tokenizer, self.model.config, self.path)
+        models.check_vocabulary(self.tokenizer, self.model.config, self.path)
         self.model.to(device.device()).eval()
 
     def sampling_defaults(self) -> dict[str, float]:

@@ -9,11 +9,14 @@ import sys
 
 import torch
 
-from common import cli, device
+from common import cli
+from common.runs import heartbeat, memory
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # how a full disk reads where torch writes
 FULL_DISK = ("No space left", "PytorchStreamWriter", "unexpected pos", "file write failed")
+# how a collective reads that reached its time-out
+NO_ANSWER = ("Timed out waiting", "caused pair closure", "collective operation timeout")
 
 
 def explain(error: Exception) -> str | None:
@@ -28,9 +31,15 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ValueError) and "arget modules" in str(error):
         first_line = str(error).splitlines()[0][:200]
         return f"--target_modules: {first_line} Give names of linear layers, or all-linear"
+    patience = heartbeat.seconds()
+    if patience and any(sign in str(error) for sign in NO_ANSWER):
+        return (
+            "timed out waiting for another rank, which lives but takes no part: it hangs, or is "
+            f"more than --ddp_timeout {patience:.0f} seconds behind"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of memory at {device.peak_memory_mb() / 1024:.1f} GiB. Cheapest changes first: "
+            f"out of memory at {memory.peak_mb() / 1024:.1f} GiB. Cheapest changes first: "
             "--gradient_checkpointing true; --per_device_train_batch_size 1 with more "
             "--gradient_accumulation_steps; a smaller --model_max_length; --use_lora true; "
             "--eval_generate 0; train_zero3.sh"

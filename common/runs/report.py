@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import cli, device
 from common.data.files import atomic_file
+from common.runs import memory
 from common.runs.engine import engine
 from common.runs.machine import versions
 
@@ -82,7 +83,7 @@ def facts(
         "tokens": {"total": tokens, "label": label_tokens},
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "peak_memory_mb": round(device.peak_memory_mb(), 1),
+        "peak_memory_mb": round(memory.peak_mb(), 1),
         "steps": steps,
         "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
         "metrics": {"before": before.get("metrics", {}), "after": after["metrics"]},

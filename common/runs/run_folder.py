@@ -103,6 +103,7 @@ def _on_first_rank(action: Callable[[], Verdict]) -> Verdict:
     """Run `action` on rank 0 and give its result to all ranks: they must never decide differently
     about one folder."""
     box = [action() if cli.is_main() else None]
+    cli.wait_for_all("it reads the checkpoints of the output folder")
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0, device=device.device())
     return box[0]
@@ -141,7 +142,7 @@ def inspect(args, out: Path, settings: dict, overwrite: bool, keeps_order: bool)
             error = f"{out} is the output of another run ({told})."
             return Verdict(exit=2, error=f"{error} {REMEDY}, or {REPLACE}, or {RESUME}")
 
-    verdict = _choose_checkpoint(out, asked)
+    verdict = _choose_checkpoint(out, asked, may_replace=overwrite and bool(past))
     if verdict.exit is None and verdict.start:
         if changed:
             verdict.say.append(f"warning: continuing with other settings: {told}")
@@ -153,19 +154,52 @@ def inspect(args, out: Path, settings: dict, overwrite: bool, keeps_order: bool)
     return verdict
 
 
-def _choose_checkpoint(out: Path, asked: str) -> Verdict:
-    """The newest complete checkpoint, or the one that --resume_from_checkpoint names."""
+def _choose_checkpoint(out: Path, asked: str, may_replace: bool) -> Verdict:
+    """The newest complete checkpoint, or the one that --resume_from_checkpoint names.
+
+    may_replace: start anew where there are only damaged ones.
+    """
     if asked.lower() in ("true", "1", "false"):
         start, skipped = checkpoint.last_complete(out)
-        if start is None and skipped and asked.lower() != "false":
-            error = f"no complete checkpoint in {out}. {REMEDY}, or {REPLACE}"
-            return Verdict(say=skipped, exit=1, error=error)
-        return Verdict(say=skipped, start=str(start or ""))
+        if start is not None:
+            return Verdict(say=skipped, start=str(start))
+        if asked.lower() != "false":
+            return _nothing_to_resume(out, skipped)
+        return _begin(out, skipped, may_replace)
     start = Path(asked)
     reason = checkpoint.why_incomplete(start) if start.is_dir() else "no such folder"
     if reason:
         return Verdict(exit=1, error=f"cannot resume from {start}: {reason}")
     return Verdict(start=str(start))
+
+
+def _nothing_to_resume(out: Path, skipped: list[str]) -> Verdict:
+    """--resume_from_checkpoint true without a complete checkpoint: a scheduler that always says so
+    must be able to start, but what is there is never left behind unasked."""
+    if not skipped:
+        return Verdict(say=[f"nothing to resume in {out}: starting at step 0"])
+    error = f"no complete checkpoint in {out}. Put back what is damaged, or leave "
+    error += "--resume_from_checkpoint away: what was never complete is then replaced"
+    return Verdict(say=skipped, exit=1, error=f"{error}. {REMEDY} to keep all")
+
+
+def _begin(out: Path, skipped: list[str], may_replace: bool) -> Verdict:
+    """No complete checkpoint: begin at step 0, or stop before that costs somebody days.
+
+    A run that was killed in its first save has nothing that was ever complete, and the same command
+    must go on by itself. A checkpoint that was complete and is damaged holds work that a person may
+    still mend; a fresh start would delete it in the end.
+    """
+    folders = checkpoint.all_checkpoints(out)
+    was_complete = any((folder / checkpoint.MARKER).exists() for folder in folders)
+    if was_complete and not may_replace:
+        error = f"no complete checkpoint in {out} any more. Put back what is damaged, or {REPLACE}"
+        return Verdict(say=skipped, exit=1, error=f"{error} from step 0. {REMEDY} to keep both")
+    if was_complete:
+        _clear(out)
+    elif skipped:
+        skipped = [*skipped, f"no checkpoint was ever complete in {out}: starting at step 0"]
+    return Verdict(say=skipped)
 
 
 def _check_fit(verdict: Verdict, args, keeps_order: bool) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from common import cli, device
 from common.callbacks import clock
-from common.runs import report, run_folder
+from common.runs import memory, report, run_folder
 from common.runs.plan import check_disk
 
 CURVE_POINTS = 10  # measurements of held-out rows along a run ...
@@ -93,7 +93,7 @@ class Run:
         text = (
             f"loss {values['loss']:.4f} | lr {lr:.1e} | {label_speed:,.0f} label tok/s | "
             f"{speed:,.0f} tok/s | MFU {values['mfu']:.0%} | "
-            f"{device.peak_memory_mb() / 1024:.1f} GiB"
+            f"{memory.peak_mb() / 1024:.1f} GiB"
         )
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(now["step"] - self.bar.n)

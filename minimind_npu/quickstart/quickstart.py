@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms of this recipe
 from common import cli, device  # before torch and transformers
+from common.convert import models
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,7 @@ from transformers import (
 
 from common import tiny
 from common.convert.older_readers import save_tokenizer
-from common.runs import flags, run_folder
+from common.runs import flags, heartbeat, run_folder
 from loop import parallel, state, tracking
 from quickstart.text import endings, questions, read_text, windows
 
@@ -121,14 +123,14 @@ def load(args: Args, texts: list[str], start: Path | None):
     from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
-        model = cli.load(AutoModelForCausalLM, name, dtype=torch.float32)
+        model = models.load(AutoModelForCausalLM, name, dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
             raise SystemExit(
                 f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
             )
-        tokenizer = cli.load(AutoTokenizer, name)
-        cli.check_vocabulary(tokenizer, model.config, name)
+        tokenizer = models.load(AutoTokenizer, name)
+        models.check_vocabulary(tokenizer, model.config, name)
         return model, tokenizer
 
     mark = "<|endoftext|>"
@@ -355,7 +357,10 @@ def run(args: Args) -> None:
     dtype = DTYPES.get(args.dtype) or device.half_dtype() or torch.float32
     training = settings_for_loop(args, dtype)
     if WORLD > 1:
-        dist.init_process_group(device.dist_backend())
+        patience = timedelta(seconds=device.DDP_TIMEOUT)
+        device.limit_collectives(device.DDP_TIMEOUT)
+        dist.init_process_group(device.dist_backend(), timeout=patience)
+        heartbeat.start(device.DDP_TIMEOUT)
     device.seed_all(args.seed)
     train_texts, eval_texts, rows = read_text(args)
     settings = asdict(args) | {"dtype": str(dtype), "data": rows["sha256"], "processes": WORLD}

@@ -8,6 +8,7 @@ import transformers
 from transformers import Qwen2Config, TrainingArguments
 
 from common import cli, tiny
+from common.convert import models
 from common.runs import flags, old_flags, plan
 
 
@@ -271,14 +272,14 @@ def test_a_tokenizer_beyond_the_embedding_is_one_line(tmp_path):
         num_key_value_heads=1,
     )
     folder = tiny.save_tiny(config, tokenizer, tmp_path)
-    assert cli.check_model(folder).vocab_size == size
+    assert models.check_model(folder).vocab_size == size
     tokenizer.add_tokens(["<dose>"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(
         SystemExit, match=rf"{size} rows.*1 tokens.*<dose>.*resize_token_embeddings"
     ):
-        cli.check_model(folder)
+        models.check_model(folder)
     # nothing becomes an unknown token of bytes
     tokenizer = tiny.make_tokenizer(["abc"], 300, ["<end>"], eos_token="<end>")
     tokenizer.add_special_tokens({"unk_token": "<unknown>"})
-    cli.check_vocabulary(tokenizer, config, folder)
+    models.check_vocabulary(tokenizer, config, folder)

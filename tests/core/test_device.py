@@ -9,6 +9,7 @@ import torch
 from harness import ROOT, environment
 
 from common import device
+from common.runs import memory
 
 
 def python(code, **env):
@@ -24,7 +25,7 @@ def test_answers_agree_with_each_other():
     assert device.device().type == device.kind()
     assert device.dist_backend() == {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[device.kind()]
     assert device.half_dtype() in (None, torch.bfloat16, torch.float16)
-    assert 0 < device.peak_memory_mb() < psutil.virtual_memory().total / 2**20
+    assert 0 < memory.peak_mb() < psutil.virtual_memory().total / 2**20
     assert device.name()
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import cli
-from common.convert import adapter, model_folder, weight_files
+from common.convert import adapter, model_folder, models, weight_files
 from common.demo.chat_model import ChatModel
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 123456\n"
@@ -22,9 +21,9 @@ def folder(tmp_path):
 
 
 OPENERS = {
-    "config": lambda folder: cli.load(AutoConfig, str(folder)),
-    "tokenizer": lambda folder: cli.load(AutoTokenizer, str(folder), "--tokenizer"),
-    "weights": lambda folder: cli.load(AutoModelForCausalLM, str(folder), dtype="auto"),
+    "config": lambda folder: models.load(AutoConfig, str(folder)),
+    "tokenizer": lambda folder: models.load(AutoTokenizer, str(folder), "--tokenizer"),
+    "weights": lambda folder: models.load(AutoModelForCausalLM, str(folder), dtype="auto"),
     "chat": ChatModel,
     "converter": weight_files.Weights,
     "base of an adapter": lambda folder: adapter.check_base(made_adapter(folder), str(folder)),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from common import collators, device
+from common.convert import models
 from common.fast import attention, attention_cpu, losses
 
 VOCAB = 97
@@ -285,8 +286,6 @@ def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
     """Nothing would keep its packed rows apart: Bloom never asks for an implementation, Falcon knows no foreign one."""
     import transformers
 
-    from common import cli
-
     name = attention.register()
     attention.refuse_unpackable(build("Qwen2", name))
     bloom = transformers.BloomForCausalLM(
@@ -294,7 +293,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused(tmp_path):
     )
     bloom.config._attn_implementation = name
     build("Falcon", "eager").save_pretrained(tmp_path)
-    falcon = cli.load(transformers.AutoModelForCausalLM, str(tmp_path), attn_implementation=name)
+    falcon = models.load(transformers.AutoModelForCausalLM, str(tmp_path), attn_implementation=name)
     for model in (bloom, falcon):
         with pytest.raises(SystemExit, match="--packing false"):
             attention.refuse_unpackable(model)

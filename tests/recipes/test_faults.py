@@ -15,6 +15,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from harness import ROOT, error_line, expect, finish, own_modules, weights
 
@@ -24,7 +25,8 @@ from loops import LOOPS, STAGES, newest_step, outcome, without_end
 from common import callbacks, cli
 from common.runs import errors, plan, run_folder
 
-parallel, tracking = own_modules("minimind_npu", "loop.parallel", "loop.tracking")
+NAMES = ("loop.parallel", "loop.state", "loop.tracking")
+parallel, state, tracking = own_modules("minimind_npu", *NAMES)
 slow = pytest.mark.slow
 DIFFERENT = ("train_qwen", "minimind_npu-pretrain", "minimind_npu-quickstart")  # one of each kind
 MINIMIND = [f"minimind_npu-{stage}" for stage in STAGES]
@@ -260,6 +262,18 @@ def test_nan_in_the_gradient_alone_stops_before_anything_is_saved(tmp_path, case
     assert len(list(tmp_path.glob("checkpoint-*"))) == min(kept, 2) or "quick" in case
     for folder in tmp_path.glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_weights_that_are_not_finite_become_no_model_of_minimind(tmp_path):
+    """Those of the Trainer recipes: core/test_checkpoint.py."""
+
+    def write(folder):
+        model = {"good": torch.ones(2), "bad": torch.tensor([1.0, math.nan])}
+        safetensors.torch.save_file(model, folder / "model.safetensors")
+
+    with pytest.raises(SystemExit, match="bad holds NaN"):
+        state.save_final(tmp_path, write)
+    assert not list(tmp_path.iterdir())
 
 
 def test_fp16_may_skip_steps_but_not_twenty_in_a_row():

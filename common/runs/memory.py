@@ -1,0 +1,41 @@
+"""Peak memory of this process, of the device's allocator or resident on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from common.device import kind, module
+
+_highest = 0.0  # MiB, up to the last reset
+
+
+def peak_mb() -> float:
+    """Peak memory of this process in MiB: of the device's allocator, or resident memory on CPU."""
+    return max(_highest, _peak_since_reset())
+
+
+def next_peak_mb() -> float:
+    """The peak since the last call (or the start), in MiB; on a CPU only Linux can tell it from the
+    peak so far."""
+    global _highest
+    peak = _peak_since_reset()
+    _highest = max(_highest, peak)
+    if kind() != "cpu":
+        module().reset_peak_memory_stats()
+    else:
+        with (
+            contextlib.suppress(OSError),
+            open("/proc/self/clear_refs", "w", encoding="utf-8") as file,
+        ):
+            file.write("5")  # the peak of the resident memory starts again
+    return peak
+
+
+def _peak_since_reset() -> float:
+    if kind() != "cpu":
+        return module().max_memory_allocated() / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
