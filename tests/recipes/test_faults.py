@@ -197,7 +197,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-FULL = ("checkpoint-1", "final.part", "loss.png.part", "report.json.part", "run.json.part:2")
+REPORT = ("loss.png.part", "report.json.part", "trainer_state.json", "run.json.part:2")
+FULL = ("checkpoint-1", "final.part", *REPORT)
 
 
 @slow
@@ -215,6 +216,21 @@ def test_a_full_disk_is_one_line_and_the_same_command_ends_the_run(whole, small_
         (small_disk / "filler").unlink()
     expect(loop.run(out))
     assert_same_end(out, whole(name))
+
+
+@pytest.mark.parametrize(
+    "done, strategy, due", [(1, "steps", True), (0.5, "steps", False), (1, "no", False)]
+)
+def test_the_last_step_is_saved_however_rarely_others_are(done, strategy, due):
+    """What comes after it, the model and the report, can be made again."""
+    training = SimpleNamespace(save_strategy=strategy, save_steps=1000)
+    run = SimpleNamespace(
+        stopped=False,
+        training=training,
+        plan=SimpleNamespace(fraction_done=lambda: done),
+        is_due=lambda every: False,
+    )
+    assert tracking.Run.save_is_due(run) == due
 
 
 def test_a_disk_too_small_is_told_before_the_first_step(monkeypatch, capsys, tmp_path):

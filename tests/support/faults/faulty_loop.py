@@ -87,7 +87,7 @@ def fill_disk() -> None:
     """To the last block, or to 100 KB where a folder is to come: something of it is written then."""
     free = os.statvfs(OUTPUT.parent)
     size = free.f_bavail * free.f_frsize
-    if not re.search(r"\.\w+\.part|:", when):
+    if not re.search(r"\.(png|json)", when):
         size -= 100_000
     with open(OUTPUT.parent / "filler", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
