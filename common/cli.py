@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import os
@@ -114,7 +115,7 @@ def parse_args(
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from common.runs import engine, old_flags
+    from common.runs import engine, heartbeat, old_flags
     from common.runs import flags as checks
 
     quiet_libraries()
@@ -138,9 +139,10 @@ def parse_args(
     problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
+    device.limit_collectives(flags.ddp_timeout)
     if by_accelerate or given_by_user("deepspeed"):
         remove_stale_build_locks()
-        engine.prepare_deepspeed()
+        engine.prepare_deepspeed(flags.ddp_timeout)
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
         for tracker in parsed[-1].report_to:
@@ -152,6 +154,7 @@ def parse_args(
     if by_trainer:
         checks.refuse_optimizer(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
+    heartbeat.start(parsed[-1].ddp_timeout)
     return parsed
 
 
@@ -226,6 +229,25 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_in_handler(text: str) -> None:
+    """Print on rank 0 from a handler of signals, which may have come in the middle of a print."""
+    if is_main():
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(1, f"{text}\n".encode(errors="replace"))
+
+
+def how_to_go_on() -> str:
+    return f"The same command goes on from what is saved, or begins again:\n  {resume_command()}"
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until all ranks are here, however long rank 0 works alone before; `what` it does, in a
+    few words. All ranks call it."""
+    from common.runs import heartbeat
+
+    heartbeat.wait_for_all(what)
+
+
 def usage_error(message: str) -> SystemExit:
     """Say the mistake once (rank 0) and give the exit with code 2 to raise."""
     fail(message, code=2, stop=False)
@@ -271,7 +293,7 @@ def run(main: Callable[[], None]) -> None:
     machine.tolerate_terminals()
     # before training starts there is nothing to save
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(INTERRUPTED))
+        signal.signal(number, interrupt)
     end_with_launcher()
     if "RANK" not in os.environ:  # the launcher has asked already
         refuse_unused_devices()
@@ -285,6 +307,12 @@ def refuse_unused_devices() -> None:
     if fatal:
         print(message, file=sys.stderr)
         raise SystemExit(1)
+
+
+def interrupt(number, frame) -> None:
+    """A handler of signals for all times but those when a step is finished first."""
+    say_in_handler(f"\ninterrupted. {how_to_go_on()}")
+    raise SystemExit(INTERRUPTED)
 
 
 def end_with_launcher() -> None:
@@ -328,8 +356,12 @@ def close(code: int) -> None:
     `code`."""
     import torch.distributed as dist
 
+    from common.runs import heartbeat
+
+    if code == 0:
+        heartbeat.wait_for_all("the end of the run")
+    heartbeat.stop()
     if code == 0 and dist.is_available() and dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -85,8 +85,6 @@ npu_settings() {
     # seconds to wait for the other ranks when a communicator is made: the default of 120 is shorter than rank 0's
     # tokenising, and a rank that gives up takes all down with EI0006 (120 to 7200)
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
-    # seconds to wait inside a collective: rank 0 saves or evaluates alone meanwhile; matches --ddp_timeout 7200
-    export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-7200}
     # every host of the run is trusted: else each machine needs a file that lists the others
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     # the driver's log: errors only, and not on the terminal

@@ -90,6 +90,7 @@ LONGEST = (  # begin with these, so that no worker ends long after the other
     "core/test_training.py",
     "npu/test_npu.py",
     "recipes/test_contract.py",
+    "recipes/test_faults.py",
     "recipes/baichuan2_dpo/test_dpo.py",
     "recipes/chatglm_lora/test_chatglm.py",
     "recipes/chinese_bloom/test_bloom.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,11 @@ def engine(args) -> str:
     return "ddp" if args.world_size > 1 else "single"
 
 
-def prepare_deepspeed() -> None:
-    """Import DeepSpeed so that no start compiles for minutes on a CPU."""
+def prepare_deepspeed(timeout: int) -> None:
+    """Import DeepSpeed so that no start compiles for minutes on a CPU.
+
+    timeout: seconds, of the process group's collectives.
+    """
     import deepspeed
 
     if os.environ.get("DANPU_VERBOSE") != "1":
@@ -33,7 +37,7 @@ def prepare_deepspeed() -> None:
     # an optional op that takes minutes to compile
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" in os.environ:
-        deepspeed.init_distributed(dist_backend="gloo")
+        deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout))
 
 
 def patch_overflow_check(optimizer) -> None:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from common import cli, device
 from common.data.files import atomic_file
+from common.data.labels import tokenizer_settings
 from common.runs import checkpoint, trust
 from common.runs.engine import engine
 
 RUN_FILE = "run.json"  # what this run is, to recognise it when the same command comes again
 # settings that may differ when the same run goes on
-FREE_TO_CHANGE = {  # settings that may differ when the same run goes on
+FREE_TO_CHANGE = {
     "logging_steps",
     "logging_strategy",
     "save_steps",
@@ -62,7 +63,7 @@ class Verdict:
 
 
 def open_output(
-    args, settings: dict, overwrite: bool = False, keeps_order: bool = False
+    args, settings: dict, overwrite: bool = False, keeps_order: bool = False, tokenizer=None
 ) -> Path | None:
     """Decide whether this run starts, continues or is refused, before the model is loaded. Call on
     every rank.
@@ -73,17 +74,24 @@ def open_output(
             folder's last run. trust_checkpoint among them: the user vouches for the checkpoint.
         overwrite: delete what is there and start anew.
         keeps_order: rows come in one order whatever the number of processes.
+        tokenizer: a run does not go on with another vocabulary or chat template.
     Returns:
         the complete checkpoint to continue from, or None for a fresh start.
     Errors: exit 2 for a folder of another run, exit 1 when no checkpoint is complete, exit 0 when
     the run is finished.
     """
+    if tokenizer is not None:
+        settings = settings | tokenizer_settings(tokenizer)
     defining = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
     defining = json.loads(json.dumps(defining, default=str, sort_keys=True))
     trusted = settings.get("trust_checkpoint", False)
 
     def decide() -> Verdict:
-        return inspect(args, Path(args.output_dir), defining, overwrite, keeps_order, trusted)
+        out = Path(args.output_dir)
+        try:
+            return inspect(args, out, defining, overwrite, keeps_order, trusted)
+        except OSError as error:  # of another user, a disk that is full or read-only
+            return Verdict(exit=1, error=f"--output_dir {out} cannot be written: {error}")
 
     verdict = _on_first_rank(decide)
     for line in verdict.say:
@@ -99,6 +107,7 @@ def _on_first_rank(action: Callable[[], Verdict]) -> Verdict:
     """Run `action` on rank 0 and give its result to all ranks: they must never decide differently
     about one folder."""
     box = [action() if cli.is_main() else None]
+    cli.wait_for_all("it reads the checkpoints of the output folder")
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0, device=device.device())
     return box[0]
@@ -139,7 +148,7 @@ def inspect(
             error = f"{out} is the output of another run ({told})."
             return Verdict(exit=2, error=f"{error} {REMEDY}, or {REPLACE}, or {RESUME}")
 
-    verdict = _choose_checkpoint(out, asked)
+    verdict = _choose_checkpoint(out, asked, may_replace=overwrite and bool(past))
     if verdict.exit is None and verdict.start:
         if changed:
             verdict.say.append(f"warning: continuing with other settings: {told}")
@@ -153,19 +162,52 @@ def inspect(
     return verdict
 
 
-def _choose_checkpoint(out: Path, asked: str) -> Verdict:
-    """The newest complete checkpoint, or the one that --resume_from_checkpoint names."""
+def _choose_checkpoint(out: Path, asked: str, may_replace: bool) -> Verdict:
+    """The newest complete checkpoint, or the one that --resume_from_checkpoint names.
+
+    may_replace: start anew where there are only damaged ones.
+    """
     if asked.lower() in ("true", "1", "false"):
         start, skipped = checkpoint.last_complete(out)
-        if start is None and skipped and asked.lower() != "false":
-            error = f"no complete checkpoint in {out}. {REMEDY}, or {REPLACE}"
-            return Verdict(say=skipped, exit=1, error=error)
-        return Verdict(say=skipped, start=str(start or ""))
+        if start is not None:
+            return Verdict(say=skipped, start=str(start))
+        if asked.lower() != "false":
+            return _nothing_to_resume(out, skipped)
+        return _begin(out, skipped, may_replace)
     start = Path(asked)
     reason = checkpoint.why_incomplete(start) if start.is_dir() else "no such folder"
     if reason:
         return Verdict(exit=1, error=f"cannot resume from {start}: {reason}")
     return Verdict(start=str(start))
+
+
+def _nothing_to_resume(out: Path, skipped: list[str]) -> Verdict:
+    """--resume_from_checkpoint true without a complete checkpoint: a scheduler that always says so
+    must be able to start, but what is there is never left behind unasked."""
+    if not skipped:
+        return Verdict(say=[f"nothing to resume in {out}: starting at step 0"])
+    error = f"no complete checkpoint in {out}. Put back what is damaged, or leave "
+    error += "--resume_from_checkpoint away: what was never complete is then replaced"
+    return Verdict(say=skipped, exit=1, error=f"{error}. {REMEDY} to keep all")
+
+
+def _begin(out: Path, skipped: list[str], may_replace: bool) -> Verdict:
+    """No complete checkpoint: begin at step 0, or stop before that costs somebody days.
+
+    A run that was killed in its first save has nothing that was ever complete, and the same command
+    must go on by itself. A checkpoint that was complete and is damaged holds work that a person may
+    still mend; a fresh start would delete it in the end.
+    """
+    folders = checkpoint.all_checkpoints(out)
+    was_complete = any((folder / checkpoint.MARKER).exists() for folder in folders)
+    if was_complete and not may_replace:
+        error = f"no complete checkpoint in {out} any more. Put back what is damaged, or {REPLACE}"
+        return Verdict(say=skipped, exit=1, error=f"{error} from step 0. {REMEDY} to keep both")
+    if was_complete:
+        _clear(out)
+    elif skipped:
+        skipped = [*skipped, f"no checkpoint was ever complete in {out}: starting at step 0"]
+    return Verdict(say=skipped)
 
 
 def _check_fit(verdict: Verdict, args, keeps_order: bool) -> None:

@@ -1,0 +1,70 @@
+"""Ranks watch one another: long work of one keeps the others waiting, a silent one ends the run."""
+
+import signal
+
+import pytest
+import torch.distributed as dist
+from harness import ROOT, error_line, finish, start
+
+SECONDS = 5  # the time-out
+RANK = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from common import cli
+from common.runs import heartbeat
+heartbeat.SAY_AFTER = 1
+def main():
+    heartbeat.start({SECONDS})
+    cli.wait_for_all("nothing")
+    if sys.argv[1] == "works": time.sleep({SECONDS} + 2)
+    if sys.argv[1] == "stops": os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[1] == "dies": os.kill(os.getpid(), signal.SIGKILL)
+    cli.wait_for_all("it tokenises")
+    print("together again")
+cli.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """What becomes of two ranks where one of them does something: (what, who) -> both."""
+    pairs = {}
+    for what, who in (("works", 0), ("works", 1), ("stops", 0), ("stops", 1), ("dies", 0)):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        ranks = []
+        for rank in range(2):
+            word = what if rank == who else "waits"
+            ranks.append(start(["python", "-c", RANK, word], RANK=rank, **shared))
+        pairs[what, who] = (store, ranks)
+    found = {}
+    for (what, who), (_, ranks) in pairs.items():
+        other = finish(ranks[1 - who], 60)
+        if what == "stops":  # there is no launcher
+            ranks[who].kill()
+        done = finish(ranks[who], 60)
+        found[what, who] = (done, other) if who == 0 else (other, done)
+    return found
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_work_longer_than_the_time_out_keeps_the_others_waiting_and_is_told(ends, who):
+    both = ends["works", who]
+    assert [one.returncode for one in both] == [0, 0], both
+    words = (
+        "the other ranks wait for rank 0: it tokenises" if who == 0 else "rank 0 waits for rank 1"
+    )
+    assert words in both[0].stdout
+    assert all("together again" in one.stdout for one in both)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_silent_rank_ends_the_others_by_name(ends, who):
+    line = error_line(ends["stops", who][1 - who], 1)
+    assert line.startswith(f"error: rank {who} (process ") and f"--ddp_timeout {SECONDS}" in line
+
+
+def test_a_rank_that_has_ended_is_not_waited_for(ends):
+    dead, other = ends["dies", 0]
+    assert dead.returncode == -signal.SIGKILL
+    assert "lost another rank: rank 0 ended" in error_line(other, 1)
