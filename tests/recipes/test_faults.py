@@ -384,7 +384,8 @@ def read_only():
 
 @pytest.mark.parametrize("below", ["", "new/run"])
 def test_a_folder_that_this_user_may_not_write_is_one_line(read_only, ordinary_user, capsys, below):
-    args = SimpleNamespace(output_dir=str(read_only / below), resume_from_checkpoint=None)
+    out = str(read_only / below)
+    args = SimpleNamespace(output_dir=out, resume_from_checkpoint=None, world_size=1)
     with pytest.raises(SystemExit) as stop:
         run_folder.open_output(args, {"seed": 1})
     lines = capsys.readouterr().err.strip().splitlines()
