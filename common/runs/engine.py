@@ -23,7 +23,7 @@ def engine(args) -> str:
     return "ddp" if args.world_size > 1 else "single"
 
 
-def prepare_deepspeed(timeout: int) -> None:
+def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
     """Import DeepSpeed so that no start compiles for minutes on a CPU.
 
     timeout: seconds, of the process group's collectives.
