@@ -40,6 +40,17 @@ def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
         deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout))
 
 
+def open_cpu_group(timeout: int) -> None:
+    """The process group of several ranks on a CPU: opened by transformers it would ignore
+    --ddp_timeout and wait for half an hour.
+
+    timeout: seconds, of its collectives.
+    """
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if device.kind() == "cpu" and not is_alone and not dist.is_initialized():
+        dist.init_process_group(device.dist_backend(), timeout=timedelta(seconds=timeout))
+
+
 def patch_overflow_check(optimizer) -> None:
     """Let DeepSpeed's fp16 `optimizer` see overflows of a saturating NPU; it looks for inf and NaN
     only.
