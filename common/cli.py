@@ -102,7 +102,7 @@ def parse_args(
     """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a
     subclass).
 
-    It also imports DeepSpeed where it is asked for, which opens the process group on a CPU.
+    It also imports DeepSpeed where it is asked for, and opens the process group on a CPU.
 
     Args:
         defaults: the recipe's defaults for the real model.
@@ -139,10 +139,13 @@ def parse_args(
     problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
-    device.limit_collectives(flags.ddp_timeout)
+    patience = max(1, flags.ddp_timeout)  # less is refused below
+    device.limit_collectives(patience)
     if by_accelerate or given_by_user("deepspeed"):
         remove_stale_build_locks()
-        engine.prepare_deepspeed(flags.ddp_timeout)
+        engine.prepare_deepspeed(patience)
+    else:
+        engine.open_cpu_group(patience)
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
         for tracker in parsed[-1].report_to:

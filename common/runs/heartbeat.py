@@ -7,7 +7,9 @@ brought the ranks together. There every rank also says now and then that it live
 silent for most of the time-out ends the run, by name; so does one that has ended.
 
 The thread that says so needs the interpreter now and then: a library call that holds it for the
-whole time-out counts as silence.
+whole time-out counts as silence. DeepSpeed waits in a collective for the part of a checkpoint that
+rank 0 writes alone (ZeRO-1 and ZeRO-2: the weights); on a disk that needs longer for them raise
+--ddp_timeout.
 """
 
 from __future__ import annotations
@@ -178,7 +180,9 @@ def start(seconds: float) -> None:
     """Begin to watch and to be watched, where this is one of several ranks. seconds:
     --ddp_timeout."""
     global _own
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _own is None:
+    # without torchrun's agent rank 0 holds the store, from the process group on
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or dist.is_initialized()
+    if has_store and int(os.environ.get("WORLD_SIZE", 1)) > 1 and _own is None:
         _own = Heartbeat(seconds)
         _own.start()
         atexit.register(stop)

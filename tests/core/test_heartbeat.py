@@ -1,5 +1,6 @@
 """Ranks watch one another: long work of one keeps the others waiting, a silent one ends the run."""
 
+import re
 import signal
 
 import pytest
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from harness import ROOT, error_line, finish, start
 
 SECONDS = 5  # the time-out
+PRODUCT = [path for path in ROOT.glob("*/**/*.py") if "tests" not in path.parts]
 RANK = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -32,6 +34,7 @@ def ends():
     for what, who in (("works", 0), ("works", 1), ("stops", 0), ("stops", 1), ("dies", 0)):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         ranks = []
         for rank in range(2):
             word = what if rank == who else "waits"
@@ -68,3 +71,15 @@ def test_a_rank_that_has_ended_is_not_waited_for(ends):
     dead, other = ends["dies", 0]
     assert dead.returncode == -signal.SIGKILL
     assert "lost another rank: rank 0 ended" in error_line(other, 1)
+
+
+def test_nobody_waits_in_a_barrier_for_what_one_rank_does_alone():
+    """A barrier has a time-out; the only one left is for whoever has no heartbeat."""
+    found = []
+    for path in PRODUCT:
+        if ".venv" not in path.parts:
+            text = path.read_text(encoding="utf-8")
+            found += [path.name] * len(re.findall(r"dist(?:ributed)?\.barrier\(", text))
+            assert "days=" not in text or "init_process_group" not in text, path
+            assert not re.search(r"ddp_timeout=\d", text), path
+    assert found == ["heartbeat.py"]
