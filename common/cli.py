@@ -156,6 +156,7 @@ def parse_args(
     checks.refuse_runs_without_a_step(parsed[-1])
     if by_trainer:
         checks.refuse_optimizer(parsed[-1])
+        checks.settle_liger(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
     heartbeat.start(parsed[-1].ddp_timeout)
     return parsed
