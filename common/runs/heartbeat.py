@@ -76,19 +76,22 @@ class Heartbeat(threading.Thread):
             return last
 
     def end_run(self, gone: list[int]) -> None:
+        print(f"error: {self.why(gone)}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread may be inside a collective
+
+    def why(self, gone: list[int]) -> str:
         named = name_ranks(gone)
         with contextlib.suppress(RuntimeError):
+            if any(self.has_ended(rank) for rank in gone):  # it has said why
+                return f"lost another rank: {named} ended"
             if len(gone) == 1 and self.store.check([f"who/{gone[0]}"]):
                 pid, host, _ = self.store.get(f"who/{gone[0]}").decode().split()
                 named += f" (process {pid} on {host})"
-        print(
-            f"error: {named} gave no sign of life for {self.seconds * SILENT_LOOKS / LOOKS:.0f} s: "
+        return (
+            f"{named} gave no sign of life for {self.seconds * SILENT_LOOKS / LOOKS:.0f} s: "
             "stopped, stuck or cut off; the run is ended. "
-            f"--ddp_timeout {self.seconds:.0f} sets how long the ranks wait for one another",
-            file=sys.stderr,
-            flush=True,
+            f"--ddp_timeout {self.seconds:.0f} sets how long the ranks wait for one another"
         )
-        os._exit(1)  # the main thread may be inside a collective
 
     def tell_that_others_wait(self, since: float | None) -> float | None:
         """Since when others wait for what rank 0 does alone; it says so once a minute."""

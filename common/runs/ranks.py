@@ -156,12 +156,11 @@ def in_short(error: str) -> str:
 
 
 def without_an_answer(first: Ended, ranks: list[Ended]) -> list[int]:
-    """The ranks that let the others wait until `first` gave up: they have nothing to say of it, and
-    the launcher had to end them."""
+    """The ranks that let the others wait until `first` gave up: they have nothing to say of it, or
+    noticed elsewhere that it had (common/runs/heartbeat.py)."""
     if not NO_ANSWER.search(first.error):
         return []
-    ended = (-signal.SIGTERM, -signal.SIGKILL, INTERRUPTED)
-    return [one.rank for one in ranks if not one.error and one.code in ended]
+    return [one.rank for one in ranks if not one.error or "lost another rank" in one.error]
 
 
 def name_ranks(numbers: list[int]) -> str:

@@ -7,6 +7,8 @@ import pytest
 import torch.distributed as dist
 from harness import ROOT, error_line, finish, start
 
+from common.runs import ranks
+
 SECONDS = 5  # the time-out
 PRODUCT = [path for path in ROOT.glob("*/**/*.py") if "tests" not in path.parts]
 RANK = f"""
@@ -20,6 +22,8 @@ def main():
     cli.wait_for_all("nothing")
     if sys.argv[1] == "works": time.sleep({SECONDS} + 2)
     if sys.argv[1] == "stops": os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[1] == "stuck": time.sleep(60)  # it lives, and the other one gives up
+    if sys.argv[1] == "gives up": raise SystemExit("timed out waiting for another rank")
     if sys.argv[1] == "dies": os.kill(os.getpid(), signal.SIGKILL)
     cli.wait_for_all("it tokenises")
     print("together again")
@@ -31,21 +35,29 @@ cli.run(main)
 def ends():
     """What becomes of two ranks where one of them does something: (what, who) -> both."""
     pairs = {}
-    for what, who in (("works", 0), ("works", 1), ("stops", 0), ("stops", 1), ("dies", 0)):
+    for what, who in (
+        ("works", 0),
+        ("works", 1),
+        ("stops", 0),
+        ("stops", 1),
+        ("dies", 0),
+        ("stuck", 1),
+    ):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
         shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        ranks = []
+        both = []
         for rank in range(2):
-            word = what if rank == who else "waits"
-            ranks.append(start(["python", "-c", RANK, word], RANK=rank, **shared))
-        pairs[what, who] = (store, ranks)
+            other = "gives up" if what == "stuck" else "waits"
+            word = what if rank == who else other
+            both.append(start(["python", "-c", RANK, word], RANK=rank, **shared))
+        pairs[what, who] = (store, both)
     found = {}
-    for (what, who), (_, ranks) in pairs.items():
-        other = finish(ranks[1 - who], 60)
+    for (what, who), (_, both) in pairs.items():
+        other = finish(both[1 - who], 60)
         if what == "stops":  # there is no launcher
-            ranks[who].kill()
-        done = finish(ranks[who], 60)
+            both[who].kill()
+        done = finish(both[who], 60)
         found[what, who] = (done, other) if who == 0 else (other, done)
     return found
 
@@ -83,3 +95,11 @@ def test_nobody_waits_in_a_barrier_for_what_one_rank_does_alone():
             assert "days=" not in text or "init_process_group" not in text, path
             assert not re.search(r"ddp_timeout=\d", text), path
     assert found == ["heartbeat.py"]
+
+
+def test_a_rank_that_is_stuck_does_not_blame_the_one_that_gave_up(ends):
+    """The launcher then names it (test_launch.py)."""
+    other, stuck = ends["stuck", 1]
+    assert "timed out waiting" in error_line(other, 1)
+    line = error_line(stuck, 1)
+    assert line == "error: lost another rank: rank 0 ended" and ranks.is_consequence(line)

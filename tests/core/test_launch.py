@@ -289,8 +289,9 @@ def test_who_let_the_others_wait_until_they_gave_up():
     gave_up = ended(0, "error: timed out waiting for another rank, which lives but takes no part")
     watchdog = ended(2, "Watchdog caught collective operation timeout: WorkNCCL", code=-6, at=0.2)
     stuck = [ended(1, code=-9, at=30.0), ended(3, code=-15, at=0.3)]
+    stuck.append(ended(4, "error: lost another rank: rank 0 ended", at=8.0))
     both = [gave_up, *stuck, watchdog]
-    assert ranks.without_an_answer(ranks.first_failure(both), both) == [1, 3]
+    assert ranks.without_an_answer(ranks.first_failure(both), both) == [1, 3, 4]
     died = [ended(0, CUT_OFF["gloo"]), ended(1, code=-9, at=30.0)]
     assert ranks.without_an_answer(died[0], died) == []
     raised = [gave_up, ended(1, ALONE["row"], at=1.0)]
