@@ -33,10 +33,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import fast_tokenizer
-from common.convert import adapter, model_folder
+from common.convert import adapter, model_folder, models
 from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
 from common.data.files import check_empty, new_folder
@@ -292,7 +292,7 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
 
 
 def base_config(base: str) -> LlamaConfig:
-    config = AutoConfig.from_pretrained(base)
+    config = models.model_config(base, "--base")
     if not isinstance(config, LlamaConfig):
         raise SystemExit(f"--base {base} is not a converted Baichuan")
     return config

@@ -235,7 +235,7 @@ class PreferenceTrainer(RecipeTrainer):
             part = file.with_suffix(f".{self.args.process_index}.part")
             save_file({"logprobs": found}, part)
             part.replace(file)
-        self.barrier()
+        cli.wait_for_all("it keeps the reference log-probs")
 
     def compute_reference(self, pairs: Pairs) -> Tensor:
         """Reference log-probs of all answer tokens of `pairs`, fp32 [offsets[-1]] on the CPU, the
@@ -270,6 +270,7 @@ class PreferenceTrainer(RecipeTrainer):
                         found[pairs.offsets[row] : pairs.offsets[row + 1]] = of_row
                 progress.update(min(len(rows) * world, len(pairs) - progress.done))
         if world > 1:
+            cli.wait_for_all("it computes reference log-probs")
             dist.all_reduce(found)
         return found.cpu()
 

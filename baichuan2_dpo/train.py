@@ -100,7 +100,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TINY = dict(  # sizes and steps only, and beta: small models move far
     model_max_length=256,
@@ -164,7 +163,8 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
         "dtype": torch.float32 if trains_all else device.train_dtype(training),
         "attn_implementation": shared_prompt.register(),
     }
-    model = models.load(AutoModelForCausalLM, path, **settings)
+    flag = "--reference_model" if path == args.reference_model else "--model_name_or_path"
+    model = models.load(AutoModelForCausalLM, path, flag, **settings)
     model.config.use_cache = False
     if args.packing:
         attention.refuse_unpackable(model)
@@ -242,13 +242,13 @@ def main() -> None:
         args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    start = open_output(training, settings, args.overwrite_output_dir)
-
     base = args.model_name_or_path
     if base == "tiny":
         base = tiny_model(rows["row"][:5000], taught=not cli.given_by_user("data_path"))
     tokenizer = load_tokenizer(base)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
     train_ids, eval_ids, eval_rows = prepare(
         rows,
         stats,

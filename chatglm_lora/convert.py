@@ -25,10 +25,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, GlmConfig, GlmForCausalLM
+from transformers import GenerationConfig, GlmConfig, GlmForCausalLM
 
 import fast_tokenizer
-from common.convert import adapter, model_folder
+from common.convert import adapter, model_folder, models
 from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
 from common.data.files import check_empty, new_folder
@@ -411,7 +411,7 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     if base is None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
     settings, published = adapter.read_plain(folder)
-    config = AutoConfig.from_pretrained(base)
+    config = models.model_config(base, "--base")
     if not isinstance(config, GlmConfig):
         raise SystemExit(f"--base {base} is not a converted ChatGLM2 or ChatGLM3")
     names = native_modules(config)

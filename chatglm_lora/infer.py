@@ -47,6 +47,7 @@ from common.data import files
 from common.data.labels import fingerprint
 from common.data.progress import Progress
 from common.demo.chat_model import find_model
+from common.runs import heartbeat
 from output_file import Output
 from placement import MAPS, load, refusal
 from questions import batches, read
@@ -213,8 +214,9 @@ def run(args, settings: Settings) -> None:
 def open_process_group(shared: bool) -> None:
     backend = device.dist_backend() if shared else "gloo"
     device.device()
-    # without shared blocks the ranks end at very different times
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    device.limit_collectives(device.DDP_TIMEOUT)
+    dist.init_process_group(backend, timeout=timedelta(seconds=device.DDP_TIMEOUT))
+    heartbeat.start(device.DDP_TIMEOUT)
 
 
 def on_first_rank(action):
@@ -227,6 +229,8 @@ def on_first_rank(action):
         except SystemExit as error:
             end = 0 if error.code is None else error.code
     box = [result, end]
+    # without shared blocks the ranks end at very different times
+    cli.wait_for_all("it reads or writes the file")
     if dist.is_initialized():
         where = None if dist.get_backend() == "gloo" else device.device()
         dist.broadcast_object_list(box, src=0, device=where)
@@ -241,6 +245,7 @@ def sum_over_ranks(tokens: int, world: int, shared: bool) -> int:
     if world == 1 or shared:
         return tokens
     total = torch.tensor(tokens)
+    cli.wait_for_all("it answers its share")
     dist.all_reduce(total)
     return int(total)
 

@@ -98,14 +98,8 @@ def _whole(base: str, lora: str | None, dtype: torch.dtype):
     """The whole model in host memory."""
     model = models.load(AutoModelForCausalLM, base, "--model", dtype=dtype)
     if lora:
-        model = _adapted(model, lora)
+        model = adapter.put_on(model, lora)
     return model.eval().requires_grad_(False)
-
-
-def _adapted(model, lora: str):
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, lora)
 
 
 def _name(where) -> str:
@@ -214,7 +208,7 @@ def _adapted_in_place(model, lora: str, home: torch.device):
     from peft import load_peft_weights
 
     places = model.__dict__.pop("hf_device_map")
-    made = _adapted(model, lora)
+    made = adapter.put_on(model, lora)
     model.hf_device_map = places
     values = load_peft_weights(lora, device="cpu")
     for name, parameter in list(made.named_parameters()):

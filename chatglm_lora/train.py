@@ -77,7 +77,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
@@ -252,12 +251,12 @@ def main() -> None:
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    start = open_output(training, settings, args.overwrite_output_dir)
-
     base = tiny_model(rows["row"][:5000], is_sample) if is_tiny else args.model_name_or_path
     config = models.model_config(base)
     tokenizer = models.load(AutoTokenizer, base)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
     flags.check_window(args, config, tokenizer)
     every_answer = is_prefix_model(config)
     train_ids, eval_ids, eval_rows = prepare(

@@ -85,7 +85,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 TEMPLATES = {file.stem: str(file) for file in sorted((HERE / "templates").glob("*.jinja"))}
 LEARNING_RATE = {"sft": 2e-5, "pt": 5e-5, "lora": 2e-4, "from_config": 3e-4, "tiny": 3e-3}
@@ -270,11 +269,11 @@ def main() -> None:
         args.data_path, kind, args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    start = open_output(training, settings, args.overwrite_output_dir)
-
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
     config = load_config(args, base, tokenizer)
     flags.check_window(args, config, tokenizer if args.stage == "sft" else None)
     train_ids, eval_ids, eval_rows = prepare(

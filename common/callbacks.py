@@ -27,6 +27,9 @@ class TrainerHooks(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_gradients()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_step()
+
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.after_epoch()
 
@@ -107,28 +110,44 @@ def clock(seconds: float) -> str:
 
 
 class SafeStop(TrainerCallback):
-    """SIGTERM / Ctrl-C: finish the step, save, stop. All ranks agree on the step through one tiny
-    all-reduce."""
+    """SIGTERM / Ctrl-C: finish the step, save, stop; after the last step, finish what is left. A
+    second one ends the process at once. All ranks agree on the step through one tiny all-reduce."""
 
     def __init__(self):
         self.asked = 0.0  # when, in seconds since 1970
         self.stopped = False
+        self.answer = "stopping: this step is finished and saved first"
 
     def listen(self):
-        def handle(number, frame):
-            # the launcher and the terminal may both send the first one
-            if self.asked and time.time() - self.asked > 2:
-                os._exit(cli.INTERRUPTED)
-            if not self.asked:
-                self.asked = time.time()
-                cli.say(
-                    "\nstopping: this step is finished and saved first (once more: stop at once)"
-                )
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
 
-        signal.signal(signal.SIGTERM, handle)
-        signal.signal(signal.SIGINT, handle)
+    def handle(self, number, frame):
+        if not self.asked:
+            self.asked = time.time()
+            self.say_what_comes()
+        elif time.time() - self.asked > 2:  # launcher and terminal may both send the first one
+            cli.say_in_handler(f"stopped at once. {cli.how_to_go_on()}")
+            os._exit(cli.INTERRUPTED)
+
+    def say_what_comes(self):
+        cli.say_in_handler(f"\n{self.answer} (once more: stop at once)")
+
+    def training_is_done(self):
+        """No step is left that could be the last: a signal, also one that came in the last step,
+        no longer ends the run."""
+        if self.answer.startswith("stopping"):
+            self.answer = "the training is done: what is left, model and report, is written first"
+            if self.asked:
+                self.say_what_comes()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.stopped:
+            self.training_is_done()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            self.training_is_done()
         flag = torch.tensor([1.0 if self.asked else 0.0], device=args.device)
         if args.world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)

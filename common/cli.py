@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import os
@@ -37,6 +38,10 @@ class RunArgs:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace what an earlier run left in --output_dir"}
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "continue from ZeRO files of others, which can run any code"},
     )
     eval_generate: int = field(
         default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
@@ -97,7 +102,7 @@ def parse_args(
     """Command line -> one instance per dataclass in `classes` (the last one TrainingArguments or a
     subclass).
 
-    It also imports DeepSpeed where it is asked for, which opens the process group on a CPU.
+    It also imports DeepSpeed where it is asked for, and opens the process group on a CPU.
 
     Args:
         defaults: the recipe's defaults for the real model.
@@ -110,7 +115,7 @@ def parse_args(
     from transformers import HfArgumentParser
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from common.runs import engine, old_flags
+    from common.runs import engine, heartbeat, old_flags
     from common.runs import flags as checks
 
     quiet_libraries()
@@ -134,9 +139,13 @@ def parse_args(
     problem = device.unsupported_flags(flags)
     if problem:
         raise usage_error(problem)
+    patience = max(1, flags.ddp_timeout)  # less is refused below
+    device.limit_collectives(patience)
     if by_accelerate or given_by_user("deepspeed"):
         remove_stale_build_locks()
-        engine.prepare_deepspeed()
+        engine.prepare_deepspeed(patience)
+    else:
+        engine.open_cpu_group(patience)
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
         for tracker in parsed[-1].report_to:
@@ -147,7 +156,9 @@ def parse_args(
     checks.refuse_runs_without_a_step(parsed[-1])
     if by_trainer:
         checks.refuse_optimizer(parsed[-1])
+        checks.settle_liger(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
+    heartbeat.start(parsed[-1].ddp_timeout)
     return parsed
 
 
@@ -222,6 +233,25 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_in_handler(text: str) -> None:
+    """Print on rank 0 from a handler of signals, which may have come in the middle of a print."""
+    if is_main():
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(1, f"{text}\n".encode(errors="replace"))
+
+
+def how_to_go_on() -> str:
+    return f"The same command goes on from what is saved, or begins again:\n  {resume_command()}"
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until all ranks are here, however long rank 0 works alone before; `what` it does, in a
+    few words. All ranks call it."""
+    from common.runs import heartbeat
+
+    heartbeat.wait_for_all(what)
+
+
 def usage_error(message: str) -> SystemExit:
     """Say the mistake once (rank 0) and give the exit with code 2 to raise."""
     fail(message, code=2, stop=False)
@@ -267,7 +297,7 @@ def run(main: Callable[[], None]) -> None:
     machine.tolerate_terminals()
     # before training starts there is nothing to save
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(INTERRUPTED))
+        signal.signal(number, interrupt)
     end_with_launcher()
     if "RANK" not in os.environ:  # the launcher has asked already
         refuse_unused_devices()
@@ -281,6 +311,12 @@ def refuse_unused_devices() -> None:
     if fatal:
         print(message, file=sys.stderr)
         raise SystemExit(1)
+
+
+def interrupt(number, frame) -> None:
+    """A handler of signals for all times but those when a step is finished first."""
+    say_in_handler(f"\ninterrupted. {how_to_go_on()}")
+    raise SystemExit(INTERRUPTED)
 
 
 def end_with_launcher() -> None:
@@ -324,8 +360,12 @@ def close(code: int) -> None:
     `code`."""
     import torch.distributed as dist
 
+    from common.runs import heartbeat
+
+    if code == 0:
+        heartbeat.wait_for_all("the end of the run")
+    heartbeat.stop()
     if code == 0 and dist.is_available() and dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,6 +14,8 @@ import torch
 
 from common.runs import card_install
 
+DDP_TIMEOUT = 600  # seconds that a rank waits for others in a collective, unless --ddp_timeout says
+
 
 def kind() -> str:
     """npu, cuda or cpu: the device this process trains on. `DANPU_DEVICE` overrides the choice."""
@@ -148,11 +150,12 @@ def training_defaults(training_args_given: set[str]) -> dict:
     Args:
         training_args_given: flag names the user typed; those are left alone.
     Returns:
-        defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend.
+        defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend,
+        ddp_timeout.
     """
     here = kind()
     half = half_dtype()
-    defaults: dict = {"use_cpu": here == "cpu"}
+    defaults: dict = {"use_cpu": here == "cpu", "ddp_timeout": DDP_TIMEOUT}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         defaults["ddp_backend"] = dist_backend()
     if not {"bf16", "fp16"} & training_args_given:
@@ -167,6 +170,12 @@ def training_defaults(training_args_given: set[str]) -> dict:
         # for minutes
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return defaults
+
+
+def limit_collectives(seconds: int) -> None:
+    """Let HCCL, too, give up a collective after --ddp_timeout; what the user has exported stays."""
+    if kind() == "npu":
+        os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
 
 
 def unsupported_flags(flags) -> str | None:

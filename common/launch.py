@@ -11,6 +11,8 @@ others say because of it is one line (common/runs/ranks.py); Ctrl-C or SIGTERM l
 their step and save (a second one ends them at once).
 """
 
+import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -133,11 +135,24 @@ def start_ranks(nproc: int, script: list[str], logs: str | None) -> None:
     elastic_launch(config, command)(*arguments)
 
 
-def forward_signals() -> None:
-    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them."""
+def patience(words: list[str]) -> int:
+    """Seconds that a rank may keep the others waiting."""
+    from common import device
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flag = ("--ddp_timeout", "--ddp-timeout")
+    parser.add_argument(*flag, type=int, default=device.DDP_TIMEOUT)
+    with contextlib.suppress(argparse.ArgumentError):  # no number: the ranks say so
+        return parser.parse_known_args(words)[0].ddp_timeout
+    return device.DDP_TIMEOUT
+
+
+def forward_signals() -> list[int]:
+    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them. Returns the
+    list that those seen come into."""
     import psutil
 
-    seen = []
+    seen: list[int] = []
 
     def handle(number, frame):
         seen.append(number)
@@ -147,6 +162,7 @@ def forward_signals() -> None:
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    return seen
 
 
 def main() -> int:
@@ -165,8 +181,8 @@ def main() -> int:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     os.environ["DANPU_LAUNCHER"] = str(os.getpid())
-    forward_signals()
-    watch = ranks.Watch(nproc)
+    signals = forward_signals()
+    watch = ranks.Watch(nproc, patience(script))
     watch.start()
     relay = None if is_verbose else ranks.Relay(watch)
     failures = {}
@@ -178,6 +194,9 @@ def main() -> int:
         finally:
             if relay:
                 relay.end(release=not failures)
+        if failures and len(signals) > 1:
+            ranks.say("launch: stopped at once; the same command goes on from what is saved")
+            return ranks.INTERRUPTED
         return ranks.report(failures, watch, relay, logs) if failures else 0
 
 

@@ -18,7 +18,7 @@ quoted() {
 own_command() {
     local name word skip=0 command=
     for name in MODEL DATA OUTPUT NPROC DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE ${knobs:-} \
-        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_NO_VENV DANPU_VERBOSE; do
+        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_KEY DANPU_NO_VENV DANPU_VERBOSE; do
         if [[ -n ${!name:-} ]]; then command+="$name=$(quoted "${!name}") "; fi
     done
     command+="bash $(quoted "$0")"
@@ -85,8 +85,6 @@ npu_settings() {
     # seconds to wait for the other ranks when a communicator is made: the default of 120 is shorter than rank 0's
     # tokenising, and a rank that gives up takes all down with EI0006 (120 to 7200)
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
-    # seconds to wait inside a collective: rank 0 saves or evaluates alone meanwhile; matches --ddp_timeout 7200
-    export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-7200}
     # every host of the run is trusted: else each machine needs a file that lists the others
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     # the driver's log: errors only, and not on the terminal
@@ -122,8 +120,27 @@ prepare() {
     [[ -n ${DATA:-} ]] && flags+=(--data_path "$DATA")
     [[ -n ${OUTPUT:-} ]] && flags+=(--output_dir "$OUTPUT")
     [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number" 2
-    if machine ascend; then npu_settings; fi
+    if machine ascend; then
+        npu_settings
+    else # packed rows have another length each step: blocks of memory that grow instead of new ones beside them
+        export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+    fi
     export DANPU_RERUN="${DANPU_RERUN:-$rerun}"
+}
+
+# HOSTFILE: what deepspeed's launcher lacks. It starts the other machines through pdsh, and hands them few variables;
+# names of tokens and keys stay out, since the command line of a process can be read by everybody there.
+prepare_hosts() {
+    [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2
+    if (($(grep -cE '^[^#[:space:]]' "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
+        die "HOSTFILE starts the other machines through pdsh, which is not here: apt-get install pdsh, or run this command on each machine with NNODES, NODE_RANK and MASTER_ADDR"
+    fi
+    local name
+    export DS_ENV_FILE=${DS_ENV_FILE:-${TMPDIR:-/tmp}/danpu-environment-$UID}
+    for name in $(compgen -e | grep -E '^(DANPU|HF|HCCL|ASCEND|NCCL|GLOO|PYTORCH|TOKENIZERS|TRANSFORMERS|DATASETS|MODELSCOPE)_' |
+        grep -vE 'TOKEN|KEY|SECRET|^DANPU_RERUN$'); do
+        printf '%s=%s\n' "$name" "${!name//$'\n'/ }"
+    done | sed 's/["$`\\]/\\&/g' >"$DS_ENV_FILE" # it puts values between double quotes
 }
 
 # launch [--accelerate YAML] path/to/train.py [flags]
@@ -136,7 +153,7 @@ launch() {
     shift
     prepare
     if [[ -n ${HOSTFILE:-} ]]; then
-        [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE cannot be read" 2
+        prepare_hosts
         [[ ${script[0]} != --accelerate ]] || die "HOSTFILE starts the deepspeed launcher, not accelerate: use train_zero3.sh" 2
         exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" "${script[@]}" "${flags[@]}" "$@"
     fi

@@ -35,6 +35,8 @@ from common.runs.run_folder import read_run_file, write_run_file
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
 BINS_LOOKED_AT = 8
 BEFORE_THE_STEP = "before the optimizer step"
+BEFORE_SAVING = "before anything was saved"
+MOST_SKIPPED = 20  # steps in a row that fp16's scaler may skip
 
 
 class RecipeTrainer(Trainer):
@@ -87,6 +89,7 @@ class RecipeTrainer(Trainer):
             self.add_callback(callback)
 
         self.counts = torch.zeros(3, dtype=torch.int64)  # of this rank, in the order of TOTALS
+        self.norm = 0.0  # of the gradients of the step that is being computed
         self.skipped_in_a_row = 0
         self.row_ids: list[int] = []  # of the step that is being computed
 
@@ -195,23 +198,33 @@ class RecipeTrainer(Trainer):
         return 0
 
     def check_gradients(self) -> None:
-        """Stop on a gradient that is not finite; fp16's scaler may skip a step now and then.
+        """Stop on a gradient that is not finite, before the optimizer uses it; in fp16 the scaler
+        decides first (check_step).
 
         DeepSpeed has stepped already when this event comes, so that the weights of this process are
         lost there; nothing of them is saved.
         """
-        norm = self.gradient_norm()
-        if math.isfinite(norm):
+        self.norm = self.gradient_norm()
+        if not self.args.fp16 and not math.isfinite(self.norm):
+            where = BEFORE_SAVING if self.is_deepspeed_enabled else BEFORE_THE_STEP
+            self.stop_on_rows(f"gave a gradient norm of {self.norm}", where)
+
+    def check_step(self) -> None:
+        """fp16: the scaler may skip a step now and then. It tells what a norm does not: a chip that
+        saturates overflows to finite numbers."""
+        if not self.args.fp16:
+            return
+        if not self.accelerator.optimizer_step_was_skipped:
             self.skipped_in_a_row = 0
+            if not math.isfinite(self.norm):
+                self.stop_on_rows(f"gave a gradient norm of {self.norm}", BEFORE_SAVING)
             return
         self.skipped_in_a_row += 1
-        where = "before anything was saved" if self.is_deepspeed_enabled else BEFORE_THE_STEP
-        if not self.args.fp16:
-            self.stop_on_rows(f"gave a gradient norm of {norm}", where)
-        if self.skipped_in_a_row == 20:
+        if self.skipped_in_a_row == MOST_SKIPPED:
             self.stop_on_rows(
-                "overflowed fp16 for the 20th step in a row (use bf16, or a lower learning rate)",
-                where,
+                f"overflowed fp16 for the {MOST_SKIPPED}th step in a row, so that nothing is "
+                "learned any more (use bf16, or a lower learning rate)",
+                BEFORE_SAVING,
             )
 
     def gradient_norm(self) -> float:
@@ -319,7 +332,7 @@ class RecipeTrainer(Trainer):
             shutil.rmtree(output_dir)
         if self.processing_class is not None and hasattr(self.model, "generation_config"):
             remember_ends(self.model, self.processing_class)
-        self.barrier()
+        cli.wait_for_all("it writes the model")
         if engine(self.args) not in ("zero-0", "zero-1", "zero-2"):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -329,10 +342,12 @@ class RecipeTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
         if self.args.should_save:
             for_older_readers(output_dir)
+        # what comes next may be a collective, DeepSpeed's own part of a checkpoint
+        cli.wait_for_all("it writes the model")
 
     def complete_checkpoint(self) -> None:
         """All ranks have written: mark the checkpoint as complete, then delete older ones."""
-        self.barrier()
+        cli.wait_for_all("it writes a checkpoint")
         if self.args.should_save:
             checkpoint.mark_complete(
                 Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
@@ -347,11 +362,7 @@ class RecipeTrainer(Trainer):
                 self.state.global_step,
                 best=self.state.best_model_checkpoint,
             )
-        self.barrier()
-
-    def barrier(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()
+        cli.wait_for_all("it checks a checkpoint")
 
     def save_final(self, dtype: torch.dtype | None = None) -> Path:
         """Write the model and tokenizer to OUTPUT/final, ready for `from_pretrained`. All ranks
@@ -365,13 +376,13 @@ class RecipeTrainer(Trainer):
             self.model.to(dtype)
         writes = self.args.should_save
         with atomic_folder(final) if writes else nullcontext(f"{final}.part") as part:
-            self.barrier()
+            cli.wait_for_all("it makes room for the model")
             self.save_model(str(part))
-            self.barrier()
             if writes:
                 # a pickle nobody needs; run.json has the settings
                 (part / "training_args.bin").unlink(missing_ok=True)
-        self.barrier()
+                checkpoint.refuse_not_finite(part)
+        cli.wait_for_all("it writes the model")
         return final
 
     # ---- the end ----
@@ -422,8 +433,9 @@ class RecipeTrainer(Trainer):
         out = Path(self.args.output_dir)
         samples = report.before_and_after(self.before.get("samples", []), after["samples"])
         table = report.write_report(out, facts, history, samples, self.plots)
-        write_run_file(out, read_run_file(out) | {"step": self.state.global_step})
         self.state.save_to_json(str(out / "trainer_state.json"))
+        # last, since it says that nothing is missing
+        write_run_file(out, read_run_file(out) | {"step": self.state.global_step})
         print(
             f"\n{table}\n\nmodel   {out / 'final'}\n"
             f"report  {out / 'report.md'}, {out / 'loss.png'}",

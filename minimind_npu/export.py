@@ -228,9 +228,7 @@ def load(args) -> tuple[MiniMindForCausalLM, str]:
             f"{base} is a {type(model).__name__} already; nothing to export (--import reads it)"
         )
     if adapter_path:
-        from peft import PeftModel
-
-        model = adapter.merge_into(PeftModel.from_pretrained(model, adapter_path))
+        model = adapter.merge_into(adapter.put_on(model, adapter_path))
     return model.eval(), adapter_path or path
 
 

@@ -168,7 +168,6 @@ DEFAULTS = dict(
     save_steps=1000,
     save_total_limit=2,
     report_to=["tensorboard"],
-    ddp_timeout=7200,
 )
 STAGE = {  # learning rates, windows and epochs of real models; windows as for an accelerator
     "pretrain": dict(learning_rate=1e-3, model_max_length=512, per_device_train_batch_size=32),

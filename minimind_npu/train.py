@@ -60,7 +60,7 @@ def load_tokenizer(args: Args, base: str):
     return tokenizer
 
 
-def open_run(args: Args, training, base: str) -> tuple:
+def open_run(args: Args, training, base: str, tokenizer) -> tuple:
     """-> (rows, their counts, the checkpoint to continue from or None). The process ends here when
     the output folder is another run's, or this run is finished."""
     stage = STAGES[args.stage]
@@ -71,8 +71,7 @@ def open_run(args: Args, training, base: str) -> tuple:
     dtype = device.train_dtype(training)
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}
     settings |= {name: getattr(training, name) for name in DEFINING}
-    overwrite = args.overwrite_output_dir
-    start = run_folder.open_output(training, settings, overwrite, keeps_order=True)
+    start = run_folder.open_output(training, settings, args.overwrite_output_dir, True, tokenizer)
     return rows, stats, start
 
 
@@ -168,12 +167,12 @@ def make_optimizer(args: Args, training, model):
 
 # 3. One step
 def train_step(
-    net, engine, loader: Loader, bins: list, optimizer, scaler, training, step: int
+    net, engine, loader: Loader, bins: list, optimizer, scaler, training, gradients, step: int
 ) -> float:
     """One update; returns the loss: a sum over the labels of all ranks and micro-batches / their
     number, so that neither the number of processes nor accumulation changes it.
 
-    net, engine: see parallel.wrap; bins: those of the step, of all ranks.
+    net, engine: see parallel.wrap; gradients: parallel.Gradients; bins: of the step and all ranks.
     """
     denominator = loader.loss_denominator(bins)
     steps = training.gradient_accumulation_steps
@@ -191,7 +190,8 @@ def train_step(
     total = parallel.summed({"loss": total}, training.device)["loss"]
     parallel.refuse_nan(total, step)
     trained = [p for p in net.parameters() if p.requires_grad]
-    parallel.update(engine, optimizer, scaler, trained, training.max_grad_norm)
+    refuse = partial(gradients.refuse, step=step)
+    parallel.update(engine, optimizer, scaler, trained, training.max_grad_norm, refuse)
     return total
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     device.seed_all(training.seed)
     dtype = device.train_dtype(training)
     tokenizer = load_tokenizer(args, base)
-    rows, stats, start = open_run(args, training, base)
+    rows, stats, start = open_run(args, training, base, tokenizer)
 
     data = read(args, training, tokenizer, rows, stats)
     loader = make_loader(args, training, tokenizer, data.train_ids)
@@ -294,6 +294,7 @@ def main() -> None:
     plan = Plan(loader, training, progress, args.max_minutes)
     run = tracking.Run(training, progress, model, dtype, plan, vars(args))
     curve = tracking.Curve(training.eval_steps, run, eval_loader, plan.windows(), evaluate)
+    how = {"training": training, "gradients": parallel.Gradients(dtype), **stateful}
     stop = SafeStop()
     stop.listen()
     objective.train()
@@ -301,8 +302,7 @@ def main() -> None:
         began = time.time()
         bins = plan.next_bins()
         lr = lr_of(args, training, optimizer, plan.fraction_done())
-        step = progress["step"]
-        loss = train_step(net, engine, loader, bins, **stateful, training=training, step=step)
+        loss = train_step(net, engine, loader, bins, **how, step=progress["step"])
         seconds = plan.agreed(time.time() - began)
         run.count(loss, lr, seconds, loader.tokens(bins), loader.label_tokens(bins))
         run.stop_if(stop.asked)
@@ -310,6 +310,7 @@ def main() -> None:
         if run.save_is_due():
             state.save(training, write_model, stateful, engine, progress)
     run.exit_if_stopped()
+    stop.training_is_done()
     final = state.save_final(training.output_dir, write_model)
     weights.complete_final(final, args.stage, model.config, adapter_of)
     run.report(HERE.name, adapter_of or base, stats, measured(), stage=args.stage)

@@ -28,7 +28,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Prepared data and tiny models of this session stay out of the user's cache; subprocesses
+    """Prepared data, tiny models and the key of this session stay out of the user's home; subprocesses
     inherit it."""
     shared = tmp_path_factory.getbasetemp()
     if (
@@ -36,6 +36,7 @@ def own_cache(tmp_path_factory):
     ):  # one for all workers: what one has prepared serves the others
         shared = shared.parent
     os.environ["DANPU_CACHE"] = str(shared / "danpu-cache")
+    os.environ["DANPU_KEY"] = str(shared / "danpu-key")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch-extensions"))
 
 
@@ -89,6 +90,7 @@ LONGEST = (  # begin with these, so that no worker ends long after the other
     "core/test_training.py",
     "npu/test_npu.py",
     "recipes/test_contract.py",
+    "recipes/test_faults.py",
     "recipes/baichuan2_dpo/test_dpo.py",
     "recipes/chatglm_lora/test_chatglm.py",
     "recipes/chinese_bloom/test_bloom.py",

@@ -48,7 +48,7 @@ def facts_of(folder: Path) -> dict:
     from transformers import AutoConfig, PretrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError:  # a type that this transformers does not know
         config = PretrainedConfig.from_pretrained(folder)
     text = config.get_text_config()

@@ -88,7 +88,6 @@ DEFAULTS = dict(
     save_total_limit=2,
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
-    ddp_timeout=7200,
 )
 LORA_LEARNING_RATE = 2e-4  # an adapter wants about ten times the rate of full fine-tuning
 TINY = dict(  # sizes and steps only
@@ -266,12 +265,12 @@ def main() -> None:
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    start = open_output(training, settings, args.overwrite_output_dir)
-
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config = models.model_config(base)
     tokenizer = load_tokenizer(args, base)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
     flags.check_window(args, config, tokenizer)
     template = {} if args.enable_thinking is None else {"enable_thinking": args.enable_thinking}
     train_ids, eval_ids, eval_rows = prepare(

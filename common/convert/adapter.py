@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from common import cli
-from common.convert import model_folder
+from common.convert import model_folder, models
 from common.data.files import atomic_file, new_folder
 
 CONFIG_FILE = "adapter_config.json"
@@ -71,7 +71,8 @@ def base_fingerprint(model: str) -> str:
     nearly every block.
     """
     folder = _folder(model)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     if not files:
         raise SystemExit(f"{model} has no *.safetensors weights")
     digest = hashlib.sha256()
@@ -180,6 +181,21 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
     return kinds
 
 
+def put_on(model, folder: str | Path):
+    """A base model -> the PeftModel with the adapter in `folder`; SystemExit with one line where it
+    does not fit or its weights are more than tensors."""
+    import torch
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # many kinds, as in models.load
+        words = model_folder.reason(error)
+        raise SystemExit(f"{folder}: the adapter cannot be loaded: {words}") from None
+
+
 def merge_into(model):
     """A PeftModel -> its base with the adapter added to the weights: the same logits.
 
@@ -218,7 +234,6 @@ def _plain(layer):
 def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
     """Write base + adapter as an ordinary model folder `out`, in the base's dtype, with the
     adapter's tokenizer."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from common.convert.older_readers import save_tokenizer
@@ -226,9 +241,9 @@ def merge(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
 
     base = check_base(folder, base)
     with new_folder(out) as part:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        model = merge_into(PeftModel.from_pretrained(model, folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = models.load(AutoModelForCausalLM, base, "--base", dtype="auto")
+        model = merge_into(put_on(model, folder))
+        tokenizer = models.load(AutoTokenizer, str(folder), "--adapter")
         remember_ends(model, tokenizer)
         model.save_pretrained(part)
         save_tokenizer(tokenizer, part)

@@ -1,8 +1,11 @@
-"""What a model folder lacks: told in one line before anything of it is opened."""
+"""What a model folder lacks, told in one line before anything of it is opened, and what loaders say
+of one that they refuse."""
 
 import json
 from collections.abc import Collection
 from pathlib import Path
+
+from common.runs.trust import holds_code
 
 POINTER = b"version https://git-lfs"
 LAYOUTS = (  # (weights in one file, the index of several)
@@ -71,3 +74,14 @@ def shards(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
+
+
+def reason(error: Exception) -> str:
+    """In one line why a loader took no model, adapter or tokenizer. Libraries advise to run what it
+    brings; this does not."""
+    words = " ".join(str(error).split())
+    if holds_code(error):
+        return "a pickle in it holds code, not only tensors; nothing of it was run"
+    if "trust_remote_code" in words:
+        return "it needs Python code of its own (auto_map), and nothing of that is run here"
+    return words[:300]

@@ -69,7 +69,7 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
         raise
     except Exception as error:
         # many kinds: no config.json, no weights, unknown type, no network, no such id
-        words = " ".join(str(error).split())[:300]
+        words = model_folder.reason(error)
         raise SystemExit(
             f"{flag} {name} is not a model that can be loaded ({words}). Give a folder with "
             "config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
@@ -77,7 +77,9 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
 
 
 def _load(auto_class, name: str, settings: dict):
-    """from_pretrained with a line for people where it takes long."""
+    """from_pretrained with a line for people where it takes long; code of the model is never run,
+    and nobody is asked whether it may."""
+    settings = settings | {"trust_remote_code": False}
     began = time.time()
     has_weights = "dtype" in settings
     if has_weights:

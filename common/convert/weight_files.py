@@ -4,7 +4,6 @@ run as code."""
 import json
 import os
 import pickle
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common.convert import model_folder
+from common.runs.trust import holds_code
 
 SHARD_GB = 4.0
 LAYOUTS = (  # (index, weight files)
@@ -35,7 +35,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         content = _load(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         words = " ".join(str(error).split())
-        if re.search("GLOBAL|Unsupported (class|operand)|instruction", words):
+        if holds_code(error):
             raise SystemExit(
                 f"{path} holds code, not only tensors; refused, nothing of it was run"
             ) from None

@@ -59,7 +59,7 @@ def set_template(tokenizer, path_or_text):
     except jinja2.TemplateSyntaxError as error:
         where = f"{name}:{error.lineno}"
         raise SystemExit(f"{where}: not a Jinja chat template: {error.message}") from None
-    except jinja2.TemplateError:
+    except Exception:  # of many kinds, as from any program
         pass  # the template may refuse our probe; rows are checked when they come
 
 
@@ -71,21 +71,32 @@ def _with_bos(tokenizer, template):
     return "{{ bos_token }}" + template
 
 
-def fingerprint(tokenizer):
-    """A short hash of all that decides how rows become tokens: vocabulary, special tokens, chat
-    template, the files that make tokens of rows."""
+def tokenizer_settings(tokenizer) -> dict[str, str]:
+    """What a tokenizer decides of a run, as short hashes: a run does not go on with others."""
     if tokenizer.is_fast:
         vocabulary = tokenizer.backend_tokenizer.to_str()
     else:
         vocabulary = sorted(tokenizer.get_vocab().items())
+    return {
+        "tokenizer_sha": _short_hash([vocabulary, tokenizer.special_tokens_map]),
+        "chat_template_sha": _short_hash(tokenizer.chat_template),
+    }
+
+
+def fingerprint(tokenizer) -> str:
+    """A short hash of all that decides how rows become tokens: vocabulary, special tokens, chat
+    template, the files that make tokens of rows."""
     parts = [
-        vocabulary,
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
+        tokenizer_settings(tokenizer),
         *(Path(module.__file__).read_text("utf-8") for module in (marks, shorten, spelling)),
         Path(__file__).read_text("utf-8"),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return _short_hash(parts)
+
+
+def _short_hash(content) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode_chat(tokenizer, messages, max_length, tools=None, **template_kwargs):

@@ -61,6 +61,8 @@ def prepare(
     key = json.dumps([_source_of(encode), args.model_max_length, *depends_on])
     train_ids, eval_ids, counts = tokenise_split(train, held_out, encode, key, columns=columns)
 
+    cli.wait_for_all("it tokenises")  # machines that share no cache end at different times
+
     stats["dropped"] |= counts["dropped"]
     for reason, count in counts["dropped"].items():
         cli.say(f"  {count:,} dropped: {counts['examples'].get(reason, reason)}")

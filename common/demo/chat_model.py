@@ -75,14 +75,13 @@ class ChatModel:
         model_folder.check(self.path)
         try:
             base = adapter.check_base(self.path) if self.adapter else self.path
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-            self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            no_code = {"trust_remote_code": False}  # unset, transformers asks on a terminal
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **no_code)
+            self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **no_code)
             if self.adapter:
-                from peft import PeftModel
-
-                self.model = PeftModel.from_pretrained(self.model, self.path)
+                self.model = adapter.put_on(self.model, self.path)
         except Exception as error:  # damaged files, unknown architectures: many libraries' classes
-            words = " ".join(str(error).split())[:300]
+            words = model_folder.reason(error)
             raise SystemExit(f"{self.path}: cannot be loaded: {words}") from None
         models.check_vocabulary(self.tokenizer, self.model.config, self.path)
         self.model.to(device.device()).eval()

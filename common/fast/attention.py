@@ -13,6 +13,7 @@ B rows, T tokens, S keys, H query heads, K key/value heads, d size of a head.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -177,12 +178,20 @@ def varlen_kernel(query: Tensor) -> Callable | None:
     if kind == "cpu":
         return attention_cpu.packed_attention
 
-    from common import device
-
     size = query.shape[-1]
     half = autocast_dtype(query) in (torch.bfloat16, torch.float16)
     # the fused kernels want a half dtype
-    if kind != device.kind() or not half or size > 256 or size % 8:
+    if not half or size > 256 or size % 8:
+        return None
+    return _kernel_of(kind)
+
+
+@functools.cache
+def _kernel_of(kind: str) -> Callable | None:
+    """Asked in every layer: what the device can do is looked up once."""
+    from common import device
+
+    if kind != device.kind():
         return None
     library = device.varlen_attention()
     return {"torch": _torch_varlen, "torch_npu": _npu_varlen, None: None}[library]
@@ -199,12 +208,10 @@ def _torch_varlen(
     max_seqlen_k=None,
     causal=True,
 ):
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     if max_seqlen_q is None:
         max_seqlen_q = cu_seqlens_q.diff().max()
-    return varlen_attn(
+    return varlen_attn()(
         query,
         key,
         value,
@@ -214,8 +221,18 @@ def _torch_varlen(
         int(max_seqlen_q if max_seqlen_k is None else max_seqlen_k),
         scale=scale,
         window_size=(-1, 0 if causal else -1),
-        enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+@functools.cache
+def varlen_attn() -> Callable:
+    """torch's kernel, which takes fewer key than query heads: by itself until torch 2.11, where it
+    is told to in later ones."""
+    from torch.nn.attention import varlen
+
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+        return functools.partial(varlen.varlen_attn, enable_gqa=True)
+    return varlen.varlen_attn
 
 
 def _npu_varlen(

@@ -339,9 +339,14 @@ def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tens
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     num_items = _num_items(call)
+    weight = head.weight
+    bias = head.bias
+    if not torch.is_grad_enabled():  # a trained weight asks for its gradient even then
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
     if call.per_token:
         with torch.autocast(kind, enabled=False):
-            log_probs = _HeadLogProbs.apply(rows, head.weight, head.bias, call.targets, dtype)
+            log_probs = _HeadLogProbs.apply(rows, weight, bias, call.targets, dtype)
         call.loss = -log_probs.sum() / num_items
         return log_probs, None
     # on CPU reading the count is free, and a gradient that is scaled while computed saves a pass
@@ -349,7 +354,7 @@ def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tens
     scale = 1 / max(1, float(num_items)) if kind == "cpu" else 1.0
     with torch.autocast(kind, enabled=False):
         call.loss, log_probs, correct = _HeadLoss.apply(
-            rows, head.weight, head.bias, call.targets, dtype, scale, not head.training
+            rows, weight, bias, call.targets, dtype, scale, not head.training
         )
     if kind != "cpu":
         call.loss = call.loss / num_items

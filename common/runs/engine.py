@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,11 @@ def engine(args) -> str:
     return "ddp" if args.world_size > 1 else "single"
 
 
-def prepare_deepspeed() -> None:
-    """Import DeepSpeed so that no start compiles for minutes on a CPU."""
+def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
+    """Import DeepSpeed so that no start compiles for minutes on a CPU.
+
+    timeout: seconds, of the process group's collectives.
+    """
     import deepspeed
 
     if os.environ.get("DANPU_VERBOSE") != "1":
@@ -33,7 +37,18 @@ def prepare_deepspeed() -> None:
     # an optional op that takes minutes to compile
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" in os.environ:
-        deepspeed.init_distributed(dist_backend="gloo")
+        deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def open_cpu_group(timeout: int) -> None:
+    """The process group of several ranks on a CPU: opened by transformers it would ignore
+    --ddp_timeout and wait for half an hour.
+
+    timeout: seconds, of its collectives.
+    """
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if device.kind() == "cpu" and not is_alone and not dist.is_initialized():
+        dist.init_process_group(device.dist_backend(), timeout=timedelta(seconds=timeout))
 
 
 def patch_overflow_check(optimizer) -> None:

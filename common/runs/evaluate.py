@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
+from common import cli
 from common.collators import IGNORE
 from common.data.progress import Progress
 
@@ -54,6 +55,7 @@ def sum_over_rows(trainer, data) -> torch.Tensor:
             progress.update(1)
     model.train(was_training)
     if args.world_size > 1:
+        cli.wait_for_all("it evaluates")
         dist.all_reduce(sums)
     return sums
 

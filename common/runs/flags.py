@@ -3,6 +3,7 @@ told in one line before anything is loaded."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 
@@ -119,6 +120,26 @@ def refuse_optimizer(training) -> None:
         raise cli.usage_error(
             f"--lr_scheduler_type {kind}: {in_one_line(error)}; --lr_scheduler_kwargs gives more"
         ) from None
+
+
+LIGER_HEAD = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
+def settle_liger(training) -> None:
+    """--use_liger_kernel keeps its kernels for norms, rotations and activations; the head and its
+    loss stay those of common/fast/losses.py, which it would replace silently."""
+    if not training.use_liger_kernel:
+        return
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise cli.usage_error("--use_liger_kernel: pip install liger-kernel (it needs Triton)")
+    asked = dict(training.liger_kernel_config or {})
+    taken = sorted(name for name in LIGER_HEAD if asked.get(name))
+    if taken:
+        raise cli.usage_error(
+            f"--liger_kernel_config: {', '.join(taken)} would replace the head of this project, "
+            "which never builds the logits either; leave it away"
+        )
+    training.liger_kernel_config = asked | LIGER_HEAD
 
 
 def in_one_line(error: Exception) -> str:

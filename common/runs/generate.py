@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from common import cli
 from common.data.labels import turn_end_ids, written_answer
 from common.data.progress import Progress
 from common.data.spelling import encode_text, text_start
@@ -82,6 +83,7 @@ def generate_answers(
     model.config.use_cache = used_cache
 
     if world > 1:
+        cli.wait_for_all("it generates answers")
         shares: list = [None] * world
         dist.all_gather_object(shares, answers)
         for share in shares:

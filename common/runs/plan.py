@@ -53,13 +53,14 @@ def say(trainer) -> None:
 def check_disk(model, args, limit: int) -> None:
     """Warn when `limit` checkpoints and one more will not fit (weights, fp32 masters, two moments:
     16 bytes per trained parameter)."""
-    if args.process_index or args.save_strategy == "no":
+    if not cli.is_main() or args.save_strategy == "no":
         return
     kept = 3 if limit == sys.maxsize else limit
+    remedy = "lower --save_total_limit or " if kept > 1 else ""
     need = 16 * report.parameters(model)["trained"] * (kept + 1) / 2**30
     free = shutil.disk_usage(args.output_dir).free / 2**30
     if free < need:
         cli.say(
             f"warning: {free:.1f} GiB free at {args.output_dir}, about {need:.1f} GiB needed for "
-            "checkpoints; lower --save_total_limit or choose another OUTPUT"
+            f"checkpoints; {remedy}choose another OUTPUT"
         )

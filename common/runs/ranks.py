@@ -45,6 +45,8 @@ OWN = re.compile(
     r"duplicate gpu|no space left|https?://|HTTPS?Connection|httpx|requests\.exceptions",
     re.IGNORECASE,
 )
+# what it says when the others were there, but did not answer
+NO_ANSWER = re.compile(r"timed out waiting|timed out after|operation timeout", re.IGNORECASE)
 PREFIX = re.compile(r"^\[(rank|default)\d+\]:\s?(?!\[)")  # torch's, on lines of a traceback
 CPP_ERROR = re.compile(r"^(\[rank\d+\]:)?\[[EF]\d{4} ")  # [rank1]:[E1129 13:05 Process...cpp:1]
 CPP_WARNING = re.compile(r"^(\[rank\d+\]:)?\[[WI]\d{4} ")
@@ -141,7 +143,7 @@ def consequences(first: Ended, ranks: list[Ended]) -> str:
     """What the other ranks said, for one line: "" where they said nothing."""
     said: dict[str, list[int]] = {}
     for one in ranks:
-        if one is not first and one.error:
+        if one is not first and one.error not in ("", first.error):
             said.setdefault(in_short(one.error), []).append(one.rank)
     return "; ".join(f"{name_ranks(numbers)} said: {words}" for words, numbers in said.items())
 
@@ -151,6 +153,14 @@ def in_short(error: str) -> str:
     if is_consequence(error):
         return max((match[0] for match in LOST.finditer(error)), key=len)
     return error.splitlines()[0][:160]
+
+
+def without_an_answer(first: Ended, ranks: list[Ended]) -> list[int]:
+    """The ranks that let the others wait until `first` gave up: they have nothing to say of it, or
+    noticed elsewhere that it had (common/runs/heartbeat.py)."""
+    if not NO_ANSWER.search(first.error):
+        return []
+    return [one.rank for one in ranks if not one.error or "lost another rank" in one.error]
 
 
 def name_ranks(numbers: list[int]) -> str:
@@ -169,13 +179,16 @@ def name_ranks(numbers: list[int]) -> str:
 
 
 class Watch(threading.Thread):
-    """Notes when each child of this process ends; torchrun's agent only looks now and then."""
+    """Notes when each child of this process ends; torchrun's agent only looks now and then. Ends
+    those that are stopped (SIGSTOP) and would hear nothing else."""
 
-    def __init__(self, expected: int):
-        """expected: how many children there will be."""
+    def __init__(self, expected: int, patience: int):
+        """expected: how many children there will be; patience: seconds that one may be stopped."""
         super().__init__(daemon=True)
         self.expected = expected
+        self.patience = patience
         self.ended: dict[int, float] = {}  # pid -> seconds since 1970
+        self.stopped: dict[int, int] = {}  # pid -> looks in a row that found it stopped
 
     def run(self) -> None:
         if not hasattr(os, "pidfd_open"):
@@ -198,6 +211,25 @@ class Watch(threading.Thread):
                 self.ended[known[descriptor]] = time.time()
                 poll.unregister(descriptor)
                 os.close(descriptor)
+            self.end_stopped(set(known.values()) - self.ended.keys())
+
+    def end_stopped(self, pids: set[int]) -> None:
+        """About once a second; looks are counted, as they stop where this process is stopped
+        too."""
+        for pid in pids:
+            self.stopped[pid] = self.stopped.get(pid, 0) + 1 if is_stopped(pid) else 0
+            if self.stopped[pid] > (0 if self.ended else self.patience):
+                if not self.ended:  # the others are on other machines
+                    say(f"launch: process {pid} was stopped (SIGSTOP) for {self.patience} s")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return status.rpartition(") ")[2].startswith("T")
+    return False
 
 
 def children() -> list[int]:
@@ -320,6 +352,13 @@ def report(failures: dict, watch: Watch, relay: Relay | None, logs: str) -> int:
     ranks = [how_it_ended(rank, one, watch, relay, logs) for rank, one in failures.items()]
     first = first_failure(ranks)
     others = consequences(first, ranks)
+    silent = without_an_answer(first, ranks)
+    if silent:
+        say(
+            f"error: {name_ranks(silent)} took no part in what the others waited for (stopped or "
+            "stuck; --ddp_timeout sets how long they wait); the run is ended"
+        )
+        return 1
     is_shown = failures[first.rank].local_rank == 0  # it has spoken on the terminal
     if relay is not None and not is_shown and not any(one.error for one in ranks if one.rank == 0):
         relay.release()

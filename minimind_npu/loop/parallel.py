@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from common import cli
 from common.runs.engine import patch_overflow_check
 
+SKIPS = 20  # steps in a row that fp16 may leave out: the scale has fallen a million times by then
+
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    cli.wait_for_all("what rank 0 writes")
 
 
 def rank() -> int:
@@ -118,20 +119,63 @@ def backward(engine, scaler, loss: torch.Tensor, micro: int, steps: int) -> None
         engine.step()  # counts the micro-batch; weights change in the last one
 
 
-def update(engine, optimizer, scaler, trained: list, max_norm: float) -> None:
-    """Clip the gradients (0: not at all) and step, unless fp16 overflowed."""
+def update(
+    engine, optimizer, scaler, trained: list, max_norm: float, refuse: Callable[[float], None]
+) -> None:
+    """Clip the gradients (0: not at all) and step, unless fp16 overflowed.
+
+    refuse: ends the run at a norm of the gradients that is not finite, see Gradients.
+    """
     if engine is not None:
-        engine.step()
+        engine.step()  # it has stepped when the norm is known; nothing of that is saved
+        refuse(float(engine.get_global_grad_norm() or 0.0))
         return
     if scaler.is_enabled():
         scaler.unscale_(optimizer)  # the norm to clip is that of the true gradients
-    torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-    else:
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf).item()
+    if not scaler.is_enabled():
+        refuse(norm)
         optimizer.step()
-    scaler.update()
+    elif scaled_step(optimizer, scaler):
+        refuse(norm)
+    else:
+        refuse(math.inf)
     optimizer.zero_grad(set_to_none=True)
+
+
+def scaled_step(optimizer, scaler) -> bool:
+    """A step; False where fp16 overflowed and the scaler left it out. Only its scale tells: where
+    an NPU saturates, the gradients of an overflow are finite."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before
+
+
+class Gradients:
+    """Ends a run whose gradients are not finite: at once, in fp16 after SKIPS steps in a row that
+    its scaler left out. Every rank has the same norms."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.is_scaled = dtype is torch.float16
+        self.skipped = 0  # in a row
+
+    def refuse(self, norm: float, step: int) -> None:
+        if math.isfinite(norm):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if not self.is_scaled:
+            raise SystemExit(
+                f"step {step}: the norm of the gradients is {norm}; stopped, and nothing of this "
+                "step is saved. Checkpoints so far are sound: lower --learning_rate, or train in "
+                "float32"
+            )
+        if self.skipped == SKIPS:
+            raise SystemExit(
+                f"step {step}: fp16 overflowed for the {SKIPS}th step in a row; stopped. Lower "
+                "--learning_rate, or train in bf16 or float32"
+            )
 
 
 def summed(values: dict, where: torch.device) -> dict[str, float]:

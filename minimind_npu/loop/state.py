@@ -8,9 +8,9 @@ every file with its sha256 (common/runs/checkpoint.py). How a model is written i
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common import cli, device
+from common.data.files import atomic_folder
 from common.runs import checkpoint
 from common.runs.engine import engine as engine_name
 
@@ -51,18 +52,16 @@ def load_weights(model: nn.Module, folder: Path, prefix: str) -> None:
 
 
 def save_final(out: str | Path, write_model: Callable[[Path], None]) -> Path:
-    """OUT/final, which appears complete. All ranks call it."""
+    """OUT/final, which appears complete, or not at all where its weights are not finite. All ranks
+    call it."""
     final = Path(out, "final")
-    draft = Path(out, "final.part")
-    if cli.is_main():
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    barrier()
-    write_model(draft)
-    barrier()
-    if cli.is_main():
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
+    writes = cli.is_main()
+    with atomic_folder(final) if writes else nullcontext(f"{final}.part") as part:
+        barrier()
+        write_model(Path(part))
+        barrier()
+        if writes:
+            checkpoint.refuse_not_finite(part)
     barrier()
     return final
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from common import cli, device
 from common.callbacks import clock
 from common.runs import memory, report, run_folder
+from common.runs.plan import check_disk
 
 CURVE_POINTS = 10  # measurements of held-out rows along a run ...
 CURVE_COST = 0.05  # ... and the share of the training's work that they may take
@@ -54,6 +55,7 @@ class Run:
             f"{str(dtype).removeprefix('torch.')}; peak {self.peak / 1e12:.2f} TFLOP/s measured\n"
             f"{plan.describe()}"
         )
+        check_disk(model, training, max(1, training.save_total_limit or 1))
         self.bar = tqdm(
             total=plan.total_steps(),
             initial=progress["step"],
@@ -115,10 +117,13 @@ class Run:
         return bool(every) and every >= 1 and self.progress["step"] % int(every) == 0
 
     def save_is_due(self) -> bool:
-        """Whether this step ends with a checkpoint."""
+        """Whether this step ends with a checkpoint; the last one does, so that what comes after it
+        can be made again."""
         if self.stopped:
             return True
-        return self.training.save_strategy != "no" and self.is_due(self.training.save_steps)
+        last = self.plan.fraction_done() >= 1
+        due = last or self.is_due(self.training.save_steps)
+        return self.training.save_strategy != "no" and due
 
     def note(self, metrics: dict) -> None:
         """Held-out metrics in the middle of the run."""

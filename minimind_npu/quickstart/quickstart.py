@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ from transformers import (
 
 from common import tiny
 from common.convert.older_readers import save_tokenizer
-from common.runs import flags, run_folder
+from common.runs import flags, heartbeat, run_folder
 from loop import parallel, state, tracking
 from quickstart.text import endings, questions, read_text, windows
 
@@ -122,13 +123,13 @@ def load(args: Args, texts: list[str], start: Path | None):
     from."""
     if start or args.model_name not in ("tiny", "gpt2"):
         name = str(start or args.model_name)
-        model = models.load(AutoModelForCausalLM, name, dtype=torch.float32)
+        model = models.load(AutoModelForCausalLM, name, "--model_name", dtype=torch.float32)
         limit = getattr(model.config, "max_position_embeddings", args.max_length)
         if args.max_length > limit:
             raise SystemExit(
                 f"--max_length {args.max_length}: {name} has positions for {limit} tokens"
             )
-        tokenizer = models.load(AutoTokenizer, name)
+        tokenizer = models.load(AutoTokenizer, name, "--model_name")
         models.check_vocabulary(tokenizer, model.config, name)
         return model, tokenizer
 
@@ -170,18 +171,18 @@ def write_model(model, tokenizer, folder: Path) -> None:
 
 
 # 3. One step, and the training loss over all ranks
-def train_step(net, ids: torch.Tensor, optimizer, scaler, dtype: torch.dtype) -> torch.Tensor:
-    """Windows [B, T] -> this rank's loss, still on the device. DDP averages the gradients inside
-    backward()."""
+def train_step(net, ids: torch.Tensor, optimizer, scaler, dtype: torch.dtype) -> tuple:
+    """Windows [B, T] -> (this rank's loss, the norm of the gradients), still on the device. DDP
+    averages the gradients inside backward()."""
     with device.autocast(dtype):
         loss = net(input_ids=ids, labels=ids).loss  # the model shifts the labels by one
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)  # the norm to clip is that of the true gradients
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    scaler.step(optimizer)  # leaves the step out where fp16 overflowed
-    scaler.update()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    if not parallel.scaled_step(optimizer, scaler):
+        norm = torch.full_like(norm, math.inf)
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach().float()
+    return loss.detach().float(), norm.float()
 
 
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:
@@ -190,6 +191,14 @@ def mean_losses(losses: list[torch.Tensor]) -> list[float]:
     if WORLD > 1:
         dist.all_reduce(values)
     return (values / WORLD).tolist()
+
+
+def refuse_bad_steps(losses: list[float], norms: list[float], gradients, run) -> None:
+    """End the run at the first of the steps since the last reading that gave no numbers."""
+    first = run.progress["step"] + 1
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), first):
+        refuse_nan(loss, step)
+        gradients.refuse(norm, step)
 
 
 def refuse_nan(loss: float, step: int) -> None:
@@ -290,20 +299,27 @@ class Plan:
         return lr
 
 
-def run_epoch(net, loader: DataLoader, optimizer, scaler, dtype, plan: Plan, run) -> None:
+def run_epoch(
+    net, loader: DataLoader, optimizer, scaler, dtype, gradients, plan: Plan, run
+) -> None:
     """One time through the text. Reading a loss waits for the device, so not after each step."""
     where = next(net.parameters()).device
     loader.sampler.set_epoch(run.progress["epoch"])
     losses = []
+    norms = []
     rates = []
     began = time.time()
     for number, ids in enumerate(loader, 1):
         step = run.progress["step"] + len(losses) + 1
         rates.append(plan.set_lr(optimizer, step))
-        losses.append(train_step(net, ids.to(where), optimizer, scaler, dtype))
+        loss, norm = train_step(net, ids.to(where), optimizer, scaler, dtype)
+        losses.append(loss)
+        norms.append(norm)
         if number % LOG_STEPS == 0 or number == len(loader):
+            refuse_bad_steps(mean_losses(losses), torch.stack(norms).tolist(), gradients, run)
             book(run, plan, mean_losses(losses), rates, time.time() - began)
             losses = []
+            norms = []
             rates = []
             began = time.time()
     run.progress["epoch"] += 1
@@ -314,7 +330,6 @@ def book(run, plan: Plan, losses: list[float], rates: list[float], seconds: floa
     length = plan.args.max_length
     for loss, lr in zip(losses, rates, strict=True):
         run.progress["step"] += 1
-        refuse_nan(loss, run.progress["step"])
         tokens = plan.windows * length
         label_tokens = plan.windows * (length - 1)
         run.count(loss, lr, seconds / len(losses), tokens, label_tokens)
@@ -333,6 +348,7 @@ def settings_for_loop(args: Args, dtype: torch.dtype) -> SimpleNamespace:
         max_steps=-1,
         logging_steps=LOG_STEPS,
         save_total_limit=1,
+        save_strategy="epoch",
         report_to=[],
     )
 
@@ -341,7 +357,10 @@ def run(args: Args) -> None:
     dtype = DTYPES.get(args.dtype) or device.half_dtype() or torch.float32
     training = settings_for_loop(args, dtype)
     if WORLD > 1:
-        dist.init_process_group(device.dist_backend())
+        patience = timedelta(seconds=device.DDP_TIMEOUT)
+        device.limit_collectives(device.DDP_TIMEOUT)
+        dist.init_process_group(device.dist_backend(), timeout=patience)
+        heartbeat.start(device.DDP_TIMEOUT)
     device.seed_all(args.seed)
     train_texts, eval_texts, rows = read_text(args)
     settings = asdict(args) | {"dtype": str(dtype), "data": rows["sha256"], "processes": WORLD}
@@ -366,8 +385,9 @@ def run(args: Args) -> None:
     net, _ = parallel.wrap(model, optimizer, training, dtype)
     plan = Plan(args, len(loader), progress)
     tracked = tracking.Run(training, progress, model, dtype, plan, asdict(args))
+    counted = {"gradients": parallel.Gradients(dtype), "plan": plan, "run": tracked}
     while progress["epoch"] < args.epochs:
-        run_epoch(net, loader, **stateful, dtype=dtype, plan=plan, run=tracked)
+        run_epoch(net, loader, **stateful, dtype=dtype, **counted)
         loss = evaluate()
         refuse_nan(loss, progress["step"])
         tracked.note({"loss": loss})
@@ -389,12 +409,6 @@ def main() -> None:
         raise SystemExit(
             "out of memory: lower --batch_size or --max_length, or take --model_name tiny"
         ) from None
-    except SystemExit as error:
-        if error.code == cli.INTERRUPTED:
-            cli.say(
-                f"interrupted. This goes on with the last complete epoch:\n  {cli.resume_command()}"
-            )
-        raise
 
 
 if __name__ == "__main__":

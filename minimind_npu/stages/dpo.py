@@ -130,6 +130,7 @@ def reference(model, loader, dtype: torch.dtype, file: Path, computed_from: str)
             progress.update(len(batch["row_ids"]) * loader.world)
     model.train(was_training)
     if loader.world > 1:  # each row is on one rank, and 0 on the others
+        cli.wait_for_all("it computes reference log-probs")
         shared = values.to(loader.where)
         dist.all_reduce(shared)
         values = shared.cpu()

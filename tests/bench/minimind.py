@@ -302,9 +302,11 @@ def our_child(args, ours, training, tokenizer, rows) -> dict | None:
     expected = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert len(bins) == expected, f"{len(bins)} windows instead of {expected}"
     scaler = device.grad_scaler(device.train_dtype(training))
+    gradients = train.parallel.Gradients(device.train_dtype(training))
 
     def step():
-        train.train_step(objective.train(), None, loader, bins, optimizer, scaler, training, 1)
+        net = objective.train()
+        train.train_step(net, None, loader, bins, optimizer, scaler, training, gradients, 1)
 
     step()
     loss = sum(float(one["nll"]) for one in seen) / sum(float(one["count"]) for one in seen)

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common.runs import checkpoint
 
@@ -15,13 +17,13 @@ def output(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         (folder / "global_step").mkdir(parents=True)
         for name in (
-            "model.safetensors",
             "optimizer.pt",
             "rng_state.pth",
             "trainer_state.json",
             "global_step/shard_0.pt",
         ):
             (folder / name).write_bytes(os.urandom(5000))
+        save_file({"weight": torch.randn(1250)}, folder / "model.safetensors")
         (folder / "latest").write_text("global_step")
         checkpoint.mark_complete(folder, step=step, world_size=2, engine="ddp")
     return tmp_path
@@ -47,7 +49,7 @@ def _flip(path: Path):
 
 
 DAMAGE = {
-    "model cut by one byte": lambda c: _cut(c / "model.safetensors", 4999),
+    "model cut by one byte": lambda c: _cut(c / "model.safetensors", -1),
     "model cut to half": lambda c: _cut(c / "model.safetensors", 2500),
     "model empty": lambda c: _cut(c / "model.safetensors", 0),
     "optimizer cut": lambda c: _cut(c / "optimizer.pt", 2500),
@@ -93,3 +95,49 @@ def test_steps_are_compared_as_numbers(output):
     os.replace(output / "checkpoint-5", output / "checkpoint-100")
     assert checkpoint.last_complete(output)[0].name == "checkpoint-100"
     assert json.loads((output / "checkpoint-100" / checkpoint.MARKER).read_text())["files"]
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------
+
+
+def spoilt(value: float, dtype=torch.float32) -> dict:
+    weights = {"a.weight": torch.ones(4, 6), "b.weight": torch.ones(300, 700)}
+    weights["b.weight"][299, 699] = value
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_never_make_a_checkpoint(tmp_path, value, dtype):
+    save_file(spoilt(value, dtype), tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="model.safetensors: b.weight holds NaN or infinite"):
+        checkpoint.mark_complete(tmp_path, step=1)
+    assert not list(tmp_path.glob(f"{checkpoint.MARKER}*"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "model-00002-of-00002.safetensors"])
+def test_adapters_and_every_shard_are_looked_at(tmp_path, name):
+    save_file(spoilt(1.0), tmp_path / "model-00001-of-00002.safetensors")
+    save_file(spoilt(float("nan")), tmp_path / name)
+    with pytest.raises(SystemExit, match=f"{name}: b.weight holds"):
+        checkpoint.refuse_not_finite(tmp_path)
+
+
+def test_weights_that_are_finite_pass_whatever_their_kind(tmp_path):
+    kinds = [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool]
+    weights = {str(kind): torch.ones(3).to(kind) for kind in kinds}
+    weights |= {"none": torch.ones(0), "one": torch.tensor(1.0), "large": torch.tensor([3e38] * 9)}
+    save_file(weights, tmp_path / "model.safetensors")
+    checkpoint.mark_complete(tmp_path, step=1)
+    assert checkpoint.why_incomplete(tmp_path) is None
+    weights["torch.float8_e5m2"] = torch.tensor([float("inf")]).to(torch.float8_e5m2)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="torch.float8_e5m2 holds"):
+        checkpoint.refuse_not_finite(tmp_path)
+
+
+def test_weights_that_cannot_be_read_again_are_no_checkpoint(tmp_path):
+    save_file(spoilt(1.0), tmp_path / "model.safetensors")
+    _cut(tmp_path / "model.safetensors", 500)
+    with pytest.raises(SystemExit, match="model.safetensors: it cannot be read again"):
+        checkpoint.mark_complete(tmp_path, step=1)

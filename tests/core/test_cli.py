@@ -283,3 +283,19 @@ def test_a_tokenizer_beyond_the_embedding_is_one_line(tmp_path):
     tokenizer = tiny.make_tokenizer(["abc"], 300, ["<end>"], eos_token="<end>")
     tokenizer.add_special_tokens({"unk_token": "<unknown>"})
     models.check_vocabulary(tokenizer, config, folder)
+
+
+def test_liger_keeps_its_hands_off_the_head(monkeypatch, capsys):
+    """Its fused loss would replace ours, and evaluation take real logits for counts."""
+    training = SimpleNamespace(use_liger_kernel=True, liger_kernel_config={"swiglu": False})
+    with pytest.raises(SystemExit):
+        flags.settle_liger(training)
+    assert "pip install liger-kernel" in capsys.readouterr().err
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: name)
+    flags.settle_liger(training)
+    assert training.liger_kernel_config == {"swiglu": False} | flags.LIGER_HEAD
+    assert not any(flags.LIGER_HEAD.values())
+    training.liger_kernel_config = {"fused_linear_cross_entropy": True}
+    with pytest.raises(SystemExit):
+        flags.settle_liger(training)
+    assert "fused_linear_cross_entropy would replace" in capsys.readouterr().err

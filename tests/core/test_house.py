@@ -187,15 +187,19 @@ def test_data_is_read_without_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_every_test_that_the_table_of_cases_names_exists():
-    """CASES.md says what happens in which situation; a name without a file may be in any."""
+@pytest.mark.parametrize("table", ["CASES.md", "FAULTS.md"])
+def test_every_test_that_a_table_names_exists(table):
+    """They say what happens in which situation, and when what breaks; a name without a file may be
+    in any."""
     tests = ROOT / "tests"
     known = {}
     for path in tests.rglob("test_*.py"):
         known[path] = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
     everywhere = {test for found in known.values() for test in found}
-    table = (tests / "CASES.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", table)
+    text = (tests / table).read_text(encoding="utf-8")
+    named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)(?:\[[^`]*\])?`", text)
     assert len(named) > 40
+    for row in (line for line in text.splitlines() if line.startswith("|")):
+        assert "test_" in row or row.startswith(("| fault", "| situation", "|---")), row
     for file, test in named:
         assert test in (known[tests / file] if file else everywhere), (file, test)

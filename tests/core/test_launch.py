@@ -18,6 +18,7 @@ import pytest
 from harness import ROOT, error_line, expect, finish, shell, start
 from harness import environment as variables
 
+from common import device, launch
 from common.runs import environment, machine, ranks
 
 SCRIPT = """
@@ -118,6 +119,29 @@ def test_usage_errors(recipe):
     expect(shell(recipe, "ok", NNODES=2), 1)
 
 
+def test_a_hostfile_needs_pdsh_and_hands_variables_on(recipe, tmp_path):
+    """deepspeed's launcher starts the other machines through pdsh and gives them few variables."""
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("first slots=1\n# a note\nsecond slots=1\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    env = {"HOSTFILE": hosts, "PATH": f"{tools}:{os.environ['PATH']}", "TMPDIR": tmp_path}
+    assert "apt-get install pdsh" in error_line(shell(recipe, "ok", **env), 1)
+    for name, body in (("ssh", "echo 10.0.0.1"), ("pdsh", f'printf "%s\\n" "$@" >{tmp_path}/said')):
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    env |= {
+        "HF_ENDPOINT": "https://a.mirror/with $pace",
+        "HF_TOKEN": "hf_secret",
+        "DS_ACCELERATOR": "cpu",
+    }
+    done = expect(shell(recipe, "ok", **env))
+    said = (tmp_path / "said").read_text()
+    assert "first,second" in said and r'export HF_ENDPOINT="https://a.mirror/with \$pace"' in said
+    assert "hf_secret" not in said + done.stdout + done.stderr
+    assert "--no_local_rank" not in said and "train.py" in said
+
+
 def test_several_nodes_on_one_machine(recipe):
     """Two launchers as two nodes, one process each."""
     env = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29571, "NPROC": 1}
@@ -139,13 +163,13 @@ def test_the_printed_command_is_the_one_that_was_typed(tmp_path):
         f'OUTPUT=${{OUTPUT:-elsewhere}}\nlaunch {tmp_path}/train.py --use_lora true --deepspeed x.json "$@"\n'
     )
     given = {"MODEL": "a b", "DATA": "x.jsonl:0.5 它's.csv", "NPROC": 1, "STAGES": "sft dpo"}
-    given["DANPU_CACHE"] = str(tmp_path)
+    given |= {"DANPU_CACHE": str(tmp_path), "DANPU_KEY": f"{tmp_path}/key"}
     flags = ["--lora_r", "4", "--overwrite_output_dir", "true", "--system_prompt", "用'中文'答"]
     flags += ["--overwrite-output-dir", "--deepspeed=mine.json"]
     printed = expect(shell(wrapper, *flags, **given)).stdout.strip()
     assert printed == (
         "MODEL='a b' DATA='x.jsonl:0.5 它'\\''s.csv' NPROC=1 STAGES='sft dpo' "
-        f"DANPU_CACHE={tmp_path} bash '{wrapper}' --lora_r 4 --system_prompt '用'\\''中文'\\''答' --deepspeed=mine.json"
+        f"DANPU_CACHE={tmp_path} DANPU_KEY={tmp_path}/key bash '{wrapper}' --lora_r 4 --system_prompt '用'\\''中文'\\''答' --deepspeed=mine.json"
     )
     again = finish(start(["bash", "-c", printed]))
     assert expect(again).stdout.strip() == printed
@@ -165,6 +189,10 @@ if what == "late":  # its words are out, and its end takes longer than that of t
     print("Traceback (most recent call last):\\n  line\\nValueError: rank", rank, "has a bad row", file=sys.stderr)
     time.sleep(1.5)
     sys.exit(1)
+if what == "hangs": time.sleep(60)
+if what == "waits":
+    time.sleep(1)
+    sys.exit("error: timed out waiting for another rank, which lives but takes no part")
 if what == "tidies":  # an exception, and another while it is handled
     try:
         raise ValueError(f"rank {rank} has a bad row")
@@ -201,6 +229,14 @@ def test_the_error_of_the_rank_that_failed_first_comes_last(tmp_path, order, ran
     assert len(consequences) <= 1 + (order == "1=tidies")
     if ranks == 16 and summaries:
         assert summaries[0].count("Connection closed by peer") == ("said" in summaries[0])
+
+
+@pytest.mark.parametrize("order, rank", [("0=waits,1=hangs", 1), ("0=hangs,1=waits", 0)])
+def test_a_rank_that_takes_no_part_is_named_in_one_line(tmp_path, order, rank):
+    (tmp_path / "train.py").write_text(DYING)
+    command = ["python", ROOT / "common/launch.py", 2, tmp_path / "train.py", order]
+    line = error_line(finish(start(command)), 1)
+    assert line.startswith(f"error: rank {rank} took no part") and "--ddp_timeout" in line
 
 
 CUT_OFF = {  # what a rank says that lost another
@@ -246,6 +282,55 @@ def test_who_was_first_without_words():
     abort = "[rank0]:[E1129 10:00:00 ProcessGroupNCCL.cpp:699] Watchdog caught collective operation timeout"
     watchdog = ranks.Ended(0, -6, 1.0, 1.0, [abort, "terminate called after throwing"])
     assert ranks.first_failure([watchdog, ended(1, code=-11, at=2.0)]).rank == 1
+
+
+def test_who_let_the_others_wait_until_they_gave_up():
+    """A rank that lives but takes no part says nothing, and the launcher must end it."""
+    gave_up = ended(0, "error: timed out waiting for another rank, which lives but takes no part")
+    watchdog = ended(2, "Watchdog caught collective operation timeout: WorkNCCL", code=-6, at=0.2)
+    stuck = [ended(1, code=-9, at=30.0), ended(3, code=-15, at=0.3)]
+    stuck.append(ended(4, "error: lost another rank: rank 0 ended", at=8.0))
+    both = [gave_up, *stuck, watchdog]
+    assert ranks.without_an_answer(ranks.first_failure(both), both) == [1, 3, 4]
+    died = [ended(0, CUT_OFF["gloo"]), ended(1, code=-9, at=30.0)]
+    assert ranks.without_an_answer(died[0], died) == []
+    raised = [gave_up, ended(1, ALONE["row"], at=1.0)]
+    assert ranks.first_failure(raised).rank == 1
+
+
+def test_equal_words_of_several_ranks_are_one_line():
+    line = "error: rank 0 (process 7 on host) gave no sign of life for 480 s"
+    three = [ended(1, line), ended(2, line, at=0.1), ended(3, line, at=0.2)]
+    assert ranks.first_failure(three).error == line and not ranks.is_consequence(line)
+    assert ranks.consequences(three[0], three) == ""
+
+
+def test_stopped_processes_are_ended_when_the_run_has_ended_or_late(capsys):
+    watch = ranks.Watch(expected=1, patience=2)
+    with subprocess.Popen(["sleep", "60"]) as alone, subprocess.Popen(["sleep", "60"]) as left:
+        alone.send_signal(signal.SIGSTOP)
+        left.send_signal(signal.SIGSTOP)
+        while not (ranks.is_stopped(alone.pid) and ranks.is_stopped(left.pid)):
+            time.sleep(0.01)
+        for _ in range(2):
+            watch.end_stopped({alone.pid})
+        assert alone.poll() is None and not capsys.readouterr().err
+        watch.end_stopped({alone.pid})
+        assert alone.wait(20) == -signal.SIGKILL
+        assert f"process {alone.pid} was stopped" in capsys.readouterr().err
+        watch.ended[1] = 1.0
+        watch.end_stopped({left.pid})
+        assert left.wait(20) == -signal.SIGKILL and not capsys.readouterr().err
+    assert not ranks.is_stopped(os.getpid()) and not ranks.is_stopped(left.pid)
+
+
+@pytest.mark.parametrize(
+    "words", ["--ddp_timeout 20", "--ddp-timeout=20", "--stage sft", "--ddp_timeout x"]
+)
+def test_the_launcher_knows_how_long_ranks_wait(words, capsys):
+    expected = 20 if "20" in words else device.DDP_TIMEOUT
+    assert launch.patience(["train.py", *words.split()]) == expected
+    assert capsys.readouterr().err == ""
 
 
 def test_prefixes_and_parting_words_of_torch():

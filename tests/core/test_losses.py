@@ -220,6 +220,18 @@ def test_evaluation_counts():
     assert count == (targets != -100).sum() and correct == (logits.argmax(-1) == targets).sum() > 19
 
 
+def test_evaluation_computes_no_gradient_of_the_weights(monkeypatch):
+    """It did: twice the time, and a second [V, D]."""
+    model, batch = losses.use_chunked_loss(build()).eval(), make_batch()
+    computed = []
+    monkeypatch.setattr(losses, "_add_weight_grad_", lambda *args: computed.append(args))
+    with torch.no_grad():
+        model(**batch)
+    assert not computed
+    model(**batch)
+    assert computed
+
+
 def test_deep_copy_stands_alone():
     model, batch = losses.use_chunked_loss(build()), make_batch()
     twin = copy.deepcopy(model)

@@ -273,6 +273,29 @@ def test_cuda_varlen_equals_block_mask():
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
 
 
+def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    return query
+
+
+def of_torch_2_13(*args, enable_gqa=False, **kwargs):
+    assert enable_gqa
+    return of_torch_2_11(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernel", [of_torch_2_11, of_torch_2_13])
+def test_the_kernel_of_several_torch_versions(monkeypatch, kernel):
+    """2.11's takes no enable_gqa, later ones refuse fewer key heads without it."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    attention.varlen_attn.cache_clear()
+    query, key = torch.ones(4, 9, 8), torch.ones(2, 9, 8)
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out = attention._torch_varlen(query, key, key, ends, 5, 1.0)
+    attention.varlen_attn.cache_clear()
+    assert out.shape == (9, 4, 8)
+
+
 def test_padding_needs_no_pad_token():
     """Llama has none: what stands in a masked place is never looked at."""
     rows = make_rows([4, 7])

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common import cli
 from common.runs import checkpoint, run_folder
@@ -22,7 +24,7 @@ def look(out, settings=SETTINGS, overwrite=False, keeps_order=False, **changes):
 def save(out, step, complete=True, **facts):
     folder = out / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    save_file({"weight": torch.ones(9)}, folder / "model.safetensors")
     if complete:
         checkpoint.mark_complete(folder, step=step, **{"world_size": 2, "engine": "ddp"} | facts)
     return folder
@@ -104,6 +106,52 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     assert "zero-2" in look(tmp_path, hf_deepspeed_config=zero).error
     save(tmp_path, 6, weights_only=True)
     assert "no optimizer state" in look(tmp_path).error
+
+
+RESUME = {"resume_from_checkpoint": "true"}
+
+
+@pytest.mark.parametrize("name", ["new", "empty", "started"])
+def test_nothing_to_resume_starts_with_a_line(tmp_path, name):
+    """A scheduler may always ask for it."""
+    out = tmp_path / name
+    if name != "new":
+        out.mkdir()
+    if name == "started":  # and killed before the first save
+        look(out)
+    verdict = look(out, **RESUME)
+    assert verdict.exit is None and verdict.start == ""
+    assert verdict.say == [f"nothing to resume in {out}: starting at step 0"]
+    assert look(out).say == [], "who does not ask is not told"
+
+
+def test_killed_in_its_first_save_the_same_command_starts_again(tmp_path):
+    look(tmp_path)
+    folder = save(tmp_path, 4, complete=False)
+    verdict = look(tmp_path)
+    assert verdict.exit is None and verdict.start == ""
+    assert "checkpoint-4: it was never completed" in verdict.say[0]
+    assert "starting at step 0" in verdict.say[1] and folder.is_dir()
+    asked = look(tmp_path, **RESUME)
+    assert asked.exit == 1 and "no complete checkpoint" in asked.error
+    assert "leave --resume_from_checkpoint away" in asked.error
+
+
+@pytest.mark.parametrize("flags", [{}, RESUME], ids=["default", "asked"])
+def test_every_checkpoint_damaged_stops_before_work_is_lost(tmp_path, flags):
+    look(tmp_path)
+    run_folder.write_run_file(tmp_path, {"settings": SETTINGS, "before": {"metrics": {}}})
+    for step in (4, 8):
+        (save(tmp_path, step) / "model.safetensors").write_bytes(b"x")
+    save(tmp_path, 12, complete=False)
+    verdict = look(tmp_path, **flags)
+    assert verdict.exit == 1 and "no complete checkpoint" in verdict.error
+    assert len(verdict.say) == 3 and "Put back what is damaged" in verdict.error
+    assert len(checkpoint.all_checkpoints(tmp_path)) == 3
+    assert run_folder.read_run_file(tmp_path)["before"], "nothing was written"
+    if not flags:  # the remedy that is named
+        assert look(tmp_path, overwrite=True).exit is None
+        assert not checkpoint.all_checkpoints(tmp_path)
 
 
 def test_rotation_keeps_what_was_just_saved(tmp_path):

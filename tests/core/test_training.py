@@ -1,5 +1,6 @@
 """The numbers of train_qwen: parity of all engines, bit-exact resume after kills, faults, what is left on disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from harness import (
@@ -22,6 +24,8 @@ from harness import (
     weights,
     weights_sha,
 )
+
+from common.runs import checkpoint
 
 pytestmark = pytest.mark.slow
 RECIPE = ROOT / "train_qwen"
@@ -258,11 +262,21 @@ def test_overwrite_starts_anew(tmp_path):
 # ---- faults -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault, engine", [("nan-loss@6", "zero-2"), ("nan-grad@6", "ddp")])
+NANS = [
+    ("nan-loss@6", "zero-2"),
+    ("nan-grad@6", "ddp"),
+    ("nan-grad@6", "zero-2"),
+    ("nan-grad@6", "zero-3"),
+]
+
+
+@pytest.mark.parametrize("fault, engine", NANS)
 def test_nan_stops_before_the_optimizer_step_and_names_the_rows(tmp_path, fault, engine):
     result = finish(begin(tmp_path, engine=engine, fault=fault))
     expect(result, 1)
-    assert "stopped before the optimizer step" in result.stderr
+    is_late = "grad" in fault and engine != "ddp"  # DeepSpeed has stepped, and saves nothing
+    where = "before anything was saved" if is_late else "before the optimizer step"
+    assert f"stopped {where}" in result.stderr
     assert "step 6" in result.stderr and "Traceback" not in result.stderr and "nan" in result.stderr
     rows = json.loads(next(tmp_path.glob("nan_rows_*.json")).read_text())
     assert (
@@ -272,6 +286,15 @@ def test_nan_stops_before_the_optimizer_step_and_names_the_rows(tmp_path, fault,
     )
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert all(t.isfinite().all() for t in weights(tmp_path / "checkpoint-4").values())
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
+    """Gradients and loss were sound; the next loss would come after the checkpoint."""
+    line = error_line(finish(begin(tmp_path, "--save_total_limit", 1, fault="nan-weights@8")), 1)
+    assert "model.safetensors" in line and "embed_tokens.weight holds NaN" in line
+    assert checkpoint.last_complete(tmp_path)[0] == tmp_path / "checkpoint-4"
+    assert not (tmp_path / "checkpoint-8" / checkpoint.MARKER).exists()
+    assert not (tmp_path / "final").exists()
 
 
 DEATHS = [
@@ -289,6 +312,39 @@ def test_a_dead_rank_ends_the_run_with_its_error_last(tmp_path, fault, words):
     assert not subprocess.run(
         ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True
     ).stdout.strip()
+
+
+def processes_of(output) -> list[psutil.Process]:
+    """Those that have the name of the output folder among their words."""
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(output) in one.cmdline() and one.status() != psutil.STATUS_ZOMBIE:
+                found.append(one)
+    return found
+
+
+def stop_client_of(rank, output) -> None:
+    """A test's rank is a fork behind a client, which the launcher takes for the rank."""
+    for one in processes_of(output):
+        if one.environ().get("RANK") == str(rank):
+            one.suspend()
+
+
+def test_a_rank_that_hangs_is_named_and_rank_0_may_work_longer_than_that(tmp_path):
+    """Rank 0's checkpoint takes longer than the time-out; then rank 1 is stopped in step 6."""
+    flags = ["--ddp_timeout", 10]
+    process = begin(tmp_path, *flags, fault="stop-on-rank-1@6", SLOW_MARKER=13)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            stop_client_of(1, tmp_path)
+            break
+    began = time.time()
+    line = error_line(finish(process), 1)
+    assert time.time() - began < 60
+    assert "rank 1 (process " in line and "no sign of life" in line and "--ddp_timeout 10" in line
+    assert checkpoint.last_complete(tmp_path)[0] == tmp_path / "checkpoint-4"
+    assert not processes_of(tmp_path)
 
 
 @pytest.fixture

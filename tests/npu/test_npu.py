@@ -25,6 +25,8 @@ from harness import (
 )
 from npu_sim.simulator import BANNER
 
+from common.runs import checkpoint
+
 # with bf16; fp16 only. Most tests see two of a chip, also those that use one: processes with equal
 # variables come from one fork server
 A2, FIRST = "Ascend910B2", "Ascend910A"
@@ -527,6 +529,16 @@ def test_the_trainer_lets_deepspeed_see_an_overflow(npu, tmp_path):
     assert "overflow noticed: True" in done.stdout
     losses = history(tmp_path)
     assert losses[8] < losses[1]
+
+
+@pytest.mark.slow
+def test_fp16_that_overflows_twenty_times_in_a_row_stops(npu, tmp_path):
+    """The scaler skips every step from the third on; a 910A has nothing but fp16."""
+    flags = ["--max_steps", 30, "--save_steps", 2, "--eval_strategy", "no"]
+    done = train(tmp_path, *flags, fault="inf-grads@3", code=1, env=npu(FIRST, 2))
+    assert "step 22: a batch overflowed fp16 for the 20th step in a row" in done.stderr
+    for folder in checkpoint.all_checkpoints(tmp_path):
+        assert all(tensor.isfinite().all() for tensor in weights(folder).values())
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def test_commands_install_torch_from_the_cpu_index_first_and_make_the_user(tmp_p
     assert first[-1] == str(torch[-1]) and second[-2:] == ["-r", "requirements-npu.txt"]
     assert "groupadd --gid 1000 HwHiAiUser" in log
     assert "useradd --non-unique --uid 1234 --gid 1000 --create-home --shell /bin/bash danpu" in log
-    assert "chown 1234:1000 . output" in log and (tmp_path / "work/output").is_dir()
+    assert "chown 1234:1000 . output state" in log and (tmp_path / "work/output").is_dir()
     line = f". {HOME_IN_IMAGE}/tools/ascend_entrypoint.sh\n"
     assert (tmp_path / "etc/profile.d/danpu.sh").read_text() == line
     assert (tmp_path / "etc/bash.bashrc").read_text() == "# what the image had\n" + line

@@ -161,7 +161,9 @@ def test_accumulation_changes_neither_loss_nor_gradient(sizes):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = train.train_step(net, None, loader, order.bins, optimizer, scaler, training, 1)
+        gradients = train.parallel.Gradients(torch.float32)
+        state = (optimizer, scaler, training, gradients)
+        loss = train.train_step(net, None, loader, order.bins, *state, step=1)
         results.append(
             (loss, [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)])
         )

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +23,8 @@ from harness import (
 )
 
 RECIPE = ROOT / "minimind_npu"
-settings, tracking = own_modules("minimind_npu", "settings", "loop.tracking")
+NAMES = ("settings", "loop.tracking", "loop.parallel")
+settings, tracking, parallel = own_modules("minimind_npu", *NAMES)
 SHORT = [
     "--max_steps", 8, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
     "--eval_ratio", 0.01, "--bf16", "false", "--model_max_length", 128, "--hidden_size", 32, "--num_hidden_layers", 2,
@@ -34,12 +34,12 @@ ENGINES = {"ddp": [], "zero-2": [RECIPE / "ds_zero2.json"], "zero-3": [RECIPE / 
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
 
 
-def begin(output, *flags, nproc=1, engine="ddp"):
+def begin(output, *flags, nproc=1, engine="ddp", fault=""):
     more = ["--deepspeed", *ENGINES[engine]] if ENGINES[engine] else []
-    script = ["python", ROOT / "common/launch.py", nproc] if nproc > 1 or more else ["python"]
-    return start(
-        [*script, RECIPE / "train.py", *more, *SHORT, "--output_dir", output, *flags], **QUIET
-    )
+    command = ["python", ROOT / "common/launch.py", nproc] if nproc > 1 or more else ["python"]
+    faulty = ROOT / "tests/support/faults/faulty_loop.py"
+    command += [faulty, RECIPE / "train.py", fault] if fault else [RECIPE / "train.py"]
+    return start([*command, *more, *SHORT, "--output_dir", output, *flags], **QUIET)
 
 
 def train(output, *flags, code=0, **settings):
@@ -106,7 +106,8 @@ DROPOUT = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["experts, adapters with dropout", "ZeRO-2 x 2"])
 def test_killed_and_continued_is_the_same_run(spread, tmp_path, case):
-    """kill -9 after the checkpoint of step 4; the same command again ends with the same bits."""
+    """kill -9 at the beginning of the second save; the same command again ends with the same bits.
+    One process and DDP, kills at random: ../test_faults.py."""
     cut = tmp_path / "cut"
     if case in LAYOUTS:
         flags, how = of_layout(case)
@@ -115,14 +116,10 @@ def test_killed_and_continued_is_the_same_run(spread, tmp_path, case):
         flags, how = DROPOUT, {}
         whole = tmp_path / "whole"
         train(whole, *flags)
-    process = begin(cut, *flags, **how)
-    while not (cut / "checkpoint-4/complete.json").is_file():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    killed = finish(begin(cut, *flags, **how, fault="kill@checkpoint-8"))
+    expect(killed, 1 if case in LAYOUTS else -signal.SIGKILL)
     done = train(cut, *flags, **how)
-    assert "continuing from" in done.stdout or "holds this very run" in done.stdout
+    assert f"continuing from {cut}/checkpoint-4" in done.stdout
     assert history(cut) == history(whole)
     assert weights_sha(cut / "final") == weights_sha(whole / "final")
     assert report(cut)["metrics"] == report(whole)["metrics"]
@@ -181,10 +178,20 @@ def weights_sha_of(file):
         return weights_sha(folder)
 
 
+def test_a_loss_that_is_no_number_ends_the_run(capsys):
+    """A gradient that is none: ../test_faults.py."""
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(SystemExit) as stop:
+            parallel.refuse_nan(loss, 3)
+        said = capsys.readouterr().err
+        assert stop.value.code == 1 and f"step 3: the loss is {loss}; stopped before" in said
+    parallel.refuse_nan(2.0, 3)
+
+
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+def test_a_rate_that_is_far_too_high_ends_the_run(tmp_path):
     line = error_line(finish(begin(tmp_path, "--learning_rate", 1e20, "--max_grad_norm", 0)), 1)
-    assert "the loss is" in line and "--learning_rate" in line and not (tmp_path / "final").exists()
+    assert "stopped" in line and "--learning_rate" in line and not (tmp_path / "final").exists()
 
 
 @pytest.mark.slow

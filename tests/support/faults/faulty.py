@@ -11,9 +11,12 @@ FAULT: name@N, at the N-th step or save:
     kill-in-marker@N        ... half of the marker
     nan-loss@N              the loss of step N is NaN
     nan-grad@N              a gradient of step N is NaN, the loss is sound
+    nan-weights@N           step N leaves a weight that is NaN; loss and gradients were sound
+    inf-grads@N             gradients overflow in every step from N on, the losses are sound
     overflow-on-rank-0@N    the fp16 gradients of rank 0 overflow in step N; says whether DeepSpeed noticed
     raise-on-rank-1@N       rank 1 raises in step N
     die-on-rank-1@N         rank 1 is killed in step N
+    stop-on-rank-1@N        rank 1 is stopped (SIGSTOP) in step N; every marker before took SLOW_MARKER seconds
     log-rows@N              write what every step consumes to consumed_<rank>.jsonl; kill-in-step@N (never with 0)
 """
 
@@ -22,6 +25,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 script, fault = sys.argv[1:3]
@@ -78,6 +82,8 @@ def step_fault(self, model, inputs, **kwargs):
     if model.training and self.state.global_step + 1 == at:
         if kind in ("kill-in-step", "log-rows") or (kind == "die-on-rank-1" and rank == 1):
             die()
+        if kind == "stop-on-rank-1" and rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "raise-on-rank-1" and rank == 1:
             raise RuntimeError("rank one broke on purpose")
     return loss
@@ -119,6 +125,7 @@ def bad_loss(self, model, inputs, **kwargs):
 def bad_marker(folder, **facts):
     if len(saves) == at and kind == "kill-before-marker":
         die()
+    time.sleep(float(os.environ.get("SLOW_MARKER", 0)))
     stock_mark(folder, **facts)
     if len(saves) == at and kind == "kill-in-marker":
         halve(folder, checkpoint.MARKER)
@@ -154,16 +161,39 @@ elif kind == "overflow-on-rank-0":
         return loss
 
     RecipeTrainer.training_step = watched
-elif kind == "nan-grad":
-    stock_backward = RecipeTrainer.training_step
+elif kind in ("nan-grad", "inf-grads"):
+    stock_start = RecipeTrainer.before_measuring
 
-    def poisoned(self, model, inputs, *args, **kwargs):
-        loss = stock_backward(self, model, inputs, *args, **kwargs)
-        if self.state.global_step + 1 == at:
-            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("nan")
-        return loss
+    def poisoned(self):
+        """A hook sees a gradient on its way to whoever collects it: DDP, ZeRO-2, ZeRO-3."""
 
-    RecipeTrainer.training_step = poisoned
+        def poison(gradient):
+            step = self.state.global_step + 1
+            if kind == "nan-grad" and step == at:
+                return gradient * float("nan")
+            return gradient * float("inf") if kind == "inf-grads" and step >= at else gradient
+
+        next(p for p in self.model.parameters() if p.requires_grad).register_hook(poison)
+        stock_start(self)
+
+    RecipeTrainer.before_measuring = poisoned
+elif kind == "nan-weights":
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == at:
+                next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float(
+                    "nan"
+                )
+
+    stock_start = RecipeTrainer.before_measuring
+
+    def spoiled(self):
+        self.add_callback(Spoil)
+        stock_start(self)
+
+    RecipeTrainer.before_measuring = spoiled
 else:
     RecipeTrainer.compute_loss = step_fault
     if kind == "log-rows":
