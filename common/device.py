@@ -3,6 +3,7 @@ broken torch_npu away from them (common/runs/npu_install.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -82,6 +83,11 @@ def varlen_attention() -> str | None:
     if half_dtype() is not torch.bfloat16 or torch.version.hip:  # not tried on AMD's cards
         return None
     return {"cuda": "torch", "npu": "torch_npu"}.get(kind())
+
+
+def compiles() -> bool:
+    """Whether torch.compile has what it needs here to make faster kernels: CUDA and Triton."""
+    return kind() == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def overflow_saturates() -> bool:

@@ -149,12 +149,12 @@ def inspect(
             return Verdict(exit=2, error=f"{error} {REMEDY}, or {REPLACE}, or {RESUME}")
 
     verdict = _choose_checkpoint(out, asked, may_replace=overwrite and bool(past))
+    if runs_code(args) and not trusted and verdict.exit is None:
+        _check_writer(verdict)
     if verdict.exit is None and verdict.start:
         if changed:
             verdict.say.append(f"warning: continuing with other settings: {told}")
         _check_fit(verdict, args, keeps_order)
-    if runs_code(args) and not trusted and verdict.exit is None:
-        _check_writer(verdict)
     if verdict.exit is None:
         before = past.get("before") if verdict.start else None
         write_run_file(out, {"settings": settings, "before": before})  # no step: not finished

@@ -10,22 +10,21 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 
 from common import device
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 BETAS = (0.9, 0.95)
+STACKED_NUMBERS = 2**27  # that one product of Muon takes at most, 256 MiB in bfloat16
 STABLE = 0.6  # share of warmup_stable_decay after the warm-up in which the rate stays at its peak
 
 
-class Muon:
-    """torch.optim.Muon on `matrices` and AdamW on the rest, behind the interface of one
-    optimizer."""
+class MuonAndAdamW:
+    """Muon on `matrices` and AdamW on the rest, behind the interface of one optimizer."""
 
     def __init__(self, matrices: list, rest: torch.optim.AdamW, lr: float, weight_decay: float):
-        emulates_bfloat16 = device.kind() == "cpu" and device.half_dtype() is None
-        kind = Float32Muon if emulates_bfloat16 else torch.optim.Muon
-        muon = kind(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
+        muon = StackedMuon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
         self.optimizers = (muon, rest)
 
     @property
@@ -48,40 +47,82 @@ class Muon:
             one.load_state_dict(state[str(i)])
 
 
-class Float32Muon(torch.optim.Muon):
-    """torch.optim.Muon with its products in float32: on a CPU that only emulates bfloat16 some ten
-    times as fast. The state is the same."""
+class StackedMuon(torch.optim.Muon):
+    """torch.optim.Muon, whose state it has, with the work shared: matrices of one shape are one
+    product on an accelerator, and every rank orthogonalises its share of them.
+
+    The ranks must hold the same gradients. A CPU that only emulates bfloat16 computes in float32,
+    which is some ten times as fast there.
+    """
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, group)
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in shapes.items():
+                updates = orthogonal_by_ranks(self.directions(matrices, group), group)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                step = -group["lr"] * math.sqrt(max(1, rows / columns))
+                torch._foreach_add_(matrices, updates, alpha=step)
 
-    def update(self, p: torch.Tensor, group: dict) -> None:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        average = state["momentum_buffer"]
-        average.lerp_(p.grad, 1 - group["momentum"])
-        nesterov = p.grad.lerp(average, group["momentum"])
-        rows, columns = p.shape
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        step = -group["lr"] * math.sqrt(max(1, rows / columns))
-        p.add_(orthogonal(nesterov, group["ns_coefficients"], group["ns_steps"]), alpha=step)
+    def directions(self, matrices: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
+        """The gradients with Nesterov's momentum; the averages go on."""
+        gradients = [p.grad for p in matrices]
+        averages = []
+        for p in matrices:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            averages.append(state["momentum_buffer"])
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        return list(torch._foreach_lerp(gradients, averages, group["momentum"]))
+
+
+def orthogonal_by_ranks(matrices: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
+    """orthogonal() of each of the matrices, which have one shape; every rank computes a share and
+    is given the others'."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    world = dist.get_world_size() if several else 1
+    share = math.ceil(len(matrices) / world)
+    first = share * dist.get_rank() if several else 0
+    last = len(matrices) - 1
+    mine = [matrices[min(i, last)] for i in range(first, first + share)]
+    done = orthogonal_of_one_shape(mine, group["ns_coefficients"], group["ns_steps"])
+    if several:
+        of_all = [torch.empty_like(done) for _ in range(world)]
+        dist.all_gather(of_all, done)
+        done = torch.cat(of_all)
+    return list(done[: len(matrices)].to(matrices[0].dtype).unbind())
+
+
+def orthogonal_of_one_shape(matrices: list, coefficients: tuple, steps: int) -> torch.Tensor:
+    """-> [matrices, rows, columns], in the dtype of the products."""
+    emulates_bfloat16 = device.kind() == "cpu" and device.half_dtype() is None
+    dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
+    if matrices[0].device.type == "cpu":  # one by one its caches hold them
+        return torch.stack([orthogonal(x.to(dtype), coefficients, steps) for x in matrices])
+    at_once = max(1, STACKED_NUMBERS // matrices[0].numel())
+    parts = [matrices[i : i + at_once] for i in range(0, len(matrices), at_once)]
+    stacks = [torch.stack(part).to(dtype) for part in parts]
+    return torch.cat([orthogonal(stack, coefficients, steps) for stack in stacks])
 
 
 def orthogonal(matrix: torch.Tensor, coefficients: tuple, steps: int) -> torch.Tensor:
-    """The nearest matrix with singular values of about 1, by Newton and Schulz's iteration."""
+    """[..., rows, columns] -> the nearest matrix with singular values of about 1, by Newton and
+    Schulz's iteration."""
     a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if is_tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    added_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        factor = added_product(gram, gram, gram, beta=b, alpha=c)
+        x = added_product(x, factor, x, beta=a)
+    return x.mT if is_tall else x
 
 
 def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused: bool):
@@ -101,7 +142,7 @@ def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
     if kind == "muon":
-        optimizer = Muon(list(inner.values()), optimizer, muon_lr, weight_decay)
+        optimizer = MuonAndAdamW(list(inner.values()), optimizer, muon_lr, weight_decay)
     for group in optimizer.param_groups:
         group["peak"] = group["lr"]
     return optimizer

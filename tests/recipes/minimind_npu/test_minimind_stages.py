@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
-from harness import ROOT, make_rows, own_modules, pack
+from harness import ROOT, expect, finish, make_rows, own_modules, pack, start
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
@@ -424,11 +424,18 @@ def test_groups_and_state_of_the_optimizer(kind):
     )
 
 
-def test_muon_in_float32_steps_as_torch_does_in_bfloat16():
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_muon_steps_as_torch_does(monkeypatch, half, stacked):
+    """In float32 and bfloat16; one by one, and matrices of one shape at once, in two parts."""
+    monkeypatch.setattr(optim.device, "half_dtype", lambda: half)
+    if stacked:
+        monkeypatch.setattr(optim, "orthogonal_of_one_shape", as_on_an_accelerator)
     moved = []
-    for kind in (torch.optim.Muon, optim.Float32Muon):
+    for kind in (torch.optim.Muon, optim.StackedMuon):
         draw = torch.Generator().manual_seed(0)
-        matrices = [torch.randn(48, 20, generator=draw), torch.randn(20, 48, generator=draw)]
+        shapes = [(48, 20), (20, 48), (48, 20), (48, 20)]
+        matrices = [torch.randn(shape, generator=draw) for shape in shapes]
         matrices = [torch.nn.Parameter(matrix) for matrix in matrices]
         start = [matrix.detach().clone() for matrix in matrices]
         optimizer = kind(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
@@ -440,6 +447,41 @@ def test_muon_in_float32_steps_as_torch_does_in_bfloat16():
     for theirs, ours in zip(*moved, strict=True):
         assert (theirs - ours).norm() < 0.02 * theirs.norm()
         assert theirs.abs().max() > 1e-3
+
+
+def as_on_an_accelerator(matrices, coefficients, steps):
+    stacks = [torch.stack(part) for part in (matrices[:2], matrices[2:]) if part]
+    return torch.cat([optim.orthogonal(stack, coefficients, steps) for stack in stacks])
+
+
+SHARED_MUON = """
+import sys
+sys.path[:0] = ["minimind_npu", "."]
+from common import device
+import torch, torch.distributed as dist
+from loop import optim
+draw = torch.Generator().manual_seed(0)
+matrices = [torch.randn(12, 20, generator=draw) for _ in range(5)]
+group = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5}
+alone = optim.orthogonal_by_ranks(matrices, group)
+dist.init_process_group("gloo")
+computed = []
+stock = optim.orthogonal
+optim.orthogonal = lambda *args: (computed.append(1), stock(*args))[1]
+shared = optim.orthogonal_by_ranks(matrices, group)
+assert len(computed) == 3 and len(shared) == 5
+assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work_of_muon(tmp_path):
+    script = tmp_path / "muon.py"
+    script.write_text(SHARED_MUON)
+    done = expect(finish(start(["python", ROOT / "common/launch.py", 2, script])))
+    assert done.stdout.split() == ["equal"]
 
 
 # ---- precision ---------------------------------------------------------------------------------------------
