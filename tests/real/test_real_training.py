@@ -82,3 +82,12 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_alone(base):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     for found, wanted in zip(torch.autograd.grad(together, weights), expected, strict=True):
         assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_a_torn_folder_of_the_model_is_made_again(base, tmp_path):
+    for file in base.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    with open(base / "model.safetensors", "rb") as whole:
+        (tmp_path / "model.safetensors").write_bytes(whole.read(2**20))
+    assert smollm2.is_whole(base) and not smollm2.is_whole(tmp_path)
