@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from common import cli
-from common.collators import IGNORE
+from common.collators import for_model, without_labels
 from common.data.progress import Progress
+from common.fast import attention
 
 CURVE_POINTS = 10  # measurements along a run ...
 CURVE_COST = 0.05  # ... and the share of the training's work that they may take
@@ -48,10 +49,11 @@ def sum_over_rows(trainer, data) -> torch.Tensor:
             following = next(batches, None)
             batch = following or batch
             if following is None or not mine:
-                batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
-            inputs = {name: value for name, value in batch.items() if name != "row_ids"}
+                batch = without_labels(batch)
+            inputs = send_to_device(batch, args.device)
+            attention.remember_on_host(inputs)
             with trainer.compute_loss_context_manager():
-                sums = sums + trainer.eval_sums(model, send_to_device(inputs, args.device))
+                sums = sums + trainer.eval_sums(model, for_model(inputs))
             progress.update(1)
     model.train(was_training)
     if args.world_size > 1:
