@@ -238,7 +238,11 @@ def label_index(labels: torch.Tensor) -> torch.Tensor:
 
 
 def for_model(batch: dict) -> dict:
-    """The batch without what no model takes."""
+    """The batch without what no model takes. The boundaries of one on a device get their values as
+    an attribute, for kernels that want them on the host (attention.on_host)."""
+    for name, values in batch.get("on_host", {}).items():
+        if batch[name].device.type != "cpu":
+            batch[name].on_host = torch.tensor(values, dtype=batch[name].dtype)
     return {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
 
 

@@ -190,7 +190,6 @@ class RecipeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         row_ids = inputs.get("row_ids", [])
-        attention.remember_on_host(inputs)
         inputs = collators.for_model(inputs)
         if not self.takes_label_index:
             inputs.pop("label_index", None)

@@ -286,19 +286,12 @@ def _npu_varlen(
 
 def on_host(cu_seqlens: Tensor) -> Tensor:
     """The boundaries on the CPU. A copy waits for the device; all layers of a step share one, and
-    of a batch that brings them (remember_on_host) there is none."""
+    of a batch that brings them (collators.for_model) there is none."""
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens
     if not hasattr(cu_seqlens, "on_host"):
         cu_seqlens.on_host = cu_seqlens.cpu()
     return cu_seqlens.on_host
-
-
-def remember_on_host(batch: dict) -> None:
-    """For on_host: what a batch of collators.Counted brings of its tensors, which are on the device
-    by now."""
-    for name, values in batch.get("on_host", {}).items():
-        batch[name].on_host = torch.tensor(values, dtype=batch[name].dtype)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from common import cli
 from common.collators import for_model, without_labels
 from common.data.progress import Progress
-from common.fast import attention
 
 CURVE_POINTS = 10  # measurements along a run ...
 CURVE_COST = 0.05  # ... and the share of the training's work that they may take
@@ -50,10 +49,9 @@ def sum_over_rows(trainer, data) -> torch.Tensor:
             batch = following or batch
             if following is None or not mine:
                 batch = without_labels(batch)
-            inputs = send_to_device(batch, args.device)
-            attention.remember_on_host(inputs)
+            inputs = for_model(send_to_device(batch, args.device))
             with trainer.compute_loss_context_manager():
-                sums = sums + trainer.eval_sums(model, for_model(inputs))
+                sums = sums + trainer.eval_sums(model, inputs)
             progress.update(1)
     model.train(was_training)
     if args.world_size > 1:
