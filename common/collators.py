@@ -152,8 +152,8 @@ class PackedCollator:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         starts = cu_seqlens[:-1]
-        input_ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
-        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+        input_ids = joined([row["input_ids"] for row in rows])
+        labels = joined([row["labels"] for row in rows])
         labels[starts] = IGNORE
         positions = torch.arange(len(input_ids)) - torch.repeat_interleave(starts, lengths)
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -186,8 +186,8 @@ class PaddedCollator:
         mask = torch.zeros((len(rows), width), dtype=torch.int64)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
-            input_ids[i, :length] = torch.as_tensor(row["input_ids"])
-            labels[i, :length] = torch.as_tensor(row["labels"])
+            input_ids[i, :length] = joined([row["input_ids"]])
+            labels[i, :length] = joined([row["labels"]])
             mask[i, :length] = 1
         return {
             "input_ids": input_ids,
@@ -195,6 +195,11 @@ class PaddedCollator:
             "attention_mask": mask,
             "row_ids": row_ids_of(rows),
         }
+
+
+def joined(parts: list) -> torch.Tensor:
+    """Lists or arrays of numbers -> one int64 tensor, a copy: arrays of a data set are its file."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def row_ids_of(rows: list[dict]) -> list[int]:

@@ -100,6 +100,7 @@ class RecipeTrainer(Trainer):
 
         self.counts = [0, 0, 0]  # of this rank, in the order of TOTALS
         self.skipped_in_a_row = 0
+        self.saving_since = 0.0  # of the last checkpoint, seconds since 1970
         # of the step that is being computed
         self.norm = 0.0
         self.row_ids: list[int] = []
@@ -356,9 +357,11 @@ class RecipeTrainer(Trainer):
 
     # ---- checkpoints ----
     def save_model(self, output_dir=None, _internal_call=False):
-        if _internal_call and self.args.should_save and Path(output_dir).exists():
-            # incomplete: a complete one would have been resumed from
-            shutil.rmtree(output_dir)
+        if _internal_call:  # a checkpoint begins
+            self.saving_since = time.time()
+            if self.args.should_save and Path(output_dir).exists():
+                # incomplete: a complete one would have been resumed from
+                shutil.rmtree(output_dir)
         if self.processing_class is not None and hasattr(self.model, "generation_config"):
             remember_ends(self.model, self.processing_class)
         cli.wait_for_all("it writes the model")
@@ -375,12 +378,18 @@ class RecipeTrainer(Trainer):
         cli.wait_for_all("it writes the model")
 
     def complete_checkpoint(self) -> None:
-        """All ranks have written: mark the checkpoint as complete, then delete older ones."""
+        """All ranks have written: each looks at its files, rank 0 marks the checkpoint as complete
+        and deletes older ones."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         cli.wait_for_all("it writes a checkpoint")
+        written = time.time()
+        known = self.look_at(folder)
         if self.args.should_save:
             checkpoint.mark_complete(
-                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
-                step=self.state.global_step,
+                folder,
+                known,
+                step=step,
                 world_size=self.args.world_size,
                 engine=engine(self.args),
                 weights_only=self.args.save_only_model,
@@ -388,10 +397,24 @@ class RecipeTrainer(Trainer):
             checkpoint.rotate(
                 self.args.output_dir,
                 self.checkpoint_limit,
-                self.state.global_step,
+                step,
                 best=self.state.best_model_checkpoint,
             )
         cli.wait_for_all("it checks a checkpoint")
+        now = time.time()
+        took = callbacks.clock(now - self.saving_since)
+        checking = callbacks.clock(now - written)
+        cli.say(f"saved {folder.name} in {took}, of which {checking} to check it")
+
+    def look_at(self, folder: Path) -> dict[str, dict]:
+        """Sizes and checksums of a checkpoint's files, each found by the rank that wrote it."""
+        if self.args.world_size == 1:
+            return checkpoint.look_at(folder)
+        own = checkpoint.look_at(folder, self.args.process_index)
+        cli.wait_for_all("it checks a checkpoint")
+        shares: list = [None] * self.args.world_size
+        dist.all_gather_object(shares, own)
+        return {name: facts for share in shares for name, facts in share.items()}
 
     def save_final(self, dtype: torch.dtype | None = None) -> Path:
         """Write the model and tokenizer to OUTPUT/final, ready for `from_pretrained`. All ranks

@@ -122,11 +122,11 @@ def bad_loss(self, model, inputs, **kwargs):
         Trainer.compute_loss = stock
 
 
-def bad_marker(folder, **facts):
+def bad_marker(folder, *known, **facts):
     if len(saves) == at and kind == "kill-before-marker":
         die()
     time.sleep(float(os.environ.get("SLOW_MARKER", 0)))
-    stock_mark(folder, **facts)
+    stock_mark(folder, *known, **facts)
     if len(saves) == at and kind == "kill-in-marker":
         halve(folder, checkpoint.MARKER)
         die()
