@@ -27,9 +27,8 @@ from common import callbacks, cli, collators, device
 from common.convert.older_readers import for_older_readers
 from common.data.files import atomic_folder
 from common.fast import attention, losses, packing_check
-from common.runs import checkpoint, evaluate, memory, plan, report
+from common.runs import checkpoint, evaluate, generate, memory, plan, report
 from common.runs.engine import engine, patch_overflow_check
-from common.runs.generate import remember_ends
 from common.runs.run_folder import read_run_file, write_run_file
 
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
@@ -73,6 +72,7 @@ class RecipeTrainer(Trainer):
         self.measure = measure
         self.describe_row = describe_row
         self.before: dict = {}  # what measure_all gave before the first step
+        self.asks: bool | None = None  # under ZeRO-3: whether there is room to generate
 
         # the stock filter logs a NaN loss as 0 and goes on
         self.args.logging_nan_inf_filter = False
@@ -154,9 +154,29 @@ class RecipeTrainer(Trainer):
         metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         samples = []
         if self.measure:
-            more, samples = self.measure()
+            more, samples = self.ask()
             metrics |= more
         return {"metrics": metrics, "samples": samples}
+
+    def ask(self) -> tuple[dict, list]:
+        """The recipe's own measure, which generates. Under ZeRO-3 each new token gathers all
+        weights; here they are gathered once, or, where they do not fit, nothing is asked."""
+        if engine(self.args) != "zero-3":
+            return self.measure()
+        fit = generate.weights_fit(self.model)
+        if self.asks is None:
+            self.asks = fit or cli.given_by_user("eval_generate")
+            if not self.asks:
+                need = generate.weight_bytes(self.model) / 2**30
+                cli.say(
+                    f"no question is asked before and after: all weights ({need:.1f} GiB) do not "
+                    "fit the free memory of one device, and would be gathered for each new token. "
+                    "--eval_generate 8 asks all the same"
+                )
+        if not self.asks:
+            return {}, []
+        with generate.with_whole_weights(self.deepspeed) if fit else nullcontext():
+            return self.measure()
 
     # ---- one step ----
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -363,7 +383,7 @@ class RecipeTrainer(Trainer):
                 # incomplete: a complete one would have been resumed from
                 shutil.rmtree(output_dir)
         if self.processing_class is not None and hasattr(self.model, "generation_config"):
-            remember_ends(self.model, self.processing_class)
+            generate.remember_ends(self.model, self.processing_class)
         cli.wait_for_all("it writes the model")
         if engine(self.args) not in ("zero-0", "zero-1", "zero-2"):
             super().save_model(output_dir, _internal_call)
