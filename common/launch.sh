@@ -4,6 +4,7 @@
 #   NPROC DEVICES                 processes on this machine (default: one per device, 2 on CPU); device ids, e.g. DEVICES=0,2
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several machines: run the same command on each with its NODE_RANK
 #   HOSTFILE                      several machines through the deepspeed launcher (ssh), run on one of them
+#   DANPU_CHECKSUM=size           checkpoints without sha256: faster to save, damage that keeps a file's size is not seen
 #   DANPU_NO_VENV=1 DANPU_VERBOSE=1            never make a .venv; show every rank, all that libraries and pip say
 # A wrapper with variables of its own names them in $knobs before it sources this file.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +19,7 @@ quoted() {
 own_command() {
     local name word skip=0 command=
     for name in MODEL DATA OUTPUT NPROC DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE ${knobs:-} \
-        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_KEY DANPU_NO_VENV DANPU_VERBOSE; do
+        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_KEY DANPU_CHECKSUM DANPU_NO_VENV DANPU_VERBOSE; do
         if [[ -n ${!name:-} ]]; then command+="$name=$(quoted "${!name}") "; fi
     done
     command+="bash $(quoted "$0")"

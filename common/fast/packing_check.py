@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from accelerate.utils import send_to_device
 
-from common.collators import IGNORE, PackedCollator
+from common.collators import IGNORE, PackedCollator, for_model
 from common.fast import losses
 
 # the share of a document's loss that rounding may change ...
@@ -70,8 +70,7 @@ def refuse_leaks(trainer, rows: list[dict]) -> None:
 
 def loss_of(trainer, model, rows: list[dict]) -> float:
     """Sum over the labels of one packed row."""
-    batch = PackedCollator()([rows])
-    del batch["row_ids"]
+    batch = for_model(PackedCollator()([rows]))
     with trainer.compute_loss_context_manager():
         output = model(**send_to_device(batch, trainer.args.device))
     return losses.loss_counts(output)[0].item()

@@ -2,8 +2,9 @@
 only their user can read.
 
 The signature stands in complete.json, over its list of all files with their sha256, so that it
-holds wherever the folder is moved to. It is asked for where a file may run code when it is loaded
-(run_folder.py).
+holds wherever the folder is moved to. Without the sha256 it would say nothing of what the files
+hold: a checkpoint saved with DANPU_CHECKSUM=size is not signed. It is asked for where a file may
+run code when it is loaded (run_folder.py).
 """
 
 from __future__ import annotations

@@ -165,6 +165,18 @@ def test_a_forged_checkpoint_is_another_s(forge, key, tmp_path, monkeypatch):
     assert look(out, trusted=True).start == str(folder)
 
 
+def test_sizes_alone_are_no_proof_of_who_wrote_a_pickle(tmp_path, monkeypatch):
+    """They would be the same after another's file has taken the place of one."""
+    monkeypatch.setenv("DANPU_CHECKSUM", "size")
+    out = tmp_path / "out"
+    assert "DANPU_CHECKSUM=size leaves checkpoints unsigned" in look(out).say[0]
+    folder = save(out)
+    assert trust.SIGNATURE not in json.loads((folder / checkpoint.MARKER).read_text())
+    verdict = look(out)
+    assert verdict.exit == 1 and "saved without checksums (DANPU_CHECKSUM=size)" in verdict.error
+    assert look(out, trusted=True).start == str(folder)
+
+
 def test_what_is_read_as_tensors_only_needs_no_signature(tmp_path, monkeypatch):
     out = tmp_path / "out"
     look(out, zero=False)
