@@ -6,7 +6,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import shutil
 import sys
+import sysconfig
 
 from common.runs.npu_install import NPU_ERROR, cann_home, npu_hardware
 
@@ -87,8 +89,14 @@ def varlen_attention() -> str | None:
 
 
 def compiles() -> bool:
-    """Whether torch.compile has what it needs here to make faster kernels: CUDA and Triton."""
-    return kind() == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether torch.compile has what it needs here to make faster kernels: a CUDA card for which
+    Triton has code (7.0 or newer), Triton, and the C compiler and headers that it starts with."""
+    if kind() != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    has_headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    is_new_enough = module().get_device_capability() >= (7, 0)
+    return bool(has_compiler) and has_headers and is_new_enough
 
 
 def overflow_saturates() -> bool:

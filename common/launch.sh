@@ -136,12 +136,16 @@ prepare_hosts() {
     if (($(grep -cE '^[^#[:space:]]' "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
         die "HOSTFILE starts the other machines through pdsh, which is not here: apt-get install pdsh, or run this command on each machine with NNODES, NODE_RANK and MASTER_ADDR"
     fi
-    local name
-    export DS_ENV_FILE=${DS_ENV_FILE:-${TMPDIR:-/tmp}/danpu-environment-$UID}
+    local name own=${DS_ENV_FILE:-.deepspeed_env} file
+    file=$(mktemp "${TMPDIR:-/tmp}/danpu-environment-XXXXXX") || die "no file can be made in ${TMPDIR:-/tmp}"
     for name in $(compgen -e | grep -E '^(DANPU|HF|HCCL|ASCEND|NCCL|GLOO|PYTORCH|TOKENIZERS|TRANSFORMERS|DATASETS|MODELSCOPE)_' |
-        grep -vE 'TOKEN|KEY|SECRET|^DANPU_RERUN$'); do
+        grep -vE '_.*(TOKEN|KEY|SECRET)|^DANPU_RERUN$') ${DANPU_KEY:+DANPU_KEY}; do # that one names a file
         printf '%s=%s\n' "$name" "${!name//$'\n'/ }"
-    done | sed 's/["$`\\]/\\&/g' >"$DS_ENV_FILE" # it puts values between double quotes
+    done | sed 's/["$`\\]/\\&/g' >"$file" # it puts values between double quotes
+    for name in ~/"$own" "$own"; do # deepspeed's own file, which comes last and so counts
+        if [[ -f $name ]]; then grep '=' "$name" >>"$file" || true; fi
+    done
+    export DS_ENV_FILE=$file
 }
 
 # launch [--accelerate YAML] path/to/train.py [flags]

@@ -147,7 +147,10 @@ def why_foreign(folder: str | Path) -> str | None:
     words."""
     folder = Path(folder)
     content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    added = [path.name for path in _files(folder) if _name(path, folder) not in content["files"]]
+    # a link to a folder hides what is in it
+    hidden = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
+    found = [*_files(folder), *hidden]
+    added = [path.name for path in found if _name(path, folder) not in content["files"]]
     if added:
         return f"{added[0]} was added to it"
     if not has_checksums(content):

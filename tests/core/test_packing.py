@@ -421,6 +421,27 @@ def test_a_model_that_counts_positions_itself_is_found():
         packing_check.refuse_leaks(asked(model), make_rows([24, 9, 30, 12]))
 
 
+def test_rounding_in_what_is_known_by_heart_is_no_leak():
+    """A kernel rounds otherwise in a longer row: nearly no loss becomes another multiple of it."""
+    model = build("Llama", attention.register())
+    rows = make_rows([12, 9])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+        ids = torch.tensor([rows[1]["input_ids"]])
+        two = model(input_ids=ids).logits[0].topk(2)
+    surest = (two.values[:-1, 0] - two.values[:-1, 1]).argmax().item()
+    rows[1]["labels"] = [collators.IGNORE] * 9
+    rows[1]["labels"][surest + 1] = two.indices[surest, 0].item()
+
+    def round_otherwise(module, args, output):
+        return output * (1 + 2**-8 * (output.shape[1] > 9))
+
+    model.model.norm.register_forward_hook(round_otherwise)
+    trainer = asked(model)
+    trainer.compute_dtype = lambda: "bfloat16"
+    packing_check.refuse_leaks(trainer, rows)
+
+
 def test_chunks_shorter_than_the_documents_are_kept():
     """Llama 4: a document of 24 tokens in chunks of 8 gives the same loss alone and packed."""
     sizes = {"attention_chunk_size": 8, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 9}
