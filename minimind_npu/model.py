@@ -305,9 +305,11 @@ class SparseFeedForward(nn.Module):
                 [FeedForward(config, config.intermediate_size) for _ in range(shared)]
             )
 
-    def forward(self, x: Tensor, token_mask: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], token_mask [N] (0 at padding), owner [N] (sequence of each token) ->
-        [B, T, D], balance loss."""
+    def forward(
+        self, x: Tensor, token_mask: Tensor, owner: Tensor, sequences: int
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], token_mask [N] (0 at padding), owner [N] (which of the `sequences` each
+        token belongs to) -> [B, T, D], balance loss."""
         flat = x.flatten(0, 1)
         # in half precision experts that differ a little would be tied
         with torch.autocast(x.device.type, enabled=False):
@@ -316,7 +318,9 @@ class SparseFeedForward(nn.Module):
         picks = chosen.shape[1]
 
         order = chosen.flatten().argsort(stable=True)
-        sizes = chosen.flatten().bincount(minlength=self.config.num_experts)
+        # bincount would read from the device
+        sent = F.one_hot(chosen, self.config.num_experts).sum(1)
+        sizes = sent.sum(0)
         slots = flat[:, None].expand(-1, picks, -1).flatten(0, 1)  # each token `picks` times
         done = grouped(self.experts, slots.index_select(0, order), sizes)
         done = done.index_select(0, order.argsort()).view(*chosen.shape, -1)
@@ -324,7 +328,8 @@ class SparseFeedForward(nn.Module):
         if self.config.n_shared_experts:
             for expert in self.shared_experts:
                 out = out + expert(flat)
-        return out.view(x.shape), self.balance(scores, chosen, token_mask, owner)
+        balance = self.balance(scores, sent * token_mask[:, None], token_mask, owner, sequences)
+        return out.view(x.shape), balance
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """scores [N, E] -> weight and number of the chosen experts, [N, picks] both."""
@@ -336,9 +341,11 @@ class SparseFeedForward(nn.Module):
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
         return weight, chosen
 
-    def balance(self, scores: Tensor, chosen: Tensor, token_mask: Tensor, owner: Tensor) -> Tensor:
+    def balance(
+        self, scores: Tensor, sent: Tensor, token_mask: Tensor, owner: Tensor, sequences: int
+    ) -> Tensor:
         """E * sum over experts of (share of tokens sent to it) * (mean probability of it), times
-        its coefficient.
+        its coefficient. sent: [N, E], 1 where a token goes.
 
         Smallest when all experts get the same (Fedus et al. 2021). Only in training; padding does
         not count.
@@ -346,22 +353,24 @@ class SparseFeedForward(nn.Module):
         config = self.config
         if not (self.training and config.router_aux_loss_coef):
             return scores.new_zeros(())
-        sent = F.one_hot(chosen, config.num_experts).sum(1) * token_mask[:, None]
         likely = scores * token_mask[:, None]
         tokens = token_mask[:, None].to(scores.dtype)
         if config.seq_aux:
-            balance = self.balance_by_sequence(sent.to(scores.dtype), likely, tokens, owner)
+            sent = sent.to(scores.dtype)
+            balance = self.balance_by_sequence(sent, likely, tokens, owner, sequences)
         else:
             size = tokens.sum().clamp(min=1)
             picks = config.num_experts_per_tok if config.generation == 2 else 1
             balance = (sent.sum(0) / size / picks * (likely.sum(0) / size)).sum()
         return config.num_experts * config.router_aux_loss_coef * balance
 
-    def balance_by_sequence(self, sent: Tensor, likely: Tensor, tokens: Tensor, owner: Tensor):
+    def balance_by_sequence(
+        self, sent: Tensor, likely: Tensor, tokens: Tensor, owner: Tensor, sequences: int
+    ) -> Tensor:
         """sent, likely [N, E], tokens [N, 1] -> mean over the sequences that have tokens."""
 
         def by_owner(x: Tensor) -> Tensor:
-            return x.new_zeros(int(owner[-1]) + 1, x.shape[1]).index_add(0, owner, x)
+            return x.new_zeros(sequences, x.shape[1]).index_add(0, owner, x)
 
         sizes = by_owner(tokens)
         per_token = sizes.clamp(min=1)
@@ -420,7 +429,7 @@ class Layer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, rotation, mask, cache, balance: tuple | None, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """-> hidden [B, T, D], balance loss; `balance`: token_mask and owner, where there are
+        """-> hidden [B, T, D], balance loss; `balance`: what `balanced` gives, where there are
         experts."""
         normed = self.input_layernorm(hidden)
         hidden = hidden + self.self_attn(normed, rotation, mask, cache, **kwargs)
@@ -525,8 +534,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
     def balanced(
         self, hidden: Tensor, attention_mask, token_mask, cu_seqlens
-    ) -> tuple[Tensor, Tensor]:
-        """(token_mask [N], owner [N]: the sequence of each token) for the balance of experts."""
+    ) -> tuple[Tensor, Tensor, int]:
+        """(token_mask [N], owner [N]: the sequence of each token, how many there are) for the
+        balance of experts."""
         rows, length = hidden.shape[:2]
         if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -length:]
@@ -534,10 +544,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             token_mask = torch.ones(rows, length, device=hidden.device)
         place = torch.arange(rows * length, device=hidden.device)
         if cu_seqlens is None:
-            owner = place // length
-        else:
-            owner = torch.bucketize(place, cu_seqlens[1:].to(place), right=True)
-        return token_mask.flatten(), owner
+            return token_mask.flatten(), place // length, rows
+        owner = torch.bucketize(place, cu_seqlens[1:].to(place), right=True)
+        return token_mask.flatten(), owner, len(cu_seqlens) - 1
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):

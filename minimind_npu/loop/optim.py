@@ -24,9 +24,9 @@ class Muon:
 
     def __init__(self, matrices: list, rest: torch.optim.AdamW, lr: float, weight_decay: float):
         emulates_bfloat16 = device.kind() == "cpu" and device.half_dtype() is None
-        kind = Float32Muon if emulates_bfloat16 else torch.optim.Muon
-        muon = kind(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay)
-        self.optimizers = (muon, rest)
+        dtype = torch.float32 if emulates_bfloat16 else torch.bfloat16
+        settings = {"lr": lr, "momentum": 0.95, "weight_decay": weight_decay}
+        self.optimizers = (StackedMuon(matrices, dtype, **settings), rest)
 
     @property
     def param_groups(self) -> list[dict]:
@@ -48,40 +48,58 @@ class Muon:
             one.load_state_dict(state[str(i)])
 
 
-class Float32Muon(torch.optim.Muon):
-    """torch.optim.Muon with its products in float32: on a CPU that only emulates bfloat16 some ten
-    times as fast. The state is the same."""
+class StackedMuon(torch.optim.Muon):
+    """torch.optim.Muon whose matrices of one shape share their products: twenty small kernels for
+    each of them would take longer to start than to run. The state is the same.
+
+    dtype: of the products. float32 on a CPU that only emulates bfloat16, some ten times as fast.
+    """
+
+    def __init__(self, matrices: list, dtype: torch.dtype = torch.bfloat16, **settings):
+        super().__init__(matrices, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, group)
+                    by_shape.setdefault(p.shape, []).append(p)
+            for matrices in by_shape.values():
+                self.update(matrices, group)
 
-    def update(self, p: torch.Tensor, group: dict) -> None:
+    def update(self, matrices: list[torch.Tensor], group: dict) -> None:
+        """Of one shape."""
+        directions = torch.stack([self.direction(p, group) for p in matrices])
+        turned = orthogonal(directions.to(self.dtype), group["ns_coefficients"], group["ns_steps"])
+        rows, columns = matrices[0].shape
+        step = -group["lr"] * math.sqrt(max(1, rows / columns))
+        for p, one in zip(matrices, turned, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(one, alpha=step)
+
+    def direction(self, p: torch.Tensor, group: dict) -> torch.Tensor:
+        """Nesterov's look ahead along the average of the gradients."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         average = state["momentum_buffer"]
         average.lerp_(p.grad, 1 - group["momentum"])
-        nesterov = p.grad.lerp(average, group["momentum"])
-        rows, columns = p.shape
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        step = -group["lr"] * math.sqrt(max(1, rows / columns))
-        p.add_(orthogonal(nesterov, group["ns_coefficients"], group["ns_steps"]), alpha=step)
+        return p.grad.lerp(average, group["momentum"])
 
 
-def orthogonal(matrix: torch.Tensor, coefficients: tuple, steps: int) -> torch.Tensor:
-    """The nearest matrix with singular values of about 1, by Newton and Schulz's iteration."""
+def orthogonal(matrices: torch.Tensor, coefficients: tuple, steps: int) -> torch.Tensor:
+    """[n, rows, columns] -> the nearest matrices with singular values of about 1, by Newton and
+    Schulz's iteration."""
     a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return x.mT if is_tall else x
 
 
 def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused: bool):

@@ -72,7 +72,7 @@ def test_sorted_experts_equal_a_loop_over_tokens(settings):
     model = small(use_moe=True, intermediate_size=32, moe_intermediate_size=32, **settings)
     layer, config = model.model.layers[0].mlp, model.config
     x = torch.randn(2, 11, 48)
-    found, _ = layer(x, torch.ones(22), torch.zeros(22, dtype=torch.long))
+    found, _ = layer(x, torch.ones(22), torch.zeros(22, dtype=torch.long), 1)
     for place, token in enumerate(x.flatten(0, 1)):
         scores = F.linear(token, layer.gate.weight).softmax(-1)
         best = scores.sort(descending=True).indices[: config.num_experts_per_tok].tolist()
