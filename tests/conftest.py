@@ -97,11 +97,16 @@ LONGEST = (  # begin with these, so that no worker ends long after the other
     "recipes/minimind_npu/test_minimind_training.py",
     "recipes/minimind_npu/test_minimind_use.py",
     "recipes/test_notebooks.py",
+    "real/test_real_lora.py",
+    "real/test_real_training.py",
 )
 
 
+ROOMS = ("core", "tools", "npu", "gpu", "real")
+
+
 def pytest_addoption(parser):
-    rooms = "core, tools, npu, fast (nothing slow) or a recipe; see tests/run.sh"
+    rooms = f"{', '.join(ROOMS)}, fast (nothing slow) or a recipe; see tests/run.sh"
     parser.addoption("--room", default="", help=rooms)
 
 
@@ -110,7 +115,7 @@ def belongs(item, room: str) -> bool:
     it, and the fast ones of the core."""
     place = item.path.relative_to(TESTS).parts
     slow = item.get_closest_marker("slow") is not None
-    if room in ("core", "tools", "npu"):
+    if room in ROOMS:
         return place[0] == room
     if room == "fast":
         return not slow

@@ -2,7 +2,7 @@
 # Sets up what the tests need and runs them.
 #   bash tests/run.sh                        all of them
 #   bash tests/run.sh train_qwen             what a change of that recipe needs
-#   bash tests/run.sh core|tools|npu|fast    a room; fast: nothing that starts a training run
+#   bash tests/run.sh core|tools|npu|gpu|real|fast    a room; real: with a real model of 135M; fast: no training runs
 # Further flags go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,10 +13,10 @@ export PATH
 
 room=()
 case ${1:-} in
-    core | tools | npu | fast) room=(--room "$1"); shift ;;
+    core | tools | npu | gpu | real | fast) room=(--room "$1"); shift ;;
     "" | -*) ;;
     *)
-        [[ -f ${1%/}/train.py ]] || die "$1 is no recipe and none of core, tools, npu, fast" 2
+        [[ -f ${1%/}/train.py ]] || die "$1 is no recipe and none of core, tools, npu, gpu, real, fast" 2
         room=(--room "${1%/}"); shift ;;
 esac
 

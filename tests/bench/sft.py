@@ -4,11 +4,16 @@
     python tests/bench/sft.py --trl FOLDER           # with TRL from `pip install --no-deps --target FOLDER trl==1.16.0`
     python tests/bench/sft.py --only ours plain --modes full --dtypes float32 --rounds 1
     python tests/bench/sft.py --arch bloom --only plain ours       # Bloom: 250,880 tokens, ALiBi
+    python tests/bench/sft.py --arch smollm2 --only plain ours trl_packing --modes lora --rounds 1
+                                                     # the real SmolLM2-135M-Instruct, 30 steps of real rows
 
 One random model of Qwen2's (or Bloom's) architecture, rows as long as Chinese instruction data (long tail to 1,024
 tokens), the same rows for all. Every variant runs in a process of its own, the rounds interleave them, the best round
 counts. TRL keeps packed rows apart in all its settings (transformers derives a block mask from their positions). On a
 CPU, tokens per CPU second stay comparable when others use the machine; a round takes 15 minutes on two free cores.
+
+The real model trains on sums in words, up to 256 tokens a row; its `held_out` is the loss of 16 other rows after the
+last step, row by row and the same for all variants, `held_out_before` that of the model as it was.
 """
 
 import argparse
@@ -28,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 VARIANTS = ("plain", "ours", "trl", "trl_packing", "trl_padding_free")
 WINDOW = 1024
+REAL_WINDOW = 256
+HELD_OUT = 16  # rows
 ROWS_PER_BATCH = 4  # of the padded variants; their mean length makes it about one window
 
 
@@ -59,15 +66,74 @@ def make_rows(count: int, vocab: int, seed: int) -> list[dict]:
     return rows
 
 
+def sums(rng: random.Random, count: int) -> dict:
+    """A chat row of `count` sums in words, answered in figures."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    pairs = [(rng.randrange(10), rng.randrange(10)) for _ in range(count)]
+    asked = ", ".join(f"{names[a]} plus {names[b]}" for a, b in pairs)
+    answer = ", ".join(f"{a} + {b} = {a + b}" for a, b in pairs)
+    return {"messages": [
+        {"role": "system", "content": "Sums."}, {"role": "user", "content": f"Add {asked}."},
+        {"role": "assistant", "content": answer},
+    ]}  # fmt: skip
+
+
+def real_rows(count: int, seed: int) -> list[dict]:
+    """Token rows of the real model, 30 to 256 tokens with a long tail."""
+    from transformers import AutoTokenizer
+
+    from common.data.labels import encode_chat
+
+    rng = random.Random(seed)
+    tokenizer = AutoTokenizer.from_pretrained(real_folder())
+    sizes = [min(16, max(1, round(rng.lognormvariate(0.8, 0.8)))) for _ in range(count)]
+    rows = [encode_chat(tokenizer, sums(rng, k)["messages"], REAL_WINDOW) for k in sizes]
+    return [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+
+
+def real_folder() -> Path:
+    sys.path.insert(0, str(ROOT / "tests/support"))
+    import smollm2
+
+    return smollm2.folder()
+
+
+def held_out_loss(model, rows: list[dict]) -> float:
+    """Per label token, one row at a time."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    total = labels = 0
+    with torch.no_grad():
+        for row in rows:
+            batch = {name: torch.tensor([values]) for name, values in row.items()}
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total += model(**batch).loss.item() * count
+            labels += count
+    model.train(was_training)
+    return total / labels
+
+
 SIZES = {
+    "smollm2": {"vocab": 49152, "hidden": 576, "intermediate": 1536, "layers": 30},
     "qwen": {"vocab": 151936, "hidden": 512, "intermediate": 1408, "layers": 8},
     "bloom": {"vocab": 250880, "hidden": 192, "intermediate": 768, "layers": 4},
 }
 
 
-def random_model(args):
-    from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
+def fresh_model(args):
+    """Random weights in fp32, or the real ones."""
+    from transformers import (
+        AutoModelForCausalLM,
+        BloomConfig,
+        BloomForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
+    if args.arch == "smollm2":
+        return AutoModelForCausalLM.from_pretrained(real_folder(), dtype="float32")
     if args.arch == "bloom":
         return BloomForCausalLM(BloomConfig(
             vocab_size=args.vocab, hidden_size=args.hidden, n_layer=args.layers, n_head=args.hidden // 64
@@ -80,11 +146,11 @@ def random_model(args):
 
 
 def build_model(args):
-    """A random model; under LoRA `ours` keeps the frozen base in the half dtype, as the recipes do."""
+    """The model; under LoRA `ours` keeps the frozen base in the half dtype, as the recipes do."""
     import torch
 
     torch.manual_seed(0)
-    model = random_model(args)
+    model = fresh_model(args)
     if args.variant == "ours":
         from common.fast import attention, losses
 
@@ -118,7 +184,7 @@ def build_trainer(args, model, rows, meter):
     own = {} if args.variant == "ours" else {"use_cpu": device.kind() == "cpu"}
     half = {"bf16": args.dtype == "bfloat16", "fp16": args.dtype == "float16"}
     shared = own | half | {
-        "output_dir": args.output, "max_steps": args.steps, "gradient_accumulation_steps": 2, "learning_rate": 1e-4,
+        "output_dir": args.output, "max_steps": args.steps, "gradient_accumulation_steps": args.accumulation, "learning_rate": 1e-4,
         "per_device_train_batch_size": 1 if args.variant in ("ours", "trl_packing") else ROWS_PER_BATCH, "seed": 0,
         "save_strategy": "no", "report_to": [], "logging_steps": 1, "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
@@ -133,7 +199,7 @@ def build_trainer(args, model, rows, meter):
         training = TrainingArguments(**shared)
         return Trainer(model, training, collators.PaddedCollator(0), rows, callbacks=[meter])
     training = TrainingArguments(**device.training_defaults(set(half)) | shared)
-    data = collators.PackedDataset(rows, WINDOW, seed=0)
+    data = collators.PackedDataset(rows, args.window, seed=0)
     return RecipeTrainer(model, training, collators.PackedCollator(), data, callbacks=[meter])
 
 
@@ -143,7 +209,7 @@ def trl_trainer(args, model, rows, meter, shared):
 
     training = SFTConfig(
         **shared | {"gradient_checkpointing": False}, packing=args.variant == "trl_packing",
-        max_length=None if args.variant == "trl_padding_free" else WINDOW,  # the rows fit it already
+        max_length=None if args.variant == "trl_padding_free" else args.window,  # the rows fit it already
         padding_free=args.variant != "trl",
     )  # fmt: skip
     return SFTTrainer(
@@ -236,8 +302,13 @@ def child(args):
 
     cli.say = lambda text: None
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    rows = make_rows(ROWS_PER_BATCH * 2 * args.steps, args.vocab, seed=args.round)
+    count = ROWS_PER_BATCH * args.accumulation * args.steps
+    is_real = args.arch == "smollm2"
+    # some more: packing fills windows better than the mean says
+    rows = real_rows(2 * count, args.round) if is_real else make_rows(count, args.vocab, args.round)
     model = build_model(args)
+    held_out = real_rows(HELD_OUT, seed=-1) if is_real else []
+    more = {"held_out_before": held_out_loss(model, held_out)} if is_real else {}
     meter = make_meter()
     trainer = build_trainer(args, model, rows, meter)
     trainer.data_collator = meter.watch(trainer.data_collator)
@@ -252,12 +323,14 @@ def child(args):
     cpu = cpu1 - cpu0
     peak = max(peak_before, matmul_peak(getattr(torch, args.dtype)))
     flops = needed_flops(model, args, tokens, labels, squares)
+    if is_real:
+        more["held_out"] = held_out_loss(trainer.model, held_out)
     print(json.dumps({
         "variant": args.variant, "mode": args.mode, "dtype": args.dtype, "device": common.device.kind(),
         "tokens_per_cpu_s": tokens / cpu, "labels_per_cpu_s": labels / cpu, "tokens_per_s": tokens / (wall1 - wall0),
         "labels_per_s": labels / (wall1 - wall0), "memory_mb": memory_mb("VmHWM") - loaded,
         "first_step_s": wall0 - BORN, "matmul_share": flops / cpu / peak, "matmul_gflops": peak / 1e9,
-        "loss": trainer.state.log_history[0]["loss"], "tokens": tokens,
+        "loss": trainer.state.log_history[0]["loss"], "tokens": tokens, **more,
     }))  # fmt: skip
 
 
@@ -359,7 +432,9 @@ def main():
         "--dtypes", nargs="*", default=None, help="default: float32 and the device's best"
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="the first one is warm-up")
+    parser.add_argument(
+        "--steps", type=int, help="default: 4, 30 of the real model; the first one is warm-up"
+    )
     parser.add_argument(
         "--trl", default="", help="folder that holds the trl package, if it is not installed"
     )
@@ -378,6 +453,10 @@ def main():
     vars(args).update(
         {name: value for name, value in SIZES[args.arch].items() if getattr(args, name) is None}
     )
+    is_real = args.arch == "smollm2"
+    args.window = REAL_WINDOW if is_real else WINDOW
+    args.accumulation = 1 if is_real else 2
+    args.steps = args.steps or (30 if is_real else 4)
     if args.variant:
         return child(args)
     best = str(device.half_dtype() or "torch.float32").removeprefix("torch.")
