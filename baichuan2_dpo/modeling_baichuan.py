@@ -118,7 +118,7 @@ class AlibiAttention(LlamaAttention):
             key, value = past_key_values.update(key, value, self.layer_idx)
         if not isinstance(attention_mask, AlibiMask):
             raise ValueError("ALiBi takes a 2-D attention_mask, 0 on padding")
-        slopes = alibi_slopes(self.config.num_attention_heads).to(query.device)
+        slopes = alibi_slopes(self.config.num_attention_heads, query.device)
         if cu_seq_lens_q is None:
             bias = attention_mask.bias(slopes, query)
             heads = F.scaled_dot_product_attention(

@@ -51,10 +51,16 @@ class Pairs(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = {**self.rows[index], "row_id": index}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """What a DataLoader asks for: all pairs of a batch are read at once."""
+        rows = collators.numbered(self.rows, indices)
         if self.reference is not None:
-            row["reference"] = self.reference[self.offsets[index] : self.offsets[index + 1]]
-        return row
+            for row in rows:
+                start, end = self.offsets[row["row_id"]], self.offsets[row["row_id"] + 1]
+                row["reference"] = self.reference[start:end]
+        return rows
 
     def index(self) -> str:
         """Fill `offsets`; returns a hash of all rows."""
@@ -165,7 +171,7 @@ class PreferenceTrainer(RecipeTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if getattr(self.data_collator, "share", False):
+        if getattr(self.data_collator.collate, "share", False):
             shared_prompt.require(self.model)
         self.loss_is_scaled_for_ga = True  # loss_of divides by the pairs of the whole step
         self.loss_settings = {"beta": BETA.get(loss["kind"], 0.1)} | loss
@@ -183,7 +189,7 @@ class PreferenceTrainer(RecipeTrainer):
 
     # ---- reference ----
     def before_measuring(self) -> None:
-        if self.data_collator.packing:
+        if self.data_collator.collate.packing:
             packing_check.refuse_leaks(self, self.some_answers())
         if self.reference != "precomputed":
             return
@@ -259,10 +265,9 @@ class PreferenceTrainer(RecipeTrainer):
         found = torch.zeros(int(pairs.offsets[-1]), device=self.args.device)
         with Progress("reference", total=len(pairs), unit="pairs") as progress:
             for batch in loader:
-                rows = batch.pop("row_ids")
-                batch.pop("padding_tokens", None)
-                batch = send_to_device(batch, self.args.device)
-                known = self.reference_logprobs(self.model_wrapped, batch, live=False)
+                rows = batch["row_ids"]
+                inputs = collators.for_model(send_to_device(batch, self.args.device))
+                known = self.reference_logprobs(self.model_wrapped, inputs, live=False)
                 lengths = [int(pairs.offsets[row + 1] - pairs.offsets[row]) for row in rows]
                 for row, of_row in zip(rows, known.split(lengths), strict=True):
                     # ranks are summed, so that a pair that comes again must not count
@@ -333,15 +338,15 @@ class PreferenceTrainer(RecipeTrainer):
 
     def pair_losses(self, model, inputs: dict) -> tuple[Tensor, Tensor]:
         """-> loss of each pair [n], with a graph, and sums for the metrics (METRICS)."""
-        inputs = {name: value for name, value in inputs.items() if name != "padding_tokens"}
         known = inputs.pop("reference_logprobs", None)
         if known is not None:
             known = known.view(torch.float32)
         elif self.reference is not None:
             known = self.reference_logprobs(model, inputs)
-        log_probs, owner, count = losses.answer_logprobs(model, **inputs)
-        policy = answers(log_probs, owner, count)
-        reference = None if known is None else answers(known, owner, count)
+        log_probs, *whose = losses.answer_logprobs(model, **inputs)
+        longest = inputs.get("max_length_q", inputs["labels"].shape[1])
+        policy = answers(log_probs, *whose, longest)
+        reference = None if known is None else answers(known, *whose, longest)
         loss = preference_loss(policy=policy, reference=reference, **self.loss_settings)
         return loss, self._metric_sums(loss.detach(), policy, reference, log_probs.detach(), known)
 
@@ -376,7 +381,7 @@ class PreferenceTrainer(RecipeTrainer):
             policy.rejected.detach(),
             torch.ones_like(chosen),
         )
-        tokens = log_probs.new_tensor(float(len(log_probs)))
+        tokens = log_probs.new_full((), len(log_probs))
         return torch.stack([*(x.sum() for x in per_pair), kl.sum(), tokens]).float()
 
     # ---- metrics ----
@@ -388,10 +393,9 @@ class PreferenceTrainer(RecipeTrainer):
         return found
 
     def eval_sums(self, model, inputs) -> Tensor:
-        if bool((inputs["labels"] != IGNORE).any()):
+        if len(inputs["label_index"]):
             return self.pair_losses(model, inputs)[1]
         # a rank without rows takes part in the forwards
-        inputs = {name: value for name, value in inputs.items() if name != "padding_tokens"}
         known = inputs.pop("reference_logprobs", None)
         if known is None and self.reference is not None:
             self.reference_logprobs(model, inputs)
@@ -411,10 +415,10 @@ class PreferenceTrainer(RecipeTrainer):
         logs |= found
 
 
-def answers(log_probs: Tensor, owner: Tensor, count: int) -> Answers:
+def answers(log_probs: Tensor, owner: Tensor, count: int, longest: int) -> Answers:
     """Log-probs of tokens [N] and the sequence each belongs to [N] -> sums and lengths of chosen
-    and rejected [n]."""
+    and rejected [n]. longest: tokens that a sequence may have."""
     count -= count % 2  # a last sequence alone is padding
-    sums = losses.sum_by_owner(log_probs, owner, count)
-    lengths = torch.bincount(owner, minlength=count).clamp(min=1).to(sums)
+    sums = losses.sum_by_owner(log_probs, owner, count, longest)
+    lengths = losses.count_by_owner(owner, count).clamp(min=1).to(sums)
     return Answers(sums[::2], sums[1::2], lengths[::2], lengths[1::2])

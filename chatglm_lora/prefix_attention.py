@@ -50,10 +50,11 @@ class Documents:
 
     @functools.cached_property
     def plain(self) -> tuple[Document, ...]:
-        edges = pairwise(self.cu_seqlens.tolist())
+        prefix_ends = attention.on_host(self.prefix).tolist()
+        edges = pairwise(attention.on_host(self.cu_seqlens).tolist())
         return tuple(
             Document(start, prefix_end - start, end - start)
-            for (start, end), prefix_end in zip(edges, self.prefix.tolist(), strict=True)
+            for (start, end), prefix_end in zip(edges, prefix_ends, strict=True)
             if end > start
         )
 
@@ -77,7 +78,8 @@ class Documents:
         device = self.cu_seqlens.device
         lengths = [len(part) for part in parts]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return Columns(torch.cat(parts).to(device), cu_seqlens.to(device), max(lengths))
+        index = attention.to_device(torch.cat(parts), device)
+        return Columns(index, attention.to_device(cu_seqlens, device), max(lengths))
 
     @functools.cached_property
     def mask(self) -> Tensor:

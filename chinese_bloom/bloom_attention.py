@@ -66,7 +66,7 @@ class FastBloomAttention(BloomAttention):
 
     def _attend(self, query, key, value, mask) -> Tensor:
         """query, key, value [B, H, T or S, d] -> [B, T, H, d]."""
-        slopes = alibi_slopes(self.num_heads).to(query.device)
+        slopes = alibi_slopes(self.num_heads, query.device)
         scale = self.inv_norm_factor
         dropout = self.attention_dropout.p if self.training else 0.0
         if isinstance(mask, PackedRow) and not dropout:

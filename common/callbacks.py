@@ -8,8 +8,6 @@ import signal
 import sys
 import time
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from common import cli
@@ -109,20 +107,35 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+STOPPING = "stopping: this step is finished and saved first"
+# a signal that comes within a step is told to the other ranks with the next one
+STOPPING_RANKS = "stopping: this step, or the next, is finished and saved first"
+
+
 class SafeStop(TrainerCallback):
     """SIGTERM / Ctrl-C: finish the step, save, stop; after the last step, finish what is left. A
-    second one ends the process at once. All ranks agree on the step through one tiny all-reduce."""
+    second one ends the process at once.
+
+    Several ranks must end at the same step: the trainer tells them with what it sums over ranks
+    anyway, and sets `all_stop` on each in the same step.
+    """
 
     def __init__(self):
         self.asked = 0.0  # when, in seconds since 1970
+        self.all_stop = False  # a rank was asked before this step began, and all know it
         self.stopped = False
-        self.answer = "stopping: this step is finished and saved first"
+        self.answer = STOPPING
+        self.process = os.getpid()
 
-    def listen(self):
+    def listen(self, ranks: int = 1):
+        self.answer = STOPPING_RANKS if ranks > 1 else STOPPING
+        self.process = os.getpid()
         signal.signal(signal.SIGTERM, self.handle)
         signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, number, frame):
+        if os.getpid() != self.process:  # a loader's worker, which ends with its batches
+            return
         if not self.asked:
             self.asked = time.time()
             self.say_what_comes()
@@ -148,10 +161,8 @@ class SafeStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             self.training_is_done()
-        flag = torch.tensor([1.0 if self.asked else 0.0], device=args.device)
-        if args.world_size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if flag.item() and state.global_step < state.max_steps:
+        stop = self.all_stop if args.world_size > 1 else self.asked
+        if stop and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True

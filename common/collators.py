@@ -6,13 +6,19 @@ transformers expects).
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from common.data.spelling import IGNORE
+
+# what a batch says of itself and no model takes
+NOT_FOR_MODELS = ("row_ids", "tokens", "label_tokens", "padding_tokens", "on_host")
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "prefix_lengths")
 
 
 def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
@@ -66,7 +72,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def __init__(self, rows, max_length: int, seed: int = 0, lengths: Sequence[int] | None = None):
         """rows: datasets.Dataset or list of {"input_ids", "labels"}; lengths: tokens per row, if
         already known."""
-        self.rows = rows
+        self.rows = as_arrays(rows)
         if lengths is None:
             lengths = lengths_of(rows).tolist()
         self.bins = pack_bins(lengths, max_length, seed)
@@ -75,7 +81,13 @@ class PackedDataset(torch.utils.data.Dataset):
         return len(self.bins)
 
     def __getitem__(self, index: int) -> list[dict]:
-        return [_numbered(self.rows, i) for i in self.bins[index]]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[list[dict]]:
+        """What a DataLoader asks for: all rows of these bins are read at once."""
+        bins = [self.bins[index] for index in indices]
+        rows = iter(numbered(self.rows, [row for one in bins for row in one]))
+        return [list(itertools.islice(rows, len(one))) for one in bins]
 
 
 class NumberedRows(torch.utils.data.Dataset):
@@ -83,17 +95,35 @@ class NumberedRows(torch.utils.data.Dataset):
     PaddedCollator."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.rows = as_arrays(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        return _numbered(self.rows, index)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return numbered(self.rows, indices)
 
 
-def _numbered(rows, index: int) -> dict:
-    return {**rows[index], "row_id": index}
+def as_arrays(rows):
+    """A datasets.Dataset that gives its tokens and labels as arrays, which are read ten times as
+    fast as lists; a list of rows as it is."""
+    if not hasattr(rows, "with_format"):
+        return rows
+    return rows.with_format("numpy", columns=["input_ids", "labels"])
+
+
+def numbered(rows, indices: list[int]) -> list[dict]:
+    """These rows in one read, each with its "row_id"."""
+    if not hasattr(rows, "with_format"):
+        return [{**rows[index], "row_id": index} for index in indices]
+    columns = rows[indices]
+    return [
+        {"row_id": index} | {name: column[i] for name, column in columns.items()}
+        for i, index in enumerate(indices)
+    ]
 
 
 def lengths_of(rows) -> np.ndarray:
@@ -122,8 +152,8 @@ class PackedCollator:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         starts = cu_seqlens[:-1]
-        input_ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
-        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows])
+        input_ids = joined([row["input_ids"] for row in rows])
+        labels = joined([row["labels"] for row in rows])
         labels[starts] = IGNORE
         positions = torch.arange(len(input_ids)) - torch.repeat_interleave(starts, lengths)
         cu_seqlens = cu_seqlens.to(torch.int32)
@@ -156,8 +186,8 @@ class PaddedCollator:
         mask = torch.zeros((len(rows), width), dtype=torch.int64)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
-            input_ids[i, :length] = torch.as_tensor(row["input_ids"])
-            labels[i, :length] = torch.as_tensor(row["labels"])
+            input_ids[i, :length] = joined([row["input_ids"]])
+            labels[i, :length] = joined([row["labels"]])
             mask[i, :length] = 1
         return {
             "input_ids": input_ids,
@@ -167,5 +197,62 @@ class PaddedCollator:
         }
 
 
+def joined(parts: list) -> torch.Tensor:
+    """Lists or arrays of numbers -> one int64 tensor, a copy: arrays of a data set are its file."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
 def row_ids_of(rows: list[dict]) -> list[int]:
     return [row["row_id"] for row in rows if "row_id" in row]
+
+
+# ---- counts ----
+class Counted:
+    """A collator whose batches bring their counts: asked of a device they would make the host wait
+    for all that it computes.
+
+    tokens, label_tokens: ints, without padding
+    label_index: int64 [label_tokens], the places in the flattened [B * T] whose next token has a
+        label
+    on_host: the boundaries of documents as lists, name -> ints (see attention.on_host)
+    """
+
+    def __init__(self, collate: Callable[[list], dict]):
+        self.collate = collate
+
+    def __call__(self, items: list) -> dict:
+        return counted(self.collate(items))
+
+
+def counted(batch: dict) -> dict:
+    """The batch with what Counted adds; of one on a device this waits for it."""
+    if "attention_mask" in batch:
+        tokens = int(batch["attention_mask"].sum())
+    else:
+        tokens = batch["input_ids"].numel() - batch.get("padding_tokens", 0)
+    index = label_index(batch["labels"])
+    on_host = {name: batch[name].tolist() for name in BOUNDARIES if name in batch}
+    counts = {"tokens": tokens, "label_tokens": len(index), "label_index": index}
+    return batch | counts | {"on_host": on_host}
+
+
+def label_index(labels: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> int64 [N], the places in the flattened labels whose next token has a label."""
+    predicted = F.pad(labels[..., 1:], (0, 1), value=IGNORE).flatten()
+    return (predicted != IGNORE).nonzero().squeeze(1)
+
+
+def for_model(batch: dict) -> dict:
+    """The batch without what no model takes. The boundaries of one on a device get their values as
+    an attribute, for kernels that want them on the host (attention.on_host)."""
+    for name, values in batch.get("on_host", {}).items():
+        if batch[name].device.type != "cpu":
+            batch[name].on_host = torch.tensor(values, dtype=batch[name].dtype)
+    return {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
+
+
+def without_labels(batch: dict) -> dict:
+    """A counted batch for a rank that has no row left and takes part in a forward."""
+    labels = torch.full_like(batch["labels"], IGNORE)
+    none = batch["label_index"][:0]
+    return batch | {"labels": labels, "label_index": none, "label_tokens": 0}

@@ -3,7 +3,6 @@ broken torch_npu away from them (common/runs/npu_install.py)."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from common.runs import card_install
 
+LOADER_WORKERS = 2  # processes that make batches while an accelerator computes
 DDP_TIMEOUT = 600  # seconds that a rank waits for others in a collective, unless --ddp_timeout says
 
 
@@ -85,11 +85,6 @@ def varlen_attention() -> str | None:
     return {"cuda": "torch", "npu": "torch_npu"}.get(kind())
 
 
-def compiles() -> bool:
-    """Whether torch.compile has what it needs here to make faster kernels: CUDA and Triton."""
-    return kind() == "cuda" and importlib.util.find_spec("triton") is not None
-
-
 def overflow_saturates() -> bool:
     """Whether an overflow gives the largest number and a sticky flag here instead of inf
     (first-generation NPUs)."""
@@ -157,7 +152,7 @@ def training_defaults(training_args_given: set[str]) -> dict:
         training_args_given: flag names the user typed; those are left alone.
     Returns:
         defaults for TrainingArguments on this device: use_cpu, bf16/fp16, optim, ddp_backend,
-        ddp_timeout.
+        ddp_timeout, dataloader_num_workers.
     """
     here = kind()
     half = half_dtype()
@@ -166,6 +161,9 @@ def training_defaults(training_args_given: set[str]) -> dict:
         defaults["ddp_backend"] = dist_backend()
     if not {"bf16", "fp16"} & training_args_given:
         defaults |= {"bf16": half is torch.bfloat16, "fp16": half is torch.float16}
+    if here != "cpu":
+        # not persistent: a resumed run would draw other random numbers from the second epoch on
+        defaults["dataloader_num_workers"] = LOADER_WORKERS
     if here == "npu":
         defaults["optim"] = "adamw_torch"  # why not a fused one: `unsupported_flags`
         home = cann_home()

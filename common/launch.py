@@ -18,9 +18,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def agent_arguments(nproc: int) -> list[str]:
@@ -147,21 +149,39 @@ def patience(words: list[str]) -> int:
     return device.DDP_TIMEOUT
 
 
-def forward_signals() -> list[int]:
-    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save. Second: kill them. Returns the
-    list that those seen come into."""
+def forward_signals(watch) -> list[int]:
+    """First Ctrl-C / SIGTERM: pass it on, so that the ranks save, or end where there are none yet.
+    Second: kill them. Returns the list that those seen come into.
+
+    A thread does it: while the main thread waits for other machines no handler of Python runs.
+    """
     import psutil
 
+    from common import cli
+
     seen: list[int] = []
+    source, end = os.pipe()
+    os.set_blocking(end, False)
 
-    def handle(number, frame):
-        seen.append(number)
-        first = len(seen) == 1
-        for child in psutil.Process().children(recursive=not first):
-            child.send_signal(signal.SIGTERM if first else signal.SIGKILL)
+    def pass_on():
+        while True:
+            number = os.read(source, 1)[0]
+            if number not in STOPS:  # torchrun's agent listens to others
+                continue
+            seen.append(number)
+            first = len(seen) == 1
+            found = psutil.Process().children(recursive=not first)
+            if not found and not watch.seen:
+                cli.say_in_handler(f"\ninterrupted. {cli.how_to_go_on()}")
+                os._exit(cli.INTERRUPTED)
+            for child in found:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                    child.send_signal(signal.SIGTERM if first else signal.SIGKILL)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    signal.set_wakeup_fd(end)
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=pass_on, daemon=True).start()
     return seen
 
 
@@ -181,9 +201,9 @@ def main() -> int:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     os.environ["DANPU_LAUNCHER"] = str(os.getpid())
-    signals = forward_signals()
     watch = ranks.Watch(nproc, patience(script))
     watch.start()
+    signals = forward_signals(watch)
     relay = None if is_verbose else ranks.Relay(watch)
     failures = {}
     with tempfile.TemporaryDirectory(prefix="danpu-logs-") as logs:
@@ -194,7 +214,9 @@ def main() -> int:
         finally:
             if relay:
                 relay.end(release=not failures)
-        if failures and len(signals) > 1:
+        codes = {one.exitcode for one in failures.values()}
+        # a rank that is still importing cannot say so itself
+        if failures and (len(signals) > 1 or (signals and codes == {-signal.SIGTERM})):
             ranks.say("launch: stopped at once; the same command goes on from what is saved")
             return ranks.INTERRUPTED
         return ranks.report(failures, watch, relay, logs) if failures else 0

@@ -4,6 +4,7 @@
 #   NPROC DEVICES                 processes on this machine (default: one per device, 2 on CPU); device ids, e.g. DEVICES=0,2
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several machines: run the same command on each with its NODE_RANK
 #   HOSTFILE                      several machines through the deepspeed launcher (ssh), run on one of them
+#   DANPU_CHECKSUM=size           checkpoints without sha256: faster to save, damage that keeps a file's size is not seen
 #   DANPU_NO_VENV=1 DANPU_VERBOSE=1            never make a .venv; show every rank, all that libraries and pip say
 # A wrapper with variables of its own names them in $knobs before it sources this file.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +19,7 @@ quoted() {
 own_command() {
     local name word skip=0 command=
     for name in MODEL DATA OUTPUT NPROC DEVICES NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE ${knobs:-} \
-        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_KEY DANPU_NO_VENV DANPU_VERBOSE; do
+        CUDA_VISIBLE_DEVICES ASCEND_RT_VISIBLE_DEVICES DANPU_DEVICE DANPU_CACHE DANPU_KEY DANPU_CHECKSUM DANPU_NO_VENV DANPU_VERBOSE; do
         if [[ -n ${!name:-} ]]; then command+="$name=$(quoted "${!name}") "; fi
     done
     command+="bash $(quoted "$0")"
@@ -135,12 +136,16 @@ prepare_hosts() {
     if (($(grep -cE '^[^#[:space:]]' "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
         die "HOSTFILE starts the other machines through pdsh, which is not here: apt-get install pdsh, or run this command on each machine with NNODES, NODE_RANK and MASTER_ADDR"
     fi
-    local name
-    export DS_ENV_FILE=${DS_ENV_FILE:-${TMPDIR:-/tmp}/danpu-environment-$UID}
+    local name own=${DS_ENV_FILE:-.deepspeed_env} file
+    file=$(mktemp "${TMPDIR:-/tmp}/danpu-environment-XXXXXX") || die "no file can be made in ${TMPDIR:-/tmp}"
     for name in $(compgen -e | grep -E '^(DANPU|HF|HCCL|ASCEND|NCCL|GLOO|PYTORCH|TOKENIZERS|TRANSFORMERS|DATASETS|MODELSCOPE)_' |
-        grep -vE 'TOKEN|KEY|SECRET|^DANPU_RERUN$'); do
+        grep -vE '_.*(TOKEN|KEY|SECRET)|^DANPU_RERUN$') ${DANPU_KEY:+DANPU_KEY}; do # that one names a file
         printf '%s=%s\n' "$name" "${!name//$'\n'/ }"
-    done | sed 's/["$`\\]/\\&/g' >"$DS_ENV_FILE" # it puts values between double quotes
+    done | sed 's/["$`\\]/\\&/g' >"$file" # it puts values between double quotes
+    for name in ~/"$own" "$own"; do # deepspeed's own file, which comes last and so counts
+        if [[ -f $name ]]; then grep '=' "$name" >>"$file" || true; fi
+    done
+    export DS_ENV_FILE=$file
 }
 
 # launch [--accelerate YAML] path/to/train.py [flags]

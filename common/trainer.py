@@ -8,6 +8,7 @@ of its callbacks (callbacks.py). No method whose name begins with an underscore 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -22,20 +23,19 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from common import callbacks, cli, device
-from common.collators import IGNORE, PackedCollator
+from common import callbacks, cli, collators, device
 from common.convert.older_readers import for_older_readers
 from common.data.files import atomic_folder
 from common.fast import attention, losses, packing_check
-from common.runs import checkpoint, evaluate, memory, plan, report
+from common.runs import checkpoint, evaluate, generate, memory, plan, report
 from common.runs.engine import engine, patch_overflow_check
-from common.runs.generate import remember_ends
 from common.runs.run_folder import read_run_file, write_run_file
 
 TOTALS = ("total_tokens", "total_label_tokens", "total_samples")
 BINS_LOOKED_AT = 8
 BEFORE_THE_STEP = "before the optimizer step"
 BEFORE_SAVING = "before anything was saved"
+SECONDS_FOR_OTHERS = 3  # that a rank leaves to the one whose fault it is to speak first
 MOST_SKIPPED = 20  # steps in a row that fp16's scaler may skip
 
 
@@ -46,9 +46,12 @@ class RecipeTrainer(Trainer):
         measure: called on every rank before the first step and again by `measure_all`; returns
             extra metrics (exact match ...) and samples [{"prompt", "reference", "answer"}].
         describe_row: row id -> text, used to name the rows of a batch whose loss is not finite.
-    The batch may carry `row_ids` (list of ints), taken out before the model sees the batch, and
-    `padding_tokens` (int), tokens of a packed row that are none of the data's; whoever calls the
-    model takes these out.
+    The batch may carry `row_ids` (list of ints) and `padding_tokens` (int), tokens of a packed row
+    that are none of the data's. Both, and what collators.Counted adds, are taken out before the
+    model sees the batch.
+
+    Nothing is read from the device in a micro-batch, and once in an optimizer step: the norm of the
+    gradients, the losses and whether a rank was asked to stop, together.
     """
 
     plots = report.PLOTS  # what the report draws: name of the logged value -> what its axis says
@@ -62,11 +65,14 @@ class RecipeTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         plan.refuse_no_steps(self.args, len(self.train_dataset))
-        if isinstance(self.data_collator, PackedCollator):
+        self.is_packed = isinstance(self.data_collator, collators.PackedCollator)
+        if self.is_packed:
             attention.refuse_unpackable(self.model)
+        self.data_collator = collators.Counted(self.data_collator)
         self.measure = measure
         self.describe_row = describe_row
         self.before: dict = {}  # what measure_all gave before the first step
+        self.asks: bool | None = None  # under ZeRO-3: whether there is room to generate
 
         # the stock filter logs a NaN loss as 0 and goes on
         self.args.logging_nan_inf_filter = False
@@ -88,10 +94,18 @@ class RecipeTrainer(Trainer):
         ):
             self.add_callback(callback)
 
-        self.counts = torch.zeros(3, dtype=torch.int64)  # of this rank, in the order of TOTALS
-        self.norm = 0.0  # of the gradients of the step that is being computed
+        # batches come from pinned memory, so that their copies need not wait for the device
+        self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
+        self.takes_label_index = losses.is_chunked(self.model)
+
+        self.counts = [0, 0, 0]  # of this rank, in the order of TOTALS
         self.skipped_in_a_row = 0
-        self.row_ids: list[int] = []  # of the step that is being computed
+        self.saving_since = 0.0  # of the last checkpoint, seconds since 1970
+        # of the step that is being computed
+        self.norm = 0.0
+        self.row_ids: list[int] = []
+        self.micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss and row ids of each
+        self.shared = torch.tensor([1, 0])  # sums over ranks: items, how many were asked to stop
 
     # ---- before the first step ----
     def before_first_step(self) -> None:
@@ -99,7 +113,7 @@ class RecipeTrainer(Trainer):
         self.first_step = self.state.global_step
         resumed = self.first_step > 0
         self.before_measuring()
-        if isinstance(self.data_collator, PackedCollator):
+        if self.is_packed:
             packing_check.refuse_leaks(self, self.some_rows())
 
         run = read_run_file(self.args.output_dir)
@@ -122,7 +136,7 @@ class RecipeTrainer(Trainer):
         plan.check_disk(self.model, self.args, self.checkpoint_limit)
         plan.say(self)
         self.started = time.time()
-        self.safe_stop.listen()
+        self.safe_stop.listen(self.args.world_size)
 
     def before_measuring(self) -> None:
         """For subclasses: the model is wrapped (DDP, DeepSpeed), a checkpoint is loaded, nothing is
@@ -140,9 +154,29 @@ class RecipeTrainer(Trainer):
         metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         samples = []
         if self.measure:
-            more, samples = self.measure()
+            more, samples = self.ask()
             metrics |= more
         return {"metrics": metrics, "samples": samples}
+
+    def ask(self) -> tuple[dict, list]:
+        """The recipe's own measure, which generates. Under ZeRO-3 each new token gathers all
+        weights; here they are gathered once, or, where they do not fit, nothing is asked."""
+        if engine(self.args) != "zero-3":
+            return self.measure()
+        fit = generate.weights_fit(self.model)
+        if self.asks is None:
+            self.asks = fit or cli.given_by_user("eval_generate")
+            if not self.asks:
+                need = generate.weight_bytes(self.model) / 2**30
+                cli.say(
+                    f"no question is asked before and after: all weights ({need:.1f} GiB) do not "
+                    "fit the free memory of one device, and would be gathered for each new token. "
+                    "--eval_generate 8 asks all the same"
+                )
+        if not self.asks:
+            return {}, []
+        with generate.with_whole_weights(self.deepspeed) if fit else nullcontext():
+            return self.measure()
 
     # ---- one step ----
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -150,46 +184,44 @@ class RecipeTrainer(Trainer):
             # resumed from the last step: only final/ was missing
             self.control.should_training_stop = True
             return [], None
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = self.count_items(samples)
-        if own is not None:
-            num_items = torch.tensor(own, device=device)
-            if self.args.world_size > 1:
-                dist.all_reduce(num_items)
-        self.row_ids = [i for batch in samples for i in batch.get("row_ids", [])]
+        samples = list(itertools.islice(epoch_iterator, num_batches))
         for batch in samples:
-            self.counts += self.count_tokens(batch)
-        return samples, num_items
+            found = (batch["tokens"], batch["label_tokens"], len(batch.get("row_ids", [])))
+            self.counts = [a + b for a, b in zip(self.counts, found, strict=True)]
+        self.row_ids = [i for batch in samples for i in batch.get("row_ids", [])]
+        self.micro_batches = []
+        return samples, self.share_items(self.count_items(samples), device)
 
-    def count_items(self, samples: list[dict]) -> int | None:
-        """For subclasses: what the loss of a step is divided by, in this rank's micro-batches;
-        None: label tokens, as transformers counts them."""
-        return None
+    def count_items(self, samples: list[dict]) -> int:
+        """What the loss of a step is divided by, in this rank's micro-batches: label tokens."""
+        return sum(batch["label_tokens"] for batch in samples)
 
-    def count_tokens(self, batch: dict) -> torch.Tensor:
-        """Tokens, label tokens and rows of a batch, int64 [3]."""
-        tokens = labels = 0
-        if "attention_mask" in batch:
-            tokens = int(batch["attention_mask"].sum())
-        elif "input_ids" in batch:
-            tokens = batch["input_ids"].numel() - batch.get("padding_tokens", 0)
-        if "labels" in batch:
-            labels = int((batch["labels"] != IGNORE).sum())
-        return torch.tensor([tokens, labels, len(batch.get("row_ids", []))])
+    def share_items(self, own: int, device: torch.device) -> torch.Tensor | None:
+        """The items of a step, of all ranks, on the device; None for a model that does not divide
+        by them. The same all-reduce tells whether a rank was asked to stop."""
+        self.shared = torch.full((2,), own, device=device)
+        self.shared[1] = int(self.safe_stop.asked > 0)
+        if self.args.world_size > 1:
+            dist.all_reduce(self.shared)
+        if not (self.model_accepts_loss_kwargs or self.loss_is_scaled_for_ga):
+            return None
+        if self.args.average_tokens_across_devices or self.loss_is_scaled_for_ga:
+            return self.shared[0]
+        return torch.full((), own, device=device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        row_ids = inputs.pop("row_ids", [])
-        if num_items_in_batch is not None and int(num_items_in_batch) == 0:
-            self.stop_on_rows("has not a single label to train on")
+        row_ids = inputs.get("row_ids", [])
+        inputs = collators.for_model(inputs)
+        if not self.takes_label_index:
+            inputs.pop("label_index", None)
         result = self.loss_of(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        if model.training and not torch.isfinite(loss).all():
-            self.row_ids = row_ids  # of the whole step until here
-            self.stop_on_rows(f"gave a loss of {loss.item()}")
+        if model.training:
+            loss = result[0] if return_outputs else result
+            self.micro_batches.append((loss.detach().mean(), row_ids))
         return result
 
     def loss_of(self, model, inputs, return_outputs, num_items_in_batch):
-        """For subclasses with a loss of their own: the batch without row_ids -> loss, or (loss,
+        """For subclasses with a loss of their own: what the model takes -> loss, or (loss,
         outputs)."""
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -198,16 +230,34 @@ class RecipeTrainer(Trainer):
         return 0
 
     def check_gradients(self) -> None:
-        """Stop on a gradient that is not finite, before the optimizer uses it; in fp16 the scaler
-        decides first (check_step).
+        """Stop on a loss or a gradient that is not finite, before the optimizer uses it; in fp16
+        the scaler decides about gradients first (check_step).
 
         DeepSpeed has stepped already when this event comes, so that the weights of this process are
         lost there; nothing of them is saved.
         """
-        self.norm = self.gradient_norm()
-        if not self.args.fp16 and not math.isfinite(self.norm):
-            where = BEFORE_SAVING if self.is_deepspeed_enabled else BEFORE_THE_STEP
-            self.stop_on_rows(f"gave a gradient norm of {self.norm}", where)
+        values = [loss for loss, _ in self.micro_batches]
+        norm, items, asked, *found = self.read(self.gradient_norm(), *self.shared, *values)
+        self.norm = norm
+        self.safe_stop.all_stop = asked > 0
+        where = BEFORE_SAVING if self.is_deepspeed_enabled else BEFORE_THE_STEP
+        if items == 0:
+            self.stop_on_rows("has not a single label to train on", where)
+        for loss, (_, row_ids) in zip(found, self.micro_batches, strict=True):
+            if not math.isfinite(loss):
+                self.row_ids = row_ids
+                self.stop_on_rows(f"gave a loss of {loss}", where)
+        if not self.args.fp16 and not math.isfinite(norm):
+            if self.args.world_size > 1:
+                time.sleep(SECONDS_FOR_OTHERS)  # a rank whose loss it comes from ends the run first
+            self.stop_on_rows(f"gave a gradient norm of {norm}", where)
+
+    def read(self, *values: torch.Tensor | float) -> list[float]:
+        """Numbers that may be on the device, all in one copy."""
+        there = [value for value in values if torch.is_tensor(value)]
+        numbers = [value.to(self.args.device, torch.float32) for value in there]
+        found = iter(torch.stack(numbers).tolist())
+        return [next(found) if torch.is_tensor(value) else value for value in values]
 
     def check_step(self) -> None:
         """fp16: the scaler may skip a step now and then. It tells what a norm does not: a chip that
@@ -227,13 +277,13 @@ class RecipeTrainer(Trainer):
                 BEFORE_SAVING,
             )
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> torch.Tensor | float:
         """Of the gradients as they are now, clipped: one that is not finite stays so."""
         if self.is_deepspeed_enabled:
             norm = self.deepspeed.get_global_grad_norm()
-            return 0.0 if norm is None else float(norm)
+            return 0.0 if norm is None else norm
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
     def stop_on_rows(self, what: str, where: str = BEFORE_THE_STEP) -> None:
         """End the run and leave the batch's rows in nan_rows_<rank>.json.
@@ -262,7 +312,7 @@ class RecipeTrainer(Trainer):
     def totals(self) -> dict:
         """Tokens, label tokens and samples of all ranks, and seconds; without the part before a
         resume. All ranks call it."""
-        counts = self.counts.to(self.args.device)
+        counts = torch.tensor(self.counts, device=self.args.device)
         if self.args.world_size > 1:
             dist.all_reduce(counts)
         return dict(zip(TOTALS, counts.tolist(), strict=True)) | {
@@ -327,11 +377,13 @@ class RecipeTrainer(Trainer):
 
     # ---- checkpoints ----
     def save_model(self, output_dir=None, _internal_call=False):
-        if _internal_call and self.args.should_save and Path(output_dir).exists():
-            # incomplete: a complete one would have been resumed from
-            shutil.rmtree(output_dir)
+        if _internal_call:  # a checkpoint begins
+            self.saving_since = time.time()
+            if self.args.should_save and Path(output_dir).exists():
+                # incomplete: a complete one would have been resumed from
+                shutil.rmtree(output_dir)
         if self.processing_class is not None and hasattr(self.model, "generation_config"):
-            remember_ends(self.model, self.processing_class)
+            generate.remember_ends(self.model, self.processing_class)
         cli.wait_for_all("it writes the model")
         if engine(self.args) not in ("zero-0", "zero-1", "zero-2"):
             super().save_model(output_dir, _internal_call)
@@ -346,12 +398,18 @@ class RecipeTrainer(Trainer):
         cli.wait_for_all("it writes the model")
 
     def complete_checkpoint(self) -> None:
-        """All ranks have written: mark the checkpoint as complete, then delete older ones."""
+        """All ranks have written: each looks at its files, rank 0 marks the checkpoint as complete
+        and deletes older ones."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         cli.wait_for_all("it writes a checkpoint")
+        written = time.time()
+        known = self.look_at(folder)
         if self.args.should_save:
             checkpoint.mark_complete(
-                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
-                step=self.state.global_step,
+                folder,
+                known,
+                step=step,
                 world_size=self.args.world_size,
                 engine=engine(self.args),
                 weights_only=self.args.save_only_model,
@@ -359,10 +417,24 @@ class RecipeTrainer(Trainer):
             checkpoint.rotate(
                 self.args.output_dir,
                 self.checkpoint_limit,
-                self.state.global_step,
+                step,
                 best=self.state.best_model_checkpoint,
             )
         cli.wait_for_all("it checks a checkpoint")
+        now = time.time()
+        took = callbacks.clock(now - self.saving_since)
+        checking = callbacks.clock(now - written)
+        cli.say(f"saved {folder.name} in {took}, of which {checking} to check it")
+
+    def look_at(self, folder: Path) -> dict[str, dict]:
+        """Sizes and checksums of a checkpoint's files, each found by the rank that wrote it."""
+        if self.args.world_size == 1:
+            return checkpoint.look_at(folder)
+        own = checkpoint.look_at(folder, self.args.process_index)
+        cli.wait_for_all("it checks a checkpoint")
+        shares: list = [None] * self.args.world_size
+        dist.all_gather_object(shares, own)
+        return {name: facts for share in shares for name, facts in share.items()}
 
     def save_final(self, dtype: torch.dtype | None = None) -> Path:
         """Write the model and tokenizer to OUTPUT/final, ready for `from_pretrained`. All ranks

@@ -213,7 +213,6 @@ TOY = {
     ),
 }
 TOY_SAVE_STEPS = 300
-COMPILED_WIDTH = 256
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that take Muon where it can work
 
 
@@ -247,15 +246,12 @@ def any_given(*flags: str) -> bool:
 
 def set_defaults(args: Args, training: TrainingArguments, width: int) -> None:
     if width >= TOY_WIDTH:
-        defaults = dict(STAGE[args.stage])
+        defaults = STAGE[args.stage]
     else:
         defaults = TOY[args.stage] | {"save_steps": TOY_SAVE_STEPS}
         whole_matrices = not (training.deepspeed or args.use_lora)
         if args.stage in TOY_MUON and whole_matrices and muon_runs_here():
             defaults["optimizer"] = "muon"
-    # a layer is one kernel after another, which are fewer when compiled; experts are looked up in
-    # between, and toys are over before they are compiled
-    defaults["torch_compile"] = device.compiles() and width >= COMPILED_WIDTH and not args.use_moe
     if any_given("max_seq_len"):  # the other name of the flag
         defaults = {name: v for name, v in defaults.items() if name != "model_max_length"}
     own = {one.name for one in fields(Args)}

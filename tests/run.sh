@@ -20,8 +20,9 @@ case ${1:-} in
         room=(--room "${1%/}"); shift ;;
 esac
 
-# Debian's Chromium and CJK fonts for the demo tests, shellcheck for the scripts
-if ! command -v chromium >/dev/null || ! command -v shellcheck >/dev/null || ! fc-list 2>/dev/null | grep -qi "noto.*cjk"; then
+# Debian's Chromium and CJK fonts for the demo tests, shellcheck for the scripts (grep -q would end
+# fc-list by SIGPIPE, which counts as a failure here)
+if ! command -v chromium >/dev/null || ! command -v shellcheck >/dev/null || ! fc-list 2>/dev/null | grep -i "noto.*cjk" >/dev/null; then
     if command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
         echo "tests: installing chromium, fonts-noto-cjk and shellcheck"
         apt-get update -qq >/dev/null

@@ -23,13 +23,13 @@ COLUMNS = 8  # that a fused kernel's query and key are widened by
 
 
 @functools.cache
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
     """ALiBi's slope of each head, fp32 [heads]: 2^(-8i/n), filled up from 2n where `heads` is no
-    power of two n."""
+    power of two n. Every layer asks, and each copy to a device would wait for it."""
     n = 2 ** (heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)
 
 
 def alibi_attention(query, key, value, cu_seqlens, max_seqlen, scale, slopes) -> Tensor:

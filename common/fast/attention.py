@@ -40,7 +40,28 @@ def register(name: str = NAME, forward: Callable | None = None) -> str:
     AttentionInterface.register(name, forward or packed_forward)
     AttentionMaskInterface.register(name, _mask)
     PACKS.add(name)
+    _find_documents_unasked()
     return name
+
+
+def _find_documents_unasked() -> None:
+    """transformers asks the device in every forward whether the positions of a row restart. A
+    single row may be taken for a packed one unasked, as transformers itself does where a model is
+    traced: a mask, where one is built at all, is the same."""
+    from transformers import masking_utils
+
+    stock = masking_utils.find_packed_sequence_indices
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def find(position_ids: Tensor) -> Tensor | None:
+        if position_ids.device.type == "cpu" or len(position_ids) > 1:
+            return stock(position_ids)
+        before_the_first = position_ids[:, :1] - 1
+        return (torch.diff(position_ids, prepend=before_the_first) != 1).cumsum(-1)
+
+    masking_utils.find_packed_sequence_indices = find
 
 
 def refuse_unpackable(model) -> None:
@@ -263,8 +284,20 @@ def _npu_varlen(
     )
 
 
-@functools.lru_cache(maxsize=4)
 def on_host(cu_seqlens: Tensor) -> Tensor:
-    """The boundaries on the CPU. The copy waits for the device, so all layers of a step share one:
-    a tensor is hashed by its identity, and every layer is given the same."""
-    return cu_seqlens.cpu()
+    """The boundaries on the CPU. A copy waits for the device; all layers of a step share one, and
+    of a batch that brings them (collators.for_model) there is none."""
+    if cu_seqlens.device.type == "cpu":
+        return cu_seqlens
+    if not hasattr(cu_seqlens, "on_host"):
+        cu_seqlens.on_host = cu_seqlens.cpu()
+    return cu_seqlens.on_host
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy there that does not wait for the device."""
+    if device.type == "cpu":
+        return values
+    there = values.pin_memory().to(device, non_blocking=True)
+    there.on_host = values
+    return there

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.collators import IGNORE
+from common.collators import IGNORE, label_index
 
 CPU_ROWS = 512  # fewer rows make the weight-gradient product slow, more only cost memory
 ACCELERATOR_LOGITS = 2**27  # elements of one chunk of logits on an accelerator (256 MiB in bf16)
@@ -211,21 +211,26 @@ class _Call:
 
 
 def _note_labels(call: _Call, head: nn.Module, kwargs: dict) -> None:
-    """Find the positions whose next token has a label (or whose entry in shift_labels is one)."""
+    """Note the positions whose next token has a label (or whose entry in shift_labels is one); a
+    batch that brings them as `label_index` need not be searched, which waits for the device."""
+    index = kwargs.pop("label_index", None)
     targets = kwargs.get("shift_labels")
     if targets is None:
         targets = F.pad(kwargs["labels"][..., 1:], (0, 1), value=IGNORE)
     targets = targets.flatten()
+    if index is None or kwargs.get("shift_labels") is not None:
+        index = (targets != IGNORE).nonzero().squeeze(1)
     call.head = head
     call.positions = targets.numel()
-    call.index = (targets != IGNORE).nonzero().squeeze(1)
-    call.targets = targets[call.index]
+    call.index = index
+    call.targets = targets[index]
     call.num_items = kwargs.get("num_items_in_batch")
 
 
 def _model_forward(self, *args, **kwargs):
     call = self._chunked
     if kwargs.get("labels") is None:
+        kwargs.pop("label_index", None)
         return self._stock_forward(*args, **kwargs)
     head = self.get_output_embeddings()
     if "_chunked" not in head.__dict__:  # replaced since (an adapter on the head)
@@ -263,8 +268,10 @@ def _head_forward(self, hidden, *args, **kwargs):
     if call.per_token:
         call.said = log_probs
         return call.said
-    right = correct.sum() if correct is not None else log_probs.new_tensor(float("nan"))
-    counts = torch.stack([-log_probs.detach().sum(), right, log_probs.new_tensor(len(rows))])
+    # filled on the device: a number that is copied there waits for it
+    right = correct.sum() if correct is not None else log_probs.new_full((), float("nan"))
+    labels = log_probs.new_full((), len(rows))
+    counts = torch.stack([-log_probs.detach().sum(), right, labels])
     # the loss leaves the head as part of its output, where logits are expected: only so do ZeRO-3's
     # hooks on the head see its backward; _loss_function takes it out again
     call.said = torch.cat([counts.float(), call.loss.float()[None]])
@@ -294,13 +301,13 @@ def _weighted_balance(router_logits: tuple, config, call: _Call, kwargs: dict) -
     place = torch.arange(shape.numel(), device=where)
     ends = kwargs.get("cu_seq_lens_q")
     if ends is None:
-        ends = torch.arange(0, shape.numel() + 1, shape[-1])
+        ends = torch.arange(0, shape.numel() + 1, shape[-1], device=where)
     documents = len(ends) - 1
     owner = torch.bucketize(place, ends[1:].to(place), right=True)
     mask = kwargs.get("attention_mask")
-    mask = torch.ones(shape) if mask is None else mask
+    mask = torch.ones(shape, device=where) if mask is None else mask
     mask = mask.flatten().to(where, torch.float32)
-    labels = torch.bincount(owner[call.index.to(where)], minlength=documents)
+    labels = count_by_owner(owner[call.index.to(where)], documents)
     picks = config.num_experts_per_tok
     balances = balance_of_documents(router_logits, owner, mask, documents, picks)
     return config.router_aux_loss_coef * (labels / _num_items(call) * balances).sum()
@@ -414,8 +421,8 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
     """Patch a causal language model (before or after peft wraps it); returns the model it was
     given.
 
-    From then on `model(input_ids, labels=labels, num_items_in_batch=None, ...)`, labels [B, T] by
-    keyword, gives
+    From then on `model(input_ids, labels=labels, num_items_in_batch=None, label_index=None, ...)`,
+    labels [B, T] by keyword and label_index as in collators.Counted, gives
         loss    sum over label tokens / num_items_in_batch (default: the number of label tokens; a
                 batch without any label gives 0 with a graph), plus the auxiliary loss of a mixture
                 of experts where its config asks for router logits: that of each document, weighted
@@ -426,9 +433,9 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
     logits after the head, or that compute the loss themselves, end with SystemExit at the first
     call.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "_chunked" in inner.__dict__:
+    if is_chunked(model):
         return model
+    inner = without_adapter(model)
     head = inner.get_output_embeddings()
     if head is None:
         _refuse(inner, "has no output head (get_output_embeddings() is None)")
@@ -438,6 +445,15 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
     inner._stock_loss = inner.loss_function
     inner.loss_function = MethodType(_loss_function, inner)
     return model
+
+
+def is_chunked(model: nn.Module) -> bool:
+    """Whether this model, or the base of its adapter, is under use_chunked_loss."""
+    return "_chunked" in without_adapter(model).__dict__
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def loss_counts(output) -> Tensor:
@@ -467,12 +483,12 @@ def answer_logprobs(
         log_probs = model(input_ids=input_ids, labels=labels, **inputs).logits
     finally:
         call.per_token = False
-    predicted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-    index = (predicted != IGNORE).nonzero().squeeze(1)
+    index = inputs.get("label_index")
+    index = label_index(labels) if index is None else index
     cu_seqlens = inputs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         batch, length = labels.shape
-        cu_seqlens = torch.arange(0, batch * length + 1, length)
+        cu_seqlens = torch.arange(0, batch * length + 1, length, device=index.device)
     owner = torch.bucketize(index, cu_seqlens.to(index)[1:], right=True)
     return log_probs, owner, len(cu_seqlens) - 1
 
@@ -483,12 +499,21 @@ def sequence_logprobs(model: nn.Module, input_ids: Tensor, labels: Tensor, **inp
     return sum_by_owner(*answer_logprobs(model, input_ids, labels, **inputs))
 
 
-def sum_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:
+def sum_by_owner(values: Tensor, owner: Tensor, count: int, most: int | None = None) -> Tensor:
     """values [N] of the sequences in `owner` [N], ascending -> their sums [count], with a graph.
 
-    Added pairwise: one after another, 800 log-probs would lose 1e-3 in float32.
+    most: values that a sequence may have; unset, the device is asked. Added pairwise: one after
+    another, 800 log-probs would lose 1e-3 in float32.
     """
-    lengths = torch.bincount(owner, minlength=count)
+    lengths = count_by_owner(owner, count)
     place = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
-    grid = values.new_zeros(count, int(lengths.max()) if count else 0)
+    if most is None:
+        most = int(lengths.max()) if count else 0
+    grid = values.new_zeros(count, most)
     return grid.index_put((owner, place), values).sum(1)
+
+
+def count_by_owner(owner: Tensor, count: int) -> Tensor:
+    """How often each of range(count) stands in `owner`, int64 [count]; bincount would wait for the
+    device."""
+    return owner.new_zeros(count).index_add_(0, owner, torch.ones_like(owner))

@@ -1,48 +1,29 @@
 """Crash-safe checkpoints by validation on read.
 
-After every rank has written its part, rank 0 writes `complete.json` last, with the size and sha256
-of each file, signed by this user (trust.py). A folder without it, or whose files differ from it, is
-incomplete: resume names it and takes the newest complete one. A folder whose weights are not finite
-never gets it.
+After every rank has written its part and looked at it, rank 0 writes `complete.json` last, with the
+size and sha256 of each file, signed by this user (trust.py). A folder without it, or whose files
+differ from it, is incomplete: resume names it and takes the newest complete one. A folder whose
+weights are not finite never gets it.
+
+DANPU_CHECKSUM=size leaves the sha256 out, and with it the signature: damage that keeps a file's
+size is not seen, and nobody can tell who wrote the files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from common.data.files import atomic_file
-from common.runs import trust
+from common.runs import digests, trust
 
 MARKER = "complete.json"
-THREADS = 8  # that read files at once
-
-
-def _digest(path: Path, sync: bool = False) -> dict:
-    """Size in bytes and sha256 of a file; `sync` first forces it to disk, so that a power cut
-    cannot damage it later."""
-    with open(path, "rb+" if sync else "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return {"size": os.path.getsize(path), "sha256": _sha256(file)}
-
-
-def _synced_digest(path: Path) -> dict:
-    return _digest(path, sync=True)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+FORMAT = 2  # of the marker: large files have the sha256 of their ranges' sha256
+# of DeepSpeed, transformers, FSDP and minimind_npu: the rank that wrote a file
+WRITER = re.compile(r"(?:pp_rank|rng_state|random)_(\d+)|__(\d+)_\d+\.distcp$")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -54,90 +35,109 @@ def _name(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder))
 
 
+def written_by(name: str) -> int:
+    """The rank that wrote a file: it has it in memory, and its machine must bring it to disk."""
+    found = WRITER.search(name)
+    return int(found[1] or found[2]) if found else 0
+
+
 def refuse_not_finite(folder: str | Path) -> None:
     """SystemExit where a weight in the *.safetensors of `folder` is NaN or infinite, naming the
-    first such tensor. Call on one process before the folder counts as a checkpoint or a model.
+    first such tensor. Call on one process before the folder counts as a model.
 
     Models and adapters are in such files; so are the weights of ZeRO-3, which the shipped settings
     gather into one copy for each checkpoint (stage3_gather_16bit_weights_on_model_save). What is
-    in pickles is not read: optimizer states, and ZeRO-3's shards where a user has switched that
-    copy off; then final/ is the first place where its weights are seen.
+    in pickles is not looked at: optimizer states, and ZeRO-3's shards where a user has switched
+    that copy off; then final/ is the first place where its weights are seen.
     """
     paths = sorted(Path(folder).glob("*.safetensors"))
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(_wrong_weights, paths))
-    for path, problem in zip(paths, found, strict=True):
-        if problem:
+    _refuse(paths, digests.digest(paths, sha256=False, weights=True))
+
+
+def _refuse(paths: list[Path], found: list[digests.Digest]) -> None:
+    for path, one in zip(paths, found, strict=True):
+        if one.problem:
             raise SystemExit(
-                f"{path}: {problem}; the folder counts neither as a checkpoint nor as a model. "
+                f"{path}: {one.problem}; the folder counts neither as a checkpoint nor as a model. "
                 "Earlier checkpoints are sound"
             )
 
 
-def _wrong_weights(path: Path) -> str | None:
-    """What is wrong with the weights of a file, in a few words; one tensor is in memory at a
-    time."""
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-                    return f"{name} holds NaN or infinite numbers"
-    except SafetensorError as error:
-        return f"it cannot be read again ({error})"
-    return None
+def look_at(folder: str | Path, rank: int | None = None) -> dict[str, dict]:
+    """Name -> size and sha256 of the files that `rank` wrote (None: of all), which are on the disk
+    then. Call after all have written.
 
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.element_size() == 1:  # float8 has no kernels
-        tensor = tensor.float()
-    # ten times as fast as isfinite(tensor).all(), without a mask of its size; NaN goes through
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def mark_complete(folder: str | Path, **facts) -> None:
-    """Declare `folder` complete. Call on one process after all have written.
-
-    facts: step, world_size ..., stored beside the list of files.
-    SystemExit where its weights are not finite (refuse_not_finite).
+    SystemExit where a weight among them is not finite, as in refuse_not_finite.
     """
     folder = Path(folder)
-    refuse_not_finite(folder)
     paths = _files(folder)
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(_synced_digest, paths))
-    names = [_name(path, folder) for path in paths]
-    files = dict(zip(names, digests, strict=True))
-    content = {**facts, "files": files}
-    content[trust.SIGNATURE] = trust.sign(content)
+    if rank is not None:
+        paths = [path for path in paths if written_by(_name(path, folder)) == rank]
+    return _look_at(paths, folder)
+
+
+def _look_at(paths: list[Path], folder: Path) -> dict[str, dict]:
+    with_sha256 = digests.method() == "sha256"
+    found = digests.digest(paths, with_sha256, weights=True, sync=True)
+    _refuse(paths, found)
+    return {_name(path, folder): one.facts() for path, one in zip(paths, found, strict=True)}
+
+
+def mark_complete(folder: str | Path, known: dict[str, dict] | None = None, **facts) -> None:
+    """Declare `folder` complete. Call on one process after all have written.
+
+    known: what ranks have found of their files (look_at); the others are looked at here.
+    facts: step, world_size ..., stored beside the list of files.
+    SystemExit where its weights are not finite.
+    """
+    folder = Path(folder)
+    files = dict(known or {})
+    files |= _look_at([path for path in _files(folder) if _name(path, folder) not in files], folder)
+    content = {**facts, "format": FORMAT, "files": dict(sorted(files.items()))}
+    if has_checksums(content):
+        content[trust.SIGNATURE] = trust.sign(content)
     with atomic_file(folder / MARKER) as part, open(part, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
-def why_incomplete(folder: str | Path) -> str | None:
-    """None if the checkpoint is complete, else the reason in a few words."""
+def has_checksums(content: dict) -> bool:
+    """Whether a marker tells of the content of all files, not only of their sizes."""
+    return all("sha256" in file for file in content["files"].values())
+
+
+def why_incomplete(folder: str | Path, sizes_only: bool = False) -> str | None:
+    """None if the checkpoint is complete, else the reason in a few words.
+
+    sizes_only: do not read the files, which takes minutes where they are large.
+    """
     folder = Path(folder)
     try:
-        wanted = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        wanted = content["files"]
     except FileNotFoundError:
         return "it was never completed (killed while saving)"
     except (ValueError, KeyError, OSError) as error:
         return f"{MARKER} cannot be read ({error})"
+    if content.get("format", 1) > FORMAT:
+        return f"{MARKER} was written by a newer version"
 
-    for name, digest in wanted.items():
+    for name, facts in wanted.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != digest["size"]:
-            return f"{name} has {size:,} bytes instead of {digest['size']:,}"
+        if size != facts["size"]:
+            return f"{name} has {size:,} bytes instead of {facts['size']:,}"
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(_digest, [folder / name for name in wanted]))
-    for name, digest in zip(wanted, digests, strict=True):
-        if digest["sha256"] != wanted[name]["sha256"]:
+    if sizes_only:
+        return None
+    names = [name for name, facts in wanted.items() if "sha256" in facts]
+    ranged = content.get("format", 1) >= 2
+    found = digests.digest([folder / name for name in names], ranged=ranged)
+    for name, one in zip(names, found, strict=True):
+        if one.sha256 != wanted[name]["sha256"]:
             return f"{name} is damaged (sha256 differs)"
     return None
 
@@ -147,9 +147,14 @@ def why_foreign(folder: str | Path) -> str | None:
     words."""
     folder = Path(folder)
     content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    added = [path.name for path in _files(folder) if _name(path, folder) not in content["files"]]
+    # a link to a folder hides what is in it
+    hidden = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
+    found = [*_files(folder), *hidden]
+    added = [path.name for path in found if _name(path, folder) not in content["files"]]
     if added:
         return f"{added[0]} was added to it"
+    if not has_checksums(content):
+        return "it was saved without checksums (DANPU_CHECKSUM=size)"
     return trust.why_foreign(content)
 
 
@@ -185,7 +190,7 @@ def rotate(output_dir: str | Path, limit: int, step: int, best: str | None = Non
     for folder in all_checkpoints(output_dir):
         if step_of(folder) <= step:
             past.append(folder)
-        elif why_incomplete(folder):
+        elif why_incomplete(folder, sizes_only=True):
             shutil.rmtree(folder, ignore_errors=True)
     for folder in past[limit:]:
         if best is None or folder.name != Path(best).name:
@@ -195,4 +200,5 @@ def rotate(output_dir: str | Path, limit: int, step: int, best: str | None = Non
 def facts(folder: str | Path) -> dict:
     """What `mark_complete` stored beside the file list."""
     content = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
-    return {name: content[name] for name in content if name not in ("files", trust.SIGNATURE)}
+    own = ("files", "format", trust.SIGNATURE)
+    return {name: content[name] for name in content if name not in own}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from common import cli
-from common.collators import IGNORE
+from common.collators import for_model, without_labels
 from common.data.progress import Progress
 
 CURVE_POINTS = 10  # measurements along a run ...
@@ -48,10 +48,10 @@ def sum_over_rows(trainer, data) -> torch.Tensor:
             following = next(batches, None)
             batch = following or batch
             if following is None or not mine:
-                batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
-            inputs = {name: value for name, value in batch.items() if name != "row_ids"}
+                batch = without_labels(batch)
+            inputs = for_model(send_to_device(batch, args.device))
             with trainer.compute_loss_context_manager():
-                sums = sums + trainer.eval_sums(model, send_to_device(inputs, args.device))
+                sums = sums + trainer.eval_sums(model, inputs)
             progress.update(1)
     model.train(was_training)
     if args.world_size > 1:

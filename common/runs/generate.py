@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from common import cli
+from common import cli, device
 from common.data.labels import turn_end_ids, written_answer
 from common.data.progress import Progress
 from common.data.spelling import encode_text, text_start
+from common.runs import memory
 from common.runs.flags import learned_positions
 from common.runs.metrics import answer_match, with_plain_calls
 from common.runs.report import parameters
 
+SHARE_FOR_WEIGHTS = 0.8  # of the free memory; the rest is for caches
 BROKEN = "\ufffd"  # what decode() makes of bytes that are no character
 
 
@@ -41,6 +43,36 @@ def remember_ends(model, tokenizer) -> None:
     ends = end_token_ids(model, tokenizer)
     if ends:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+# ---- ZeRO-3 --------------------------------------------------------------------------------------
+
+
+def weights_fit(model) -> bool:
+    """Whether every rank has room for all weights of a model that ZeRO-3 has spread. All ranks call
+    it."""
+    need = weight_bytes(model)
+    fit = torch.tensor(int(need < SHARE_FOR_WEIGHTS * memory.free_bytes()), device=device.device())
+    dist.all_reduce(fit, dist.ReduceOp.MIN)
+    return bool(fit)
+
+
+def weight_bytes(model) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+
+
+def with_whole_weights(engine):
+    """A context in which each rank has all weights, and no forward gathers them. All ranks enter
+    it.
+
+    engine: DeepSpeed's, under ZeRO-3.
+    """
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    return unwrap_model_for_generation(engine)
+
+
+# ---- answers -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

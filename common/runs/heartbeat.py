@@ -22,12 +22,14 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 from common import cli
 from common.runs.ranks import name_ranks
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 LOOKS = 10  # at the other ranks, in the seconds of the time-out
 SILENT_LOOKS = 8  # in a row end the run: before the time-out of a collective, which names nobody
 LONGEST_SLEEP = 0.5  # seconds between two looks of one who waits
@@ -97,7 +99,8 @@ class Heartbeat(threading.Thread):
         """Since when others wait for what rank 0 does alone; it says so once a minute."""
         number = self.passed + 1
         with contextlib.suppress(RuntimeError):
-            if not self.store.check([f"{number}/what"]):
+            is_here = self.store.check([f"{number}/0"])  # it waits itself, for a third one
+            if is_here or not self.store.check([f"{number}/what"]):
                 return None
             if since is None or time.monotonic() - since < SAY_AFTER:
                 return since or time.monotonic()
@@ -168,9 +171,11 @@ def connect(seconds: float):
 
 
 def place() -> str:
-    """ "host space": processes that have it in common see each other in /proc."""
+    """ "host space": processes that have it in common see each other in /proc. Machines may
+    bear one name, so it has the number of their start too."""
     try:
-        space = os.readlink("/proc/self/ns/pid")
+        start = BOOT.read_text(encoding="ascii").strip()
+        space = f"{start}-{os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux: nobody is seen
         space = f"process-{os.getpid()}"
     return f"{socket.gethostname()} {space}"

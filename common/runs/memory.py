@@ -1,8 +1,9 @@
-"""Peak memory of this process, of the device's allocator or resident on a CPU."""
+"""Memory of this process, of the device's allocator or resident on a CPU."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 from common.device import kind, module
@@ -30,6 +31,17 @@ def next_peak_mb() -> float:
         ):
             file.write("5")  # the peak of the resident memory starts again
     return peak
+
+
+def free_bytes() -> int:
+    """What this process may still take: of its device, with what torch keeps for later, or its
+    share of the machine's memory."""
+    if kind() != "cpu":
+        kept = module().memory_reserved() - module().memory_allocated()
+        return module().mem_get_info()[0] + kept
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _peak_since_reset() -> float:

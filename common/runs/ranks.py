@@ -158,8 +158,8 @@ def in_short(error: str) -> str:
 def without_an_answer(first: Ended, ranks: list[Ended]) -> list[int]:
     """The ranks that let the others wait until `first` gave up: they have nothing to say of it, or
     noticed elsewhere that it had (common/runs/heartbeat.py)."""
-    if not NO_ANSWER.search(first.error):
-        return []
+    if not (is_consequence(first.error) and NO_ANSWER.search(first.error)):
+        return []  # it died of something else, perhaps of a time-out of its own
     return [one.rank for one in ranks if not one.error or "lost another rank" in one.error]
 
 
@@ -187,6 +187,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.expected = expected
         self.patience = patience
+        self.seen: set[int] = set()  # pids
         self.ended: dict[int, float] = {}  # pid -> seconds since 1970
         self.stopped: dict[int, int] = {}  # pid -> looks in a row that found it stopped
 
@@ -195,7 +196,7 @@ class Watch(threading.Thread):
             return
         poll = select.poll()
         known: dict[int, int] = {}  # descriptor -> pid
-        seen: set[int] = set()
+        seen = self.seen
         while True:
             for pid in children() if len(seen) < self.expected else ():
                 if pid in seen:

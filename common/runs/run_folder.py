@@ -14,7 +14,7 @@ import torch.distributed as dist
 from common import cli, device
 from common.data.files import atomic_file
 from common.data.labels import tokenizer_settings
-from common.runs import checkpoint, trust
+from common.runs import checkpoint, digests, trust
 from common.runs.engine import engine
 
 RUN_FILE = "run.json"  # what this run is, to recognise it when the same command comes again
@@ -48,6 +48,10 @@ FREE_TO_CHANGE = {
 REMEDY = "Choose a new folder (OUTPUT=... or --output_dir ...)"
 REPLACE = "--overwrite_output_dir true to replace it"
 TRUST = "add --trust_checkpoint true, or name its key: DANPU_KEY=FILE"
+UNSIGNED = (
+    "DANPU_CHECKSUM=size leaves checkpoints unsigned: to continue this run add "
+    "--trust_checkpoint true"
+)
 RESUME = "--resume_from_checkpoint true to continue it with these settings"
 
 
@@ -80,6 +84,7 @@ def open_output(
     Errors: exit 2 for a folder of another run, exit 1 when no checkpoint is complete, exit 0 when
     the run is finished.
     """
+    digests.method()  # a word that is none ends the run now, not at its first checkpoint
     if tokenizer is not None:
         settings = settings | tokenizer_settings(tokenizer)
     defining = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
@@ -266,7 +271,9 @@ def _check_writer(verdict: Verdict) -> None:
     whose checkpoints nobody will know again."""
     if not verdict.start:
         problem = trust.why_no_key()
-        if problem:
+        if digests.method() == "size":
+            verdict.say.append(f"warning: {UNSIGNED}")
+        elif problem:
             verdict.say.append(f"warning: {problem}; to continue this run {TRUST}")
         return
     reason = checkpoint.why_foreign(verdict.start)

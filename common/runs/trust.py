@@ -2,12 +2,14 @@
 only their user can read.
 
 The signature stands in complete.json, over its list of all files with their sha256, so that it
-holds wherever the folder is moved to. It is asked for where a file may run code when it is loaded
-(run_folder.py).
+holds wherever the folder is moved to. Without the sha256 it would say nothing of what the files
+hold: a checkpoint saved with DANPU_CHECKSUM=size is not signed. It is asked for where a file may
+run code when it is loaded (run_folder.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -96,8 +98,18 @@ def _make_key(path: Path) -> None:
             file.write(secrets.token_hex(BYTES))
             file.flush()
             os.fsync(file.fileno())
-        os.link(part, path)
-    except FileExistsError:
-        pass
+        with contextlib.suppress(FileExistsError):
+            _name_it(part, path)
     finally:
         os.unlink(part)
+
+
+def _name_it(part: str, path: Path) -> None:
+    """FileExistsError where another run was first."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(Path(part).read_bytes())

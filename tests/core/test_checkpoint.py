@@ -1,5 +1,6 @@
 """A checkpoint counts only when it is whole."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.runs import checkpoint
+from common.runs import checkpoint, digests
 
 
 @pytest.fixture
@@ -97,6 +98,92 @@ def test_steps_are_compared_as_numbers(output):
     assert json.loads((output / "checkpoint-100" / checkpoint.MARKER).read_text())["files"]
 
 
+# ---- ranges, ranks, sizes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranges(monkeypatch):
+    """Small ones, so that small files have several; blocks that part no number."""
+    monkeypatch.setattr(digests, "RANGE", 4096)
+    monkeypatch.setattr(digests, "BLOCK", 1024)
+
+
+def test_large_files_are_read_in_ranges_and_older_checkpoints_whole(output, ranges):
+    """The fixture's markers hold plain sums of files that count as large now."""
+    marker = output / "checkpoint-5" / checkpoint.MARKER
+    content = json.loads(marker.read_text())
+    assert "damaged" in checkpoint.why_incomplete(output / "checkpoint-5"), "other sums now"
+    del content["format"]  # as a version that knew no ranges wrote it
+    marker.write_text(json.dumps(content))
+    assert checkpoint.why_incomplete(output / "checkpoint-5") is None
+    _flip(output / "checkpoint-5/optimizer.pt")
+    assert "optimizer.pt is damaged" in checkpoint.why_incomplete(output / "checkpoint-5")
+
+    newer = output / "checkpoint-10"
+    checkpoint.mark_complete(newer, step=10)
+    assert checkpoint.why_incomplete(newer) is None
+    file = newer / "optimizer.pt"
+    parts = [
+        hashlib.sha256(part).digest()
+        for part in (file.read_bytes()[:4096], file.read_bytes()[4096:])
+    ]
+    known = json.loads((newer / checkpoint.MARKER).read_text())["files"]["optimizer.pt"]
+    assert known == {"size": 5000, "sha256": hashlib.sha256(b"".join(parts)).hexdigest()}
+    for at in (10, 4990):
+        content = bytearray(file.read_bytes())
+        content[at] ^= 1
+        file.write_bytes(content)
+        assert "optimizer.pt is damaged" in checkpoint.why_incomplete(newer)
+        content[at] ^= 1
+        file.write_bytes(content)
+    marker = newer / checkpoint.MARKER
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 3}))
+    assert "newer version" in checkpoint.why_incomplete(newer)
+
+
+def test_ranks_look_at_what_they_wrote(output):
+    folder = output / "checkpoint-5"
+    names = {
+        0: ["model.safetensors", "global_step/mp_rank_00_model_states.pt", "random_0.pt"],
+        1: ["global_step/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "rng_state_1.pth"],
+        12: ["global_step/zero_pp_rank_12_mp_rank_00_model_states.pt", "fsdp/__12_0.distcp"],
+    }
+    for rank, files in names.items():
+        assert {checkpoint.written_by(name) for name in files} == {rank}
+    (folder / "rng_state_1.pth").write_bytes(b"1" * 10)
+    shares = [checkpoint.look_at(folder, rank) for rank in range(2)]
+    assert list(shares[1]) == ["rng_state_1.pth"] and "model.safetensors" in shares[0]
+    checkpoint.mark_complete(folder, shares[0] | shares[1], step=5)
+    together = json.loads((folder / checkpoint.MARKER).read_text())["files"]
+    checkpoint.mark_complete(folder, step=5)
+    assert json.loads((folder / checkpoint.MARKER).read_text())["files"] == together
+
+
+def test_sizes_alone_are_asked_for_by_name(output, monkeypatch):
+    monkeypatch.setenv("DANPU_CHECKSUM", "size")
+    folder = output / "checkpoint-10"
+    checkpoint.mark_complete(folder, step=10)
+    assert checkpoint.why_incomplete(folder) is None
+    assert "without checksums" in checkpoint.why_foreign(folder)
+    _flip(folder / "optimizer.pt")
+    assert checkpoint.why_incomplete(folder) is None, "as documented"
+    _cut(folder / "optimizer.pt", -1)
+    assert "4,999 bytes instead of 5,000" in checkpoint.why_incomplete(folder)
+    save_file({"weight": torch.tensor([1.0, float("nan")])}, folder / "model.safetensors")
+    with pytest.raises(SystemExit, match="weight holds NaN"):
+        checkpoint.mark_complete(folder, step=10)
+    monkeypatch.setenv("DANPU_CHECKSUM", "crc")
+    with pytest.raises(SystemExit, match="'crc' is neither sha256 nor size"):
+        digests.method()
+
+
+def test_later_checkpoints_are_not_read_at_every_save(output, monkeypatch):
+    monkeypatch.setattr(digests, "digest", None)
+    (output / "checkpoint-20").mkdir()
+    checkpoint.rotate(output, limit=2, step=5)
+    assert [p.name for p in checkpoint.all_checkpoints(output)] == ["checkpoint-10", "checkpoint-5"]
+
+
 # ---- weights ---------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +193,7 @@ def spoilt(value: float, dtype=torch.float32) -> dict:
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
+@pytest.mark.usefixtures("ranges")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_never_make_a_checkpoint(tmp_path, value, dtype):

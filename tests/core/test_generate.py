@@ -1,13 +1,15 @@
 """What held-out rows are asked with, where answers stop, what they are compared with."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
-from common import tiny
+from common import tiny, trainer
 from common.runs import generate
 from common.runs.metrics import with_plain_calls
 
@@ -106,3 +108,33 @@ def test_documents_are_continued_as_they_are_trained(monkeypatch, tokenizer):
     )
     generate.continue_eval_rows(None, begins, row, 8)
     assert prompts[2][0] == 0
+
+
+# ---- ZeRO-3 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit, given, asks", [(True, 0, True), (False, 0, False), (False, 1, True)])
+def test_under_zero_3_weights_are_gathered_once_or_nothing_is_asked(
+    monkeypatch, capsys, fit, given, asks
+):
+    """Else each new token gathers them: 44 minutes before the first step of a 32B model."""
+    entered = []
+    monkeypatch.setattr(trainer, "engine", lambda args: "zero-3")
+    monkeypatch.setattr(generate, "weights_fit", lambda model: fit)
+    monkeypatch.setattr(
+        generate, "with_whole_weights", lambda engine: entered.append(1) or nullcontext()
+    )
+    monkeypatch.setattr(trainer.cli, "given_by_user", lambda name: bool(given))
+    run = SimpleNamespace(
+        args=None,
+        asks=None,
+        model=torch.nn.Linear(2, 2),
+        deepspeed=None,
+        measure=lambda: ({"a": 1}, [2]),
+    )
+    for _ in range(2):
+        assert trainer.RecipeTrainer.ask(run) == (({"a": 1}, [2]) if asks else ({}, []))
+    assert len(entered) == 2 * fit
+    said = capsys.readouterr().out
+    assert said.count("no question is asked") == (not asks)
+    assert asks or "--eval_generate 8 asks all the same" in said

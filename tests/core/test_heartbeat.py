@@ -2,12 +2,14 @@
 
 import re
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from harness import ROOT, error_line, finish, start
 
-from common.runs import ranks
+from common.runs import heartbeat, ranks
 
 SECONDS = 5  # the time-out
 PRODUCT = [path for path in ROOT.glob("*/**/*.py") if "tests" not in path.parts]
@@ -103,3 +105,25 @@ def test_a_rank_that_is_stuck_does_not_blame_the_one_that_gave_up(ends):
     assert "timed out waiting" in error_line(other, 1)
     line = error_line(stuck, 1)
     assert line == "error: lost another rank: rank 0 ended" and ranks.is_consequence(line)
+
+
+def test_rank_0_is_not_blamed_where_it_waits_itself(capsys):
+    """Rank 1 waits for rank 2, and so does rank 0."""
+    store = dist.HashStore()
+    beat = SimpleNamespace(passed=0, store=store)
+    store.set("1/what", "it tokenises")
+    long_ago = time.monotonic() - 2 * heartbeat.SAY_AFTER
+    heartbeat.Heartbeat.tell_that_others_wait(beat, long_ago)
+    assert "wait for rank 0: it tokenises" in capsys.readouterr().out
+    store.set("1/0", "")
+    assert heartbeat.Heartbeat.tell_that_others_wait(beat, long_ago) is None
+    assert not capsys.readouterr().out
+
+
+def test_machines_of_one_name_are_two_places(tmp_path, monkeypatch):
+    """Copies of one disk have one host name, and every machine's first space is pid:[4026531836]."""
+    here = heartbeat.place()
+    assert here == heartbeat.place() and len(here.split()) == 2
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr(heartbeat, "BOOT", tmp_path / "boot_id")
+    assert heartbeat.place() != here

@@ -5,6 +5,8 @@ import fcntl
 import os
 import pty
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -108,6 +110,29 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_which_stop_in_order(recipe, 
     assert not left.strip(), "a rank was left behind"
 
 
+def test_a_signal_ends_a_launcher_that_waits_for_other_machines(recipe):
+    env = {"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29572}
+    process = launcher(recipe, "ok", NPROC=1, **env)
+    wait_until_listening(29572)
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted. The same command" in expect(finish(process, 20), 75).stdout
+
+
+def wait_until_listening(port):
+    for _ in range(600):
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+
+
+def test_a_signal_that_comes_before_a_rank_listens_is_an_interruption(recipe):
+    process = start(["bash", recipe, "sleep"])
+    assert "rank 0" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in expect(finish(process, 40), 75).stderr
+
+
 def test_two_runs_at_once_do_not_share_a_port(recipe):
     runs = [launcher(recipe, "ok") for _ in range(2)]
     assert all("rank 0 of 2" in expect(finish(run, 60)).stdout for run in runs)
@@ -133,10 +158,18 @@ def test_a_hostfile_needs_pdsh_and_hands_variables_on(recipe, tmp_path):
     env |= {
         "HF_ENDPOINT": "https://a.mirror/with $pace",
         "HF_TOKEN": "hf_secret",
+        "HF_APIKEY": "hf_secret",
         "DS_ACCELERATOR": "cpu",
+        "DANPU_KEY": "/keys/mine",
+        "DS_ENV_FILE": tmp_path / "own",
     }
+    (tmp_path / "own").write_text("\nNCCL_SOCKET_IFNAME=eth7")
     done = expect(shell(recipe, "ok", **env))
     said = (tmp_path / "said").read_text()
+    assert (tmp_path / "own").read_text() == "\nNCCL_SOCKET_IFNAME=eth7", "the user's own file"
+    for given in ("NCCL_SOCKET_IFNAME", "DANPU_KEY", "TOKENIZERS_PARALLELISM"):
+        assert f"export {given}=" in said, given
+    assert all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in tmp_path.glob("danpu-env*"))
     assert "first,second" in said and r'export HF_ENDPOINT="https://a.mirror/with \$pace"' in said
     assert "hf_secret" not in said + done.stdout + done.stderr
     assert "--no_local_rank" not in said and "train.py" in said
@@ -296,6 +329,8 @@ def test_who_let_the_others_wait_until_they_gave_up():
     assert ranks.without_an_answer(died[0], died) == []
     raised = [gave_up, ended(1, ALONE["row"], at=1.0)]
     assert ranks.first_failure(raised).rank == 1
+    own = ended(0, "CommError: Run initialization has timed out after 90.0 sec")
+    assert ranks.without_an_answer(own, [own, ended(1, code=-15, at=0.3)]) == [], "a tracker's"
 
 
 def test_equal_words_of_several_ranks_are_one_line():

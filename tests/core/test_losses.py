@@ -352,5 +352,6 @@ def test_sums_of_long_sequences_keep_their_digits():
     found = losses.sum_by_owner(values, owner, 4)
     exact = torch.zeros(4, dtype=torch.float64).index_add(0, owner, values.detach().double())
     assert (found - exact).abs().max() < 1e-3 and found[1] == 0
+    assert torch.equal(losses.sum_by_owner(values, owner, 4, most=4096), found)
     found[3].backward()
     assert torch.equal(values.grad, (owner == 3).float())

@@ -1,6 +1,7 @@
 """The trainer in this process: gradients that are not finite, weights that are not, workers that
 read ahead, and ends of answers that are trained although they are padding too."""
 
+import json
 import os
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from harness import make_rows, own_modules, weights_sha
 from test_labels import QWEN2, byte_level
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
-from common import cli, collators
+from common import callbacks, cli, collators
 from common.collators import IGNORE
 from common.trainer import RecipeTrainer
 
@@ -26,9 +27,9 @@ def model(**more):
     return Qwen3ForCausalLM(Qwen3Config(**size, **heads, **more))
 
 
-def trainer(folder, rows=(), net=None, **flags):
+def trainer(folder, rows=(), net=None, kind=RecipeTrainer, **flags):
     flags = {"report_to": [], "save_strategy": "no", "use_cpu": True, "max_steps": 3} | flags
-    return RecipeTrainer(
+    return kind(
         model=net or model(),
         args=TrainingArguments(output_dir=str(folder), **flags),
         train_dataset=collators.NumberedRows(list(rows) or make_rows([9] * 24)),
@@ -77,6 +78,37 @@ def test_gradients_that_are_not_finite(tmp_path, monkeypatch, capsys, fp16, step
     assert f"step {go_by + 1}: a batch {words}" in said if words else not said
 
 
+class Poisoned(RecipeTrainer):
+    """The loss of the second micro-batch of step 2 is NaN."""
+
+    def loss_of(self, *args):
+        loss = super().loss_of(*args)
+        is_second = len(self.micro_batches) == 1
+        return loss * NAN if is_second and self.state.global_step == 1 else loss
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_its_micro_batch(tmp_path, capsys):
+    """It is read with the norm of the gradients: nothing of the step has been made."""
+    net = model()
+    flags = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    one = trainer(tmp_path, net=net, kind=Poisoned, **flags)
+    with pytest.raises(SystemExit):
+        one.train()
+    assert all(p.isfinite().all() for p in net.parameters())
+    said = capsys.readouterr().err
+    assert "step 2: a batch gave a loss of nan; stopped before the optimizer step" in said
+    found = json.loads((tmp_path / "nan_rows_0.json").read_text())["rows"]
+    assert [row["row"] for row in found] == one.micro_batches[1][1] and len(found) == 2
+
+
+def test_a_step_without_a_label_ends_the_run(tmp_path, capsys):
+    rows = [{**row, "labels": [IGNORE] * 9} for row in make_rows([9] * 24)]
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, rows).train()
+    said = capsys.readouterr().err
+    assert "has not a single label to train on; stopped before the optimizer step" in said
+
+
 def test_a_final_model_that_is_not_finite_is_not_written(tmp_path):
     net = model()
     one = trainer(tmp_path, net=net)
@@ -93,16 +125,25 @@ def test_a_final_model_that_is_not_finite_is_not_written(tmp_path):
 
 
 def test_workers_change_no_number(tmp_path):
-    """Dropout draws from the same generator as the sampler does."""
+    """Dropout draws from the same generator as the sampler does, and as each epoch's loader."""
     rows = make_rows([9, 4, 7] * 8)
     shas = set()
     for workers in (0, 2):
         folder = tmp_path / str(workers)
-        one = trainer(folder, rows, model(attention_dropout=0.3), dataloader_num_workers=workers)
+        flags = {"dataloader_num_workers": workers, "max_steps": 5}
+        one = trainer(folder, rows, model(attention_dropout=0.3), **flags)
         one.train()
-        assert one.state.global_step == 3
+        assert one.state.global_step == 5
         shas.add(weights_sha(one.save_final()))
     assert len(shas) == 1
+
+
+def test_workers_leave_signals_to_the_process_that_trains(capfd):
+    """Ctrl-C reaches them too."""
+    stop = callbacks.SafeStop()
+    stop.process += 1
+    stop.handle(2, None)
+    assert not stop.asked and not capfd.readouterr().out
 
 
 # ---- locks of killed builds --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Whose checkpoint is opened, and what loaders say of what would run code."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -68,6 +69,15 @@ def test_the_key_is_made_once_and_for_this_user_only(key):
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
     assert os.listdir(key.parent) == ["key"]
+
+
+def test_a_key_is_made_where_files_cannot_be_linked(key, monkeypatch):
+    def link(part, path):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    assert trust.why_no_key() is None and trust.sign({"step": 1}) == trust.sign({"step": 1})
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600 and os.listdir(key.parent) == ["key"]
 
 
 def no_home(key):
@@ -142,12 +152,27 @@ def file_added(folder, monkeypatch, tmp_path):
     (folder / "global_step4/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"z")
 
 
+def file_added_behind_a_link(folder, monkeypatch, tmp_path):
+    inner = folder / "global_step4"
+    inner.rename(tmp_path / "elsewhere")
+    inner.symlink_to(tmp_path / "elsewhere")
+    (inner / "zero_pp_rank_0.pt").write_bytes(b"x")
+
+
 def facts_changed(folder, monkeypatch, tmp_path):
     content = json.loads((folder / checkpoint.MARKER).read_text())
     (folder / checkpoint.MARKER).write_text(json.dumps(content | {"step": 5}))
 
 
-FORGERIES = [resigned, signature_copied, unsigned, other_type, file_added, facts_changed]
+FORGERIES = [
+    resigned,
+    signature_copied,
+    unsigned,
+    other_type,
+    file_added,
+    file_added_behind_a_link,
+    facts_changed,
+]
 
 
 @pytest.mark.parametrize("forge", FORGERIES)
@@ -162,6 +187,18 @@ def test_a_forged_checkpoint_is_another_s(forge, key, tmp_path, monkeypatch):
     verdict = look(out)
     assert verdict.exit == 1 and "may be another's" in verdict.error and "\n" not in verdict.error
     assert (out / run_folder.RUN_FILE).read_bytes() == before
+    assert look(out, trusted=True).start == str(folder)
+
+
+def test_sizes_alone_are_no_proof_of_who_wrote_a_pickle(tmp_path, monkeypatch):
+    """They would be the same after another's file has taken the place of one."""
+    monkeypatch.setenv("DANPU_CHECKSUM", "size")
+    out = tmp_path / "out"
+    assert "DANPU_CHECKSUM=size leaves checkpoints unsigned" in look(out).say[0]
+    folder = save(out)
+    assert trust.SIGNATURE not in json.loads((folder / checkpoint.MARKER).read_text())
+    verdict = look(out)
+    assert verdict.exit == 1 and "saved without checksums (DANPU_CHECKSUM=size)" in verdict.error
     assert look(out, trusted=True).start == str(folder)
 
 

@@ -385,6 +385,161 @@ def packing_prefix():
     show(**results)
 
 
+def host_reads(folder, *names):
+    """Where and how often the host waits for the device in two optimizer steps, by trainer: in
+    their micro-batches ("micro") and in the rest."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+    from host_reads import watch
+
+    results = {}
+    for name in names:
+        (Path(folder) / name).mkdir()
+        trainer = globals()[f"trainer_of_{name}"](Path(folder) / name)
+        steps = range(2, 4)  # what is made once is there by then
+        with watch(trainer, steps) as reads:
+            trainer.train()
+        found = {phase: dict(reads.found.get(phase, {})) for phase in ("micro", "step")}
+        results[name] = {"steps": len(steps)} | found
+    show(**results)
+
+
+def token_rows(count=40):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(80, (20 + i % 9,), generator=generator).tolist()
+        rows.append({"row_id": i, "input_ids": ids, "labels": [-100] * 3 + ids[3:]})
+    return rows
+
+
+def small_trainer(kind, model, folder, data, collate, **more):
+    """4 optimizer steps of two micro-batches each, with the defaults that a run on this device
+    gets."""
+    from transformers import TrainingArguments
+
+    from common.fast import losses
+
+    flags = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": [],
+    } | device.training_defaults(set())
+    return kind(
+        model=losses.use_chunked_loss(model),
+        args=TrainingArguments(output_dir=str(folder), **flags),
+        train_dataset=data,
+        data_collator=collate,
+        **more,
+    )
+
+
+def qwen():
+    import transformers
+
+    from common.fast import attention
+
+    config = transformers.Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1, use_cache=False,
+    )  # fmt: skip
+    config._attn_implementation = attention.register()
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def trainer_of_qwen(folder):
+    from common import collators
+    from common.trainer import RecipeTrainer
+
+    data = collators.PackedDataset(token_rows(), 64)
+    return small_trainer(RecipeTrainer, qwen(), folder, data, collators.PackedCollator())
+
+
+def trainer_of_padded(folder):
+    from common import collators
+    from common.trainer import RecipeTrainer
+
+    data = collators.NumberedRows(token_rows())
+    return small_trainer(RecipeTrainer, qwen(), folder, data, collators.PaddedCollator(0))
+
+
+def trainer_of_bloom(folder):
+    import transformers
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "chinese_bloom"))
+    import bloom_attention
+
+    from common import collators
+    from common.trainer import RecipeTrainer
+
+    config = transformers.BloomConfig(
+        vocab_size=97, hidden_size=96, n_layer=2, n_head=6, initializer_range=0.1
+    )
+    config.use_cache = False
+    model = bloom_attention.use(transformers.BloomForCausalLM(config))
+    data = collators.PackedDataset(token_rows(), 64)
+    return small_trainer(RecipeTrainer, model, folder, data, collators.PackedCollator())
+
+
+def trainer_of_chatglm(folder):
+    from functools import partial
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "chatglm_lora"))
+    import train
+    from modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+
+    from common import collators
+    from common.trainer import RecipeTrainer
+
+    config = ChatGLMConfig(
+        vocab_size=97, hidden_size=64, num_layers=2, num_attention_heads=4, inner_hidden_size=96, bos_token_id=94,
+        pad_token_id=3, initializer_range=0.1, use_cache=False, gmask_token_id=91, mask_token_id=90,
+    )  # fmt: skip
+    rows = token_rows()
+    for row in rows:
+        row["input_ids"] = [*row["input_ids"][:3], 91, 94, *row["input_ids"][3:]]
+        row["labels"] = [-100, -100, *row["labels"]]
+    model = ChatGLMForConditionalGeneration(config)
+    data = collators.PackedDataset(rows, 64)
+    collate = partial(train.with_layout, collate=collators.PackedCollator(), config=config)
+    return small_trainer(RecipeTrainer, model, folder, data, collate)
+
+
+def trainer_of_dpo(folder):
+    import datasets
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "baichuan2_dpo"))
+    import preference
+    import shared_prompt
+
+    name = shared_prompt.register()
+    model = qwen()
+    model.config._attn_implementation = name
+    pairs = []
+    for row in token_rows():
+        ids = row["input_ids"]
+        rejected = [*ids[:5], *(96 - i for i in ids[5:])]
+        sides = {"chosen_input_ids": ids, "chosen_labels": row["labels"]}
+        sides |= {"rejected_input_ids": rejected, "rejected_labels": [-100] * 3 + rejected[3:]}
+        pairs.append(sides)
+    data = preference.Pairs(datasets.Dataset.from_list(pairs))
+    more = {"loss": {"kind": "sigmoid"}, "reference": "model"}
+    more["load_reference"] = reference_of_dpo
+    return small_trainer(
+        preference.PreferenceTrainer, model, folder, data, preference.PairCollator(0), **more
+    )
+
+
+def reference_of_dpo():
+    from common.fast import losses
+
+    model = qwen()
+    model.config._attn_implementation = "packed_shared_prompt"
+    return losses.use_chunked_loss(model)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     if torch.distributed.is_initialized():

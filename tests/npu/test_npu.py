@@ -318,6 +318,20 @@ def test_packed_equals_unpacked_with_prefixes(npu, chip):
         assert found["of_cpu_grads"] < (1e-4 if exact else 1e-1), (dtype, found)
 
 
+TRAINERS = ("qwen", "bloom", "chatglm", "dpo", "padded")
+
+
+def test_the_host_does_not_wait_for_the_device_in_a_micro_batch(npu, tmp_path):
+    """Once in an optimizer step, for the norm of the gradients. transformers looks whether padded
+    rows need a mask."""
+    said = check("host_reads", tmp_path, *TRAINERS, env=npu(A2, 2))
+    assert BANNER in said.pop("stderr")
+    for name in TRAINERS:
+        assert said[name]["steps"] == 2 and said[name]["step"] == {"_to_copy in trainer.py:read": 2}
+        ours = [where for where in said[name]["micro"] if "_ignore_causal_mask_sdpa" not in where]
+        assert not ours and (name == "padded" or not said[name]["micro"]), (name, said[name])
+
+
 def test_an_overflow_on_one_rank_parts_nobody(npu):
     """910A saturates: torch's own scaler sees the overflow on that rank alone."""
     said = {

@@ -301,6 +301,10 @@ def run(words: list[str]) -> None:
         sys.path.insert(0, "")
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     elif words[0] == "-m":
+        if words[1] == "ipykernel_launcher":
+            import pandas
+
+            pandas.set_option("display.max_columns", 20)  # imported outside of a kernel it has 0
         sys.argv = words[1:]
         sys.path.insert(0, os.getcwd())
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

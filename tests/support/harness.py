@@ -61,6 +61,11 @@ def own_modules(recipe: str, *names: str, **known) -> list:
         return [name for name in sys.modules if name.split(".")[0] in own]
 
     before = {name: sys.modules.pop(name) for name in loaded()}
+    for name, module in before.items():
+        # the Auto classes know what is in these; a second copy would take its place
+        is_registered = name.startswith(("modeling_", "tokenization_"))
+        if is_registered and Path(module.__file__).parent == folder:
+            known.setdefault(name, module)
     sys.path.insert(0, str(folder))
     sys.modules.update(known)
     try:

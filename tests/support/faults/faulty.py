@@ -17,6 +17,7 @@ FAULT: name@N, at the N-th step or save:
     raise-on-rank-1@N       rank 1 raises in step N
     die-on-rank-1@N         rank 1 is killed in step N
     stop-on-rank-1@N        rank 1 is stopped (SIGSTOP) in step N; every marker before took SLOW_MARKER seconds
+    count-gathers@0         say how often weights are gathered while answers are generated under ZeRO-3
     log-rows@N              write what every step consumes to consumed_<rank>.jsonl; kill-in-step@N (never with 0)
 """
 
@@ -122,11 +123,11 @@ def bad_loss(self, model, inputs, **kwargs):
         Trainer.compute_loss = stock
 
 
-def bad_marker(folder, **facts):
+def bad_marker(folder, *known, **facts):
     if len(saves) == at and kind == "kill-before-marker":
         die()
     time.sleep(float(os.environ.get("SLOW_MARKER", 0)))
-    stock_mark(folder, **facts)
+    stock_mark(folder, *known, **facts)
     if len(saves) == at and kind == "kill-in-marker":
         halve(folder, checkpoint.MARKER)
         die()
@@ -161,6 +162,27 @@ elif kind == "overflow-on-rank-0":
         return loss
 
     RecipeTrainer.training_step = watched
+elif kind == "count-gathers":
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+    from common.runs import generate
+
+    stock_fetch = coordinator.PartitionedParameterCoordinator.fetch_sub_module
+    stock_answers = generate.generate_answers
+    fetched = []
+
+    def fetch(self, *args, **kwargs):
+        fetched.append(1)
+        return stock_fetch(self, *args, **kwargs)
+
+    def answers(*args):
+        fetched.clear()
+        found = stock_answers(*args)
+        print("gathered in generation:", len(fetched), flush=True)
+        return found
+
+    coordinator.PartitionedParameterCoordinator.fetch_sub_module = fetch
+    generate.generate_answers = answers
 elif kind in ("nan-grad", "inf-grads"):
     stock_start = RecipeTrainer.before_measuring
 
