@@ -171,7 +171,9 @@ class PreferenceTrainer(RecipeTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if getattr(self.data_collator.collate, "share", False):
+        collator = self.data_collator.collate
+        self.packs_answers = collator.packing
+        if collator.share:
             shared_prompt.require(self.model)
         self.loss_is_scaled_for_ga = True  # loss_of divides by the pairs of the whole step
         self.loss_settings = {"beta": BETA.get(loss["kind"], 0.1)} | loss
@@ -189,7 +191,7 @@ class PreferenceTrainer(RecipeTrainer):
 
     # ---- reference ----
     def before_measuring(self) -> None:
-        if self.data_collator.collate.packing:
+        if self.packs_answers:
             packing_check.refuse_leaks(self, self.some_answers())
         if self.reference != "precomputed":
             return
