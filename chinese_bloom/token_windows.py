@@ -29,6 +29,10 @@ class TokenWindows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
 
+    def most_tokens(self, size: int) -> int:
+        """Of a batch of `size` windows."""
+        return min(size * self.length, int(self.ends[-1]) if len(self.ends) else 0)
+
     def __getitem__(self, index: int) -> list[dict]:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
