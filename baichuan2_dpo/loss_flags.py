@@ -45,6 +45,11 @@ def check_reference(args) -> None:
         raise cli.usage_error("--reference_model: --reference adapter takes the base itself")
 
 
+def needs_second_model(args) -> bool:
+    """Whether the reference is a model of its own, in memory all the time."""
+    return args.reference == "model" and args.loss_type not in dpo_losses.REFERENCE_FREE
+
+
 def say_unused(args) -> None:
     kind = args.loss_type
     if kind != "simpo":

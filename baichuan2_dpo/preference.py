@@ -62,6 +62,20 @@ class Pairs(Dataset):
                 row["reference"] = self.reference[start:end]
         return rows
 
+    def most_tokens(self, size: int, packing: bool, share_prompt: bool) -> int:
+        """Of a batch of `size` pairs. Whose prompts are long is looked for among the longest pairs
+        only."""
+        chosen = collators.lengths_of(self.rows, "chosen_input_ids")
+        rejected = collators.lengths_of(self.rows, "rejected_input_ids")
+        if not packing:
+            return 2 * size * int(max(chosen.max(initial=0), rejected.max(initial=0)))
+        tokens = chosen + rejected
+        if not share_prompt:
+            return int(np.sort(tokens)[-size:].sum())
+        longest = [self[int(i)] for i in np.argsort(tokens)[-4 * size :]]
+        shared = [shared_prompt.packed_length(both_sides(pair)) for pair in longest]
+        return sum(sorted(shared)[-size:])
+
     def index(self) -> str:
         """Fill `offsets`; returns a hash of all rows."""
         digest = hashlib.sha256()
@@ -100,11 +114,7 @@ class PairCollator:
         self.padded = collators.PaddedCollator(pad_token_id, multiple)
 
     def __call__(self, pairs: list[dict]) -> dict:
-        rows = [
-            {"input_ids": pair[f"{side}_input_ids"], "labels": pair[f"{side}_labels"]}
-            for pair in pairs
-            for side in SIDES
-        ]
+        rows = [row for pair in pairs for row in both_sides(pair)]
         batch = self.pack(rows) if self.packing else self.padded(rows)
         batch["row_ids"] = [pair["row_id"] for pair in pairs]
         if "reference" in pairs[0]:
@@ -124,6 +134,13 @@ class PairCollator:
             rows = [*rows, pad_document(padding)]
         batch = shared_prompt.pack_pairs(rows) if self.share else self.packed([rows])
         return batch | {"padding_tokens": padding}
+
+
+def both_sides(pair: dict) -> list[dict]:
+    """The chosen and the rejected row of a pair."""
+    return [
+        {"input_ids": pair[f"{side}_input_ids"], "labels": pair[f"{side}_labels"]} for side in SIDES
+    ]
 
 
 def pad_document(length: int) -> dict:

@@ -20,7 +20,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this file
 from common import cli, device  # device before torch and transformers
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 import dpo_losses
@@ -33,7 +32,8 @@ from common.data.labels import fingerprint, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
-from common.runs import flags
+from common.runs import flags, memory_check
+from common.runs.engine import load_dtype
 from common.runs.generate import pick_eval_rows
 from common.runs.run_folder import open_output
 from pairs import encode
@@ -136,11 +136,13 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
 
 
 # 2. Model and tokenizer
-def check_models(args: Args) -> None:
+def check_models(args: Args, training: TrainingArguments) -> None:
     """Fail on a wrong name, or one tokenizer too large for a model, before anything is read."""
     named = args.model_name_or_path
     if named != "tiny":
-        flags.check_window(args, models.check_model(named))
+        config = models.check_model(named)
+        flags.check_window(args, config)
+        memory_check.recompute_large(args, training, config)
     if args.reference_model:
         models.check_model(
             args.reference_model, "--reference_model", named if named != "tiny" else ""
@@ -157,10 +159,11 @@ def load_tokenizer(path: str):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, trains_all: bool):
-    """The model in the dtype it computes in: float32 masters where all weights are trained, the
-    half dtype where they are frozen (the base of an adapter, a reference)."""
+    """The model in the dtype it computes in: float32 masters where all weights are trained
+    (DeepSpeed makes its own), the half dtype where they are frozen (the base of an adapter, a
+    reference)."""
     settings = {
-        "dtype": torch.float32 if trains_all else device.train_dtype(training),
+        "dtype": load_dtype(training, trains_all),
         "attn_implementation": shared_prompt.register(),
     }
     flag = "--reference_model" if path == args.reference_model else "--model_name_or_path"
@@ -175,6 +178,12 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
         )
     # from here on the output's `logits` are no logits, but sums of the loss: they are never built
     return losses.use_chunked_loss(model)
+
+
+def load_policy(args: Args, training: TrainingArguments, path: str):
+    """The model to train, an adapter on it where one is trained."""
+    model = load_model(args, training, path, trains_all=not args.use_lora)
+    return add_lora(model, args, training) if args.use_lora else model
 
 
 def add_lora(model, args: Args, training: TrainingArguments):
@@ -199,6 +208,16 @@ def show_pair(tokenizer, pair: dict) -> None:
         ids = pair[f"{side}_input_ids"][:200]
         labels = pair[f"{side}_labels"][:200]
         cli.say(f"{side}: {preview(tokenizer, ids, labels, color=sys.stdout.isatty())}")
+
+
+def check_memory(args: Args, training: TrainingArguments, base: str, pairs: Pairs) -> None:
+    """Say what the training will take; the process ends here where that is not there."""
+    batch = training.per_device_train_batch_size
+    tokens = pairs.most_tokens(batch, args.packing, args.share_prompt)
+    second = loss_flags.needs_second_model(args)
+    targets = args.target_modules
+    config = models.model_config(base)
+    memory_check.check(args, training, config, tokens, targets, references=int(second))
 
 
 def make_collator(args: Args, training: TrainingArguments, tokenizer, model) -> PairCollator:
@@ -236,7 +255,7 @@ def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     resolve_args(args, training)
     set_seed(training.seed)
-    check_models(args)
+    check_models(args, training)
 
     rows, stats = load_rows(
         args.data_path, "preference", args.column_map or None, args.strict_data, seed=training.seed
@@ -263,15 +282,15 @@ def main() -> None:
     )
     show_pair(tokenizer, train_ids[0])
 
-    model = load_model(args, training, base, trains_all=not args.use_lora)
-    if args.use_lora:
-        model = add_lora(model, args, training)
+    pairs = Pairs(train_ids)
+    check_memory(args, training, base, pairs)
+    model = load_policy(args, training, base)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
     reference = args.reference_model or base
     trainer = PreferenceTrainer(
         model=model,
         args=training,
-        train_dataset=Pairs(train_ids),
+        train_dataset=pairs,
         eval_dataset=Pairs(eval_ids) if len(eval_ids) else None,
         data_collator=make_collator(args, training, tokenizer, model),
         processing_class=tokenizer,

@@ -21,9 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the model beside this file
-from common import cli, device  # device before torch and transformers
+from common import cli  # before torch and transformers
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from common import collators, tiny
@@ -33,7 +32,8 @@ from common.data.labels import encode_chat, encode_prompt, fingerprint, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
-from common.runs import flags
+from common.runs import flags, memory_check
+from common.runs.engine import load_dtype
 from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
@@ -141,8 +141,8 @@ def is_prefix_model(config) -> bool:
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
     """The model in the dtype it trains in: the half dtype for a frozen base, float32 masters for
-    full training."""
-    settings = {"dtype": device.train_dtype(training) if args.use_lora else torch.float32}
+    full training (DeepSpeed makes its own)."""
+    settings = {"dtype": load_dtype(training, trains_all=not args.use_lora)}
     if not is_prefix_model(config):
         settings["attn_implementation"] = attention.register()
     model = models.load(AutoModelForCausalLM, path, **settings)
@@ -154,17 +154,21 @@ def load_model(args: Args, training: TrainingArguments, path: str, config):
     return model
 
 
+def target_names(args: Args, config) -> str:
+    """--target_modules in the names of this model's layers."""
+    words = {
+        "attention": "query_key_value" if is_prefix_model(config) else "q_proj,k_proj,v_proj",
+        "all": "all-linear",
+    }
+    return words.get(args.target_modules, args.target_modules)
+
+
 def add_lora(model, args: Args, training: TrainingArguments):
     from peft import LoraConfig, get_peft_model
 
     if cli.recompute(training):
         model.enable_input_require_grads()
-    prefix = is_prefix_model(model.config)
-    words = {
-        "attention": "query_key_value" if prefix else "q_proj,k_proj,v_proj",
-        "all": "all-linear",
-    }
-    names = words.get(args.target_modules, args.target_modules)
+    names = target_names(args, model.config)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
@@ -237,6 +241,12 @@ def collator(args: Args, tokenizer, config):
     return collate
 
 
+def check_memory(args: Args, training: TrainingArguments, config, train_windows) -> None:
+    """Say what the training will take; the process ends here where that is not there."""
+    tokens = train_windows.most_tokens(training.per_device_train_batch_size)
+    memory_check.check(args, training, config, tokens, target_names(args, config))
+
+
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     is_sample = not args.data_path
@@ -245,7 +255,8 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
         # fail on a wrong name before anything is read or replaced
-        models.check_model(args.model_name_or_path)
+        named = models.check_model(args.model_name_or_path)
+        memory_check.recompute_large(args, training, named)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
@@ -269,17 +280,18 @@ def main() -> None:
         depends_on=[fingerprint(tokenizer), every_answer],
     )
     count_conversations(stats, train_ids, eval_ids)
-    first = train_ids[0]
-    shown = [first[name][:200] for name in ("input_ids", "labels")]
+    shown = [train_ids[0][name][:200] for name in ("input_ids", "labels")]
     cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
 
+    train_windows = windows(args, training, train_ids)
+    check_memory(args, training, config, train_windows)
     model = load_model(args, training, base, config)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
     prompt_of = partial(encode_prompt, tokenizer)
     trainer = RecipeTrainer(
         model=model,
         args=training,
-        train_dataset=windows(args, training, train_ids),
+        train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
         data_collator=collator(args, tokenizer, config),
         processing_class=tokenizer,

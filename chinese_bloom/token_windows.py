@@ -42,6 +42,10 @@ class TokenWindows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
 
+    def most_tokens(self, size: int) -> int:
+        """Of a batch of `size` windows."""
+        return min(size * self.length, int(self.ends[-1]) if len(self.ends) else 0)
+
     def __getitem__(self, index: int) -> list[dict]:
         return self.__getitems__([index])[0]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this one
-from common import cli, device  # device before torch and transformers
+from common import cli  # before torch and transformers
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -34,7 +34,8 @@ from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.data.spelling import encode_document
 from common.fast import attention, losses
-from common.runs import flags
+from common.runs import flags, memory_check
+from common.runs.engine import load_dtype
 from common.runs.generate import answer_eval_rows, continue_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
@@ -156,6 +157,17 @@ def kind_of_run(args: Args) -> str:
 
 
 # 2. Model and tokenizer
+def check_models(args: Args, training: TrainingArguments) -> None:
+    """Fail on a wrong name before anything is read or replaced."""
+    named = None
+    if args.model_name_or_path != "tiny":
+        named = models.check_model(args.model_name_or_path, grows=bool(args.from_config))
+    if args.from_config:
+        named = models.model_config(args.from_config, "--from_config")
+    if named is not None:
+        memory_check.recompute_large(args, training, named)
+
+
 def load_tokenizer(args: Args, path: str):
     tokenizer = models.load(AutoTokenizer, path)
     if args.stage == "sft" and args.template != "tokenizer":
@@ -181,12 +193,15 @@ def load_config(args: Args, path: str, tokenizer):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
-    """The model in the dtype it trains in: float32 masters, the half dtype for a frozen base."""
+    """The model in the dtype it trains in: float32 masters (DeepSpeed makes its own), the half
+    dtype for a frozen base."""
     settings = {
-        "dtype": device.train_dtype(training) if args.use_lora else torch.float32,
+        "dtype": load_dtype(training, trains_all=not args.use_lora),
         "attn_implementation": attention.register(),
     }
     if args.from_config:
+        # drawn in float32, the random weights are the same in every engine
+        settings["dtype"] = torch.float32
         model = AutoModelForCausalLM.from_config(config, **settings)
     else:
         model = models.load(AutoModelForCausalLM, path, **settings)
@@ -241,6 +256,13 @@ def windows(args: Args, training: TrainingArguments, token_rows):
     return collators.NumberedRows(token_rows)
 
 
+def collator(args: Args, tokenizer):
+    """What makes a batch of the items of `windows`."""
+    if args.packing or args.stage == "pt":
+        return collators.PackedCollator()
+    return collators.PaddedCollator(tokenizer.pad_token_id)
+
+
 def measuring(args: Args, model, tokenizer, asked: list[str]):
     """What is generated before and after: answers to held-out questions, or the continuation of
     held-out documents."""
@@ -258,11 +280,7 @@ def main() -> None:
     resolve_args(args, training)
     set_seed(training.seed)
     is_tiny = args.model_name_or_path == "tiny"
-    # fail on a wrong name before anything is read or replaced
-    if not is_tiny:
-        models.check_model(args.model_name_or_path, grows=bool(args.from_config))
-    if args.from_config:
-        models.model_config(args.from_config, "--from_config")
+    check_models(args, training)
 
     kind = "chat" if args.stage == "sft" else "text"
     rows, stats = load_rows(
@@ -290,16 +308,17 @@ def main() -> None:
     labels = first if args.stage == "pt" else train_ids[0]["labels"][:200]
     cli.say(preview(tokenizer, first, labels, color=sys.stdout.isatty()))
 
+    train_windows = windows(args, training, train_ids)
+    tokens = train_windows.most_tokens(training.per_device_train_batch_size)
+    memory_check.check(args, training, config, tokens, args.target_modules)
     model = load_model(args, training, base, config)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
-    is_packed = args.packing or args.stage == "pt"
-    padded = collators.PaddedCollator(tokenizer.pad_token_id)
     trainer = RecipeTrainer(
         model=model,
         args=training,
-        train_dataset=windows(args, training, train_ids),
+        train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=collators.PackedCollator() if is_packed else padded,
+        data_collator=collator(args, tokenizer),
         processing_class=tokenizer,
         measure=measuring(args, model, tokenizer, asked),
         describe_row=lambda i: train_ids[i]["source"],

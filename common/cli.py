@@ -43,6 +43,9 @@ class RunArgs:
         default=False,
         metadata={"help": "continue from ZeRO files of others, which can run any code"},
     )
+    no_memory_check: bool = field(
+        default=False, metadata={"help": "train also where the memory will not do by estimate"}
+    )
     eval_generate: int = field(
         default=64, metadata={"help": "held-out rows answered before and after; 0: none"}
     )

@@ -76,9 +76,14 @@ class PackedDataset(torch.utils.data.Dataset):
         if lengths is None:
             lengths = lengths_of(rows).tolist()
         self.bins = pack_bins(lengths, max_length, seed)
+        self.filled = [sum(lengths[i] for i in one) for one in self.bins]  # tokens
 
     def __len__(self) -> int:
         return len(self.bins)
+
+    def most_tokens(self, size: int) -> int:
+        """Of a batch of `size` bins."""
+        return sum(sorted(self.filled)[-size:])
 
     def __getitem__(self, index: int) -> list[dict]:
         return self.__getitems__([index])[0]
@@ -99,6 +104,10 @@ class NumberedRows(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def most_tokens(self, size: int) -> int:
+        """Of a batch of `size` rows, padded."""
+        return size * int(lengths_of(self.rows).max(initial=0))
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
@@ -126,15 +135,15 @@ def numbered(rows, indices: list[int]) -> list[dict]:
     ]
 
 
-def lengths_of(rows) -> np.ndarray:
+def lengths_of(rows, column: str = "input_ids") -> np.ndarray:
     """Tokens of each row, int64 [rows], without reading the tokens of a datasets.Dataset."""
     if not hasattr(rows, "with_format"):
-        return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+        return np.array([len(row[column]) for row in rows], dtype=np.int64)
     import pyarrow.compute as pc
 
     # Arrow knows its lists' lengths
-    tables = rows.select_columns("input_ids").with_format("arrow").iter(10_000)
-    parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
+    tables = rows.select_columns(column).with_format("arrow").iter(10_000)
+    parts = [pc.list_value_length(table[column]).to_numpy() for table in tables]
     return np.concatenate(parts or [np.zeros(0)]).astype(np.int64)
 
 

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import model as minimind
-import torch
 from loop import parallel, state
 from stages import lora
 from transformers import AutoTokenizer
@@ -16,12 +15,14 @@ from common import cli, device
 from common.convert import adapter, models
 from common.convert.older_readers import save_tokenizer
 from common.fast import attention, losses
+from common.runs import memory_check
+from common.runs.engine import load_dtype
 from common.runs.generate import remember_ends
 
 
 def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCausalLM:
-    """Random weights of a size or those of a folder: float32; a base under an adapter in the dtype
-    it runs in."""
+    """Random weights of a size: float32; those of a folder: too, but in the dtype they run in where
+    DeepSpeed makes float32 masters of its own, or an adapter stands on them."""
     packed = attention.register()
     with parallel.whole_weights():
         if name in minimind.SIZES:
@@ -32,9 +33,12 @@ def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCaus
             model = minimind.build(name, len(tokenizer), **changes)
             model.config._attn_implementation = packed
         else:
-            dtype = device.train_dtype(training) if args.use_lora else torch.float32
+            dtype = load_dtype(training, trains_all=not args.use_lora)
             kind = minimind.MiniMindForCausalLM
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
+    tokens = training.per_device_train_batch_size * args.model_max_length
+    teachers = int(args.stage == "distill")
+    memory_check.check(args, training, model.config, tokens, references=teachers)
     losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts
     model.config.use_cache = False
     if cli.recompute(training):

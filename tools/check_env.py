@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.runs import machine
+from common.runs.machine import read
 from tools import probe
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = f"{shlex.quote(sys.executable)} -m pip"
-CGROUP = Path("/sys/fs/cgroup")
 SHM = "/dev/shm"
 HUB = "https://huggingface.co"
 MIRROR = "https://hf-mirror.com"
@@ -61,13 +61,6 @@ class Line(NamedTuple):
 
 def env(name):
     return os.environ.get(name, "").strip()
-
-
-def read(path):
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 # ---- Python and packages -------------------------------------------------------------------------
@@ -361,23 +354,12 @@ def settings(found):
 # ---- the machine around them ---------------------------------------------------------------------
 
 
-def cgroup(controller, name):
-    """Control files of this process's cgroup and of those above it (v2 and v1)."""
-    for line in read("/proc/self/cgroup").splitlines():
-        _, names, path = line.split(":", 2)
-        if not names or controller in names.split(","):
-            folder = (CGROUP / controller if names else CGROUP) / path.lstrip("/")
-            for place in [folder, *folder.parents]:
-                if (place / name).is_file():
-                    yield place / name
-
-
 def cpu():
     name = re.search(r"(?m)^model name\s*:\s*(.*)", read("/proc/cpuinfo"))
     cores = len(os.sched_getaffinity(0))
     fact = f"{name[1] if name else platform.machine()}, {cores} cores"
-    quotas = [read(file).split() for file in cgroup("cpu", "cpu.max")]
-    for file in cgroup("cpu", "cpu.cfs_quota_us"):
+    quotas = [read(file).split() for file in machine.cgroup("cpu", "cpu.max")]
+    for file in machine.cgroup("cpu", "cpu.cfs_quota_us"):
         quotas.append([read(file), read(file.with_name("cpu.cfs_period_us"))])
     shares = [int(quota) / int(period) for quota, period in quotas if quota.isdigit()]
     share = min(shares, default=cores)
@@ -389,33 +371,12 @@ def cpu():
 
 def memory():
     """Free and total; in a container what its limit leaves."""
-    info = dict(re.findall(r"(?m)^(\w+):\s+(\d+) kB", read("/proc/meminfo")))
-    total = int(info["MemTotal"]) << 10
-    free = int(info["MemAvailable"]) << 10
-    note = ""
-    for limit, used in container_memory():
-        if limit < total:
-            total = limit
-            free = min(free, limit - used)
-            note = ", the limit of this container"
-    fact = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB{note}"
-    if free < 4 * GIB:
+    host = machine.host_memory()
+    note = ", the limit of this container" if host.limited else ""
+    fact = f"{host.free / GIB:.1f} GiB free of {host.total / GIB:.1f} GiB{note}"
+    if host.free < 4 * GIB:
         return Line(WARN, fact, "ps aux --sort -rss | head")
     return Line(OK, fact)
-
-
-def container_memory():
-    """(limit, used) in bytes of each cgroup with a limit; cached files count as free."""
-    for name, used in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        for file in cgroup("memory", name):
-            if read(file).isdigit():
-                stat = read(file.with_name("memory.stat"))
-                cached = re.findall(r"(?m)^(?:total_)?inactive_file (\d+)", stat)
-                taken = int(read(file.with_name(used)) or 0)
-                yield int(read(file)), taken - max(map(int, cached), default=0)
 
 
 def limits():

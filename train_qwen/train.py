@@ -37,7 +37,8 @@ from common.data.labels import encode_chat, encode_prompt, fingerprint, preview,
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
 from common.fast import attention, losses
-from common.runs import flags
+from common.runs import flags, memory_check
+from common.runs.engine import engine, load_dtype
 from common.runs.generate import answer_eval_rows, pick_eval_rows
 from common.runs.run_folder import open_output
 from common.trainer import RecipeTrainer
@@ -167,15 +168,14 @@ def load_tokenizer(args: Args, path: str):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str):
-    """The model in the dtype it trains in: float32 masters for full training, the half dtype for a
-    frozen base."""
-    half = device.train_dtype(training)
+    """The model in the dtype it trains in: float32 masters for full training (DeepSpeed makes its
+    own), the half dtype for a frozen base."""
     settings = {
-        "dtype": half if args.use_lora else torch.float32,
+        "dtype": load_dtype(training, trains_all=not args.use_lora),
         "attn_implementation": attention.register(),
     }
     if args.load_in_4bit:
-        settings["quantization_config"] = four_bit(half)
+        settings["quantization_config"] = four_bit(training)
     model = models.load(AutoModelForCausalLM, path, **settings)
     model.config.use_cache = False
     # from here on the output's `logits` are no logits, but sums of the loss: they are never built
@@ -187,7 +187,7 @@ def load_model(args: Args, training: TrainingArguments, path: str):
     return model
 
 
-def four_bit(compute_dtype: torch.dtype):
+def four_bit(training: TrainingArguments):
     """QLoRA's quantisation (Dettmers 2023): NF4 with double quantisation."""
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
@@ -195,11 +195,14 @@ def four_bit(compute_dtype: torch.dtype):
     if device.module() is not torch.cuda or not is_bitsandbytes_available():
         need = "--load_in_4bit needs a CUDA card and `pip install bitsandbytes`"
         raise SystemExit(f"{need}; this device is {device.kind()}. Use --use_lora true without it")
+    half = device.train_dtype(training)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype=half,
+        # ZeRO-3 spreads only what has the dtype of the other weights; whole, bytes serve as well
+        bnb_4bit_quant_storage=half if engine(training) == "zero-3" else torch.uint8,
     )
 
 
@@ -212,12 +215,11 @@ def freeze(model, layers: int) -> None:
 
 
 def add_lora(model, args: Args, training: TrainingArguments):
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
-    recompute = cli.recompute(training)
-    if args.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
-    elif recompute:
+    # peft's helper for 4-bit models would also cast embedding, head and norms to float32
+    model.requires_grad_(False)
+    if cli.recompute(training):
         model.enable_input_require_grads()
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -252,6 +254,21 @@ def windows(args: Args, training: TrainingArguments, token_rows):
     return collators.NumberedRows(token_rows)
 
 
+def collator(args: Args, tokenizer):
+    """What makes a batch of the items of `windows`."""
+    if args.packing:
+        return collators.PackedCollator()
+    return collators.PaddedCollator(tokenizer.pad_token_id)
+
+
+def check_memory(args: Args, training: TrainingArguments, config, train_windows) -> None:
+    """Say what the training will take; the process ends here where that is not there."""
+    tokens = train_windows.most_tokens(training.per_device_train_batch_size)
+    frozen = 0 if args.use_lora else args.freeze_layers
+    targets = args.target_modules
+    memory_check.check(args, training, config, tokens, targets, frozen_layers=frozen)
+
+
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     resolve_args(args, training)
@@ -259,7 +276,8 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
         # fail on a wrong name before anything is read or replaced
-        models.check_model(args.model_name_or_path)
+        named = models.check_model(args.model_name_or_path)
+        memory_check.recompute_large(args, training, named)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
@@ -288,16 +306,16 @@ def main() -> None:
     def prompt_of(turns, tools):
         return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
+    train_windows = windows(args, training, train_ids)
+    check_memory(args, training, config, train_windows)
     model = load_model(args, training, base)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
-    packed = collators.PackedCollator()
-    padded = collators.PaddedCollator(tokenizer.pad_token_id)
     trainer = RecipeTrainer(
         model=model,
         args=training,
-        train_dataset=windows(args, training, train_ids),
+        train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=packed if args.packing else padded,
+        data_collator=collator(args, tokenizer),
         processing_class=tokenizer,
         measure=partial(answer_eval_rows, model, tokenizer, asked, prompt_of, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],

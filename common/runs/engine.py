@@ -23,6 +23,18 @@ def engine(args) -> str:
     return "ddp" if args.world_size > 1 else "single"
 
 
+def load_dtype(training, trains_all: bool) -> torch.dtype:
+    """The dtype to load a model in: float32 where these weights are the masters of a run that
+    trains them all (one process, DDP), else the one that it computes in.
+
+    DeepSpeed makes float32 masters of its own, and from the half dtype: a float32 copy in every
+    rank would only be thrown away. What is loaded as it is stored stays a mapped file, which the
+    ranks share.
+    """
+    own_masters = trains_all and not engine(training).startswith("zero")
+    return torch.float32 if own_masters else device.train_dtype(training)
+
+
 def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
     """Import DeepSpeed so that no start compiles for minutes on a CPU.
 

@@ -1,4 +1,5 @@
-"""What this machine is: packages, Ascend cards, order of device ids, locks of killed builds.
+"""What this machine is: packages, memory, Ascend cards, order of device ids, locks of killed
+builds.
 
     python common/runs/machine.py missing FILE     what this Python lacks of a requirements file
     python common/runs/machine.py ascend           exit code 0 on an Ascend machine, else 1
@@ -20,6 +21,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 LIBRARIES = (
     "torch",
@@ -33,6 +35,7 @@ LIBRARIES = (
 PYTHONS = "3.10, 3.11 or 3.12"  # what the requirements are pinned for
 NAMES = ("python3.11", "python3.12", "python3.10")
 CARDS = "/dev/davinci[0-9]*"
+CGROUP = Path("/sys/fs/cgroup")
 
 
 # ---- Python and packages -------------------------------------------------------------------------
@@ -130,6 +133,73 @@ def versions() -> dict[str, str]:
         done = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=5, check=True)
         found["commit"] = done.stdout.strip()
     return found
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+class HostMemory(NamedTuple):
+    """Bytes; limited: by a container, not by what the machine has."""
+
+    free: int
+    total: int
+    limited: bool
+
+
+def read(path) -> str:
+    """The text of a file of the system, "" where it cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def host_memory() -> HostMemory | None:
+    """What programs can still take and what there is; None where the system does not tell
+    (macOS)."""
+    info = dict(re.findall(r"(?m)^(\w+):\s+(\d+) kB", read("/proc/meminfo")))
+    if "MemAvailable" not in info:
+        return None
+    total = int(info["MemTotal"]) << 10
+    free = int(info["MemAvailable"]) << 10
+    limited = False
+    for limit, used in container_memory():
+        if limit < total:
+            total = limit
+            free = min(free, limit - used)
+            limited = True
+    return HostMemory(free, total, limited)
+
+
+def container_memory():
+    """(limit, used) in bytes of each cgroup with a limit; cached files count as free."""
+    for name, used in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for file in cgroup("memory", name):
+            if read(file).isdigit():
+                stat = read(file.with_name("memory.stat"))
+                cached = re.findall(r"(?m)^(?:total_)?inactive_file (\d+)", stat)
+                taken = int(read(file.with_name(used)) or 0)
+                yield int(read(file)), taken - max(map(int, cached), default=0)
+
+
+def cgroup(controller: str, name: str):
+    """Control files of this process's cgroup and of those above it (v2 and v1)."""
+    for line in read("/proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        if not names or controller in names.split(","):
+            folder = (CGROUP / controller if names else CGROUP) / path.lstrip("/")
+            for place in [folder, *folder.parents]:
+                if (place / name).is_file():
+                    yield place / name
+
+
+def resident(pid: int) -> int:
+    """Bytes that a process holds in memory, 0 where the system does not tell."""
+    pages = re.match(r"\d+ (\d+)", read(f"/proc/{pid}/statm"))
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
 # ---- Ascend --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 When one rank dies, the others lose it in the middle of a collective and fail too: with an error of
 gloo, NCCL, HCCL or the store that tells nothing. On a loaded machine such a rank may even end
 before the one that it lost. So what counts is when a process ended and what its last words are.
-Used by launch.py; imports nothing that is not Python's own.
+Used by launch.py; needs no package.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from common.runs import machine
 
 LAST_LINES = 30  # of a failed rank's stderr
 KEPT_LINES = 400  # of what rank 0 says
@@ -180,7 +182,8 @@ def name_ranks(numbers: list[int]) -> str:
 
 class Watch(threading.Thread):
     """Notes when each child of this process ends; torchrun's agent only looks now and then. Ends
-    those that are stopped (SIGSTOP) and would hear nothing else."""
+    those that are stopped (SIGSTOP) and would hear nothing else. Remembers what memory there was
+    before the first ended."""
 
     def __init__(self, expected: int, patience: int):
         """expected: how many children there will be; patience: seconds that one may be stopped."""
@@ -190,6 +193,9 @@ class Watch(threading.Thread):
         self.seen: set[int] = set()  # pids
         self.ended: dict[int, float] = {}  # pid -> seconds since 1970
         self.stopped: dict[int, int] = {}  # pid -> looks in a row that found it stopped
+        self.killed: set[int] = set()  # pids, by end_stopped
+        self.resident: dict[int, int] = {}  # pid -> bytes it held when last looked at
+        self.host: machine.HostMemory | None = None  # at the same time
 
     def run(self) -> None:
         if not hasattr(os, "pidfd_open"):
@@ -202,6 +208,8 @@ class Watch(threading.Thread):
                 if pid in seen:
                     continue
                 seen.add(pid)
+                if not self.ended:
+                    self.look_at_memory({pid})
                 try:
                     descriptor = os.pidfd_open(pid)
                 except OSError:  # forbidden in some containers, or gone
@@ -212,7 +220,26 @@ class Watch(threading.Thread):
                 self.ended[known[descriptor]] = time.time()
                 poll.unregister(descriptor)
                 os.close(descriptor)
-            self.end_stopped(set(known.values()) - self.ended.keys())
+            alive = set(known.values()) - self.ended.keys()
+            if not self.ended:
+                self.look_at_memory(alive)
+            self.end_stopped(alive)
+
+    def look_at_memory(self, pids: set[int]) -> None:
+        """While all live: what a rank held that the system kills is known from before."""
+        self.host = machine.host_memory()
+        self.resident |= {pid: machine.resident(pid) for pid in pids}
+
+    def memory_of(self, pid: int) -> str:
+        """What a process held and what was free, for people; "" where it was never looked at."""
+        held = self.resident.get(pid)
+        if not held or self.host is None:
+            return ""
+        gib = 2**30
+        return (
+            f"it held {held / gib:.1f} GiB, and {self.host.free / gib:.1f} GiB of the machine's "
+            f"{self.host.total / gib:.1f} GiB were free, when last looked at"
+        )
 
     def end_stopped(self, pids: set[int]) -> None:
         """About once a second; looks are counted, as they stop where this process is stopped
@@ -222,6 +249,7 @@ class Watch(threading.Thread):
             if self.stopped[pid] > (0 if self.ended else self.patience):
                 if not self.ended:  # the others are on other machines
                     say(f"launch: process {pid} was stopped (SIGSTOP) for {self.patience} s")
+                self.killed.add(pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -378,10 +406,20 @@ def report(failures: dict, watch: Watch, relay: Relay | None, logs: str) -> int:
     code = first.code
     if code < 0:
         name = signal.Signals(-code).name
-        say(f"rank {first.rank} was killed by {name}; the other ranks were ended")
+        pid = failures[first.rank].pid
+        why = why_killed(watch, pid) if code == -signal.SIGKILL else ""
+        say(f"rank {first.rank} was killed by {name}{why}; the other ranks were ended")
     elif relay is not None and not words and code not in (2, INTERRUPTED):
         say(f"launch: rank {first.rank} ended with code {code} and without a word")
     return code if code in (1, 2, INTERRUPTED) else 1
+
+
+def why_killed(watch: Watch, pid: int) -> str:
+    """Of a rank that got SIGKILL: the system sends it where memory ends, and says nothing to it."""
+    if pid in watch.killed:
+        return ""
+    figures = watch.memory_of(pid)
+    return ", probably out of host memory" + (f" ({figures})" if figures else "")
 
 
 def say(text: str) -> None:

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "trust_checkpoint",
+    "no_memory_check",
     "dataloader_num_workers",
     "ddp_timeout",
     "ddp_backend",

@@ -30,7 +30,7 @@ words = ["rank", str(rank), "of", os.environ["WORLD_SIZE"], "port", os.environ["
 os.write(1, (" ".join(words) + "\\n").encode())  # at once: the ranks write to one pipe
 if mode == "fail" and rank == 1: sys.exit("error: rank one is unhappy")
 if mode == "usage": sys.exit(2)
-if mode == "killed" and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+if mode == "killed" and rank == 1: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGKILL)
 if mode == "stop":
     os.write(2, b"chatter of a library\\n" * rank)
     signal.signal(signal.SIGTERM, lambda *_: time.sleep(0.5 - rank / 2) or sys.exit(75))
@@ -68,7 +68,7 @@ def test_verbose_shows_every_rank_and_nproc_is_obeyed(recipe):
 FAILURES = [
     ("usage", 2, ""),
     ("fail", 1, "error: rank one is unhappy"),
-    ("killed", 1, "rank 1 was killed by SIGKILL"),
+    ("killed", 1, "rank 1 was killed by SIGKILL, probably out of host memory (it held 0."),
 ]
 
 
@@ -243,7 +243,7 @@ raise RuntimeError(gloo)
         ("1=late", 2, "ValueError: rank 1 has a bad row"),
         ("0=raises", 4, "ValueError: rank 0 has a bad row"),
         ("1=tidies", 2, ""),
-        ("2=killed", 3, "rank 2 was killed by SIGKILL; the other ranks were ended"),
+        ("2=killed", 3, "rank 2 was killed by SIGKILL, probably out of host memory"),
     ],
 )
 def test_the_error_of_the_rank_that_failed_first_comes_last(tmp_path, order, ranks, last):
@@ -253,7 +253,7 @@ def test_the_error_of_the_rank_that_failed_first_comes_last(tmp_path, order, ran
     lines = expect(finish(start(command)), 1).stderr.splitlines()
     rank = order.split("=")[0]
     if last:
-        assert lines[-1] == last
+        assert lines[-1].startswith(last)
     else:
         assert "ValueError: rank 1 has a bad row" in lines and "tcp/pair" in lines[-1]
     summaries = [line for line in lines if line.startswith("launch: ")]
@@ -353,6 +353,7 @@ def test_stopped_processes_are_ended_when_the_run_has_ended_or_late(capsys):
         watch.end_stopped({alone.pid})
         assert alone.wait(20) == -signal.SIGKILL
         assert f"process {alone.pid} was stopped" in capsys.readouterr().err
+        assert ranks.why_killed(watch, alone.pid) == "" != ranks.why_killed(watch, left.pid)
         watch.ended[1] = 1.0
         watch.end_stopped({left.pid})
         assert left.wait(20) == -signal.SIGKILL and not capsys.readouterr().err

@@ -539,11 +539,11 @@ def test_the_limits_of_a_container_count(page, monkeypatch, tmp_path, files, own
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    real = check_env.read
+    real = machine.read
     monkeypatch.setattr(
-        check_env, "read", lambda path: own if str(path) == "/proc/self/cgroup" else real(path)
+        machine, "read", lambda path: own if str(path) == "/proc/self/cgroup" else real(path)
     )
-    monkeypatch.setattr(check_env, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     found = page()
     assert (
         found["memory"]["status"] == "warn"

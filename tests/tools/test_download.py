@@ -20,7 +20,7 @@ from harness import ROOT, error_line, expect, finish, start
 from hub import Hub
 from safetensors.numpy import save
 
-from tools import download, manifest
+from tools import download
 
 REPO = "org/model"
 W = "model.safetensors"
@@ -749,76 +749,6 @@ def test_manifest_and_trial_of_a_fetched_model(tiny_model, hub, get, tmp_path):
     asked = len(hub.seen)
     get(hub, "--manifest", what=folder)  # of a folder that is there: no network
     assert len(hub.seen) == asked
-
-
-def test_memory_of_the_states_by_hand():
-    """7e9 parameters on 8 cards: bytes per parameter as the recipes hold them."""
-    facts = {
-        "parameters": 7e9,
-        "sides": 1e7,
-        "matrices": 6e9,
-        "vocab_size": 100_000,
-        "hidden_size": 4096,
-    }
-    full, zero2, zero3 = (manifest.states(m, facts, 8, 16) for m in ("full", "ZeRO-2", "ZeRO-3"))
-    assert (full["weights"], full["gradients"], full["optimizer"]) == (28e9, 28e9, 56e9)
-    assert (zero2["weights"], zero2["gradients"], zero2["optimizer"]) == (14e9, 14e9 / 8, 84e9 / 8)
-    assert (zero3["weights"], zero3["gradients"], zero3["optimizer"]) == (
-        14e9 / 8,
-        14e9 / 8,
-        84e9 / 8,
-    )
-    assert manifest.states("LoRA", facts, 8, 16)["weights"] == 14e9 + 4 * 16e7
-    args = SimpleNamespace(window=2048, batch=2, lora_r=16)
-    shapeless = facts | dict.fromkeys(manifest.NAMES) | facts
-    assert manifest.memory("ZeRO-3", shapeless, 8, False, args) == round(
-        (112e9 / 8 + 2e9 + 4 * 7e9 / 8) / 2**30 + 1, 1
-    )
-
-
-@pytest.mark.parametrize(
-    "method, recompute", [("full", False), ("full", True), ("LoRA", False), ("ZeRO-2", False)]
-)
-def test_estimated_activations_are_those_that_torch_keeps(method, recompute, tiny_model):
-    """Saved tensors of one forward, weights (and autocast's copies of them) not counted."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from common.fast import losses
-
-    assert manifest.LOGITS == losses.ACCELERATOR_LOGITS
-    facts = manifest.facts_of(tiny_model)
-    dtype = torch.float32 if method == "full" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).train()
-    losses.use_chunked_loss(model)
-    if recompute:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if method == "LoRA":
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-        )
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = tensor, storage.nbytes()
-        return tensor
-
-    ids = torch.randint(0, 400, (2, 256))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
-        torch.autocast("cpu", enabled=method != "ZeRO-2"),
-    ):
-        model(input_ids=ids, labels=ids, use_cache=False)
-    counted = sum(size for _, size in kept.values())
-    counted -= 2 * facts["matrices"] if method == "full" and not recompute else 0
-    estimate = manifest.activations(method, facts, 512, recompute)
-    head = 6 * 512 * 400 + 4 * 512 * 96 + {"full": 4, "LoRA": 0}.get(method, 2) * 400 * 96
-    one_layer = 512 * (26 * 96 + 4 * 96 + 4 * 32 + 8 * 192) if recompute else 0  # comes in backward
-    assert abs(estimate - head - one_layer - counted) < 0.06 * counted + 512 * 96 * 8
 
 
 def test_a_type_nobody_knows_and_a_model_that_does_not_write(get, tmp_path):
