@@ -150,7 +150,7 @@ class Need:
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # kept for the backward, the head's part included
+    activations: float  # with the head's part, and what a layer's backward takes beside them
     peak: float  # the highest sum at any time of a step
     host: float = 0  # what offloading takes there
 
@@ -352,8 +352,9 @@ def estimate(facts: dict, how: Setup) -> Need:
         backward += how.tokens * layer_bytes(facts, how)
     else:
         backward += parts["copies"]
-    peak = max(always + forward, always + backward, at_step)
-    return need_of(parts, peak - always, peak, host, how.cards)
+    activations = max(forward, backward)
+    peak = max(always + activations, at_step)
+    return need_of(parts, activations, peak, host, how.cards)
 
 
 def need_of(
