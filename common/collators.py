@@ -176,5 +176,10 @@ class PaddedCollator:
         }
 
 
+def collator(packing: bool, tokenizer) -> PackedCollator | PaddedCollator:
+    """For the items of PackedDataset, or else of NumberedRows."""
+    return PackedCollator() if packing else PaddedCollator(tokenizer.pad_token_id)
+
+
 def row_ids_of(rows: list[dict]) -> list[int]:
     return [row["row_id"] for row in rows if "row_id" in row]
