@@ -42,7 +42,10 @@ class Pairs(Dataset):
     """Token rows with their number and, once they are known, the reference's log-prob of each
     answer token."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, packing: bool = True, share_prompt: bool = True):
+        """packing, share_prompt: as PairCollator makes batches of them."""
+        self.packing = packing
+        self.share = packing and share_prompt
         self.rows = rows.select_columns(list(COLUMNS)).with_format("numpy")
         self.offsets: np.ndarray | None = None  # [rows + 1] answer tokens before each row
         self.reference: np.ndarray | None = None  # [offsets[-1]] of all rows, one after the other
@@ -62,15 +65,15 @@ class Pairs(Dataset):
                 row["reference"] = self.reference[start:end]
         return rows
 
-    def most_tokens(self, size: int, packing: bool, share_prompt: bool) -> int:
+    def most_tokens(self, size: int) -> int:
         """Of a batch of `size` pairs. Whose prompts are long is looked for among the longest pairs
         only."""
         chosen = collators.lengths_of(self.rows, "chosen_input_ids")
         rejected = collators.lengths_of(self.rows, "rejected_input_ids")
-        if not packing:
+        if not self.packing:
             return 2 * size * int(max(chosen.max(initial=0), rejected.max(initial=0)))
         tokens = chosen + rejected
-        if not share_prompt:
+        if not self.share:
             return int(np.sort(tokens)[-size:].sum())
         longest = [self[int(i)] for i in np.argsort(tokens)[-4 * size :]]
         shared = [shared_prompt.packed_length(both_sides(pair)) for pair in longest]

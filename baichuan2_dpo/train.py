@@ -212,12 +212,8 @@ def show_pair(tokenizer, pair: dict) -> None:
 
 def check_memory(args: Args, training: TrainingArguments, base: str, pairs: Pairs) -> None:
     """Say what the training will take; the process ends here where that is not there."""
-    batch = training.per_device_train_batch_size
-    tokens = pairs.most_tokens(batch, args.packing, args.share_prompt)
-    second = loss_flags.needs_second_model(args)
-    targets = args.target_modules
-    config = models.model_config(base)
-    memory_check.check(args, training, config, tokens, targets, references=int(second))
+    second = int(loss_flags.needs_second_model(args))
+    memory_check.check(args, training, models.model_config(base), pairs, references=second)
 
 
 def make_collator(args: Args, training: TrainingArguments, tokenizer, model) -> PairCollator:
@@ -282,7 +278,7 @@ def main() -> None:
     )
     show_pair(tokenizer, train_ids[0])
 
-    pairs = Pairs(train_ids)
+    pairs = Pairs(train_ids, args.packing, args.share_prompt)
     check_memory(args, training, base, pairs)
     model = load_policy(args, training, base)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)

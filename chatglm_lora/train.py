@@ -233,18 +233,10 @@ def with_layout(items: list, collate, config) -> dict:
 
 def collator(args: Args, tokenizer, config):
     """What makes a batch of the items of `windows`."""
-    collate = collators.PaddedCollator(tokenizer.pad_token_id)
-    if args.packing:
-        collate = collators.PackedCollator()
+    collate = collators.collator(args.packing, tokenizer)
     if is_prefix_model(config):
         collate = partial(with_layout, collate=collate, config=config)
     return collate
-
-
-def check_memory(args: Args, training: TrainingArguments, config, train_windows) -> None:
-    """Say what the training will take; the process ends here where that is not there."""
-    tokens = train_windows.most_tokens(training.per_device_train_batch_size)
-    memory_check.check(args, training, config, tokens, target_names(args, config))
 
 
 def main() -> None:
@@ -255,8 +247,7 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
         # fail on a wrong name before anything is read or replaced
-        named = models.check_model(args.model_name_or_path)
-        memory_check.recompute_large(args, training, named)
+        models.check_model(args.model_name_or_path)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
@@ -264,6 +255,7 @@ def main() -> None:
     cli.say(summary(stats))
     base = tiny_model(rows["row"][:5000], is_sample) if is_tiny else args.model_name_or_path
     config = models.model_config(base)
+    memory_check.recompute_large(args, training, config)
     tokenizer = models.load(AutoTokenizer, base)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
@@ -284,7 +276,7 @@ def main() -> None:
     cli.say(preview(tokenizer, *shown, color=sys.stdout.isatty()))
 
     train_windows = windows(args, training, train_ids)
-    check_memory(args, training, config, train_windows)
+    memory_check.check(args, training, config, train_windows, targets=target_names(args, config))
     model = load_model(args, training, base, config)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
     prompt_of = partial(encode_prompt, tokenizer)

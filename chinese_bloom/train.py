@@ -157,15 +157,12 @@ def kind_of_run(args: Args) -> str:
 
 
 # 2. Model and tokenizer
-def check_models(args: Args, training: TrainingArguments) -> None:
+def check_models(args: Args) -> None:
     """Fail on a wrong name before anything is read or replaced."""
-    named = None
     if args.model_name_or_path != "tiny":
-        named = models.check_model(args.model_name_or_path, grows=bool(args.from_config))
+        models.check_model(args.model_name_or_path, grows=bool(args.from_config))
     if args.from_config:
-        named = models.model_config(args.from_config, "--from_config")
-    if named is not None:
-        memory_check.recompute_large(args, training, named)
+        models.model_config(args.from_config, "--from_config")
 
 
 def load_tokenizer(args: Args, path: str):
@@ -193,15 +190,11 @@ def load_config(args: Args, path: str, tokenizer):
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, config):
-    """The model in the dtype it trains in: float32 masters (DeepSpeed makes its own), the half
-    dtype for a frozen base."""
-    settings = {
-        "dtype": load_dtype(training, trains_all=not args.use_lora),
-        "attn_implementation": attention.register(),
-    }
+    """The model in the dtype it trains in; random weights, drawn in float32, are the same in every
+    engine."""
+    dtype = torch.float32 if args.from_config else load_dtype(training, not args.use_lora)
+    settings = {"dtype": dtype, "attn_implementation": attention.register()}
     if args.from_config:
-        # drawn in float32, the random weights are the same in every engine
-        settings["dtype"] = torch.float32
         model = AutoModelForCausalLM.from_config(config, **settings)
     else:
         model = models.load(AutoModelForCausalLM, path, **settings)
@@ -210,9 +203,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config):
         bloom_attention.use(model)
     # from here on the output's `logits` are no logits, but sums of the loss: they are never built
     losses.use_chunked_loss(model)
-    if args.use_lora:
-        return add_lora(model, args, training)
-    return model
+    return add_lora(model, args, training) if args.use_lora else model
 
 
 def add_lora(model, args: Args, training: TrainingArguments):
@@ -247,8 +238,7 @@ def encode(row: dict, tokenizer, args: Args) -> dict | None:
 
 
 def windows(args: Args, training: TrainingArguments, token_rows):
-    """Token rows -> the dataset whose items make a batch: windows of documents, packed windows, or
-    single rows."""
+    """Token rows -> what makes a batch: windows of documents, packed windows, or single rows."""
     if args.stage == "pt":
         return TokenWindows(token_rows, args.model_max_length, training.seed)
     if args.packing:
@@ -256,16 +246,8 @@ def windows(args: Args, training: TrainingArguments, token_rows):
     return collators.NumberedRows(token_rows)
 
 
-def collator(args: Args, tokenizer):
-    """What makes a batch of the items of `windows`."""
-    if args.packing or args.stage == "pt":
-        return collators.PackedCollator()
-    return collators.PaddedCollator(tokenizer.pad_token_id)
-
-
 def measuring(args: Args, model, tokenizer, asked: list[str]):
-    """What is generated before and after: answers to held-out questions, or the continuation of
-    held-out documents."""
+    """What is generated before and after: answers to held-out questions, or held-out documents."""
     if args.stage == "pt":
         return partial(continue_eval_rows, model, tokenizer, asked[:12], args.max_new_tokens)
 
@@ -280,7 +262,7 @@ def main() -> None:
     resolve_args(args, training)
     set_seed(training.seed)
     is_tiny = args.model_name_or_path == "tiny"
-    check_models(args, training)
+    check_models(args)
 
     kind = "chat" if args.stage == "sft" else "text"
     rows, stats = load_rows(
@@ -289,10 +271,11 @@ def main() -> None:
     cli.say(summary(stats))
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     tokenizer = load_tokenizer(args, base)
+    config = load_config(args, base, tokenizer)
+    memory_check.recompute_large(args, training, config)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
 
-    config = load_config(args, base, tokenizer)
     flags.check_window(args, config, tokenizer if args.stage == "sft" else None)
     train_ids, eval_ids, eval_rows = prepare(
         rows,
@@ -309,8 +292,7 @@ def main() -> None:
     cli.say(preview(tokenizer, first, labels, color=sys.stdout.isatty()))
 
     train_windows = windows(args, training, train_ids)
-    tokens = train_windows.most_tokens(training.per_device_train_batch_size)
-    memory_check.check(args, training, config, tokens, args.target_modules)
+    memory_check.check(args, training, config, train_windows)
     model = load_model(args, training, base, config)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
     trainer = RecipeTrainer(
@@ -318,7 +300,7 @@ def main() -> None:
         args=training,
         train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=collator(args, tokenizer),
+        data_collator=collators.collator(args.packing or args.stage == "pt", tokenizer),
         processing_class=tokenizer,
         measure=measuring(args, model, tokenizer, asked),
         describe_row=lambda i: train_ids[i]["source"],

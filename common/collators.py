@@ -211,6 +211,11 @@ def joined(parts: list) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
+def collator(packing: bool, tokenizer) -> PackedCollator | PaddedCollator:
+    """For the items of PackedDataset, or else of NumberedRows."""
+    return PackedCollator() if packing else PaddedCollator(tokenizer.pad_token_id)
+
+
 def row_ids_of(rows: list[dict]) -> list[int]:
     return [row["row_id"] for row in rows if "row_id" in row]
 

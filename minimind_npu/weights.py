@@ -38,7 +38,7 @@ def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCaus
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
     tokens = training.per_device_train_batch_size * args.model_max_length
     teachers = int(args.stage == "distill")
-    memory_check.check(args, training, model.config, tokens, references=teachers)
+    memory_check.check_tokens(args, training, model.config, tokens, references=teachers)
     losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts
     model.config.use_cache = False
     if cli.recompute(training):

@@ -254,21 +254,6 @@ def windows(args: Args, training: TrainingArguments, token_rows):
     return collators.NumberedRows(token_rows)
 
 
-def collator(args: Args, tokenizer):
-    """What makes a batch of the items of `windows`."""
-    if args.packing:
-        return collators.PackedCollator()
-    return collators.PaddedCollator(tokenizer.pad_token_id)
-
-
-def check_memory(args: Args, training: TrainingArguments, config, train_windows) -> None:
-    """Say what the training will take; the process ends here where that is not there."""
-    tokens = train_windows.most_tokens(training.per_device_train_batch_size)
-    frozen = 0 if args.use_lora else args.freeze_layers
-    targets = args.target_modules
-    memory_check.check(args, training, config, tokens, targets, frozen_layers=frozen)
-
-
 def main() -> None:
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY)
     resolve_args(args, training)
@@ -276,8 +261,7 @@ def main() -> None:
     is_tiny = args.model_name_or_path == "tiny"
     if not is_tiny:
         # fail on a wrong name before anything is read or replaced
-        named = models.check_model(args.model_name_or_path)
-        memory_check.recompute_large(args, training, named)
+        models.check_model(args.model_name_or_path)
 
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
@@ -285,6 +269,7 @@ def main() -> None:
     cli.say(summary(stats))
     base = tiny_model(rows["row"][:5000]) if is_tiny else args.model_name_or_path
     config = models.model_config(base)
+    memory_check.recompute_large(args, training, config)
     tokenizer = load_tokenizer(args, base)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
@@ -307,7 +292,7 @@ def main() -> None:
         return encode_prompt(tokenizer, with_system(turns, args.system_prompt), tools, **template)
 
     train_windows = windows(args, training, train_ids)
-    check_memory(args, training, config, train_windows)
+    memory_check.check(args, training, config, train_windows, frozen_layers=args.freeze_layers)
     model = load_model(args, training, base)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
     trainer = RecipeTrainer(
@@ -315,7 +300,7 @@ def main() -> None:
         args=training,
         train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=collator(args, tokenizer),
+        data_collator=collators.collator(args.packing, tokenizer),
         processing_class=tokenizer,
         measure=partial(answer_eval_rows, model, tokenizer, asked, prompt_of, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],

@@ -67,12 +67,18 @@ def recompute_large(args, training, config) -> None:
         )
 
 
-def check(args, training, config, tokens: int, targets: str = "all-linear", **more) -> None:
+def check(args, training, config, data, **more) -> None:
+    """check_tokens for the largest micro-batch of `data`, which has most_tokens(size)."""
+    tokens = data.most_tokens(training.per_device_train_batch_size)
+    check_tokens(args, training, config, tokens, **more)
+
+
+def check_tokens(args, training, config, tokens: int, targets: str = "", **more) -> None:
     """Say what memory the training will take. SystemExit with what to change where that is more
     than is free, unless --no_memory_check. Call before the model is loaded.
 
-    args: flags of the recipe; tokens: of the largest micro-batch; targets: the layers that get an
-    adapter; more: of Setup.
+    args: flags of the recipe; tokens: of the largest micro-batch; targets: names of the layers that
+    get an adapter, unless they are as --target_modules says; more: of Setup.
     """
     shapes = shapes_of(config)
     if shapes is None or hasattr(config, "quantization_config"):
@@ -80,9 +86,9 @@ def check(args, training, config, tokens: int, targets: str = "all-linear", **mo
         return
     facts = config_facts(config) | weight_facts(shapes, tied=False)
     how = setup_of(args, training, tokens, **more)
-    adapter = adapter_of(args.lora_r, adapted(shapes, targets))
+    adapter = adapter_of(args.lora_r, adapted(shapes, targets or args.target_modules))
     if args.use_lora:
-        how = replace(how, **adapter)
+        how = replace(how, **adapter, frozen_layers=0)
 
     need = estimate(facts, how)
     lacks = shortage(need, how)

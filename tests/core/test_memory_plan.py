@@ -190,7 +190,13 @@ EIGHT_B = Qwen3Config(  # Qwen3-8B
 
 def flags_of(**changes):
     """(args, training) of a run in bf16."""
-    args = {"use_lora": False, "lora_r": 16, "model_max_length": 2048, "no_memory_check": False}
+    args = {
+        "use_lora": False,
+        "target_modules": "all-linear",
+        "lora_r": 16,
+        "model_max_length": 2048,
+        "no_memory_check": False,
+    }
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "fp16": False}
     training |= {"bf16": True, "gradient_checkpointing": False, "optim": "adamw_torch_fused"}
     training |= {"world_size": 1, "hf_deepspeed_config": None}
@@ -202,7 +208,7 @@ def test_a_run_that_does_not_fit_ends_with_three_changes(monkeypatch, capsys):
     monkeypatch.setattr(memory_check, "free_memory", lambda on_cpu: 80 * GIB)
     state = torch.get_rng_state()
     with pytest.raises(SystemExit) as stopped:
-        memory_check.check(*flags_of(use_lora=True, lora_r=200), EIGHT_B, 8192)
+        memory_check.check_tokens(*flags_of(use_lora=True, lora_r=200), EIGHT_B, 8192)
     assert torch.equal(state, torch.get_rng_state()), "the run draws the same numbers"
     line = str(stopped.value)
     assert "\n" not in line and "needed, 80.0 GiB free on" in line
@@ -215,13 +221,15 @@ def test_a_run_that_does_not_fit_ends_with_three_changes(monkeypatch, capsys):
 
     # what suffices comes before what does not: all weights never fit into 80 GiB
     with pytest.raises(SystemExit, match="Cheapest changes: --use_lora true"):
-        memory_check.check(*flags_of(gradient_checkpointing=True), EIGHT_B, 4096)
-    memory_check.check(*flags_of(no_memory_check=True), EIGHT_B, 4096)
+        memory_check.check_tokens(*flags_of(gradient_checkpointing=True), EIGHT_B, 4096)
+    memory_check.check_tokens(*flags_of(no_memory_check=True), EIGHT_B, 4096)
     assert "warning: the run would not fit: about " in capsys.readouterr().out
-    memory_check.check(*flags_of(use_lora=True, gradient_checkpointing=True), EIGHT_B, 4096)
+    memory_check.check_tokens(*flags_of(use_lora=True, gradient_checkpointing=True), EIGHT_B, 4096)
     said = capsys.readouterr().out
     assert re.fullmatch(r"memory: about \d\d\.\d GiB in each process \(weights 15\.4 .*\n", said)
-    memory_check.check(*flags_of(), LlamaConfig(quantization_config={"quant_method": "x"}), 1)
+    memory_check.check_tokens(
+        *flags_of(), LlamaConfig(quantization_config={"quant_method": "x"}), 1
+    )
     assert "no estimate" in capsys.readouterr().out
 
 
@@ -231,12 +239,12 @@ def test_ranks_share_the_memory_of_a_cpu_and_of_what_is_offloaded(monkeypatch):
     config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     zero = {"hf_deepspeed_config": SimpleNamespace(config=config), "world_size": 8}
     with pytest.raises(SystemExit, match=r"about \d\d\d\.\d GiB needed for 8 processes"):
-        memory_check.check(*flags_of(**zero), EIGHT_B, 4096)
+        memory_check.check_tokens(*flags_of(**zero), EIGHT_B, 4096)
     monkeypatch.setattr(device, "kind", lambda: "npu")
     monkeypatch.setattr(device, "name", lambda: "a card")
     # 14 bytes a parameter
     with pytest.raises(SystemExit, match=r"about 106\.\d GiB of host memory needed"):
-        memory_check.check(*flags_of(**zero), EIGHT_B, 1024)
+        memory_check.check_tokens(*flags_of(**zero), EIGHT_B, 1024)
 
 
 @pytest.mark.parametrize(
