@@ -22,7 +22,7 @@ from common.runs import digests, trust
 
 MARKER = "complete.json"
 FORMAT = 2  # of the marker: large files have the sha256 of their ranges' sha256
-# of DeepSpeed, transformers, FSDP and minimind_npu: the rank that wrote a file
+# of DeepSpeed, transformers, FSDP and the plain loop: the rank that wrote a file
 WRITER = re.compile(r"(?:pp_rank|rng_state|random)_(\d+)|__(\d+)_\d+\.distcp$")
 
 
