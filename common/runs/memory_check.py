@@ -187,8 +187,8 @@ def in_words(need: Need, how: Setup) -> str:
 
 
 def remedies(args, training, facts: dict, how: Setup, adapter: dict) -> list[str]:
-    """Up to three changes, cheapest first, those that help enough before the others; each with what
-    the run then takes."""
+    """Up to three changes, each with what the run then takes: those that suffice, cheapest first,
+    before those that only help, most first."""
     batch = training.per_device_train_batch_size
     steps = training.gradient_accumulation_steps * batch
     window = args.model_max_length
@@ -214,5 +214,9 @@ def remedies(args, training, facts: dict, how: Setup, adapter: dict) -> list[str
     now = estimate(facts, how).peak
     after = {words: estimate(facts, other) for words, other in changes.items()}
     helpful = [words for words in changes if after[words].peak < 0.97 * now]
-    helpful.sort(key=lambda words: bool(shortage(after[words], changes[words])))
+
+    def what_is_left(words: str) -> float:
+        return after[words].peak if shortage(after[words], changes[words]) else 0
+
+    helpful.sort(key=what_is_left)
     return [f"{words} ({gib(after[words].peak)})" for words in helpful[:3]]
