@@ -14,13 +14,19 @@ from common import device
 
 def engine(args) -> str:
     """ "zero-2", "zero-3", "ddp" or "single": how the optimizer state is laid out over ranks."""
+    config = deepspeed_config(args)
+    if config is not None:
+        return f"zero-{config.get('zero_optimization', {}).get('stage', 0)}"
+    return "ddp" if args.world_size > 1 else "single"
+
+
+def deepspeed_config(args) -> dict | None:
+    """DeepSpeed's settings, from --deepspeed or from `accelerate launch`; None without it."""
     config = getattr(args, "hf_deepspeed_config", None)
     plugin = getattr(args, "deepspeed_plugin", None)
     if config is None and plugin is not None:  # from `accelerate launch`
         config = plugin.hf_ds_config
-    if config is not None:
-        return f"zero-{config.config.get('zero_optimization', {}).get('stage', 0)}"
-    return "ddp" if args.world_size > 1 else "single"
+    return None if config is None else config.config
 
 
 def load_dtype(training, trains_all: bool) -> torch.dtype:

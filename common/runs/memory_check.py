@@ -12,7 +12,7 @@ import torch
 
 from common import cli, device
 from common.runs import machine
-from common.runs.engine import engine
+from common.runs.engine import deepspeed_config, engine
 from common.runs.memory_plan import (
     Need,
     Setup,
@@ -139,8 +139,7 @@ def offloaded(training) -> frozenset[str]:
     """What DeepSpeed's config keeps in host memory: Setup.offload."""
     if not engine(training).startswith("zero"):
         return frozenset()
-    config = training.hf_deepspeed_config or training.deepspeed_plugin.hf_ds_config
-    zero = config.config.get("zero_optimization", {})
+    zero = deepspeed_config(training).get("zero_optimization", {})
     places = {"offload_optimizer": "optimizer", "offload_param": "weights"}
     away = [key for key in places if (zero.get(key) or {}).get("device", "none") != "none"]
     return frozenset(places[key] for key in away)

@@ -47,6 +47,18 @@ def environment(**extra) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in extra.items()}
 
 
+_registered: dict[str, dict] = {}  # recipe: its modules whose classes the Auto classes know
+
+
+def keep_registered(recipe: str, modules: dict) -> None:
+    """The first copy stays in use: a second one would take its place in the Auto classes."""
+    kept = _registered.setdefault(recipe, {})
+    for name, module in modules.items():
+        is_registered = name.startswith(("modeling_", "tokenization_"))
+        if is_registered and Path(module.__file__).parent == ROOT / recipe:
+            kept.setdefault(name, module)
+
+
 def own_modules(recipe: str, *names: str, **known) -> list:
     """Modules of a recipe; other recipes have files of the same names, so nothing of it stays
     importable.
@@ -61,16 +73,13 @@ def own_modules(recipe: str, *names: str, **known) -> list:
         return [name for name in sys.modules if name.split(".")[0] in own]
 
     before = {name: sys.modules.pop(name) for name in loaded()}
-    for name, module in before.items():
-        # the Auto classes know what is in these; a second copy would take its place
-        is_registered = name.startswith(("modeling_", "tokenization_"))
-        if is_registered and Path(module.__file__).parent == folder:
-            known.setdefault(name, module)
+    keep_registered(recipe, before)
     sys.path.insert(0, str(folder))
-    sys.modules.update(known)
+    sys.modules.update(_registered.get(recipe, {}) | known)
     try:
         return [importlib.import_module(name) for name in names]
     finally:
+        keep_registered(recipe, {name: sys.modules[name] for name in loaded()})
         sys.path[:] = path
         for name in loaded():
             del sys.modules[name]
