@@ -51,8 +51,9 @@ def remember_ends(model, tokenizer) -> None:
 def weights_fit(model) -> bool:
     """Whether every rank has room for all weights of a model that ZeRO-3 has spread. All ranks call
     it."""
-    need = weight_bytes(model)
-    fit = torch.tensor(int(need < SHARE_FOR_WEIGHTS * memory.free_bytes()), device=device.device())
+    sharing = memory.local_ranks() if device.kind() == "cpu" else 1
+    room = SHARE_FOR_WEIGHTS * memory.free_bytes() / sharing
+    fit = torch.tensor(int(weight_bytes(model) < room), device=device.device())
     dist.all_reduce(fit, dist.ReduceOp.MIN)
     return bool(fit)
 

@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 
-from common.device import kind, module
+from common import device
+from common.runs import machine
 
 _highest = 0.0  # MiB, up to the last reset
 
@@ -22,8 +23,8 @@ def next_peak_mb() -> float:
     global _highest
     peak = _peak_since_reset()
     _highest = max(_highest, peak)
-    if kind() != "cpu":
-        module().reset_peak_memory_stats()
+    if device.kind() != "cpu":
+        device.module().reset_peak_memory_stats()
     else:
         with (
             contextlib.suppress(OSError),
@@ -33,20 +34,31 @@ def next_peak_mb() -> float:
     return peak
 
 
-def free_bytes() -> int:
-    """What this process may still take: of its device, with what torch keeps for later, or its
-    share of the machine's memory."""
-    if kind() != "cpu":
-        kept = module().memory_reserved() - module().memory_allocated()
-        return module().mem_get_info()[0] + kept
-    import psutil
+def free_bytes() -> float:
+    """What is left of this process's device, with what torch keeps for later; of a CPU:
+    host_bytes()."""
+    if device.kind() == "cpu":
+        return host_bytes()
+    device.device()  # makes it the current one
+    kept = device.module().memory_reserved() - device.module().memory_allocated()
+    return device.module().mem_get_info()[0] + kept
 
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+def host_bytes() -> float:
+    """What is left of the machine, or its container, for all processes; infinite where the system
+    does not tell."""
+    host = machine.host_memory()
+    return host.free if host else float("inf")
+
+
+def local_ranks() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _peak_since_reset() -> float:
-    if kind() != "cpu":
-        return module().max_memory_allocated() / 2**20
+    if device.kind() != "cpu":
+        return device.module().max_memory_allocated() / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -11,7 +10,7 @@ from math import prod
 import torch
 
 from common import cli, device
-from common.runs import machine
+from common.runs import memory
 from common.runs.engine import deepspeed_config, engine
 from common.runs.memory_plan import (
     Need,
@@ -145,30 +144,16 @@ def offloaded(training) -> frozenset[str]:
     return frozenset(places[key] for key in away)
 
 
-def free_memory(on_cpu: bool) -> float:
-    """Bytes that this process's device has left; of a CPU: the machine. Infinite where it is not
-    told."""
-    if not on_cpu:
-        device.device()
-        return device.module().mem_get_info()[0]
-    host = machine.host_memory()
-    return host.free if host else float("inf")
-
-
-def local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def shortage(need: Need, how: Setup) -> str:
     """What is more than there is, for people; "" where it fits."""
-    ranks = local_ranks()
-    free = free_memory(how.on_cpu)
+    ranks = memory.local_ranks()
+    free = memory.free_bytes()
     wanted = need.peak * (ranks if how.on_cpu else 1)
     if wanted > free:
         by = f" for {ranks} processes" if how.on_cpu and ranks > 1 else ""
         return f"about {gib(wanted)} needed{by}, {gib(free)} free on {device.name()}"
     host = need.host / how.cards * ranks
-    free = free_memory(on_cpu=True)
+    free = memory.host_bytes()
     if host > free:
         return f"about {gib(host)} of host memory needed for what is offloaded, {gib(free)} free"
     return ""
@@ -177,7 +162,7 @@ def shortage(need: Need, how: Setup) -> str:
 def in_words(need: Need, how: Setup) -> str:
     each = "process" if how.on_cpu else "card"
     many = "processes" if how.on_cpu else "cards"
-    free = free_memory(how.on_cpu)
+    free = memory.free_bytes()
     words = f"about {gib(need.peak)} in each {each} ({need}, of {how.tokens:,} tokens), "
     words += f"{gib(free)} free"
     if need.host:

@@ -205,7 +205,7 @@ def flags_of(**changes):
 
 
 def test_a_run_that_does_not_fit_ends_with_three_changes(monkeypatch, capsys):
-    monkeypatch.setattr(memory_check, "free_memory", lambda on_cpu: 80 * GIB)
+    monkeypatch.setattr(memory_check.memory, "host_bytes", lambda: 80 * GIB)
     state = torch.get_rng_state()
     with pytest.raises(SystemExit) as stopped:
         memory_check.check_tokens(*flags_of(use_lora=True, lora_r=200), EIGHT_B, 8192)
@@ -235,7 +235,8 @@ def test_a_run_that_does_not_fit_ends_with_three_changes(monkeypatch, capsys):
 
 def test_ranks_share_the_memory_of_a_cpu_and_of_what_is_offloaded(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(memory_check, "free_memory", lambda on_cpu: 100 * GIB)
+    for name in ("host_bytes", "free_bytes"):
+        monkeypatch.setattr(memory_check.memory, name, lambda: 100 * GIB)
     config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     zero = {"hf_deepspeed_config": SimpleNamespace(config=config), "world_size": 8}
     with pytest.raises(SystemExit, match=r"about \d\d\d\.\d GiB needed for 8 processes"):
