@@ -107,6 +107,18 @@ def has_checksums(content: dict) -> bool:
     return all("sha256" in file for file in content["files"].values())
 
 
+def _marker(folder: Path) -> dict:
+    """What complete.json says. ValueError for a file of another kind."""
+    content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    files = content.get("files") if isinstance(content, dict) else None
+    is_list_of_files = isinstance(files, dict) and all(
+        isinstance(one, dict) and "size" in one for one in files.values()
+    )
+    if not is_list_of_files:
+        raise ValueError("it lists no files with their sizes")
+    return content
+
+
 def why_incomplete(folder: str | Path, sizes_only: bool = False) -> str | None:
     """None if the checkpoint is complete, else the reason in a few words.
 
@@ -114,12 +126,12 @@ def why_incomplete(folder: str | Path, sizes_only: bool = False) -> str | None:
     """
     folder = Path(folder)
     try:
-        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        wanted = content["files"]
+        content = _marker(folder)
     except FileNotFoundError:
         return "it was never completed (killed while saving)"
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
         return f"{MARKER} cannot be read ({error})"
+    wanted = content["files"]
     if content.get("format", 1) > FORMAT:
         return f"{MARKER} was written by a newer version"
 
@@ -146,7 +158,7 @@ def why_foreign(folder: str | Path) -> str | None:
     """None if a run of this user wrote all files of a complete checkpoint, else the reason in a few
     words."""
     folder = Path(folder)
-    content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    content = _marker(folder)
     # a link to a folder hides what is in it
     hidden = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
     found = [*_files(folder), *hidden]
@@ -199,6 +211,6 @@ def rotate(output_dir: str | Path, limit: int, step: int, best: str | None = Non
 
 def facts(folder: str | Path) -> dict:
     """What `mark_complete` stored beside the file list."""
-    content = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+    content = _marker(Path(folder))
     own = ("files", "format", trust.SIGNATURE)
     return {name: content[name] for name in content if name not in own}

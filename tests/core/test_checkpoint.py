@@ -63,6 +63,13 @@ DAMAGE = {
     "marker missing": lambda c: (c / checkpoint.MARKER).unlink(),
     "marker cut": lambda c: _cut(c / checkpoint.MARKER, 40),
     "marker empty": lambda c: _cut(c / checkpoint.MARKER, 0),
+    "marker is a list": lambda c: (c / checkpoint.MARKER).write_text("[1]"),
+    "marker names files in a list": lambda c: (c / checkpoint.MARKER).write_text(
+        '{"files": ["model.safetensors"]}'
+    ),
+    "marker without sizes": lambda c: (c / checkpoint.MARKER).write_text(
+        '{"files": {"model.safetensors": {}}}'
+    ),
     "only a half-written marker": lambda c: os.replace(
         c / checkpoint.MARKER, c / (checkpoint.MARKER + ".part")
     ),
