@@ -35,6 +35,7 @@ LIBRARIES = (
 PYTHONS = "3.10, 3.11 or 3.12"  # what the requirements are pinned for
 NAMES = ("python3.11", "python3.12", "python3.10")
 CARDS = "/dev/davinci[0-9]*"
+WITHOUT_NPU = ("cpu", "cuda")  # DANPU_DEVICE where torch_npu is left alone
 CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -61,7 +61,7 @@ def _version_mismatch() -> ImportError | None:
 def _load_torch_npu() -> Exception | None:
     """Import torch_npu if it is installed; what stands in the way, in one line with the remedy,
     else None."""
-    if importlib.util.find_spec("torch_npu") is None or _wanted in ("cpu", "cuda"):
+    if importlib.util.find_spec("torch_npu") is None or _wanted in machine.WITHOUT_NPU:
         return None
     mismatch = _version_mismatch()
     if mismatch:
@@ -83,7 +83,7 @@ def _load_torch_npu() -> Exception | None:
 
 NPU_ERROR: Exception | None = _load_torch_npu()
 """Why an installed torch_npu cannot be used; None when it works or is not installed."""
-if NPU_ERROR is not None or _wanted in ("cpu", "cuda"):
+if NPU_ERROR is not None or _wanted in machine.WITHOUT_NPU:
     for _name in [name for name in sys.modules if name.split(".")[0] == "torch_npu"]:
         del sys.modules[_name]
     sys.modules["torch_npu"] = (
