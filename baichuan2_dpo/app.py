@@ -30,7 +30,7 @@ import gradio as gr
 import torch
 
 import dpo_losses
-from common.collators import IGNORE
+from common.data.spelling import IGNORE
 from common.data.labels import encode_prompt
 from common.demo import page
 from common.demo.chat_model import SAMPLING, split_thought

@@ -7,8 +7,8 @@ tail of an answer before its end token. Both answers keep the same prompt, else 
 would not be comparable.
 """
 
-from common.collators import IGNORE
 from common.data.labels import encode_chat, encode_prompt
+from common.data.spelling import IGNORE
 
 SIDES = ("chosen", "rejected")
 UNLIMITED = 1 << 30  # tokens; nothing is cut before both answers are known

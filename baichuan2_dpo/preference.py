@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from common import cli, collators
-from common.collators import IGNORE
 from common.data.cache import cache_root
+from common.data.columns import lengths_of, numbered
+from common.data.counts import for_model
 from common.data.progress import Progress
+from common.data.spelling import IGNORE
 from common.fast import losses, packing_check
 from common.trainer import RecipeTrainer
 
@@ -58,7 +60,7 @@ class Pairs(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """What a DataLoader asks for: all pairs of a batch are read at once."""
-        rows = collators.numbered(self.rows, indices)
+        rows = numbered(self.rows, indices)
         if self.reference is not None:
             for row in rows:
                 start, end = self.offsets[row["row_id"]], self.offsets[row["row_id"] + 1]
@@ -68,8 +70,8 @@ class Pairs(Dataset):
     def most_tokens(self, size: int) -> int:
         """Of a batch of `size` pairs. Whose prompts are long is looked for among the longest pairs
         only."""
-        chosen = collators.lengths_of(self.rows, "chosen_input_ids")
-        rejected = collators.lengths_of(self.rows, "rejected_input_ids")
+        chosen = lengths_of(self.rows, "chosen_input_ids")
+        rejected = lengths_of(self.rows, "rejected_input_ids")
         if not self.packing:
             return 2 * size * int(max(chosen.max(initial=0), rejected.max(initial=0)))
         tokens = chosen + rejected
@@ -288,7 +290,7 @@ class PreferenceTrainer(RecipeTrainer):
         with Progress("reference", total=len(pairs), unit="pairs") as progress:
             for batch in loader:
                 rows = batch["row_ids"]
-                inputs = collators.for_model(send_to_device(batch, self.args.device))
+                inputs = for_model(send_to_device(batch, self.args.device))
                 known = self.reference_logprobs(self.model_wrapped, inputs, live=False)
                 lengths = [int(pairs.offsets[row + 1] - pairs.offsets[row]) for row in rows]
                 for row, of_row in zip(rows, known.split(lengths), strict=True):

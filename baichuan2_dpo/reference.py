@@ -13,9 +13,9 @@ import huggingface_hub
 import modeling_baichuan  # noqa: F401  (tells the Auto classes about ALiBi and NormHead)
 import torch
 
-from common.collators import IGNORE
 from common.convert import adapter
 from common.data.labels import encode_chat
+from common.data.spelling import IGNORE
 from common.demo.chat_model import ChatModel, split_thought
 from common.fast import losses
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.collators import IGNORE
+from common.data.spelling import IGNORE
 from common.fast import attention
 from common.fast.attention_cpu import (
     BLOCK,

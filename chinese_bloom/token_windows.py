@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.collators import lengths_of
+from common.data.columns import lengths_of
 
 
 class Piece(NamedTuple):

@@ -22,17 +22,8 @@ class TrainerHooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.before_first_step()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.check_gradients()
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.check_step()
-
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.after_epoch()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.complete_checkpoint()
 
 
 class LogWithCheckpoint(TrainerCallback):

@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from common import device
 from common.runs import machine
@@ -145,7 +144,6 @@ def parse_args(
     patience = max(1, flags.ddp_timeout)  # less is refused below
     device.limit_collectives(patience)
     if by_accelerate or given_by_user("deepspeed"):
-        remove_stale_build_locks()
         engine.prepare_deepspeed(patience)
     else:
         engine.open_cpu_group(patience)
@@ -212,14 +210,6 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
         if not (is_main() and sys.stderr.isatty()):
             datasets.disable_progress_bars()
-
-
-def remove_stale_build_locks() -> None:
-    """A killed build of DeepSpeed's operators leaves a lock that the next start would wait for,
-    for ever."""
-    for lock in machine.stale_build_locks():
-        Path(lock).unlink(missing_ok=True)
-        say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
 
 
 # ---- words ---------------------------------------------------------------------------------------

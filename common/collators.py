@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from common.data.columns import as_arrays, lengths_of, numbered
 from common.data.spelling import IGNORE
-
-# what a batch says of itself and no model takes
-NOT_FOR_MODELS = ("row_ids", "tokens", "label_tokens", "padding_tokens", "on_host")
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "prefix_lengths")
 
 
 def pack_bins(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
@@ -116,37 +112,6 @@ class NumberedRows(torch.utils.data.Dataset):
         return numbered(self.rows, indices)
 
 
-def as_arrays(rows):
-    """A datasets.Dataset that gives its tokens and labels as arrays, which are read ten times as
-    fast as lists; a list of rows as it is."""
-    if not hasattr(rows, "with_format"):
-        return rows
-    return rows.with_format("numpy", columns=["input_ids", "labels"])
-
-
-def numbered(rows, indices: list[int]) -> list[dict]:
-    """These rows in one read, each with its "row_id"."""
-    if not hasattr(rows, "with_format"):
-        return [{**rows[index], "row_id": index} for index in indices]
-    columns = rows[indices]
-    return [
-        {"row_id": index} | {name: column[i] for name, column in columns.items()}
-        for i, index in enumerate(indices)
-    ]
-
-
-def lengths_of(rows, column: str = "input_ids") -> np.ndarray:
-    """Tokens of each row, int64 [rows], without reading the tokens of a datasets.Dataset."""
-    if not hasattr(rows, "with_format"):
-        return np.array([len(row[column]) for row in rows], dtype=np.int64)
-    import pyarrow.compute as pc
-
-    # Arrow knows its lists' lengths
-    tables = rows.select_columns(column).with_format("arrow").iter(10_000)
-    parts = [pc.list_value_length(table[column]).to_numpy() for table in tables]
-    return np.concatenate(parts or [np.zeros(0)]).astype(np.int64)
-
-
 class PackedCollator:
     """Bins (lists of rows) -> one row in which positions restart at every document.
 
@@ -218,55 +183,3 @@ def collator(packing: bool, tokenizer) -> PackedCollator | PaddedCollator:
 
 def row_ids_of(rows: list[dict]) -> list[int]:
     return [row["row_id"] for row in rows if "row_id" in row]
-
-
-# ---- counts ----
-class Counted:
-    """A collator whose batches bring their counts: asked of a device they would make the host wait
-    for all that it computes.
-
-    tokens, label_tokens: ints, without padding
-    label_index: int64 [label_tokens], the places in the flattened [B * T] whose next token has a
-        label
-    on_host: the boundaries of documents as lists, name -> ints (see attention.on_host)
-    """
-
-    def __init__(self, collate: Callable[[list], dict]):
-        self.collate = collate
-
-    def __call__(self, items: list) -> dict:
-        return counted(self.collate(items))
-
-
-def counted(batch: dict) -> dict:
-    """The batch with what Counted adds; of one on a device this waits for it."""
-    if "attention_mask" in batch:
-        tokens = int(batch["attention_mask"].sum())
-    else:
-        tokens = batch["input_ids"].numel() - batch.get("padding_tokens", 0)
-    index = label_index(batch["labels"])
-    on_host = {name: batch[name].tolist() for name in BOUNDARIES if name in batch}
-    counts = {"tokens": tokens, "label_tokens": len(index), "label_index": index}
-    return batch | counts | {"on_host": on_host}
-
-
-def label_index(labels: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> int64 [N], the places in the flattened labels whose next token has a label."""
-    predicted = F.pad(labels[..., 1:], (0, 1), value=IGNORE).flatten()
-    return (predicted != IGNORE).nonzero().squeeze(1)
-
-
-def for_model(batch: dict) -> dict:
-    """The batch without what no model takes. The boundaries of one on a device get their values as
-    an attribute, for kernels that want them on the host (attention.on_host)."""
-    for name, values in batch.get("on_host", {}).items():
-        if batch[name].device.type != "cpu":
-            batch[name].on_host = torch.tensor(values, dtype=batch[name].dtype)
-    return {name: value for name, value in batch.items() if name not in NOT_FOR_MODELS}
-
-
-def without_labels(batch: dict) -> dict:
-    """A counted batch for a rank that has no row left and takes part in a forward."""
-    labels = torch.full_like(batch["labels"], IGNORE)
-    none = batch["label_index"][:0]
-    return batch | {"labels": labels, "label_index": none, "label_tokens": 0}

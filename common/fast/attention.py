@@ -286,7 +286,7 @@ def _npu_varlen(
 
 def on_host(cu_seqlens: Tensor) -> Tensor:
     """The boundaries on the CPU. A copy waits for the device; all layers of a step share one, and
-    of a batch that brings them (collators.for_model) there is none."""
+    of a batch that brings them (counts.for_model) there is none."""
     if cu_seqlens.device.type == "cpu":
         return cu_seqlens
     if not hasattr(cu_seqlens, "on_host"):

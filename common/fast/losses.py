@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.collators import IGNORE, label_index
+from common.data.counts import label_index
+from common.data.spelling import IGNORE
 
 CPU_ROWS = 512  # fewer rows make the weight-gradient product slow, more only cost memory
 ACCELERATOR_LOGITS = 2**27  # elements of one chunk of logits on an accelerator (256 MiB in bf16)
@@ -422,7 +423,7 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
     given.
 
     From then on `model(input_ids, labels=labels, num_items_in_batch=None, label_index=None, ...)`,
-    labels [B, T] by keyword and label_index as in collators.Counted, gives
+    labels [B, T] by keyword and label_index as in counts.Counted, gives
         loss    sum over label tokens / num_items_in_batch (default: the number of label tokens; a
                 batch without any label gives 0 with a graph), plus the auxiliary loss of a mixture
                 of experts where its config asks for router logits: that of each document, weighted

@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from accelerate.utils import send_to_device
 
-from common.collators import IGNORE, PackedCollator, for_model
+from common.collators import PackedCollator
+from common.data.counts import for_model
+from common.data.spelling import IGNORE
 from common.fast import losses
 
 # the share of a document's loss, at least 1 a label, that rounding may change ...

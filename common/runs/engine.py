@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import device
+from common import cli, device
+from common.runs import machine
 
 
 def engine(args) -> str:
@@ -42,10 +44,11 @@ def load_dtype(training, trains_all: bool) -> torch.dtype:
 
 
 def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
-    """Import DeepSpeed so that no start compiles for minutes on a CPU.
+    """Import DeepSpeed so that no start compiles for minutes on a CPU, or waits for a killed build.
 
     timeout: seconds, of the process group's collectives.
     """
+    remove_stale_build_locks()
     import deepspeed
 
     if os.environ.get("DANPU_VERBOSE") != "1":
@@ -56,6 +59,14 @@ def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" in os.environ:
         deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def remove_stale_build_locks() -> None:
+    """A killed build of DeepSpeed's operators leaves a lock that the next start would wait for,
+    for ever."""
+    for lock in machine.stale_build_locks():
+        Path(lock).unlink(missing_ok=True)
+        cli.say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
 
 
 def open_cpu_group(timeout: int) -> None:

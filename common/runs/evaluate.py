@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from common import cli
-from common.collators import for_model, without_labels
+from common.data.counts import for_model, without_labels
 from common.data.progress import Progress
 
 CURVE_POINTS = 10  # measurements along a run ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from common.data.labels import turn_end_ids, written_answer
 from common.data.progress import Progress
 from common.data.spelling import encode_text, text_start
 from common.runs import memory
+from common.runs.engine import engine
 from common.runs.flags import learned_positions
 from common.runs.metrics import answer_match, with_plain_calls
 from common.runs.report import parameters
@@ -71,6 +73,36 @@ def with_whole_weights(engine):
     from deepspeed.runtime.zero import unwrap_model_for_generation
 
     return unwrap_model_for_generation(engine)
+
+
+class Asking:
+    """A recipe's own measure of a trainer's model, which generates. Under ZeRO-3 each new token
+    gathers all weights; here they are gathered once, or, where they do not fit, nothing is asked.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.has_room: bool | None = None  # under ZeRO-3; found out with the first question
+
+    def ask(self, measure: Callable[[], tuple[dict, list]]) -> tuple[dict, list]:
+        """What `measure` gives, or nothing of both. All ranks call it."""
+        if engine(self.trainer.args) != "zero-3":
+            return measure()
+        model = self.trainer.model
+        fit = weights_fit(model)
+        if self.has_room is None:
+            self.has_room = fit or cli.given_by_user("eval_generate")
+            if not self.has_room:
+                cli.say(
+                    f"no question is asked before and after: all weights "
+                    f"({weight_bytes(model) / 2**30:.1f} GiB) do not fit the free memory of one "
+                    "device, and would be gathered for each new token. --eval_generate 8 asks all "
+                    "the same"
+                )
+        if not self.has_room:
+            return {}, []
+        with with_whole_weights(self.trainer.deepspeed) if fit else nullcontext():
+            return measure()
 
 
 # ---- answers -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from common.data.files import atomic_file
 from common.runs import memory
 from common.runs.engine import engine
 from common.runs.machine import versions
+from common.runs.run_folder import read_run_file, write_run_file
 
 KEYS = (
     "recipe",
@@ -113,6 +114,48 @@ def before_and_after(before: list[dict], after: list[dict]) -> list[dict]:
         {**sample, "before": answers.get(question(sample), ""), "after": sample["answer"]}
         for sample in shown
     ]
+
+
+# ---- of a trainer --------------------------------------------------------------------------------
+
+
+def write_training_report(trainer, recipe: str, model_name: str, rows: dict, after: dict) -> None:
+    """Everything that a training leaves for people, and the table on the terminal; rank 0 does it.
+
+    Args:
+        trainer: a RecipeTrainer that has trained.
+        rows: counts of the data: read, used, dropped {reason: n}, ...
+        after: what `measure_all` gave after training.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    history = trainer.state.log_history
+    last = next((entry for entry in reversed(history) if "total_tokens" in entry), {})
+    found = facts(
+        recipe=recipe,
+        model_name=model_name,
+        model=trainer.model,
+        training=trainer.args,
+        rows=rows,
+        steps=trainer.state.global_step,
+        tokens=int(last.get("total_tokens", 0)),
+        label_tokens=int(last.get("total_label_tokens", 0)),
+        seconds=last.get("train_seconds", 0.0),
+        losses=[entry["loss"] for entry in history if "loss" in entry],
+        before=trainer.before,
+        after=after,
+        peaks=[e["epoch_peak_memory_mb"] for e in history if "epoch_peak_memory_mb" in e],
+    )
+    out = Path(trainer.args.output_dir)
+    samples = before_and_after(trainer.before.get("samples", []), after["samples"])
+    table = write_report(out, found, history, samples, trainer.plots)
+    trainer.state.save_to_json(str(out / "trainer_state.json"))
+    # last, since it says that nothing is missing
+    write_run_file(out, read_run_file(out) | {"step": trainer.state.global_step})
+    print(
+        f"\n{table}\n\nmodel   {out / 'final'}\nreport  {out / 'report.md'}, {out / 'loss.png'}",
+        flush=True,
+    )
 
 
 # ---- pictures ------------------------------------------------------------------------------------

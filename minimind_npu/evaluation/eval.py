@@ -42,7 +42,7 @@ from model import MiniMindForCausalLM
 from torch import Tensor
 
 from common import collators
-from common.collators import IGNORE
+from common.data.spelling import IGNORE
 from common.convert import adapter
 from common.data.files import atomic_file
 from common.data.labels import encode_prompt

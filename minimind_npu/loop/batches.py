@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from loop import parallel
 
-from common.collators import IGNORE, pack_bins
+from common.collators import pack_bins
+from common.data.spelling import IGNORE
 
 PAD_DOCUMENT = 64  # tokens of a document of padding: short, so that attention costs nothing there
 

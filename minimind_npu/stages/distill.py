@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.collators import IGNORE
+from common.data.spelling import IGNORE
 
 CHUNK = 512  # positions whose logits exist at once
 

@@ -21,9 +21,9 @@ from stages.pretrain import INPUTS
 from torch.nn import functional as F
 
 from common import cli, device
-from common.collators import IGNORE
 from common.data.labels import encode_chat
 from common.data.progress import Progress
+from common.data.spelling import IGNORE
 from common.fast import losses
 
 KIND = "preference"

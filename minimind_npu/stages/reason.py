@@ -16,8 +16,8 @@ import torch
 from stages.pretrain import INPUTS, metrics  # noqa: F401
 from stages.sft import COLUMNS, KIND, encode  # noqa: F401
 
-from common.collators import IGNORE
 from common.data.labels import encode_prompt
+from common.data.spelling import IGNORE
 from common.fast import losses
 from common.runs.generate import expected_answer, generate_answers
 from common.runs.metrics import answer_match

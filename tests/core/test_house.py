@@ -21,7 +21,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PRODUCT}
 ROOMS = {  # room of common/: the rooms that it may import; all may use the flat core
     "data": {"data"},
     "runs": {"data", "runs"},
-    "fast": {"fast"},
+    "fast": {"data", "fast"},
     "convert": {"data", "convert", "runs"},
     "demo": {"data", "runs", "convert", "demo"},
 }

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common import collators, device
 from common.convert import models
+from common.data import columns, counts
 from common.fast import attention, attention_cpu, losses, packing_check
 
 VOCAB = 97
@@ -93,25 +94,25 @@ def test_packed_dataset_reads_arrow_and_lists_alike():
     a, b = collators.PackedDataset(rows, 32, 1), collators.PackedDataset(table, 32, 1)
     assert plain(a[i] for i in range(len(a))) == plain(b[i] for i in range(len(b)))
     assert plain(b.__getitems__([1, 0])) == plain([a[1], a[0]]), "what a DataLoader asks for"
-    assert collators.lengths_of(chosen).tolist() == [14, 2, 30, 9, 5]
+    assert columns.lengths_of(chosen).tolist() == [14, 2, 30, 9, 5]
 
 
 # ---- collators ----
 def test_a_batch_brings_its_counts():
     """So that nobody asks a device for them; a model gets the places of its labels alone."""
     rows = make_rows([9, 2, 4], prompt=3)
-    packed = collators.Counted(collators.PackedCollator())([rows[:1], rows[1:]])
-    padded = collators.Counted(collators.PaddedCollator(0))(rows)
+    packed = counts.Counted(collators.PackedCollator())([rows[:1], rows[1:]])
+    padded = counts.Counted(collators.PaddedCollator(0))(rows)
     for batch in (packed, padded):
         assert (batch["tokens"], batch["label_tokens"]) == (15, 7)
         labels = batch["labels"].flatten()
         assert (labels[batch["label_index"] + 1] != collators.IGNORE).all()
     assert packed["label_index"].tolist() == [*range(2, 8), 13]
     assert packed["on_host"]["cu_seq_lens_q"] == [0, 9, 11, 15]
-    assert collators.counted({**packed, "padding_tokens": 5})["tokens"] == 10
-    left = collators.for_model(packed)
-    assert left.keys() - collators.for_model(pack(rows)).keys() == {"label_index"}
-    nothing = collators.without_labels(packed)
+    assert counts.counted({**packed, "padding_tokens": 5})["tokens"] == 10
+    left = counts.for_model(packed)
+    assert left.keys() - counts.for_model(pack(rows)).keys() == {"label_index"}
+    nothing = counts.without_labels(packed)
     assert not len(nothing["label_index"]) and (nothing["labels"] == collators.IGNORE).all()
 
 

@@ -13,8 +13,9 @@ from harness import make_rows, own_modules, weights_sha
 from test_labels import QWEN2, byte_level
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
-from common import callbacks, cli, collators
-from common.collators import IGNORE
+from common import callbacks, collators
+from common.data.spelling import IGNORE
+from common.runs import engine, finite
 from common.trainer import RecipeTrainer
 
 NAN = float("nan")
@@ -44,13 +45,15 @@ def trainer(folder, rows=(), net=None, kind=RecipeTrainer, **flags):
 def steps_until_the_end(one, monkeypatch, steps) -> int:
     """How many of `steps`, (gradient norm, whether the scaler skipped it), go by."""
     monkeypatch.setattr(type(one.accelerator), "optimizer_step_was_skipped", False)
+    checks = finite.FiniteSteps(one)
+    at = (one.args, one.state, one.control)
     for number, (norm, skipped) in enumerate(steps):
         one.state.global_step = number
-        monkeypatch.setattr(one, "gradient_norm", lambda norm=norm: norm)
+        monkeypatch.setattr(checks, "gradient_norm", lambda norm=norm: norm)
         monkeypatch.setattr(type(one.accelerator), "optimizer_step_was_skipped", skipped)
         try:
-            one.check_gradients()
-            one.check_step()
+            checks.on_pre_optimizer_step(*at)
+            checks.on_optimizer_step(*at)
         except SystemExit as error:
             assert error.code == 1
             return number
@@ -160,7 +163,7 @@ def test_a_stale_build_lock_is_removed_with_a_note_and_a_young_one_stays(
         lock.touch()
     os.utime(stale, (time.time() - 90,) * 2)
     os.utime(young, (time.time() - 30,) * 2)
-    cli.remove_stale_build_locks()
+    engine.remove_stale_build_locks()
     assert young.exists() and not stale.exists()
     assert capsys.readouterr().out.startswith(f"removed {stale}, left by a killed build")
 

@@ -10,8 +10,8 @@ import pytest
 from browser import Visit
 from harness import ROOT, expect, finish, start
 
-from common.collators import IGNORE
 from common.data.labels import encode_chat
+from common.data.spelling import IGNORE
 from common.demo import page
 
 RECIPE = ROOT / "chinese_bloom"
