@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -9,6 +10,7 @@ import torch
 from harness import ROOT, environment
 
 from common import device
+from common.fast import attention
 from common.runs import card_install, memory
 
 
@@ -164,6 +166,57 @@ def test_a_card_that_torch_has_no_code_for_is_named(monkeypatch, capability, wor
     if not works:
         assert found.startswith("Tesla V100") and "pip install torch==2.13.0" in found
         assert ("cu126" in found) == (capability < (7, 5))
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(capability, name): with one NVIDIA card that torch can use."""
+
+    def make(capability, called):
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        properties = SimpleNamespace(major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: called)
+        monkeypatch.delenv("DANPU_DEVICE", raising=False)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "capability, called",
+    [((6, 0), "Tesla P100"), ((7, 0), "Tesla V100"), ((7, 5), "Tesla T4")],
+)
+def test_a_card_without_bf16_trains_in_fp16_with_a_scaler_and_a_block_mask(
+    card, capability, called
+):
+    """torch emulates bf16 there and says that it is supported."""
+    card(capability, called)
+    assert device.kind() == "cuda" and device.half_dtype() is torch.float16
+    defaults = device.training_defaults(set())
+    assert defaults["fp16"] and not defaults["bf16"]
+    assert device.grad_scaler(torch.float16).is_enabled()
+    assert device.varlen_attention() is None, "flash attention wants bf16's generation"
+    assert attention._kernel_of.__wrapped__("cuda") is None
+    assert not device.compile_pays()
+    asked = SimpleNamespace(bf16=True, fp16=False, optim="adamw_torch_fused", deepspeed=None)
+    assert f"{called} has no bf16" in device.unsupported_flags(asked)
+    with pytest.raises(SystemExit, match=f"{called} has no bf16: train in fp16"):
+        device.autocast(torch.bfloat16)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_a_card_with_bf16_takes_it_and_the_flash_kernel(card, capability):
+    card(capability, "NVIDIA")
+    assert device.half_dtype() is torch.bfloat16 and device.compile_pays()
+    defaults = device.training_defaults(set())
+    assert defaults["bf16"] and not defaults["fp16"]
+    assert not device.grad_scaler(torch.bfloat16).is_enabled()
+    assert attention._kernel_of.__wrapped__("cuda") is attention._torch_varlen
+    asked = SimpleNamespace(bf16=True, fp16=False, optim="adamw_torch_fused", deepspeed=None)
+    assert device.unsupported_flags(asked) is None
 
 
 def test_a_started_script_asks_too():

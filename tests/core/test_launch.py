@@ -30,6 +30,7 @@ words = ["rank", str(rank), "of", os.environ["WORLD_SIZE"], "port", os.environ["
 os.write(1, (" ".join(words) + "\\n").encode())  # at once: the ranks write to one pipe
 if mode == "fail" and rank == 1: sys.exit("error: rank one is unhappy")
 if mode == "usage": sys.exit(2)
+if mode == "memory": sys.exit(f"error: {os.environ.get('PYTORCH_ALLOC_CONF')}")
 if mode == "killed" and rank == 1: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGKILL)
 if mode == "stop":
     os.write(2, b"chatter of a library\\n" * rank)
@@ -173,6 +174,21 @@ def test_a_hostfile_needs_pdsh_and_hands_variables_on(recipe, tmp_path):
     assert "first,second" in said and r'export HF_ENDPOINT="https://a.mirror/with \$pace"' in said
     assert "hf_secret" not in said + done.stdout + done.stderr
     assert "--no_local_rank" not in said and "train.py" in said
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ],
+)
+def test_blocks_of_memory_grow_unless_the_user_says_otherwise(recipe, monkeypatch, given, expected):
+    """Packed rows have another length each step; torch's older name of the variable counts too."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert error_line(shell(recipe, "memory", NPROC=1, **given), 1) == f"error: {expected}"
 
 
 def test_several_nodes_on_one_machine(recipe):
