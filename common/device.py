@@ -12,8 +12,11 @@ from common.runs.npu_install import NPU_ERROR, cann_home, npu_hardware
 # isort: split
 import torch
 
+from common.data.cache import cache_root
 from common.runs import card_install
 
+# what torch.compile finds there it runs: not in /tmp, its default, where everybody may put some
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
 LOADER_WORKERS = 2  # processes that make batches while an accelerator computes
 DDP_TIMEOUT = 600  # seconds that a rank waits for others in a collective, unless --ddp_timeout says
 
@@ -29,7 +32,8 @@ def kind() -> str:
         "cpu": True,
     }
     if wanted and not usable[wanted]:
-        reasons = {"npu": NPU_ERROR, "cuda": card_install.why_unused()}
+        found = card_install.why_unused() or card_install.why_amd_unused()
+        reasons = {"npu": NPU_ERROR, "cuda": found}
         reason = reasons[wanted] or "no such device is visible"
         raise SystemExit(f"DANPU_DEVICE={wanted} cannot be used: {reason}")
     return wanted or next(name for name, ok in usable.items() if ok)
@@ -83,6 +87,15 @@ def varlen_attention() -> str | None:
     if half_dtype() is not torch.bfloat16 or torch.version.hip:  # not tried on AMD's cards
         return None
     return {"cuda": "torch", "npu": "torch_npu"}.get(kind())
+
+
+def compile_pays() -> bool:
+    """Whether kernels made by torch.compile are faster than torch's own: on the NVIDIA cards that
+    Triton supports (8.0 and newer), not on CPUs, whose caches hold the passes of a kernel, nor on
+    NPUs, for which there is no back end."""
+    if kind() != "cuda" or torch.version.hip:  # not tried on AMD's cards
+        return False
+    return module().get_device_capability() >= (8, 0)
 
 
 def overflow_saturates() -> bool:
@@ -217,9 +230,12 @@ def install_problem() -> tuple[str, bool]:
     chosen = bool(os.environ.get("DANPU_DEVICE"))
     if NPU_ERROR is not None and npu_hardware() and kind() == "cpu" and not chosen:
         return f"launch: this machine has an NPU, but {NPU_ERROR} (or DANPU_DEVICE=cpu)", True
-    unused = None if chosen and kind() == "cpu" else card_install.why_unused()
-    if unused and kind() != "npu":
-        return f"launch: this machine has an NVIDIA card, but {unused} (or DANPU_DEVICE=cpu)", True
+    asked = {"NVIDIA": card_install.why_unused, "AMD": card_install.why_amd_unused}
+    for whose, why in asked.items():
+        unused = None if kind() == "npu" or (chosen and kind() == "cpu") else why()
+        if unused:
+            card = f"launch: this machine has an {whose} card"
+            return f"{card}, but {unused} (or DANPU_DEVICE=cpu)", True
     if NPU_ERROR is not None:
         return f"torch_npu is installed but unusable ({NPU_ERROR}); continuing without it", False
     if sys.modules.get("torch_npu") and kind() == "cpu":

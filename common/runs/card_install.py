@@ -1,5 +1,5 @@
-"""Why the NVIDIA cards of a machine are not used: a driver older than torch's build, a build
-without CUDA or without code for the card, cards that a variable hides.
+"""Why the NVIDIA or AMD cards of a machine are not used: a driver older than torch's build, a build
+for other cards or without code for the card at hand, cards that a variable hides.
 
 Builds of torch 2.13.0 and their cards: PyTorch's release matrix (RELEASE.md).
 """
@@ -18,6 +18,10 @@ INDEX = "https://download.pytorch.org/whl"
 OLDER = f"pip install torch==2.13.0 --index-url {INDEX}/cu126"  # 5.0 to 9.0, V100 too
 USUAL = "pip install torch==2.13.0"  # CUDA 13.0: 7.5 (T4) to 12.0
 HIDING = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+AMD_CARDS = Path("/sys/class/kfd/kfd/topology/nodes")
+AMD_MEMORY = 7e9  # bytes; less is a chip inside a CPU
+AMD = f"pip install torch==2.13.0 --index-url {INDEX}/rocm7.2"
+AMD_HIDING = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 def driver_version() -> str | None:
@@ -38,10 +42,8 @@ def why_unused() -> str | None:
         return card_without_code()
     if driver is None:
         return None
-    hidden = [name for name in HIDING if os.environ.get(name) in ("", "-1", "none", "void")]
-    if hidden:
-        shown = f"{hidden[0]}={os.environ[hidden[0]]!r}"
-        return f"{shown} hides it: unset {hidden[0]}"
+    if hidden_by(HIDING):
+        return hidden_by(HIDING)
     built_for = torch.version.cuda
     if built_for is None:
         return (
@@ -57,6 +59,38 @@ def why_unused() -> str | None:
     return (
         f"torch {torch.__version__} (CUDA {built_for}) sees none behind driver {driver}: ask "
         "nvidia-smi; a container needs --gpus all"
+    )
+
+
+def hidden_by(variables: tuple[str, ...]) -> str | None:
+    for name in variables:
+        if os.environ.get(name) in ("", "-1", "none", "void"):
+            return f"{name}={os.environ[name]!r} hides it: unset {name}"
+    return None
+
+
+def amd_card() -> bool:
+    """Whether the kernel knows an AMD card with memory of its own."""
+    for file in AMD_CARDS.glob("*/mem_banks/*/properties"):
+        try:
+            bank = dict(re.findall(r"(\w+) (\d+)", file.read_text(encoding="utf-8")))
+        except OSError:
+            continue
+        in_the_card = bank.get("heap_type", "0") != "0"
+        if in_the_card and int(bank.get("size_in_bytes", 0)) > AMD_MEMORY:
+            return True
+    return False
+
+
+def why_amd_unused() -> str | None:
+    """As why_unused, for AMD's cards."""
+    if torch.cuda.is_available() or not amd_card():
+        return None
+    if torch.version.hip is None:
+        return f"torch {torch.__version__} is no build for ROCm: {AMD}"
+    return hidden_by(AMD_HIDING) or (
+        f"torch {torch.__version__} sees none: this user needs /dev/kfd and /dev/dri (groups "
+        "render and video), a container --device /dev/kfd --device /dev/dri"
     )
 
 

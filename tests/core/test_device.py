@@ -143,6 +143,39 @@ def test_a_machine_without_cards_trains_on_its_cpu(machine):
     assert device.install_problem() == ("", False)
 
 
+@pytest.mark.parametrize(
+    "gigabytes, hip, hidden, words",
+    [
+        (24, None, None, "is no build for ROCm: pip install torch==2.13.0 --index-url "),
+        (24, "7.2", None, "groups render and video"),
+        (24, "7.2", "", "HIP_VISIBLE_DEVICES='' hides it"),
+        (2, None, None, None),  # the graphics of a desktop's CPU
+    ],
+)
+def test_an_amd_card_that_is_not_used_is_told(
+    machine, monkeypatch, tmp_path, gigabytes, hip, hidden, words
+):
+    machine(None, "13.0")
+    for node, (kind, size) in {0: (0, 64), 1: (1, gigabytes)}.items():
+        bank = tmp_path / f"nodes/{node}/mem_banks/0/properties"
+        bank.parent.mkdir(parents=True)
+        bank.write_text(f"heap_type {kind}\nsize_in_bytes {size * 10**9}\nflags 0\n")
+    monkeypatch.setattr(card_install, "AMD_CARDS", tmp_path / "nodes")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for name in card_install.AMD_HIDING:
+        monkeypatch.delenv(name, raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("HIP_VISIBLE_DEVICES", hidden)
+    message, fatal = device.install_problem()
+    if words is None:
+        assert not message
+        return
+    assert fatal and words in message
+    assert message.startswith("launch: this machine has an AMD card, but ")
+    monkeypatch.setenv("DANPU_DEVICE", "cpu")
+    assert device.install_problem() == ("", False)
+
+
 BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
