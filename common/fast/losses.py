@@ -16,7 +16,6 @@ B rows, T tokens, N positions with a label, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
 from types import MethodType
 
 import torch
@@ -26,59 +25,46 @@ from torch.utils.checkpoint import checkpoint
 
 from common.data.counts import label_index
 from common.data.spelling import IGNORE
+from common.fast import softmax
+from common.fast.softmax import pieces
 
 CPU_ROWS = 512  # fewer rows make the weight-gradient product slow, more only cost memory
 ACCELERATOR_LOGITS = 2**27  # elements of one chunk of logits on an accelerator (256 MiB in bf16)
-CACHE_ELEMENTS = 2**19  # fp32 elements that stay in a CPU core's L2 cache during the softmax
+FEWEST_ROWS = 256  # of a chunk there, whatever the vocabulary ...
+MOST_ROWS = 2**14
 
 
 # ---- chunks of logits ----
-def _pieces(total: int, size: int) -> list[slice]:
-    """Equal slices of at most `size` covering range(total)."""
-    count = -(-total // size)
-    edges = [total * i // count for i in range(count + 1)] if count else [0]
-    return [slice(start, end) for start, end in pairwise(edges)]
-
-
 def _chunk_rows(device: torch.device, vocab: int) -> int:
-    return CPU_ROWS if device.type == "cpu" else max(256, ACCELERATOR_LOGITS // vocab)
+    if device.type == "cpu":
+        return CPU_ROWS
+    return min(MOST_ROWS, max(FEWEST_ROWS, ACCELERATOR_LOGITS // vocab))
 
 
-def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None):
-    """Yields (slice, logits [n, V]); the logits share one buffer."""
+def _loss_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    log_probs: Tensor,
+    correct: Tensor | None = None,
+    wants_gradient: bool = True,
+):
+    """Yields (slice, d(sum of losses)/d(logits) [n, V]; the logits themselves where no gradient is
+    wanted) and fills log_probs [N] and, if given, correct [N]. The chunks share one buffer."""
     rows = len(hidden)
-    size = _chunk_rows(hidden.device, len(weight))
-    buffer = torch.empty(min(size, rows), len(weight), dtype=hidden.dtype, device=hidden.device)
-    for part in _pieces(rows, size):
+    vocab = len(weight)
+    size = _chunk_rows(hidden.device, vocab)
+    same_size = softmax.is_compiled(hidden.device.type, vocab)
+    buffer = hidden.new_empty(size if same_size else min(size, rows), vocab)
+    for part in pieces(rows, size):
         logits = buffer[: part.stop - part.start]
         torch.mm(hidden[part], weight.t(), out=logits)
         if bias is not None:
             logits += bias
+        right = None if correct is None else correct[part]
+        softmax.loss_of_chunk_(buffer, targets[part], log_probs[part], right, wants_gradient)
         yield part, logits
-
-
-def _softmax_loss_(
-    logits: Tensor, targets: Tensor, log_probs: Tensor, correct: Tensor | None
-) -> None:
-    """[n, V] logits -> d(sum of losses)/d(logits) in place; fills log_probs [n] and, if given,
-    correct [n].
-
-    fp32 inside; on CPU a few rows at a time, so that the passes over fp32 values stay in the cache.
-    """
-    rows, vocab = logits.shape
-    step = max(1, CACHE_ELEMENTS // vocab) if logits.device.type == "cpu" else rows
-    work = torch.empty(min(step, rows), vocab, dtype=torch.float32, device=logits.device)
-    for part in _pieces(rows, step):
-        x = logits[part]
-        target = targets[part, None]
-        y = work[: part.stop - part.start]
-        if correct is not None:
-            correct[part] = x.argmax(-1) == target[:, 0]
-        torch.log_softmax(x if x.dtype == y.dtype else y.copy_(x), -1, out=y)
-        log_prob = y.gather(1, target)
-        log_probs[part] = log_prob[:, 0]
-        y.exp_().scatter_(1, target, log_prob.exp() - 1)
-        x.copy_(y)
 
 
 def _add_weight_grad_(
@@ -91,7 +77,7 @@ def _add_weight_grad_(
     if grad.dtype == hidden.dtype:
         torch.addmm(grad, grad_logits.t(), hidden, beta=0 if first else 1, alpha=scale, out=grad)
         return
-    for part in _pieces(len(grad), 4096 if grad.device.type == "cpu" else len(grad)):
+    for part in pieces(len(grad), 4096 if grad.device.type == "cpu" else len(grad)):
         product = grad_logits[:, part].t() @ hidden
         if first:
             grad[part].copy_(product).mul_(scale)
@@ -115,8 +101,9 @@ class _HeadLoss(torch.autograd.Function):
         ctx.hidden = torch.empty_like(h) if need_hidden else None
         ctx.weight = torch.empty_like(weight) if need_weight and rows else None
         ctx.bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for part, logits in _logit_chunks(h, w, bias):
-            _softmax_loss_(logits, targets[part], log_probs[part], correct[part] if count else None)
+        counted = correct if count else None
+        wanted = any(ctx.needs_input_grad)
+        for part, logits in _loss_chunks(h, w, bias, targets, log_probs, counted, wanted):
             if need_hidden:
                 torch.mm(logits, w, out=ctx.hidden[part])
             if ctx.weight is not None:
@@ -159,9 +146,9 @@ class _HeadLogProbs(torch.autograd.Function):
         w = weight.to(dtype)
         log_probs = torch.zeros(len(hidden), dtype=torch.float32, device=h.device)
         ctx.slope = torch.empty_like(h) if need_hidden and not any(need_head) else None
-        for part, logits in _logit_chunks(h, w, bias):
-            _softmax_loss_(logits, targets[part], log_probs[part], None)
-            if ctx.slope is not None:
+        has_slope = ctx.slope is not None
+        for part, logits in _loss_chunks(h, w, bias, targets, log_probs, wants_gradient=has_slope):
+            if has_slope:
                 torch.mm(logits, w, out=ctx.slope[part])
         ctx.inputs = (hidden, weight, bias, targets, dtype) if any(need_head) else None
         ctx.hidden_dtype = hidden.dtype
@@ -178,8 +165,7 @@ class _HeadLogProbs(torch.autograd.Function):
         d_hidden = torch.empty_like(h)
         d_weight = torch.zeros_like(weight)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for part, logits in _logit_chunks(h, w, bias):
-            _softmax_loss_(logits, targets[part], scratch[part], None)
+        for part, logits in _loss_chunks(h, w, bias, targets, scratch):
             logits *= -grad[part, None]
             torch.mm(logits, w, out=d_hidden[part])
             _add_weight_grad_(d_weight, logits, h[part], 1.0, part.start == 0)
@@ -373,7 +359,7 @@ def _loss_of_any_head(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tenso
     """As _head_loss, for a head that is no plain Linear (an adapter on it, say)."""
     parts = [
         _chunk_of_any_head(head, rows[part], call.targets[part])
-        for part in _pieces(len(rows), _chunk_rows(rows.device, 2**18))
+        for part in pieces(len(rows), _chunk_rows(rows.device, 2**18))
     ]
     if not parts:  # keeps the graph
         parts = [(rows.sum(-1).float(), call.targets == IGNORE)]

@@ -126,6 +126,7 @@ def setup_of(args, training, tokens: int, **more) -> Setup:
         recompute=cli.recompute(training),
         accumulates=training.gradient_accumulation_steps > 1,
         on_cpu=on_cpu,
+        compiles=device.compile_pays(),
         four_bit=getattr(args, "load_in_4bit", False),
         offload=offloaded(training),
         # its loop over many tensors at once

@@ -17,10 +17,14 @@ from math import prod
 GIB = 2**30
 BUCKET = 2e8  # elements of each of ZeRO's two buckets
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at most
-# as in common.fast.losses: elements of a chunk of logits; its rows on a CPU, and of its softmax
+# as in common.fast.losses: elements of a chunk of logits and its rows; those on a CPU
 LOGITS = 2**27
+FEWEST_ROWS = 256
+MOST_ROWS = 2**14
 CPU_ROWS = 512
+# as in common.fast.softmax: elements of its float32 buffer on a CPU, where it is compiled elsewhere
 CPU_SOFTMAX = 2**19
+COMPILED_VOCABULARY = 4096
 FOUR_BIT = 0.516  # bytes of a weight in NF4, its scales quantised too
 # transformers' names; the configs of older types map theirs to these
 NAMES = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
@@ -103,9 +107,9 @@ class Setup:
     LoRA adapter, 0: all weights are trained; adapter_ranks: its rank times the matrices that it
     stands on; adapts_mlp: some are of the feed-forward layers;
     frozen_layers: of the first, with the table of tokens; accumulates: several micro-batches a
-    step; offload: "optimizer" and "weights" that lie in host memory; step_copies: float32 copies
-    of the trained weights that the optimizer makes at its step; references: frozen models beside
-    the trained one.
+    step; compiles: device.compile_pays(); offload: "optimizer" and "weights" that lie in host
+    memory; step_copies: float32 copies of the trained weights that the optimizer makes at its step;
+    references: frozen models beside the trained one.
     """
 
     tokens: int  # of a micro-batch
@@ -119,6 +123,7 @@ class Setup:
     recompute: bool = False
     accumulates: bool = True
     on_cpu: bool = False
+    compiles: bool = False
     four_bit: bool = False
     offload: frozenset[str] = frozenset()
     step_copies: int = 0
@@ -313,13 +318,16 @@ def head_kept(facts: dict, how: Setup) -> float:
 
 
 def head_work(facts: dict, how: Setup) -> float:
-    """A chunk of logits and its softmax in float32."""
+    """A chunk of logits and, unless it is compiled, its softmax in float32."""
     size = 2 if how.half else 4
     vocabulary = facts["vocab_size"] or 0
     if how.on_cpu:
         rows = min(how.tokens, CPU_ROWS)
         return size * rows * vocabulary + 4 * CPU_SOFTMAX
-    return (size + 4) * min(how.tokens * vocabulary, max(LOGITS, 256 * vocabulary))
+    rows = min(MOST_ROWS, max(FEWEST_ROWS, LOGITS // max(1, vocabulary)))
+    if how.compiles and vocabulary >= COMPILED_VOCABULARY:
+        return size * rows * vocabulary
+    return (size + 4) * min(how.tokens, rows) * vocabulary
 
 
 # ---- all of it -----------------------------------------------------------------------------------

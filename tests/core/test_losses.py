@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
 
-from common.fast import losses
+from common.fast import losses, softmax
 
 VOCAB = 301
 
@@ -64,7 +64,7 @@ def assert_same(model, stock, batch, **inputs):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CPU_ROWS", 16)
-    monkeypatch.setattr(losses, "CACHE_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(softmax, "CACHE_ELEMENTS", 5 * VOCAB)
 
 
 @pytest.mark.parametrize("items", [None, 50, torch.tensor(77)])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from common import cli, device, tiny
 from common.convert import models
-from common.fast import losses
+from common.fast import losses, softmax
 from common.runs import engine, memory_check, memory_plan
 from common.runs.memory_plan import GIB, Setup
 
@@ -149,8 +149,20 @@ def test_what_layers_keep_is_what_torch_keeps(sizes, case):
 
 def test_the_constants_are_those_of_the_losses():
     assert memory_plan.LOGITS == losses.ACCELERATOR_LOGITS
-    assert memory_plan.CPU_ROWS == losses.CPU_ROWS
-    assert memory_plan.CPU_SOFTMAX == losses.CACHE_ELEMENTS
+    for name in ("CPU_ROWS", "FEWEST_ROWS", "MOST_ROWS"):
+        assert getattr(memory_plan, name) == getattr(losses, name)
+    assert memory_plan.CPU_SOFTMAX == softmax.CACHE_ELEMENTS
+    assert memory_plan.COMPILED_VOCABULARY == softmax.COMPILED_VOCABULARY
+
+
+def test_a_compiled_softmax_needs_no_float32_buffer():
+    """A chunk of logits in bfloat16, and where it is not compiled its float32 copy."""
+    facts = {"vocab_size": 151_936}
+    plain = memory_plan.head_work(facts, Setup(tokens=4096))
+    compiled = memory_plan.head_work(facts, Setup(tokens=4096, compiles=True))
+    assert plain == 3 * compiled and 0.9 * 2**28 < compiled <= 2**28
+    toy = {"vocab_size": 500}
+    assert memory_plan.head_work(toy, Setup(tokens=10, compiles=True)) == 6 * 10 * 500
 
 
 def test_states_by_hand():

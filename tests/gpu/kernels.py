@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.fast import alibi, attention, losses
+from common.fast import alibi, attention, losses, softmax
 
 LIMIT = 2e-2  # three significant digits of bfloat16, a few products deep
 HEADS = (  # query heads, key/value heads, size of a head
@@ -141,6 +141,28 @@ def head_loss(where, lengths: tuple) -> None:
     )
 
 
+def head_speed(where, lengths: tuple) -> None:
+    """The softmax of the head, compiled, against plain torch, in a chunk of a large vocabulary."""
+    name = "softmax of a head of 151,936, compiled"
+    if not softmax.is_compiled(where.type, 151_936):
+        say(name, "not compiled here", "-", None)
+        return
+    rows = losses._chunk_rows(where, 151_936)
+    buffer = random(where, rows, 151_936).detach()
+    targets = torch.randint(151_936, (rows,), device=where)
+    log_probs = torch.empty(rows, device=where)
+    seconds = {}
+    for way in (softmax.loss_of_chunk_, softmax._eager):
+        rest = (buffer, targets, log_probs, None, True)
+        way(*rest)
+        seconds[way] = best_seconds(lambda way=way, rest=rest: way(*rest))
+    if softmax._failed:
+        say(name, softmax._failed[0][:160], "compiles", False)
+        return
+    times = seconds[softmax._eager] / seconds[softmax.loss_of_chunk_]
+    say(name, f"{times:.1f} x the speed of plain torch", "> 1.5 x", times > 1.5)
+
+
 def grouped_experts(where, lengths: tuple) -> None:
     """Experts as grouped products; one of them gets no token."""
     import model as minimind
@@ -159,19 +181,25 @@ def grouped_experts(where, lengths: tuple) -> None:
     compare("grouped experts, one empty", [found, *found_gradients], [wanted, *wanted_gradients])
 
 
-def product_speed(where, lengths: tuple) -> None:
-    """What the speeds of training are compared with; random numbers draw the power of real ones."""
-    size = 8192 if where.type != "cpu" else 256
-    a = random(where, size, size).detach()
+def best_seconds(work) -> float:
+    """Of one call, in the best of five rounds of ten."""
     wait = device.module().synchronize
     best = float("inf")
     for _ in range(5):
         wait()
         began = time.perf_counter()
         for _ in range(10):
-            a @ a
+            work()
         wait()
         best = min(best, (time.perf_counter() - began) / 10)
+    return best
+
+
+def product_speed(where, lengths: tuple) -> None:
+    """What the speeds of training are compared with; random numbers draw the power of real ones."""
+    size = 8192 if where.type != "cpu" else 256
+    a = random(where, size, size).detach()
+    best = best_seconds(lambda: a @ a)
     print(json.dumps({"product_flops": 2 * size**3 / best}), flush=True)
     say(f"bf16 product of {size}", f"{2 * size**3 / best / 1e12:.3g} TFLOP/s", "-", None)
 
@@ -183,7 +211,8 @@ def main() -> None:
     torch.manual_seed(0)
     where = device.device(0)
     lengths = SHORT if args.dry_run else LENGTHS
-    checks = [packed_attention, packed_alibi, head_loss, grouped_experts, product_speed]
+    checks = [packed_attention, packed_alibi, head_loss, head_speed, grouped_experts]
+    checks.append(product_speed)
     each(checks, where, lengths)
 
 

@@ -44,7 +44,7 @@ from common import tiny
 from common.data.labels import encode_prompt
 from common.data.load import load_rows
 from common.data.tokens import tokenise
-from common.fast import attention, losses
+from common.fast import attention, losses, softmax
 from common.runs import report as reports
 
 RECIPE = ROOT / "baichuan2_dpo"
@@ -370,7 +370,7 @@ def test_models_with_an_attention_of_their_own(name, more):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CPU_ROWS", 16)
-    monkeypatch.setattr(losses, "CACHE_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(softmax, "CACHE_ELEMENTS", 5 * VOCAB)
 
 
 @pytest.mark.parametrize(
