@@ -160,6 +160,7 @@ def parse_args(
         checks.settle_liger(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
     heartbeat.start(parsed[-1].ddp_timeout)
+    engine.build_cpu_optimizer(parsed[-1])
     return parsed
 
 

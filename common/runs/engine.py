@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from common import cli, device
 from common.runs import machine
+
+SAY_BUILD_AFTER = 3  # seconds; an optimizer that lies there compiled takes one
 
 
 def engine(args) -> str:
@@ -59,6 +62,39 @@ def prepare_deepspeed(timeout: int = device.DDP_TIMEOUT) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" in os.environ:
         deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def build_cpu_optimizer(training) -> None:
+    """Compile what DeepSpeed offloads the optimizer to, once on a machine, before anything is read:
+    DeepSpeed itself does it without a word when the model is loaded. All ranks call it."""
+    config = deepspeed_config(training) or {}
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    optimizer = config.get("optimizer") or {}
+    is_adam = str(optimizer.get("type")).lower() in ("adam", "adamw")
+    of_torch = optimizer.get("params", {}).get("torch_adam", False)
+    if offload.get("device", "none") == "none" or not is_adam or of_torch:
+        return
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    line = (
+        "DeepSpeed compiles its CPU Adam, once on this machine: a minute or two, more where "
+        "other work is done"
+    )
+    later = threading.Timer(SAY_BUILD_AFTER, cli.say, [line])
+    later.daemon = True
+    later.start()
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(
+            "the settings of --deepspeed offload the optimizer, and DeepSpeed could not compile "
+            "its CPU Adam. It needs a C++ compiler (apt-get install g++) and ninja "
+            f"(pip install ninja): {reason}"
+        ) from None
+    finally:
+        later.cancel()
+    cli.wait_for_all("it compiles DeepSpeed's CPU Adam")
 
 
 def remove_stale_build_locks() -> None:

@@ -227,10 +227,20 @@ def ascending(ids: str) -> str:
 
 
 def stale_build_locks() -> list[str]:
-    """Locks older than a minute of builds of DeepSpeed's operators: a killed build leaves one, and
-    the next would wait for it for ever."""
+    """Locks older than a minute of builds of DeepSpeed's operators that no process works at: a
+    killed build leaves one, and the next would wait for it for ever."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-    return [str(lock) for lock in Path(folder).expanduser().rglob("lock") if _is_old(lock)]
+    old = [lock for lock in Path(folder).expanduser().rglob("lock") if _is_old(lock)]
+    return [str(lock) for lock in old if not _is_worked_in(lock.parent)]
+
+
+def _is_worked_in(folder: Path) -> bool:
+    """Whether a process, ninja or a compiler, has this folder as its own."""
+    for own in glob.iglob("/proc/[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if os.path.samefile(own, folder):
+                return True
+    return False
 
 
 def _is_old(file: Path) -> bool:

@@ -29,12 +29,13 @@ def say(trainer) -> None:
     share = counted["trained"] / counted["total"]
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    saved = f"{args.save_steps:g} steps" if strategy == "steps" else strategy
+    every = f"{args.save_steps:g} steps" if strategy == "steps" else strategy
+    saved = "no checkpoints, the end" if strategy == "no" else f"saved every {every}"
     cli.say(
         f"model: {counted['total']:,} parameters, {counted['trained']:,} trained ({share:.0%}); "
         f"{engine(args)} x {args.world_size} on {device.name()}, {trainer.compute_dtype()}\n"
         f"steps: {trainer.state.max_steps:,} of {batch} items ({len(trainer.train_dataset):,} "
-        f"items an epoch), logged every {args.logging_steps:g} steps, saved every {saved} "
+        f"items an epoch), logged every {args.logging_steps:g} steps, {saved} "
         f"to {args.output_dir}"
     )
     warmup = args.get_warmup_steps(trainer.state.max_steps)

@@ -1,6 +1,7 @@
 """Questions about the machine: requirements, Ascend, device ids, locks of killed builds."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -74,3 +75,16 @@ def test_locks_of_killed_builds_are_old(monkeypatch, tmp_path):
     assert machine.stale_build_locks() == [str(tmp_path / "py311/utils/lock")]
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nowhere"))
     assert machine.stale_build_locks() == []
+
+
+def test_the_lock_of_a_build_that_takes_long_is_left_alone(monkeypatch, tmp_path):
+    """On a busy machine minutes; taken away, a second build would write the same files."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (1, 1))
+    with subprocess.Popen(["sleep", "60"], cwd=lock.parent) as ninja:
+        assert machine.stale_build_locks() == []
+        ninja.kill()
+    assert machine.stale_build_locks() == [str(lock)]

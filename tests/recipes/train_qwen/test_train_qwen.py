@@ -95,6 +95,36 @@ def test_generation_of_the_saved_model_equals_that_of_the_model_in_training(tmp_
     assert len(samples) == 8 and answers == [sample["after"] for sample in samples]
 
 
+OFFLOAD = ["--deepspeed", ROOT / "train_qwen/ds_zero3_offload.json", "--eval_generate", "0"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="DeepSpeed compiles its CPU Adam")
+def test_an_optimizer_in_host_memory_learns_the_same(tmp_path):
+    """Its first run on a machine takes the minutes of a compiler, later ones do not."""
+    flags = ["--max_steps", "4", "--save_strategy", "no", "--bf16", "false"]
+    build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    expect(finish(start([sys.executable, "-c", build], DS_ACCELERATOR="cpu"), timeout=1500))
+    found = {}
+    for name, settings in {"card": ["--eval_generate", "0"], "host": OFFLOAD}.items():
+        output = tmp_path / name
+        script = ROOT / "train_qwen/train_zero3.sh"
+        expect(shell(script, *flags, *settings, OUTPUT=output, fork=True))
+        found[name] = report(output)["metrics"]
+    before, after = (found["host"][when]["loss"] for when in ("before", "after"))
+    assert after < before - 0.5
+    assert abs(after - found["card"]["after"]["loss"]) < 1e-3
+
+
+def test_offloading_without_a_compiler_ends_in_one_line_before_the_data(tmp_path):
+    """DeepSpeed would end in a traceback of ninja's, behind the loading of the model."""
+    env = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": tmp_path / "ext"}
+    script = ROOT / "train_qwen/train_zero3.sh"
+    done = shell(script, *OFFLOAD, OUTPUT=tmp_path / "out", fork=True, **env)
+    assert "It needs a C++ compiler (apt-get install g++) and ninja" in error_line(done, 1)
+    assert "rows:" not in done.stdout
+
+
 @pytest.mark.slow
 def test_merge_checks_the_base_and_gives_equal_logits(tmp_path):
     import torch
