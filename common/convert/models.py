@@ -65,8 +65,8 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
     model_folder.check(name, weights="Tokenizer" not in auto_class.__name__)
     try:
         return _load(auto_class, name, settings)
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
+        raise  # the folder is not to blame
     except Exception as error:
         # many kinds: no config.json, no weights, unknown type, no network, no such id
         words = model_folder.reason(error)

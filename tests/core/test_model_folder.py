@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.convert import adapter, model_folder, models, weight_files
@@ -71,3 +72,14 @@ def test_what_is_whole_or_no_folder_passes(folder):
     model_folder.check("org/name")
     names = [f"{i}.json" for i in range(5)]
     assert model_folder.listed(names) == "0.json, 1.json, 2.json and 2 more"
+
+
+@pytest.mark.parametrize("fault", [torch.AcceleratorError, torch.distributed.DistBackendError])
+def test_a_fault_of_the_card_is_not_blamed_on_the_folder(monkeypatch, fault):
+    def breaks(*args):
+        raise fault("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(models, "_load", breaks)
+    monkeypatch.setattr(models.model_folder, "check", lambda *args, **kwargs: None)
+    with pytest.raises(fault, match="ECC"):
+        models.load(AutoModelForCausalLM, "a/model")
