@@ -166,6 +166,11 @@ def say_unused_everywhere(args, training) -> None:
         say_unused(["max_new_tokens"], "--eval_generate 0 generates nothing")
     for name, why in OVERRULED.items():
         say_unused([name], why)
+    if training.torch_compile:
+        cli.say(
+            "warning: --torch_compile true compiles for minutes here, and nobody has seen it pay: "
+            "packed attention and the loss in chunks break the graph"
+        )
 
 
 # ---- positions -----------------------------------------------------------------------------------

@@ -285,6 +285,13 @@ def test_a_tokenizer_beyond_the_embedding_is_one_line(tmp_path):
     models.check_vocabulary(tokenizer, config, folder)
 
 
+def test_compiling_a_whole_model_is_asked_for_with_a_warning(capsys):
+    for asked in (False, True):
+        training = SimpleNamespace(max_steps=-1, torch_compile=asked)
+        flags.say_unused_everywhere(SimpleNamespace(), training)
+        assert ("break the graph" in capsys.readouterr().out) is asked
+
+
 def test_liger_keeps_its_hands_off_the_head(monkeypatch, capsys):
     """Its fused loss would replace ours, and evaluation take real logits for counts."""
     training = SimpleNamespace(use_liger_kernel=True, liger_kernel_config={"swiglu": False})
