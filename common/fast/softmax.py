@@ -112,7 +112,8 @@ def _compiled(buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradie
 
 @functools.cache
 def _kernels():
-    # those that win a race on the card may be others after a resume: "deterministic" runs none
+    # a sum that wins a race on the card may be another one after a resume, in another order:
+    # "deterministic" lets none race
     return torch.compile(_fused, dynamic=False, fullgraph=True, options={"deterministic": True})
 
 
