@@ -6,24 +6,28 @@ Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import difflib
 import os
-import shlex
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from common import device
+from common import device, voice
 from common.runs import machine
 
-INTERRUPTED = 75
-_given: set[str] = set()  # flags of the command line that parse_args has read
-
+# what recipes and rooms say through this module too
+from common.voice import INTERRUPTED as INTERRUPTED
+from common.voice import fail as fail
+from common.voice import given_by_user as given_by_user
+from common.voice import how_to_go_on as how_to_go_on
+from common.voice import is_main as is_main
+from common.voice import resume_command as resume_command
+from common.voice import say as say
+from common.voice import say_in_handler as say_in_handler
+from common.voice import usage_error as usage_error
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -126,13 +130,13 @@ def parse_args(
     known = [option for action in parser._actions for option in action.option_strings]
     argv = sys.argv[1:] if argv is None else argv
     argv = old_flags.translate(argv, {option.lstrip("-") for option in known})
-    _given.clear()
-    _given.update(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
-    for name in sorted(_given):
+    voice.given.clear()
+    voice.given.update(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    for name in sorted(voice.given):
         if f"--{name}" not in known:
             raise usage_error(unknown_flag(f"--{name}", known))
 
-    parser.set_defaults(**defaults | device.training_defaults(_given))
+    parser.set_defaults(**defaults | device.training_defaults(voice.given))
     flags = parser.parse_known_args(argv)[0]
     if flags.model_name_or_path == "tiny":
         parser.set_defaults(**tiny_defaults)
@@ -162,11 +166,6 @@ def parse_args(
     heartbeat.start(parsed[-1].ddp_timeout)
     engine.build_cpu_optimizer(parsed[-1])
     return parsed
-
-
-def given_by_user(name: str) -> bool:
-    """Whether this flag stood on the command line (old spellings count as the new ones)."""
-    return name in _given
 
 
 def unknown_flag(flag: str, known: Collection[str]) -> str:
@@ -216,70 +215,12 @@ def quiet_libraries() -> None:
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def is_main() -> bool:
-    """Whether this process is rank 0, the one that speaks."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(text: str) -> None:
-    """Print on rank 0 only."""
-    if is_main():
-        print(text, flush=True)
-
-
-def say_in_handler(text: str) -> None:
-    """Print on rank 0 from a handler of signals, which may have come in the middle of a print."""
-    if is_main():
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            os.write(1, f"{text}\n".encode(errors="replace"))
-
-
-def how_to_go_on() -> str:
-    return f"The same command goes on from what is saved, or begins again:\n  {resume_command()}"
-
-
 def wait_for_all(what: str) -> None:
     """Wait until all ranks are here, however long rank 0 works alone before; `what` it does, in a
     few words. All ranks call it."""
     from common.runs import heartbeat
 
     heartbeat.wait_for_all(what)
-
-
-def usage_error(message: str) -> SystemExit:
-    """Say the mistake once (rank 0) and give the exit with code 2 to raise."""
-    fail(message, code=2, stop=False)
-    return SystemExit(2)
-
-
-def fail(message: str, code: int = 1, stop: bool = True) -> None:
-    """End with one clear line. Ranks beside the first wait a moment, so that a mistake common to
-    all is told once."""
-    if not is_main():
-        time.sleep(3)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if stop:
-        raise SystemExit(code)
-
-
-def resume_command() -> str:
-    """The command line that continues this run, for people to paste: the shell's own, variables
-    included, where one started it."""
-    shell = os.environ.get("DANPU_RERUN")
-    if shell:
-        return shell
-    words = []
-    is_value = False
-    for word in sys.argv[1:]:
-        name, equals, _ = word.partition("=")
-        if name.replace("-", "_") == "__overwrite_output_dir":  # it would begin anew
-            is_value = not equals
-        elif not is_value or word.startswith("--"):
-            is_value = False
-            words.append(word)
-        else:
-            is_value = False
-    return shlex.join(["python", sys.argv[0], *words])
 
 
 # ---- the frame -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import cli, device
+from common import device, voice
 from common.runs import machine
 
 SAY_BUILD_AFTER = 3  # seconds; an optimizer that lies there compiled takes one
@@ -102,7 +102,7 @@ def remove_stale_build_locks() -> None:
     for ever."""
     for lock in machine.stale_build_locks():
         Path(lock).unlink(missing_ok=True)
-        cli.say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
+        voice.say(f"removed {lock}, left by a killed build; DeepSpeed would wait for it for ever")
 
 
 def open_cpu_group(timeout: int) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from common import cli
+from common import voice
 from common.runs import heartbeat, memory
 from common.runs.trust import holds_code
 
@@ -76,7 +76,7 @@ def _full_disk(error: Exception) -> str:
     return (
         f"no space left on device while writing under {place} ({free:.2f} GiB free). Older "
         "checkpoints are complete. Free some space (or lower --save_total_limit), then: "
-        f"{cli.resume_command()}"
+        f"{voice.resume_command()}"
     )
 
 

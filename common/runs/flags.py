@@ -7,7 +7,7 @@ import importlib.util
 import math
 import sys
 
-from common import cli
+from common import voice
 
 NEVER = math.inf
 ABOVE_0 = (sys.float_info.min, NEVER)
@@ -77,7 +77,7 @@ def refuse_values(values: dict, ranges: dict[str, tuple] | None = None) -> None:
         if not (low <= value < high and math.isfinite(value)):
             wrong.append(f"--{name} {value}: {range_in_words(low, high)}")
     if wrong:
-        raise cli.usage_error("; ".join(wrong))
+        raise voice.usage_error("; ".join(wrong))
 
 
 def range_in_words(low: float, high: float) -> str:
@@ -90,10 +90,10 @@ def refuse_runs_without_a_step(training) -> None:
     """--max_steps 0 and --num_train_epochs 0; -1 steps, the default, means: by epochs."""
     steps = training.max_steps
     if steps != -1 and not steps > 0:
-        raise cli.usage_error(f"--max_steps {steps}: 1 or more; leave it away to train by epochs")
+        raise voice.usage_error(f"--max_steps {steps}: 1 or more; leave it away to train by epochs")
     epochs = training.num_train_epochs
     if steps < 0 and not (epochs > 0 and math.isfinite(epochs)):
-        raise cli.usage_error(f"--num_train_epochs {epochs:g}: above 0")
+        raise voice.usage_error(f"--num_train_epochs {epochs:g}: above 0")
 
 
 def refuse_optimizer(training) -> None:
@@ -106,18 +106,18 @@ def refuse_optimizer(training) -> None:
     kind = training.lr_scheduler_type
     weight = torch.nn.Parameter(torch.zeros(1))
     try:
-        if cli.given_by_user("optim"):
+        if voice.given_by_user("optim"):
             Trainer.get_optimizer_cls_and_kwargs(training)
     except (ValueError, ImportError, RuntimeError) as error:
         optim = getattr(training.optim, "value", training.optim)
-        raise cli.usage_error(f"--optim {optim}: {in_one_line(error)}") from None
+        raise voice.usage_error(f"--optim {optim}: {in_one_line(error)}") from None
     try:
         more = training.lr_scheduler_kwargs or {}
         optimizer = torch.optim.SGD([weight], lr=1.0)
         get_scheduler(kind, optimizer, **steps, scheduler_specific_kwargs=dict(more))
     except (ValueError, TypeError, KeyError) as error:
         kind = getattr(kind, "value", kind)
-        raise cli.usage_error(
+        raise voice.usage_error(
             f"--lr_scheduler_type {kind}: {in_one_line(error)}; --lr_scheduler_kwargs gives more"
         ) from None
 
@@ -131,11 +131,11 @@ def settle_liger(training) -> None:
     if not training.use_liger_kernel:
         return
     if importlib.util.find_spec("liger_kernel") is None:
-        raise cli.usage_error("--use_liger_kernel: pip install liger-kernel (it needs Triton)")
+        raise voice.usage_error("--use_liger_kernel: pip install liger-kernel (it needs Triton)")
     asked = dict(training.liger_kernel_config or {})
     taken = sorted(name for name in LIGER_HEAD if asked.get(name))
     if taken:
-        raise cli.usage_error(
+        raise voice.usage_error(
             f"--liger_kernel_config: {', '.join(taken)} would replace the head of this project, "
             "which never builds the logits either; leave it away"
         )
@@ -151,9 +151,9 @@ def in_one_line(error: Exception) -> str:
 
 def say_unused(names, why: str) -> None:
     """One line for those of these flags that stand on the command line."""
-    given = [f"--{name}" for name in names if cli.given_by_user(name)]
+    given = [f"--{name}" for name in names if voice.given_by_user(name)]
     if given:
-        cli.say(f"warning: {', '.join(given)}: no effect; {why}")
+        voice.say(f"warning: {', '.join(given)}: no effect; {why}")
 
 
 def say_unused_everywhere(args, training) -> None:
@@ -200,11 +200,11 @@ def check_window(args, config, tokenizer=None) -> None:
     if not positions or length <= positions:
         return
     if learned_positions(config):
-        raise cli.usage_error(
+        raise voice.usage_error(
             f"--model_max_length {length}: the model has {positions} positions and no others; "
             f"give {positions} or less"
         )
-    cli.say(
+    voice.say(
         f"warning: --model_max_length {length} is above the {positions} positions that the model "
         "has learned"
     )
@@ -219,7 +219,7 @@ def refuse_no_room(length: int, tokenizer) -> None:
         return
     least = len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2
     if length < least:
-        raise cli.usage_error(
+        raise voice.usage_error(
             f"--model_max_length {length}: the chat template alone takes {least - 3} tokens; "
             f"give {least} or more, better as many as your rows have"
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from common import cli
+from common import voice
 from common.runs.ranks import name_ranks
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -106,7 +106,7 @@ class Heartbeat(threading.Thread):
                 return since or time.monotonic()
             what = self.store.get(f"{number}/what").decode()
             if number == self.passed + 1:
-                cli.say(f"the other ranks wait for rank 0: {what}")
+                voice.say(f"the other ranks wait for rank 0: {what}")
         return time.monotonic()
 
     # ---- waiting ----
@@ -133,7 +133,7 @@ class Heartbeat(threading.Thread):
                 missing = self.refuse_ended(number)
                 if missing and waited > say_at:
                     say_at = waited + SAY_AFTER
-                    cli.say(f"rank 0 waits for {name_ranks(missing)}")
+                    voice.say(f"rank 0 waits for {name_ranks(missing)}")
             time.sleep(min(LONGEST_SLEEP, 0.001 + waited / 20))
 
     def refuse_ended(self, number: int) -> list[int]:

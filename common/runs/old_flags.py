@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from common import cli
+from common import voice
 
 # None: accepted, no effect today
 OLD_FLAGS = {
@@ -64,7 +64,7 @@ def translate(argv: Sequence[str], known: Collection[str]) -> list[str]:
         today = RENAMED_QUIETLY.get(name, name)
         translated.append(f"--{today if today in known else name}{equals}{value}")
     if told:
-        cli.say("warning: old flags translated: " + ", ".join(told))
+        voice.say("warning: old flags translated: " + ", ".join(told))
     return translated
 
 
@@ -75,7 +75,7 @@ def refuse_no_share(value: str) -> None:
     except ValueError:  # the parser says so
         return
     if not is_share:
-        raise cli.usage_error(f"--warmup_ratio {value}: a share of the run, from 0 to below 1")
+        raise voice.usage_error(f"--warmup_ratio {value}: a share of the run, from 0 to below 1")
 
 
 def _take_value(words: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
-from common import tiny, trainer
+from common import tiny
 from common.runs import generate
 from common.runs.metrics import with_plain_calls
 
@@ -119,21 +119,16 @@ def test_under_zero_3_weights_are_gathered_once_or_nothing_is_asked(
 ):
     """Else each new token gathers them: 44 minutes before the first step of a 32B model."""
     entered = []
-    monkeypatch.setattr(trainer, "engine", lambda args: "zero-3")
+    monkeypatch.setattr(generate, "engine", lambda args: "zero-3")
     monkeypatch.setattr(generate, "weights_fit", lambda model: fit)
     monkeypatch.setattr(
         generate, "with_whole_weights", lambda engine: entered.append(1) or nullcontext()
     )
-    monkeypatch.setattr(trainer.cli, "given_by_user", lambda name: bool(given))
-    run = SimpleNamespace(
-        args=None,
-        asks=None,
-        model=torch.nn.Linear(2, 2),
-        deepspeed=None,
-        measure=lambda: ({"a": 1}, [2]),
-    )
+    monkeypatch.setattr(generate.cli, "given_by_user", lambda name: bool(given))
+    run = SimpleNamespace(args=None, model=torch.nn.Linear(2, 2), deepspeed=None)
+    asking = generate.Asking(run)
     for _ in range(2):
-        assert trainer.RecipeTrainer.ask(run) == (({"a": 1}, [2]) if asks else ({}, []))
+        assert asking.ask(lambda: ({"a": 1}, [2])) == (({"a": 1}, [2]) if asks else ({}, []))
     assert len(entered) == 2 * fit
     said = capsys.readouterr().out
     assert said.count("no question is asked") == (not asks)

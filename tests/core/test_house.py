@@ -51,6 +51,7 @@ def test_the_core_is_flat_and_the_rooms_are_known():
         "callbacks.py",
         "cli.py",
         "tiny.py",
+        "voice.py",
         "launch.py",
     }
     rooms = {path.parent.name for path in (ROOT / "common").glob("*/__init__.py")}
@@ -72,6 +73,25 @@ def test_common_imports_no_recipe_and_no_tool():
         if name(path).startswith("common/"):
             for module in imported(tree):
                 assert module.split(".")[0] not in (*RECIPES, "tools", "tests"), name(path)
+
+
+def test_nothing_in_common_imports_in_a_circle():
+    """Imports within functions count too."""
+    files = {name(path)[:-3].replace("/", "."): tree for path, tree in TREES.items()}
+    files = {module: tree for module, tree in files.items() if module.startswith("common.")}
+    needs = {
+        module: {
+            other
+            for other in files
+            for found in imported(tree)
+            if f"{found}.".startswith(f"{other}.")
+        }
+        for module, tree in files.items()
+    }
+    while needs:  # take away what needs nothing that is left
+        free = {module for module, others in needs.items() if not others & needs.keys() - {module}}
+        assert free, f"in a circle, or above one: {sorted(needs)}"
+        needs = {module: others for module, others in needs.items() if module not in free}
 
 
 TRAINER = transformers.Trainer

@@ -11,7 +11,7 @@ from harness import ROOT, expect, finish, own_modules, start
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from common import cli, device, tiny
+from common import device, tiny, voice
 from common.convert import models
 from common.fast import losses, softmax
 from common.runs import engine, memory_check, memory_plan
@@ -273,7 +273,7 @@ def test_ranks_share_the_memory_of_a_cpu_and_of_what_is_offloaded(monkeypatch):
 )
 def test_large_models_recompute_on_accelerators(monkeypatch, kind, given, four_bit, layers, on):
     monkeypatch.setattr(device, "kind", lambda: kind)
-    monkeypatch.setattr(cli, "_given", given)
+    monkeypatch.setattr(voice, "given", given)
     args, training = flags_of(load_in_4bit=four_bit)
     config = Qwen3Config(**EIGHT_B.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
     memory_check.recompute_large(args, training, config)
