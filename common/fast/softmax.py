@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from common import cli, device
+from common import device, voice
 
 CACHE_ELEMENTS = 2**19  # fp32 elements that stay in a CPU core's L2 cache during the softmax
 COMPILED_VOCABULARY = 4096  # the runs of smaller ones are over before a kernel is compiled
@@ -106,7 +106,7 @@ def _compiled(buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradie
     except Exception as error:  # compilers have many; those of the device come again in plain torch
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         _failed.append(reason)
-        cli.say(f"the softmax of the head is not compiled, which costs some speed: {reason[:300]}")
+        voice.say(f"the softmax of the head is not compiled, which costs speed: {reason[:300]}")
         return None
 
 

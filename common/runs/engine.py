@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common import device, voice
-from common.runs import machine
+from common.runs import heartbeat, machine
 
 SAY_BUILD_AFTER = 3  # seconds; an optimizer that lies there compiled takes one
 
@@ -80,7 +80,7 @@ def build_cpu_optimizer(training) -> None:
         "DeepSpeed compiles its CPU Adam, once on this machine: a minute or two, more where "
         "other work is done"
     )
-    later = threading.Timer(SAY_BUILD_AFTER, cli.say, [line])
+    later = threading.Timer(SAY_BUILD_AFTER, voice.say, [line])
     later.daemon = True
     later.start()
     try:
@@ -94,7 +94,7 @@ def build_cpu_optimizer(training) -> None:
         ) from None
     finally:
         later.cancel()
-    cli.wait_for_all("it compiles DeepSpeed's CPU Adam")
+    heartbeat.wait_for_all("it compiles DeepSpeed's CPU Adam")
 
 
 def remove_stale_build_locks() -> None:

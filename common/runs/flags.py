@@ -167,7 +167,7 @@ def say_unused_everywhere(args, training) -> None:
     for name, why in OVERRULED.items():
         say_unused([name], why)
     if training.torch_compile:
-        cli.say(
+        voice.say(
             "warning: --torch_compile true compiles for minutes here, and nobody has seen it pay: "
             "packed attention and the loss in chunks break the graph"
         )
