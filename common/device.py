@@ -3,9 +3,12 @@ broken torch_npu away from them (common/runs/npu_install.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import shutil
 import sys
+import sysconfig
 
 from common.runs.npu_install import NPU_ERROR, cann_home, npu_hardware
 
@@ -83,6 +86,17 @@ def varlen_attention() -> str | None:
     if half_dtype() is not torch.bfloat16 or torch.version.hip:  # not tried on AMD's cards
         return None
     return {"cuda": "torch", "npu": "torch_npu"}.get(kind())
+
+
+def compiles() -> bool:
+    """Whether torch.compile has what it needs here to make faster kernels: a CUDA card for which
+    Triton has code (7.0 or newer), Triton, and the C compiler and headers that it starts with."""
+    if kind() != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    has_headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    is_new_enough = module().get_device_capability() >= (7, 0)
+    return bool(has_compiler) and has_headers and is_new_enough
 
 
 def overflow_saturates() -> bool:

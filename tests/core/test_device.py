@@ -176,3 +176,18 @@ def test_a_started_script_asks_too():
     done = python(code)
     assert done.returncode == 1 and done.stderr.strip() == "launch: a card, but no"
     assert "trained" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "capability, tools, compiles",
+    [((9, 0), ("gcc",), True), ((6, 0), ("gcc",), False), ((9, 0), (), False)],
+)
+def test_what_cannot_be_compiled_is_not_compiled_unasked(monkeypatch, capability, tools, compiles):
+    """Triton knows no card before 7.0, and starts by a C compiler, which slim images lack."""
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(device.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in tools else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.delenv("CC", raising=False)
+    assert device.compiles() is compiles
