@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from common import cli
 
@@ -40,9 +41,7 @@ class Compiled:
             return self.plain(self.module, *args)
         try:
             return self.compiled(self.module, *args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler fails of; a fault of ours comes again
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             Compiled.has_failed = True
             reason = str(error).strip().partition("\n")[0]
             cli.say(f"warning: --torch_compile: the layers run uncompiled, since {reason}")

@@ -125,7 +125,7 @@ def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch, capsys):
     expected = take_steps(small(), loader(), 3)
 
     def broken(*args, **kwargs):
-        raise RuntimeError("no C++ compiler\nand much more")
+        raise compiled.TorchDynamoException("no C++ compiler\nand much more")
 
     model = small()
     monkeypatch.setattr(compiled.Compiled, "has_failed", False)
@@ -151,8 +151,8 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_run_that_goes_on_is_the_same_run(tmp_path, case):
-    """Bit for bit, although each process compiles for itself: none finds what another has written.
-    Before its first step the whole run answers questions, which the other process does not."""
+    """Bit for bit, although the two runs compile for themselves, and the process that goes on has
+    answered no questions before its first step."""
     faulty = ROOT / "tests/support/faults/faulty_loop.py"
 
     def run(name, process, fault=""):
@@ -164,8 +164,8 @@ def test_a_compiled_run_that_goes_on_is_the_same_run(tmp_path, case):
     whole = expect(run("whole", "first"))
     assert "uncompiled" not in whole.stdout and list((tmp_path / "first").rglob("*.cpp"))
     expect(run("cut", "second", "kill@checkpoint-8"), -signal.SIGKILL)
-    done = expect(run("cut", "third"))
-    assert "checkpoint-4" in done.stdout
+    done = expect(run("cut", "second"))
+    assert "checkpoint-4" in done.stdout and "uncompiled" not in done.stdout
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     assert weights_sha(tmp_path / "cut/final") == weights_sha(tmp_path / "whole/final")
     assert report(tmp_path / "cut")["metrics"] == report(tmp_path / "whole")["metrics"]
