@@ -233,6 +233,20 @@ def test_casts_once_change_no_more_than_rounding(monkeypatch, experts):
     assert theirs[-1] < theirs[0]
 
 
+@pytest.mark.slow
+def test_ranks_that_keep_casts_take_the_steps_of_one_process(tmp_path):
+    """Two ranks of one window against one process of two, two micro-batches each, in bf16: gradients
+    of all micro-batches are exchanged."""
+    few = [*RUN, "--torch_compile", "false", "--max_steps", 4, "--eval_generate", 0]
+    one = ["python", RECIPE / "train.py", *few, "--output_dir", tmp_path / "one"]
+    two = ["python", ROOT / "common/launch.py", 2, RECIPE / "train.py", *few]
+    two += ["--per_device_train_batch_size", 1, "--output_dir", tmp_path / "two"]
+    for command in (one, two):
+        expect(finish(start(command, PYTHONWARNINGS="ignore")))
+    expected = history(tmp_path / "one")
+    assert history(tmp_path / "two") == pytest.approx(expected, rel=1e-3) and len(expected) == 4
+
+
 # ---- micro-batches --------------------------------------------------------------------------------------------
 
 GIB = 2**30
