@@ -22,6 +22,7 @@ from harness import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.fast import attention, losses
+from common.runs import memory_plan
 
 NAMES = "model train weights settings loop.batches loop.compiled loop.parallel stages.pretrain"
 models, train, weights, settings, batches, compiled, parallel, pretrain = own_modules(
@@ -296,6 +297,40 @@ def test_a_run_that_goes_on_keeps_its_micro_batches(card, tmp_path):
     assert card(80) == (32, 1)
     (tmp_path / "run.json").write_text("[")
     assert card(80) == (32, 1)
+
+
+def saved_bytes(model, batch) -> int:
+    """What autograd keeps in a forward pass in bf16, weights and their copies left out."""
+    weight_shapes = {weight.shape for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape not in weight_shapes:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        pretrain.loss(model, batch, 1.0)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"generation": 2}, {"use_moe": True}])
+def test_the_estimate_counts_what_a_layer_keeps(changes):
+    found = loader(windows=9)
+    batch = found.batch(found.order.take(0, 0, 9))
+    sizes = []
+    for layers in (1, 3):
+        model = small(layers=layers, **changes).train()
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        facts = memory_plan.config_facts(model.config) | memory_plan.weight_facts(shapes, True)
+        how = memory_plan.Setup(tokens=9 * WIDTH, casts_once=True)
+        sizes.append((saved_bytes(model, batch), memory_plan.kept(facts, how)))
+    (counted, estimate), (more_counted, more_estimate) = sizes
+    assert more_estimate - estimate == pytest.approx(more_counted - counted, rel=0.15)
 
 
 def test_the_plan_says_how_a_step_is_cut():
