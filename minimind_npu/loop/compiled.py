@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import TorchDynamoException
 
 from common import cli
 
@@ -41,7 +41,7 @@ class Compiled:
             return self.plain(self.module, *args)
         try:
             return self.compiled(self.module, *args)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except TorchDynamoException as error:
             Compiled.has_failed = True
             reason = str(error).strip().partition("\n")[0]
             cli.say(f"warning: --torch_compile: the layers run uncompiled, since {reason}")
@@ -55,6 +55,6 @@ def compile_methods(modules: Sequence[nn.Module], names: Sequence[str]) -> None:
     torch._functorch.config.force_non_lazy_backward_lowering = True
     for name in names:
         plain = getattr(type(modules[0]), name)
-        compiled = torch.compile(plain, fullgraph=True, dynamic=False, options=OPTIONS)
+        compiled = torch.compile(plain, dynamic=False, options=OPTIONS)
         for module in modules:
             setattr(module, name, Compiled(module, plain, compiled))

@@ -90,8 +90,8 @@ def compile_counted(monkeypatch, model) -> Counter:
     counter = Counter()
     stock = torch.compile
 
-    def counted(function, fullgraph, dynamic, options):
-        return stock(function, fullgraph=fullgraph, dynamic=dynamic, backend=counter)
+    def counted(function, dynamic, options):
+        return stock(function, dynamic=dynamic, backend=counter)
 
     monkeypatch.setattr(compiled.torch, "compile", counted)
     monkeypatch.setattr(compiled.Compiled, "has_failed", False)
