@@ -166,10 +166,14 @@ SIZES = {
 def build(size: str, vocab_size: int = 6400, **changes) -> MiniMindForCausalLM:
     """A model of SIZES with random fp32 weights (torch's global generator); KeyError for an unknown
     size."""
+    return MiniMindForCausalLM(config_of(size, vocab_size, **changes))
+
+
+def config_of(size: str, vocab_size: int = 6400, **changes) -> MiniMindConfig:
     settings = SIZES[size] | changes
     if settings.get("use_moe") and settings.get("generation", 3) == 3:
         settings.setdefault("norm_topk_prob", False)
-    return MiniMindForCausalLM(MiniMindConfig(vocab_size=vocab_size, **settings))
+    return MiniMindConfig(vocab_size=vocab_size, **settings)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -246,9 +250,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask, cache, **kwargs
-    ) -> Tensor:
+    def project(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, T, D] -> query [B, H, T, d], key and value [B, K, T, d]."""
+        hidden = to_autocast(hidden)  # once for all three
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden).view(shape)
         key = self.k_proj(hidden).view(shape)
@@ -259,6 +265,10 @@ class Attention(nn.Module):
         cos, sin = (x.to(query.dtype) for x in rotation)
         query = rotate(query.transpose(1, 2), cos, sin)
         key = rotate(key.transpose(1, 2), cos, sin)
+        return query, key, value
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask, cache, **kwargs) -> Tensor:
+        """What `project` gives -> [B, T, H * d], before o_proj."""
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -267,7 +277,7 @@ class Attention(nn.Module):
         heads, _ = attend(
             self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(heads.reshape(*hidden.shape[:-1], -1))
+        return heads.flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -280,6 +290,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = to_autocast(x)  # once for both
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -321,6 +332,7 @@ class SparseFeedForward(nn.Module):
         # bincount would make the host wait for the device
         experts = torch.arange(self.config.num_experts, device=x.device)
         sizes = (chosen.flatten()[:, None] == experts).sum(0)
+        flat = to_autocast(flat)
         slots = flat[:, None].expand(-1, picks, -1).flatten(0, 1)  # each token `picks` times
         done = grouped(self.experts, slots.index_select(0, order), sizes)
         done = done.index_select(0, order.argsort()).view(*chosen.shape, -1)
@@ -380,17 +392,22 @@ class SparseFeedForward(nn.Module):
         return balances.sum() / (sizes > 0).sum().clamp(min=1)
 
 
+def to_autocast(x: Tensor) -> Tensor:
+    """`x` as products under autocast take it, which would cast it anew for each of them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def grouped(experts: nn.ModuleList, rows: Tensor, sizes: Tensor) -> Tensor:
     """rows [M, D] sorted by expert, sizes [E] -> [M, D]: each part through its expert.
 
     On accelerators with torch's grouped product the host need not know the sizes; elsewhere it is E
     calls.
     """
-    kind = rows.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    has_product = rows.is_cuda and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    rows = to_autocast(rows)
+    has_product = rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
     if has_product and all(is_plain(expert) for expert in experts):
-        return grouped_swiglu(experts, rows.to(dtype), sizes)
+        return grouped_swiglu(experts, rows, sizes)
     parts = zip(experts, rows.split(sizes.tolist()), strict=True)
     return torch.cat([expert(part) for expert, part in parts])
 
@@ -431,9 +448,22 @@ class Layer(GradientCheckpointingLayer):
         self, hidden: Tensor, rotation, mask, cache, balance: tuple | None, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """-> hidden [B, T, D], balance loss; `balance`: see MiniMindModel.balanced, where there are
-        experts."""
-        normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, rotation, mask, cache, **kwargs)
+        experts.
+
+        What stands before and after attention has one shape in all steps and can be compiled
+        (loop/compiled.py); attention sees documents, whose number changes.
+        """
+        heads = self.self_attn(*self.before(hidden, rotation), mask, cache, **kwargs)
+        return self.after(hidden, heads, balance)
+
+    def before(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> query, key, value: see Attention.project."""
+        return self.self_attn.project(self.input_layernorm(hidden), rotation)
+
+    def after(self, hidden: Tensor, heads: Tensor, balance: tuple | None) -> tuple[Tensor, Tensor]:
+        hidden = hidden + self.self_attn.o_proj(heads)
         normed = self.post_attention_layernorm(hidden)
         if balance is None:
             return hidden + self.mlp(normed), hidden.new_zeros(())

@@ -213,6 +213,7 @@ TOY = {
     ),
 }
 TOY_SAVE_STEPS = 300
+COMPILED_WIDTH = 256
 TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that take Muon where it can work
 
 
@@ -224,14 +225,14 @@ def parse_args() -> tuple[Args, TrainingArguments, str]:
     refuse_sizes(base, args)
     if args.teacher:
         args.teacher = own_model(args.teacher, "--teacher")
-    resolve(args, training, width_of(base, args))
+    resolve(args, training, base)
     return args, training, base
 
 
-def resolve(args: Args, training: TrainingArguments, width: int) -> None:
-    """Defaults that depend on the stage and the model's width; flags that do not go together."""
+def resolve(args: Args, training: TrainingArguments, base: str) -> None:
+    """Defaults that depend on the stage and the model; flags that do not go together."""
     refuse_unknown_to_the_loop()
-    set_defaults(args, training, width)
+    set_defaults(args, training, base)
     fit_batches_to_cpu(args, training)
     args.data_path = args.data_path or str(HERE / "data" / SAMPLES[args.stage])
     args.use_lora = args.use_lora or args.stage == "lora"
@@ -244,14 +245,18 @@ def any_given(*flags: str) -> bool:
     return any(cli.given_by_user(flag) for flag in flags)
 
 
-def set_defaults(args: Args, training: TrainingArguments, width: int) -> None:
+def set_defaults(args: Args, training: TrainingArguments, base: str) -> None:
+    width = width_of(base, args)
     if width >= TOY_WIDTH:
-        defaults = STAGE[args.stage]
+        defaults = dict(STAGE[args.stage])
     else:
         defaults = TOY[args.stage] | {"save_steps": TOY_SAVE_STEPS}
         whole_matrices = not (training.deepspeed or args.use_lora)
         if args.stage in TOY_MUON and whole_matrices and muon_runs_here():
             defaults["optimizer"] = "muon"
+    # a toy is trained before it is compiled, of experts little can be, under ZeRO nothing was tried
+    is_plain = width >= COMPILED_WIDTH and not has_experts(base, args) and not training.deepspeed
+    defaults["torch_compile"] = is_plain and device.compile_pays()
     if any_given("max_seq_len"):  # the other name of the flag
         defaults = {name: v for name, v in defaults.items() if name != "model_max_length"}
     own = {one.name for one in fields(Args)}
@@ -422,6 +427,14 @@ def width_of(base: str, args: Args) -> int:
     if base in SIZES:
         return args.hidden_size or SIZES[base]["hidden_size"]
     return models.model_config(base).hidden_size
+
+
+def has_experts(base: str, args: Args) -> bool:
+    if args.use_moe is not None:
+        return args.use_moe
+    if base in SIZES:
+        return SIZES[base].get("use_moe", False)
+    return models.model_config(base).use_moe
 
 
 def tokenizer_of(args: Args, base: str) -> str:

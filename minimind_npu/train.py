@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 import weights
 from loop import optim, parallel, state, tracking
 from loop.batches import Loader, Order, Plan, TokenRows
-from loop.precision import fast_float32, product_shapes
 from model import SparseFeedForward
 from stages import distill, dpo, lora, pretrain, reason, sft
 from settings import DEFINING, Args, parse_args, tokenizer_of
@@ -179,14 +178,15 @@ def train_step(
     # DeepSpeed casts the weights itself
     dtype = torch.float32 if engine else device.train_dtype(training)
     total = 0.0
-    for micro in range(steps):
-        batch = loader.batch(bins, micro)
-        with parallel.sync_in_last(net, micro, steps):
-            with device.autocast(dtype):
+    with device.autocast(dtype):  # one for all: it keeps the weights that it has cast until its end
+        for micro in range(steps):
+            batch = loader.batch(bins, micro)
+            with parallel.sync_in_last(net, micro, steps):
                 loss, _ = net(batch, denominator)
-            total = total + loss.detach().float()
-            # the gradients of the ranks are averaged
-            parallel.backward(engine, scaler, loss * training.world_size, micro, steps)
+                total = total + loss.detach().float()
+                with device.autocast(torch.float32):  # off
+                    # the gradients of the ranks are averaged
+                    parallel.backward(engine, scaler, loss * training.world_size, micro, steps)
     total = parallel.summed({"loss": total}, training.device)["loss"]
     parallel.refuse_nan(total, step)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -261,6 +261,7 @@ def main() -> None:
     device.seed_all(training.seed)
     dtype = device.train_dtype(training)
     tokenizer = load_tokenizer(args, base)
+    weights.fit_batch(base, args, training, tokenizer)
     rows, stats, start = open_run(args, training, base, tokenizer)
 
     data = read(args, training, tokenizer, rows, stats)
@@ -268,9 +269,6 @@ def main() -> None:
     eval_loader = make_loader(args, training, tokenizer, data.eval_ids)
 
     model = weights.load_model(base, args, training, tokenizer)
-    tokens = training.per_device_train_batch_size * args.model_max_length
-    if dtype is torch.float32:
-        fast_float32(product_shapes(model, tokens))
     adapter_of = ""
     if args.use_lora:
         adapter_of = weights.add_adapter(model, base, args, training, tokenizer)

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import model as minimind
-from loop import parallel, state
+import torch
+from loop import compiled, parallel, state
+from loop.precision import fast_float32, product_shapes
 from stages import lora
 from transformers import AutoTokenizer
 
@@ -15,9 +17,44 @@ from common import cli, device
 from common.convert import adapter, models
 from common.convert.older_readers import save_tokenizer
 from common.fast import attention, losses
-from common.runs import memory_check
+from common.runs import memory_check, run_folder
 from common.runs.engine import load_dtype
 from common.runs.generate import remember_ends
+
+
+def changes_of_size(args) -> dict:
+    """What the flags change of a size."""
+    given = ("hidden_size", "num_hidden_layers")
+    changes = {one: getattr(args, one) for one in given if getattr(args, one)}
+    if args.use_moe is not None:
+        changes["use_moe"] = args.use_moe
+    return changes
+
+
+def memory_facts(args) -> dict:
+    """Of memory_plan.Setup: how this loop trains."""
+    return {"references": int(args.stage == "distill"), "casts_once": True}
+
+
+def fit_batch(name: str, args, training, tokenizer) -> None:
+    """On an accelerator, where nobody has chosen the batch: the windows of a step in micro-batches
+    that its memory has room for, so that a step is the same on any card. A run that goes on keeps
+    what it began with. All ranks call it."""
+    flags = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if device.kind() == "cpu" or any(map(cli.given_by_user, flags)):
+        return
+    windows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batch, steps = run_folder.past_settings(training.output_dir, flags)
+    if not batch or batch * steps != windows:
+        if name in minimind.SIZES:
+            config = minimind.config_of(name, len(tokenizer), **changes_of_size(args))
+        else:
+            config = models.model_config(name)
+        facts = memory_facts(args)
+        batch = memory_check.largest_batch(args, training, config, windows, **facts)
+    batch = -int(parallel.largest(-batch, training.device))  # the smallest of all ranks
+    training.per_device_train_batch_size = batch
+    training.gradient_accumulation_steps = windows // batch
 
 
 def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCausalLM:
@@ -26,26 +63,24 @@ def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCaus
     packed = attention.register()
     with parallel.whole_weights():
         if name in minimind.SIZES:
-            given = ("hidden_size", "num_hidden_layers")
-            changes = {one: getattr(args, one) for one in given if getattr(args, one)}
-            if args.use_moe is not None:
-                changes["use_moe"] = args.use_moe
-            model = minimind.build(name, len(tokenizer), **changes)
+            model = minimind.build(name, len(tokenizer), **changes_of_size(args))
             model.config._attn_implementation = packed
         else:
             dtype = load_dtype(training, trains_all=not args.use_lora)
             kind = minimind.MiniMindForCausalLM
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
     tokens = training.per_device_train_batch_size * args.model_max_length
-    teachers = int(args.stage == "distill")
-    memory_check.check_tokens(args, training, model.config, tokens, references=teachers)
+    memory_check.check_tokens(args, training, model.config, tokens, **memory_facts(args))
+    if device.train_dtype(training) is torch.float32:
+        fast_float32(product_shapes(model, tokens))
     losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts
     model.config.use_cache = False
     if cli.recompute(training):
         model.gradient_checkpointing_enable()
     if training.torch_compile:
-        for layer in model.model.layers:
-            layer.compile()
+        # experts ask how many tokens each of them has, which cannot be compiled
+        names = ["before"] if model.config.use_moe else ["before", "after"]
+        compiled.compile_methods(model.model.layers, names)
     return model.to(training.device)
 
 

@@ -25,6 +25,7 @@ from common.runs.memory_plan import (
 )
 
 LARGE = 3e9  # parameters from which activations are computed again unless asked otherwise
+ROOM = 0.8  # of the free memory, that a batch nobody has chosen may take by the estimate
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -84,8 +85,8 @@ def check_tokens(args, training, config, tokens: int, targets: str = "", **more)
         cli.say(f"memory: no estimate for this kind of model ({config.model_type})")
         return
     facts = config_facts(config) | weight_facts(shapes, tied=False)
-    how = setup_of(args, training, tokens, **more)
     adapter = adapter_of(args.lora_r, adapted(shapes, targets or args.target_modules))
+    how = setup_of(args, training, tokens, **more)
     if args.use_lora:
         how = replace(how, **adapter, frozen_layers=0)
 
@@ -103,6 +104,28 @@ def check_tokens(args, training, config, tokens: int, targets: str = "", **more)
         f"{told}. Cheapest changes: {'; '.join(changes) or 'a smaller model'}. "
         "--no_memory_check true goes on all the same"
     )
+
+
+def largest_batch(args, training, config, windows: int, **more) -> int:
+    """Windows of a micro-batch: the largest of those that `windows`, a step's on this card, divide
+    into, whose training takes no more than ROOM of what is free by the estimate; 1 where none does.
+
+    args, more: see check_tokens.
+    """
+    shapes = shapes_of(config)
+    facts = config_facts(config) | weight_facts(shapes, tied=False)
+    free = ROOM * memory.free_bytes()
+    for batch in range(windows, 1, -1):
+        if windows % batch:
+            continue
+        how = setup_of(args, training, batch * args.model_max_length, **more)
+        how = replace(how, accumulates=batch < windows)
+        if args.use_lora:
+            adapter = adapter_of(args.lora_r, adapted(shapes, args.target_modules))
+            how = replace(how, **adapter)
+        if estimate(facts, how).peak <= free:
+            return batch
+    return 1
 
 
 def adapter_of(rank: int, matrices: dict[str, Sequence[int]]) -> dict:

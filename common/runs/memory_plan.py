@@ -30,6 +30,7 @@ FOUR_BIT = 0.516  # bytes of a weight in NF4, its scales quantised too
 NAMES = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
 NAMES += ["hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"]
 NAMES += ["tie_word_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+NAMES += ["n_shared_experts"]
 FUSED = ("query_key_value", "qkv", "W_pack", "c_attn")  # names of one matrix for all three
 
 
@@ -60,7 +61,9 @@ def weight_facts(shapes: dict[str, Sequence[int]], tied: bool) -> dict:
     heads = [n for n in shapes if "lm_head" in n]
     stored_twice = sum(prod(shapes[n]) for n in heads) if tied and tables else 0
     matrices = matrices_of(shapes)
-    return {
+    # configs of dense models may name a number of experts too
+    no_experts = {} if any("experts" in n for n in shapes) else {"num_experts": None}
+    return no_experts | {
         "parameters": sum(map(prod, shapes.values())) - stored_twice,
         "matrices": sum(map(prod, matrices.values())),
         "sides": sides(matrices),
@@ -107,9 +110,10 @@ class Setup:
     LoRA adapter, 0: all weights are trained; adapter_ranks: its rank times the matrices that it
     stands on; adapts_mlp: some are of the feed-forward layers;
     frozen_layers: of the first, with the table of tokens; accumulates: several micro-batches a
-    step; compiles: device.compile_pays(); offload: "optimizer" and "weights" that lie in host
-    memory; step_copies: float32 copies of the trained weights that the optimizer makes at its step;
-    references: frozen models beside the trained one.
+    step; casts_once: under autocast a weight is cast once a step, and the input of a layer once
+    for all its readers; compiles: device.compile_pays(); offload: "optimizer" and "weights" that
+    lie in host memory; step_copies: float32 copies of the trained weights that the optimizer makes
+    at its step; references: frozen models beside the trained one.
     """
 
     tokens: int  # of a micro-batch
@@ -122,6 +126,7 @@ class Setup:
     frozen_layers: int = 0
     recompute: bool = False
     accumulates: bool = True
+    casts_once: bool = False
     on_cpu: bool = False
     compiles: bool = False
     four_bit: bool = False
@@ -244,7 +249,8 @@ def feed_forward(facts: dict) -> int:
     """Width of what a token goes through, all its experts together."""
     width = facts["intermediate_size"] or facts["moe_intermediate_size"] or 4 * facts["hidden_size"]
     if facts["num_experts"] and facts["num_experts_per_tok"]:
-        width = (facts["moe_intermediate_size"] or width) * facts["num_experts_per_tok"]
+        experts = facts["num_experts_per_tok"] + (facts.get("n_shared_experts") or 0)
+        width = (facts["moe_intermediate_size"] or width) * experts
     return width
 
 
@@ -261,8 +267,9 @@ def norm_bytes(facts: dict, how: Setup, readers: int) -> int:
     if not facts["layer_norm"]:
         given = 4  # computed in float32
         normed = 0 if how.adapter else stream(how)
-    # under autocast each reader casts its own copy
-    out = size * readers if how.autocasts else size
+    out = size
+    if how.autocasts:  # each reader casts its own copy
+        out *= min(readers, 1) if how.casts_once else readers
     return given + normed + out
 
 
@@ -358,7 +365,7 @@ def estimate(facts: dict, how: Setup) -> Need:
     backward = body + head + how.tokens * backward_bytes(facts, how)
     if how.recompute:
         backward += how.tokens * layer_bytes(facts, how)
-    else:
+    if how.casts_once or not how.recompute:
         backward += parts["copies"]
     activations = max(forward, backward)
     peak = max(always + activations, at_step)

@@ -253,15 +253,18 @@ class Plan:
         self.max_steps = training.max_steps
         self.epochs = training.num_train_epochs
         self.max_minutes = max_minutes
-        micro_batches = training.gradient_accumulation_steps * training.world_size
-        self.per_step = training.per_device_train_batch_size * micro_batches
+        self.micro_batches = training.gradient_accumulation_steps
+        self.batch = training.per_device_train_batch_size
+        self.per_step = self.batch * self.micro_batches * training.world_size
 
     def describe(self) -> str:
         total = self.total_steps()
         steps = f", {total:,} steps" if total else ""
+        world = self.per_step // (self.batch * self.micro_batches)
+        ranks = f" on each of {world}" if world > 1 else ""
         return (
             f"{len(self.order):,} windows of {self.loader.max_length} tokens, {self.per_step} a "
-            f"step{steps}"
+            f"step ({self.micro_batches} x {self.batch}{ranks}){steps}"
         )
 
     def total_steps(self) -> int | None:

@@ -181,7 +181,6 @@ def write_file(rows: list[dict], folder: str) -> str:
 def settings_of(args):
     """train.py's own flags for this stage, as its command line gives them."""
     import settings
-    from model import SIZES
     from transformers import TrainingArguments
 
     from common import cli
@@ -193,7 +192,7 @@ def settings_of(args):
     words += ["--use_moe", "true"] if args.stage == "moe" else []
     sys.argv = ["train.py", *words]
     ours, training = cli.parse_args((settings.Args, TrainingArguments), settings.DEFAULTS, {})
-    settings.resolve(ours, training, SIZES[args.size]["hidden_size"])
+    settings.resolve(ours, training, args.size)
     if args.windows:
         training.gradient_accumulation_steps = max(
             1, args.windows // training.per_device_train_batch_size

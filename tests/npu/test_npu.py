@@ -588,3 +588,23 @@ def test_only_the_tests_know_the_simulator():
             assert "npu_sim" not in text and "npu-sim" not in text and "simulator.py" not in text, (
                 name
             )
+
+
+@pytest.mark.slow
+def test_minimind_cuts_a_step_into_what_the_card_holds(npu, tmp_path):
+    """The same four windows a step, and the same losses, on a card of 1 GiB and one of 60 MiB."""
+    flags = ["--stage", "dpo", "--hidden_size", 64, "--max_steps", 3, "--eval_generate", 0]
+    flags += ["--max_eval_samples", 4, "--report_to", "none", "--save_strategy", "no"]
+    found = {}
+    for name, memory, cut in (("large", 1, "1 x 4"), ("small", 0.06, "2 x 2")):
+        command = [
+            "python",
+            ROOT / "minimind_npu/train.py",
+            *flags,
+            "--output_dir",
+            tmp_path / name,
+        ]
+        done = expect(finish(start(command, **npu(A2, 1, NPU_SIM_MEM_GB=memory))))
+        assert f" 4 a step ({cut}), 3 steps" in done.stdout
+        found[name] = history(tmp_path / name)
+    assert found["small"] == pytest.approx(found["large"], rel=1e-3) and len(found["large"]) == 3

@@ -366,6 +366,23 @@ def test_gradient_checkpointing_is_obeyed_under_both_names(monkeypatch):
     assert not settings.cli.recompute(training)
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--hidden_size", 512], True),
+        (["--size", "26m", "--hidden_size", 0], True),
+        (["--hidden_size", 512, "--use_moe", "true"], False),
+        (["--size", "198m-moe", "--hidden_size", 0], False),
+        (["--hidden_size", 64], False),
+        (["--hidden_size", 512, "--torch_compile", "false"], False),
+    ],
+)
+def test_layers_are_compiled_where_that_pays(monkeypatch, flags, expected):
+    assert not parsed(monkeypatch, *flags)[1].torch_compile, "no Triton on a CPU"
+    monkeypatch.setattr(settings.device, "compiles", lambda: True)
+    assert parsed(monkeypatch, *flags)[1].torch_compile == expected
+
+
 # ---- all stages -----------------------------------------------------------------------------------------------
 
 
