@@ -92,7 +92,9 @@ def test_both_ways_with_shared_captions_and_pictures():
     assert found["image_to_text"]["R@1"] in (2 / 3, 1)
     for k, way in itertools.product((1, 5, 10), ("text_to_image", "image_to_text")):
         assert 0 <= found[way][f"R@{k}"] <= 1
-    shares = [found[way][f"R@{k}"] for k in (1, 5, 10) for way in ("text_to_image", "image_to_text")]
+    shares = [
+        found[way][f"R@{k}"] for k in (1, 5, 10) for way in ("text_to_image", "image_to_text")
+    ]
     assert abs(found["mean_recall"] - sum(shares) / 6) < 1e-12
 
 
