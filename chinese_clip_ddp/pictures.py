@@ -13,8 +13,11 @@ import binascii
 import io
 import os
 import stat
+import tarfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +137,93 @@ def from_base64(data: bytes) -> bytes:
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise PictureError("torn", "wrong base64") from None
+
+
+# ---- many in one file, or in a folder ------------------------------------------------------------
+
+
+def tar_members(path: str | Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, bytes) of the files in a tar, in their order; nothing is unpacked.
+
+    PictureError at its end where the tar is torn: what stands before is sound.
+    """
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep all of them
+                if member.isreg() and not member.issparse():
+                    if member.offset_data + member.size > size:
+                        raise PictureError("torn", f"the tar ends inside {member.name}")
+                    yield member.name, member.offset_data, member.size
+            end = tar.offset
+    except (tarfile.TarError, EOFError, OSError) as error:
+        hint = "a compressed tar has no offsets; gunzip it" if _is_compressed(path) else str(error)
+        raise PictureError("torn", hint) from None
+    # tarfile takes whatever is no header for the end
+    if end < size and _read(os.fspath(path), end, 512).strip(b"\0"):
+        raise PictureError("torn", f"byte {end:,} of the tar is no header")
+
+
+def _is_compressed(path: str | Path) -> bool:
+    return _read(os.fspath(path), 0, 4).startswith(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f")
+    )
+
+
+def tsv_pictures(path: str | Path) -> Iterator[tuple[int, str, int, int]]:
+    """(line, picture's id, offset, bytes) of the base64 texts in an *_imgs.tsv; the id is "" for a
+    line that has no tab."""
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, 2 * MAX_BYTES), b""), 1):
+            name, tab, text = line.rstrip(b"\r\n").partition(b"\t")
+            if tab:
+                start = offset + len(name) + 1
+                yield number, name.decode(errors="replace").strip(), start, len(text)
+            elif name.strip():
+                yield number, "", offset, len(name)
+            offset += len(line)
+
+
+def find_places(path: str | Path, problems: list | None = None) -> Iterator[Place]:
+    """Every picture of a file, tar, *_imgs.tsv or folder (and of the tars and tsv files in it), by
+    name; hidden files and links that lead out of the folder are passed over.
+
+    problems: gets a text for each file that is torn.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        yield from _places_in(path, "", problems)
+        return
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder, name)
+            suffixes = (*SUFFIXES, ".tar", "_imgs.tsv")
+            if name.startswith(".") or not name.lower().endswith(suffixes):
+                continue
+            if not file.is_symlink() or inside(file, path):
+                yield from _places_in(file, str(path), problems)
+
+
+def _places_in(file: Path, root: str, problems: list | None) -> Iterator[Place]:
+    """The pictures of one file."""
+    try:
+        if file.suffix.lower() == ".tar":
+            for name, offset, size in tar_members(file):
+                if name.lower().endswith(SUFFIXES):
+                    yield Place(str(file), "member", offset, size, name, root)
+        elif file.name.endswith("_imgs.tsv"):
+            for _, name, offset, size in tsv_pictures(file):
+                if name:
+                    yield Place(str(file), "base64", offset, size, name, root)
+        else:
+            yield Place(str(file), root=root)
+    except (PictureError, OSError) as error:
+        if problems is None:
+            raise
+        problems.append(f"{file}: {error}")
 
 
 # ---- opening -------------------------------------------------------------------------------------
