@@ -15,14 +15,14 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import modeling_two_towers  # noqa: F401  (tells the Auto classes about two towers)
 import torch
-from modeling_two_towers import TwoTowers
+from batches import tokenise
 from pictures import pixels
-from rows import tokenise
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from common import device as devices
 from common.convert import adapter, models
@@ -173,8 +173,8 @@ def refuse_other_models(config, name: str) -> None:
     """SystemExit for a config that is none of a text-image model with towers of fixed size."""
     if config.model_type == "siglip2":
         raise SystemExit(
-            f"{name}: a NaFlex SigLIP2, whose pictures have sizes of their own; take one of a fixed "
-            "size (google/siglip2-base-patch16-224, ...)"
+            f"{name}: a NaFlex SigLIP2, whose pictures keep their sizes; take one of a fixed size "
+            "(google/siglip2-base-patch16-224, ...)"
         )
     if config.model_type not in (*WINDOWS, "two_towers"):
         raise SystemExit(
