@@ -1,5 +1,5 @@
-"""From rows to batches: texts tokenised and padded, pictures opened, another row in the place of one
-whose picture cannot be used."""
+"""From rows to batches: texts tokenised and padded, pictures opened, another row where a picture
+cannot be used."""
 
 from __future__ import annotations
 
