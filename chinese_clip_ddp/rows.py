@@ -56,6 +56,7 @@ PICTURES = (
 )
 ADDRESSES = ("url", "image_url", "img_url", "urls", "link", "链接")
 CONVERSATIONS = records.DIALOGUES
+ABOUT = ("labels_cn.txt", "README.md", "README.txt", "LICENSE")  # beside the data, about them
 SIDECARS = (".txt", ".caption", ".json")  # beside a picture, or in a tar
 MAX_NAME = 1024  # characters; longer is no name of a file
 MAX_CAPTION = 1 << 20  # bytes of one caption
@@ -337,7 +338,7 @@ def _sources_of_folder(path: Path) -> tuple[list[Source], list[str]]:
     ignored = []
     sidecars = []
     for file in found:
-        if file.suffix.lower() in SUFFIXES:
+        if file.suffix.lower() in SUFFIXES or file.name in ABOUT:
             continue
         if file.suffix.lower() in SIDECARS and file.with_suffix("") in stems:
             sidecars.append(file)
