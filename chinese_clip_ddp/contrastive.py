@@ -267,6 +267,20 @@ def _teacher_sides(teacher: Teacher, ids, every_id) -> list[_Side]:
     return sides
 
 
+# ---- one process, everything at once -------------------------------------------------------------
+
+
+def plain_loss(found: Embeddings, ids: Tensor | None = None, kind: str = "softmax") -> Tensor:
+    """-> [], contrastive_loss of pairs that all stand here, whatever the number of ranks."""
+    if kind == "softmax":
+        return _whole(found.images, found.texts, found.scale, ids)
+    z = found.scale * found.images @ found.texts.T + found.bias
+    signs = 2 * torch.eye(len(z), dtype=z.dtype, device=z.device) - 1
+    if ids is not None:
+        signs = signs.masked_fill(equal_ids(ids, ids).fill_diagonal_(False), 0.0)
+    return -(F.logsigmoid(signs * z) * signs.abs()).sum() / len(z)
+
+
 # ---- softmax over everything, as it is done elsewhere --------------------------------------------
 
 

@@ -12,6 +12,7 @@ B texts or pictures, T tokens, E width of the embeddings.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Preparation:
     quotes: bool = False
 
     def tokens(self, texts: list[str]) -> dict[str, Tensor]:
-        """-> input_ids and attention_mask, int64 [B, T]."""
+        """-> input_ids and, but for SigLIP, attention_mask, int64 [B, T]."""
         if self.quotes:
             texts = [text.replace("“", '"').replace("”", '"') for text in texts]
         return tokenise(self.tokenizer, texts, self.max_length, self.fixed)
@@ -85,8 +86,9 @@ def load_preparation(path: str, config, max_length: int | None = None) -> Prepar
 
 
 def text_features(model, batch: dict) -> Tensor:
-    """input_ids, attention_mask [B, T] -> normalised [B, E], with a graph."""
-    found = model.get_text_features(batch["input_ids"], attention_mask=batch["attention_mask"])
+    """input_ids [B, T], attention_mask [B, T] or none -> normalised [B, E], with a graph."""
+    mask = batch.get("attention_mask")
+    found = model.get_text_features(batch["input_ids"], attention_mask=mask)
     return F.normalize(found.pooler_output.float(), dim=-1)
 
 
@@ -169,13 +171,17 @@ def find_model(path: str | Path) -> str:
     return str(path)
 
 
-def refuse_other_models(config, name: str) -> None:
-    """SystemExit for a config that is none of a text-image model with towers of fixed size."""
-    if config.model_type == "siglip2":
+def refuse_naflex(config, name: str) -> None:
+    if config.model_type.startswith("siglip2"):
         raise SystemExit(
             f"{name}: a NaFlex SigLIP2, whose pictures keep their sizes; take one of a fixed size "
             "(google/siglip2-base-patch16-224, ...)"
         )
+
+
+def refuse_other_models(config, name: str) -> None:
+    """SystemExit for a config that is none of a text-image model with towers of fixed size."""
+    refuse_naflex(config, name)
     if config.model_type not in (*WINDOWS, "two_towers"):
         raise SystemExit(
             f"{name}: {config.model_type} is no text-image model that can be trained here; give a "
@@ -193,6 +199,20 @@ def open_model(path: str, **settings) -> nn.Module:
         if bias is not None:
             add_bias(model, bias)
     return model
+
+
+@contextlib.contextmanager
+def whole_weights(training) -> Iterator[None]:
+    """Models that are loaded here are whole on every rank, also where ZeRO-3 would spread them."""
+    from transformers.integrations import deepspeed
+
+    config = getattr(training, "hf_deepspeed_config", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def add_bias(model, value: float) -> None:
