@@ -25,14 +25,15 @@ from common import cli  # device before torch and transformers
 from transformers import TrainingArguments, set_seed
 
 import assemble
+import clip_flags
 import towers
 from batches import PairDataset, PictureFaults, check_captions
 from common.convert import adapter, models
 from common.data.split import describe_split, split_rows
-from common.runs import flags, plan
+from common.runs import plan
 from common.runs.engine import load_dtype
 from common.runs.run_folder import open_output
-from contrastive import KINDS, MODES, RIGHT
+from contrastive import KINDS, MODES
 from feature_cache import Collator, Pairs
 from model import Embedder, load_preparation, open_model, refuse_other_models, whole_weights
 from modeling_two_towers import IMAGE_POOLINGS, POOLINGS, PROJECTIONS
@@ -63,7 +64,7 @@ class Args(cli.LoraArgs):
     train: str = choice("both", towers.TRAINED, "what moves; the rest keeps every bit")
     lora_towers: str = field(
         default="",
-        metadata={"help": "text,image: adapters there; --use_lora: all that --train has"},
+        metadata={"help": "text,image: adapters there; --use_lora: where --train moves"},
     )
     text_learning_rate: float | None = field(default=None, metadata={"help": "of the text tower"})
     image_learning_rate: float | None = field(default=None, metadata={"help": "of the image tower"})
@@ -147,63 +148,6 @@ TINY = dict(  # sizes and steps only
 )
 
 
-def with_towers(argv: list[str]) -> list[str]:
-    """Two towers of the user's choice are no built-in model."""
-    given = {word.partition("=")[0].replace("-", "_") for word in argv}
-    if "__image_model_name_or_path" in given and "__model_name_or_path" not in given:
-        return ["--model_name_or_path", "two towers", *argv]
-    return argv
-
-
-def resolve_args(args: Args, training: TrainingArguments) -> None:
-    """Refuse flags that do not go together; defaults that depend on others."""
-    if training.gradient_accumulation_steps > 1:
-        raise cli.usage_error(
-            "--gradient_accumulation_steps: pairs of other steps are no negatives, so that it is no "
-            "larger batch; raise --per_device_train_batch_size and give --grad_cache_chunk, which "
-            "computes a large batch in parts"
-        )
-    if bool(args.text_model_name_or_path) != bool(args.image_model_name_or_path):
-        raise cli.usage_error(
-            "--text_model_name_or_path and --image_model_name_or_path: one names half a model"
-        )
-    if args.cross_embedding != "exact" and (args.loss == "sigmoid" or args.teacher_name_or_path):
-        raise cli.usage_error(
-            f"--cross_embedding {args.cross_embedding}: the sigmoid loss and a teacher have the "
-            "exact exchange only"
-        )
-    if args.cross_embedding not in RIGHT:
-        cli.say(f"warning: --cross_embedding {args.cross_embedding}: {MODES[args.cross_embedding]}")
-    flags.refuse_values(
-        vars(args),
-        {
-            "grad_cache_chunk": flags.FROM_0,
-            "image_mask_ratio": flags.SHARE,
-            "teacher_weight": flags.FROM_0,
-            "projection_dim": flags.FROM_1,
-            "bad_picture_limit": (0, 1.000001),
-        },
-    )
-    resolve_adapters(args)
-
-
-def resolve_adapters(args: Args) -> None:
-    moving = [part for part, name in towers.TOWERS.items() if name in towers.TRAINED[args.train]]
-    if args.use_lora and not args.lora_towers:
-        args.lora_towers = ",".join(moving)
-    asked = [part.strip() for part in args.lora_towers.split(",") if part.strip()]
-    wrong = [part for part in asked if part not in moving]
-    if wrong:
-        raise cli.usage_error(
-            f"--lora_towers {args.lora_towers}: --train {args.train} moves "
-            f"{' and '.join(moving) or 'no tower'}, not {', '.join(wrong)}"
-        )
-    if args.use_lora and not asked:
-        raise cli.usage_error(f"--use_lora: --train {args.train} moves no tower")
-    args.lora_towers = ",".join(asked)
-    args.use_lora = bool(asked)
-
-
 # 2. Model
 def model_folder(args: Args, training: TrainingArguments, texts: list[str]) -> str:
     """What is trained, as a folder or hub id: two towers are put together first."""
@@ -276,9 +220,9 @@ def look_at_captions(rows, preparation, stats: dict) -> None:
 
 
 def main() -> None:
-    argv = with_towers(sys.argv[1:])
+    argv = clip_flags.with_towers(sys.argv[1:])
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY, argv)
-    resolve_args(args, training)
+    clip_flags.resolve(args, training)
     set_seed(training.seed)
     check_model(args)
 
