@@ -39,7 +39,7 @@ MAX_SHOWN = 60
 THUMBNAIL = 256  # pixels of the longer side
 ADDED_AT_ONCE = 128  # pictures after which the added ones can be found
 LIMITS = serve.Limits(body=40 << 20, bodies=8)
-EXAMPLES = [["红色的圆", ""], ["三个蓝色的三角形", ""], ["一只猫", ""], ["绿色的星星", "左边"]]
+EXAMPLES = ["红色的圆", "三个蓝色的三角形", "左上角有一个绿色的三角形", "黄色的房子"]
 REASONS = {  # of pictures.PictureError
     "missing": "文件不在了",
     "not a file": "不是文件",
@@ -296,6 +296,7 @@ def search_column(search: Search) -> None:
     )
     gallery = gr.Gallery(
         label="找到的图片",
+        show_label=False,
         columns=6,
         object_fit="contain",
         height="auto",
@@ -305,7 +306,6 @@ def search_column(search: Search) -> None:
         format="png",
     )
     note = gr.Markdown(elem_id="note")
-    gr.Examples(EXAMPLES, [text, without], label="例子")
     asked = [text, without, vector, strength, count]
 
     def find(text, without, vector, strength, count):
@@ -324,6 +324,16 @@ def search_column(search: Search) -> None:
     gr.on([text.submit, without.submit], find, asked, [gallery, note], **show)
     taken = upload.upload(take, upload, [vector, preview, drop], **SEARCH)
     taken.success(find, asked, [gallery, note], **show)
+    gr.Examples(
+        EXAMPLES,
+        text,
+        [gallery, note],
+        partial(search.find, without="", picture=None, strength=0, k=12),
+        run_on_click=True,
+        cache_examples=False,
+        label="例子",
+        api_visibility="private",
+    )
     drop.click(let_go, None, [vector, preview, drop], **page.AT_ONCE)
 
 

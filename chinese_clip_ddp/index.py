@@ -484,7 +484,7 @@ class Index:
             dead = dead[dead < len(segment)]
             if len(dead):
                 products[:, dead.to(products.device)] = -torch.inf
-            found, places = top(products, min(count, len(segment)))
+            found, places = products.topk(min(count, len(segment)))
             scores.append(found.float().cpu())
             rows.append(places.cpu() + segment.first)
         scores = torch.cat(scores, 1)
@@ -520,21 +520,6 @@ def _exact(segments: list[Segment], queries, near, rows, k: int):
     scores[near == -torch.inf] = -torch.inf
     best, order = scores.sort(dim=1, descending=True, stable=True)
     return best[:, :k], rows.gather(1, order[:, :k])
-
-
-def top(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch.topk along the last of two dimensions, by way of the largest of each 64 numbers: the
-    best `count` lie in the best `count` groups."""
-    groups = scores.shape[1] // 64
-    if groups < 2 * count:
-        return scores.topk(count, 1)
-    whole = scores[:, : groups * 64].view(len(scores), groups, 64)
-    chosen = whole.amax(-1).topk(count, 1).indices
-    columns = (chosen[:, :, None] * 64 + torch.arange(64, device=scores.device)).flatten(1)
-    rest = torch.arange(groups * 64, scores.shape[1], device=scores.device)
-    columns = torch.cat([columns, rest.expand(len(scores), -1)], 1)
-    best, order = scores.gather(1, columns).topk(count, 1)
-    return best, columns.gather(1, order)
 
 
 def principal_axes(segments: list[Segment], count: int) -> torch.Tensor | None:

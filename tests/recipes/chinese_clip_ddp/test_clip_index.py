@@ -305,18 +305,6 @@ def test_a_crowded_index_is_looked_at_more_than_once(tmp_path, monkeypatch):
     assert (right - careless).max() > 1e-6 and (right - careless).min() > -1e-6
 
 
-def test_top_is_topk():
-    scores = torch.randn(3, 20_011, generator=torch.Generator().manual_seed(0))
-    scores[:, ::7] = -torch.inf
-    for count in (1, 10, 150):
-        expected = scores.topk(count)
-        found, places = index.top(scores, count)
-        assert torch.equal(found, expected.values) and torch.equal(places, expected.indices)
-        best = scores[:, -5:].amax() + 100
-        tail = scores.index_fill(1, torch.tensor([20_010]), float(best))
-        assert (index.top(tail, count)[1][:, 0] == 20_010).all()
-
-
 def test_segments_stay_few_while_an_index_grows(tmp_path):
     """And nothing that was found before is lost."""
     vectors = spread(640, WIDTH)
