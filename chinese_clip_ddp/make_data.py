@@ -1,7 +1,7 @@
 """Draw the sample data of this recipe: python make_data.py [FOLDER]   (default: data/ beside this file)
 
 train_imgs.tsv, train_texts.jsonl, valid_imgs.tsv, valid_texts.jsonl (Chinese-CLIP's layout) and labels_cn.txt.
-Twelve things in eight colours, one of them in one of five places or two to four of them in a row. Sixteen of the 96 pairs
+Twelve things in eight colours, one of them in one of five places or two to four of them anywhere. Sixteen of the 96 pairs
 of thing and colour stand in valid alone, though every thing and every colour is trained: who finds their pictures has
 learned the words and not the sentences. Every picture has one caption and every caption one picture.
 All is drawn here and nothing depends on chance: the same pictures every time.
@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SIDE = 48  # pixels
+OFF = 0.05  # parts of a place; nothing lies exactly in its middle
 FINE = 4  # drawn so many times larger, then reduced, for smooth edges
 COLORS = {
     "红色": (220, 30, 30),
@@ -29,12 +30,13 @@ COLORS = {
     "粉色": (250, 150, 190),
     "黑色": (25, 25, 25),
 }
-PLACES = {
-    "左上角": (0.27, 0.27),
-    "右上角": (0.73, 0.27),
-    "左下角": (0.27, 0.73),
-    "右下角": (0.73, 0.73),
-    "正中间": (0.5, 0.5),
+CELLS = 3  # a side has so many places, and so a picture nine
+PLACES = {  # column, row
+    "左上角": (0, 0),
+    "右上角": (2, 0),
+    "左下角": (0, 2),
+    "右下角": (2, 2),
+    "正中间": (1, 1),
 }
 PLACED = ["{place}有一{measure}{name}", "一{measure}{name}在{place}", "{name}画在{place}"]
 NUMBERS = {2: "两", 3: "三", 4: "四"}
@@ -167,28 +169,26 @@ def is_held_out(color: int, thing: int) -> bool:
     return (thing - color) % 12 == 0 or (thing - color - 5) % 12 == 0
 
 
-def draw(thing: str, color: str, centers: list[tuple[float, float]], radius: float) -> Image.Image:
-    """centers: as parts of the side; radius: too. Each thing is a little off, and a little darker
-    or lighter, in its own way."""
-    chance = random.Random(f"{thing}{color}{centers}")
-    image = Image.new("RGB", (SIDE * FINE, SIDE * FINE), "white")
-    pen_of = ImageDraw.Draw(image)
+def draw(thing: str, color: str, cells: list[tuple[int, int]]) -> Image.Image:
+    """A thing in each of these places, each in its own way a little off, larger and lighter."""
+    chance = random.Random(f"{thing}{color}{cells}")
+    side = SIDE * FINE
+    image = Image.new("RGB", (side, side), "white")
+    surface = ImageDraw.Draw(image)
     shade = chance.randint(-12, 12)
     tint = tuple(min(255, max(0, channel + shade)) for channel in COLORS[color])
-    for x, y in centers:
-        x += chance.uniform(-0.03, 0.03)
-        y += chance.uniform(-0.03, 0.03)
-        r = radius * chance.uniform(0.9, 1.1)
-        side = SIDE * FINE
-        THINGS[thing][0](Pen(pen_of, x * side, y * side, r * side, tint))
+    for column, row in cells:
+        x = (column + 0.5 + chance.uniform(-OFF, OFF)) * side / CELLS
+        y = (row + 0.5 + chance.uniform(-OFF, OFF)) * side / CELLS
+        radius = chance.uniform(0.4, 0.46) * side / CELLS
+        THINGS[thing][0](Pen(surface, x, y, radius, tint))
     return image.resize((SIDE, SIDE), Image.Resampling.BOX).quantize(16, dither=Image.Dither.NONE)
 
 
-def row_of(count: int, at: int) -> list[tuple[float, float]]:
-    """Centers of two to four things beside one another, at one of three heights."""
-    height = (0.35, 0.5, 0.65)[at % 3]
-    gap = {2: 0.4, 3: 0.3, 4: 0.235}[count]
-    return [(0.5 + gap * (i - (count - 1) / 2), height) for i in range(count)]
+def some_cells(count: int, number: int) -> list[tuple[int, int]]:
+    """So many of the nine places; others for each number."""
+    cells = [(column, row) for row in range(CELLS) for column in range(CELLS)]
+    return sorted(random.Random(f"{count} of {number}").sample(cells, count))
 
 
 def pairs(held_out: bool) -> list[tuple[str, Image.Image]]:
@@ -199,13 +199,12 @@ def pairs(held_out: bool) -> list[tuple[str, Image.Image]]:
             if is_held_out(c, t) != held_out:
                 continue
             words = {"name": name_of(color, thing), "measure": THINGS[thing][1]}
-            for p, (place, center) in enumerate(PLACES.items()):
+            for p, (place, cell) in enumerate(PLACES.items()):
                 text = PLACED[(c + t + p) % len(PLACED)].format(place=place, **words)
-                found.append((text, draw(thing, color, [center], 0.21)))
+                found.append((text, draw(thing, color, [cell])))
             for n, (count, number) in enumerate(NUMBERS.items()):
                 text = COUNTED[(c + t + n) % len(COUNTED)].format(number=number, **words)
-                radius = {2: 0.17, 3: 0.135, 4: 0.11}[count]
-                found.append((text, draw(thing, color, row_of(count, c + t), radius)))
+                found.append((text, draw(thing, color, some_cells(count, 12 * c + t))))
     return found
 
 
