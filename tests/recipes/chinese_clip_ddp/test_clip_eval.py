@@ -1,12 +1,18 @@
 """Recall@K and zero-shot accuracy against a brute-force ranking; what eval.py reads and says."""
 
+import base64
 import itertools
+import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import own_modules
+from PIL import Image
 
-(retrieval,) = own_modules("chinese_clip_ddp", "retrieval")
+evaluation, retrieval, pictures = own_modules("chinese_clip_ddp", "eval", "retrieval", "pictures")
+COLOURS = {"红": (250, 0, 0), "绿": (0, 250, 0), "蓝": (0, 0, 250), "黑": (0, 0, 0)}
 
 
 def vectors(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -121,3 +127,166 @@ def test_templates_are_averaged_per_class():
     assert torch.allclose(found, torch.tensor([[half, half], [0.0, -1.0]]))
     assert all(template.count("{}") == 1 for template in retrieval.TEMPLATES)
     assert len(set(retrieval.TEMPLATES)) == len(retrieval.TEMPLATES) > 20
+
+
+# ---- what eval.py reads ----------------------------------------------------------------------------
+
+
+class Colours:
+    """A model for pictures of one colour: the one that a text names first."""
+
+    size = 4
+    path = "colours"
+    tokenizer = SimpleNamespace()
+    image_processor = SimpleNamespace(do_resize=False)
+    preparation = SimpleNamespace(max_length=52)
+
+    def embed_text(self, texts):
+        named = [next((i for i, name in enumerate(COLOURS) if name in text), 3) for text in texts]
+        return torch.nn.functional.one_hot(torch.tensor(named), 4).float()
+
+    def embed_images(self, some):
+        palette = torch.tensor(list(COLOURS.values())).float()
+        seen = torch.tensor([picture.getpixel((0, 0)) for picture in some]).float()
+        return torch.nn.functional.one_hot(torch.cdist(seen, palette).argmin(-1), 4).float()
+
+
+def draw(path, colour: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), COLOURS[colour]).save(path)
+    return path
+
+
+def run(monkeypatch, capsys, *flags) -> str:
+    """What eval.py prints with these flags, and Colours for its model."""
+    monkeypatch.setattr(evaluation.model, "load", lambda path: Colours())
+    nothing = {"warnings": ["warning: captions are strange"]}
+    monkeypatch.setattr(evaluation, "check_captions", lambda *_: nothing)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+    evaluation.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def chinese_clip(tmp_path):
+    """valid_imgs.tsv and valid_texts.jsonl as MUGE has them: a text of two pictures, one whose
+    pictures are not there, one with a torn picture."""
+    folder = tmp_path / "MUGE"
+    folder.mkdir()
+    with open(folder / "valid_imgs.tsv", "w") as file:
+        for number, colour in enumerate(["红", "红", "绿", "蓝"]):
+            data = draw(tmp_path / "one.png", colour).read_bytes()
+            data = data[:40] if colour == "蓝" else data
+            file.write(f"{number}\t{base64.urlsafe_b64encode(data).decode()}\n")
+    texts = [("红色", [0, 1]), ("绿色", [2]), ("蓝色", [3]), ("黑色", [77]), ("绿的", [2])]
+    with open(folder / "valid_texts.jsonl", "w", encoding="utf-8") as file:
+        for number, (text, images) in enumerate(texts):
+            row = {"text_id": number, "text": text, "image_ids": images}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return folder
+
+
+def test_chinese_clip_files_beside_the_published_numbers(
+    chinese_clip, monkeypatch, capsys, tmp_path
+):
+    told = run(
+        monkeypatch, capsys, "--data_path", chinese_clip, "--output", tmp_path / "figures.json"
+    )
+    found = json.loads((tmp_path / "figures.json").read_text())["retrieval"]
+    to_image, to_text = found["text_to_image"], found["image_to_text"]
+    # 红色, 绿色 and 绿的 find theirs; a torn and a missing picture leave two without an answer
+    assert to_image["R@1"] == to_image["R@10"] == 3 / 5
+    assert (to_image["queries"], to_image["candidates"], to_image["without_answer"]) == (5, 3, 2)
+    assert to_text["R@1"] == 1 and to_text["queries"] == 3
+    assert found["unusable"] == {"torn": 1}
+    assert "| **colours** | 60.0 | 60.0 | 60.0 | 60.0 | 100.0 |" in told
+    assert "| CN-CLIP H/14, fine-tuned, published | 68.9 | 88.7 | 93.1 | 83.6 | – |" in told
+    assert "2 texts have no usable picture and count as misses; unusable pictures: 1 torn" in told
+    assert "warning: captions are strange" in told
+
+
+def test_captions_as_coco_cn_publishes_them(monkeypatch, capsys, tmp_path):
+    for name, colour in (("COCO_1", "红"), ("COCO_2", "绿")):
+        draw(tmp_path / f"pictures/{name}.jpg", colour)
+    lines = ["COCO_1#zhc#0\t红色", "COCO_1#zhc#1\t红的", "COCO_2#zhc#0\t绿色", "", "COCO_3#0\t蓝色"]
+    (tmp_path / "coco-cn_test.txt").write_text("\n".join(lines), encoding="utf-8")
+    flags = ["--data_path", tmp_path / "coco-cn_test.txt", "--image_root", tmp_path / "pictures"]
+    told = run(monkeypatch, capsys, *flags)
+    assert "4 texts, 2 pictures; 1 texts have no usable picture" in told
+    assert "unusable pictures: 1 missing" in told and "| 57.0 | 84.1 | 93.6 |" in told
+    (tmp_path / "coco-cn_test.txt").write_text("COCO_1 红色\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="coco-cn_test.txt:1: not of the form picture#zhc#0"):
+        run(monkeypatch, capsys, *flags)
+    (tmp_path / "coco-cn_test.txt").write_text("COCO_9#zhc#0\t红色\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="all pictures are missing, e.g. .*COCO_9.jpg; name their"):
+        run(monkeypatch, capsys, *flags)
+
+
+def test_elevater_folders(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "cifar-10"
+    for number, colour in enumerate("红绿蓝"):
+        for i in range(4):
+            draw(folder / f"test/{number:03d}/{i}.png", colour)
+    draw(folder / "test/000/wrong.png", "绿")
+    (folder / "test/001/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "label_cn.txt").write_text("红色\n绿色\n蓝色\n", encoding="utf-8")
+    told = run(monkeypatch, capsys, "--data_path", folder, "--output", tmp_path / "figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text())["classification"]
+    assert found["pictures"] == 14 and found["classes"] == 3
+    assert abs(found["top1"] - 12 / 14) < 1e-12, "a torn picture is a miss"
+    assert found["unusable"] == {"torn": 1}
+    assert "| CN-CLIP B/16, published | 92.0 |" in told
+    (folder / "test/007").mkdir()
+    draw(folder / "test/007/a.png", "红")
+    with pytest.raises(SystemExit, match="007: neither one of the 3 lines of .*label_cn.txt nor"):
+        run(monkeypatch, capsys, "--data_path", folder)
+
+
+def test_folders_of_classes_and_templates_of_ones_own(monkeypatch, capsys, tmp_path):
+    for colour in "红绿":
+        draw(tmp_path / f"colours/{colour}/a.png", colour)
+    flags = ["--data_path", tmp_path / "colours", "--task", "classification"]
+    told = run(monkeypatch, capsys, *flags, "--templates", "{}色")
+    assert "| **colours** | 100.0 | 100.0 | 100.0 | 50.0 |" in told
+    (tmp_path / "templates.txt").write_text("{}色\n一个{}\n", encoding="utf-8")
+    assert evaluation.read_templates(str(tmp_path / "templates.txt")) == ["{}色", "一个{}"]
+    assert len(evaluation.read_templates("")) == len(retrieval.TEMPLATES)
+    with pytest.raises(SystemExit, match="'没有' has no {} for the class, or several"):
+        run(monkeypatch, capsys, *flags, "--templates", "没有")
+    with pytest.raises(SystemExit, match="no class_name/picture in it"):
+        run(monkeypatch, capsys, "--data_path", tmp_path / "colours/红", "--task", "classification")
+
+
+def test_classes_named_in_captions(monkeypatch, capsys, tmp_path):
+    rows = ["text,image"]
+    for i, (colour, text) in enumerate([("红", "一个红圆"), ("绿", "绿圆在左"), ("蓝", "什么")]):
+        draw(tmp_path / f"data/{i}.png", colour)
+        rows.append(f"{text},{i}.png")
+    (tmp_path / "data/pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "data/labels_cn.txt").write_text("红\n绿\n蓝\n红圆\n绿圆\n", encoding="utf-8")
+    told = run(monkeypatch, capsys, "--data_path", tmp_path / "data")
+    assert "T→I R@1" in told and "mean of classes" in told, "both"
+    assert "1 captions name no class and are left out" in told
+    assert "2 pictures, 5 classes" in told
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--data_path", "/nowhere"], "/nowhere: no such file or folder"),
+        (["--task", "classification", "--data_path", __file__], "wants a folder of classes"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, flags, said):
+    with pytest.raises(SystemExit, match=said):
+        run(monkeypatch, capsys, *flags)
+
+
+def test_the_benchmark_is_known_by_its_name():
+    assert evaluation.benchmark_of("", "data/Flickr30k-CN/test_imgs.tsv") == "flickr30k-cn"
+    assert evaluation.benchmark_of("", "elevater/cifar-100") == "cifar-100"
+    assert evaluation.benchmark_of("", "elevater/cifar-10") == "cifar-10"
+    assert evaluation.benchmark_of("muge", "mine") == "muge"
+    assert evaluation.benchmark_of("", "mine") == ""
+    known = set(evaluation.RETRIEVAL) | set(evaluation.CLASSIFICATION)
+    assert known == set(evaluation.NAMES)
