@@ -24,7 +24,7 @@ MODEL = "a model"
 
 def vector_of(data: bytes, width: int = WIDTH) -> torch.Tensor:
     """Normalised, and the same for the same bytes."""
-    seed = int.from_bytes(hashlib.sha256(data).digest()[:8])
+    seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
     found = torch.from_numpy(np.random.default_rng(seed).standard_normal(width)).float()
     return found / found.norm()
 
