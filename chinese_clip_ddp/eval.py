@@ -36,6 +36,7 @@ from common.data.progress import Progress
 
 DEFAULT = HERE.parent / "output" / HERE.name
 LABELS = ("label_cn.txt", "labels_cn.txt")  # of ELEVATER in Chinese, one class a line
+TEMPLATES = "templates_cn.txt"  # for these classes, one a line
 CAPTION_LINE = re.compile(r"(?P<picture>[^\t]+?)#(?:zh\w*#)?\d+\t(?P<text>.+)")
 # R@1/5/10 from text to picture, and back where published, in percent. Source: Chinese-CLIP's
 # Results.md (Yang et al. 2022)
@@ -223,10 +224,13 @@ def _number(path: Path, count: int, labels: Path | None) -> int:
     return int(path.name)
 
 
-def read_templates(given: str) -> list[str]:
-    """A file with one template a line, a template, or "" for the ones of retrieval.py."""
-    if not given:
+def read_templates(given: str, folder: str = "") -> list[str]:
+    """A file with one template a line, a template, or "" for those beside the data, else those of
+    retrieval.py."""
+    beside = Path(folder) / TEMPLATES
+    if not given and not beside.is_file():
         return list(retrieval.TEMPLATES)
+    given = given or str(beside)
     templates = [given]
     if os.path.isfile(given):
         templates = Path(given).read_text(encoding="utf-8-sig").split("\n")
@@ -385,7 +389,7 @@ def answer_classes(args, embedder, name: str, asked: Classes, templates: list[st
 def main() -> None:
     cli.quiet_libraries()
     args = parse()
-    templates = read_templates(args.templates)
+    templates = read_templates(args.templates, args.data_path)
     folder = Path(args.data_path)
     asked = {}
     if "retrieval" in tasks_of(args):

@@ -251,6 +251,8 @@ def test_folders_of_classes_and_templates_of_ones_own(monkeypatch, capsys, tmp_p
     (tmp_path / "templates.txt").write_text("{}色\n一个{}\n", encoding="utf-8")
     assert evaluation.read_templates(str(tmp_path / "templates.txt")) == ["{}色", "一个{}"]
     assert len(evaluation.read_templates("")) == len(retrieval.TEMPLATES)
+    (tmp_path / "colours/templates_cn.txt").write_text("{}的圆\n", encoding="utf-8")
+    assert evaluation.read_templates("", tmp_path / "colours") == ["{}的圆"]
     with pytest.raises(SystemExit, match="'没有' has no {} for the class, or several"):
         run(monkeypatch, capsys, *flags, "--templates", "没有")
     with pytest.raises(SystemExit, match="no class_name/picture in it"):
