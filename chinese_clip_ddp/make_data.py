@@ -1,6 +1,7 @@
 """Draw the sample data of this recipe: python make_data.py [FOLDER]   (default: data/ beside this file)
 
-train_imgs.tsv, train_texts.jsonl, valid_imgs.tsv, valid_texts.jsonl (Chinese-CLIP's layout) and labels_cn.txt.
+train_imgs.tsv, train_texts.jsonl, valid_imgs.tsv, valid_texts.jsonl (Chinese-CLIP's layout); labels_cn.txt and
+templates_cn.txt, the classes of a zero-shot test and sentences about one.
 Twelve things in eight colours, one of them in one of five places or two to four of them anywhere. Sixteen of the 96 pairs
 of thing and colour stand in valid alone, though every thing and every colour is trained: who finds their pictures has
 learned the words and not the sentences. Every picture has one caption and every caption one picture.
@@ -231,7 +232,9 @@ def main(folder: Path) -> None:
     write(folder, "train", 1000, pairs(held_out=False))
     write(folder, "valid", 9000, pairs(held_out=True))
     names = [name_of(color, thing) for color in COLORS for thing in THINGS]
-    (folder / "labels_cn.txt").write_text("\n".join(names) + "\n", encoding="utf-8", newline="\n")
+    templates = [PLACED[2].format(place=place, name="{}") for place in PLACES]
+    for name, lines in (("labels_cn.txt", names), ("templates_cn.txt", templates)):
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

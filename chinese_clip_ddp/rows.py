@@ -56,7 +56,10 @@ PICTURES = (
 )
 ADDRESSES = ("url", "image_url", "img_url", "urls", "link", "链接")
 CONVERSATIONS = records.DIALOGUES
-ABOUT = ("labels_cn.txt", "README.md", "README.txt", "LICENSE")  # beside the data, about them
+ABOUT = (  # beside the data, about them
+    *("labels_cn.txt", "templates_cn.txt", "README.md", "README.txt", "LICENSE"),
+    "manifest.jsonl",  # of download_images.py
+)
 SIDECARS = (".txt", ".caption", ".json")  # beside a picture, or in a tar
 MAX_NAME = 1024  # characters; longer is no name of a file
 MAX_CAPTION = 1 << 20  # bytes of one caption
