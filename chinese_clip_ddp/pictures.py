@@ -68,9 +68,6 @@ class PictureError(ValueError):
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self):  # it crosses from worker processes
-        return PictureError, (self.reason, self.detail)
-
 
 # ---- where a picture lies ------------------------------------------------------------------------
 
