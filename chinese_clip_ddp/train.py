@@ -139,11 +139,12 @@ DEFAULTS = dict(
     ddp_find_unused_parameters=False,
 )
 TINY = dict(  # sizes and steps only
-    num_train_epochs=40,
+    num_train_epochs=80,
     learning_rate=2e-3,
-    weight_decay=0.05,
-    per_device_train_batch_size=32,
-    logging_steps=10,
+    weight_decay=0.1,
+    warmup_steps=0.1,
+    per_device_train_batch_size=64,
+    logging_steps=20,
     eval_ratio=0.2,
 )
 
