@@ -30,10 +30,13 @@ FORMAT = 1
 SHARD_ROWS = 2048
 READ_ROWS = 256  # decoded pictures in memory at once
 READERS = 4  # threads that decode
+READ_BLOCK = 1 << 14  # vectors
 MANIFEST = "manifest.json"
 PRINCIPAL = 128  # dimensions of the first of two stages
 RESCORED = 200  # rows that the second stage looks at
 PCA_ROWS = 50_000  # at most so many give the principal axes
+ASKED = 64  # rows that two stages are tried on
+LEAST_RECALL = 0.99  # of the ten nearest of those; with less every search is exact
 # The largest error of a dot product of normalised vectors in a half dtype: both are rounded (2u),
 # and the result is (u). u: 2^-9 in bfloat16, 2^-11 in float16; float32 for its sums.
 ERROR = {torch.bfloat16: 3.2 * 2**-9, torch.float16: 3.2 * 2**-11, torch.float32: 1e-5}
@@ -333,14 +336,48 @@ class Segment:
         self.exact = list(exact)
         self.first = first
         self.starts = np.cumsum([0, *map(len, self.exact)])
-        self.matrix = torch.empty(int(self.starts[-1]), self.exact[0].shape[1], dtype=dtype)
-        for start, part in zip(self.starts, self.exact, strict=False):
-            self.matrix[start : start + len(part)] = torch.from_numpy(np.array(part))
-        self.matrix = self.matrix.to(device.device())
+        self.dtype = dtype
+        self.matrix: torch.Tensor | None = None
         self.reduced: torch.Tensor | None = None
+        self.faiss = faiss_index(self.exact[0].shape[1], dtype)
+        if self.faiss is not None:
+            for part in self.blocks():
+                self.faiss.add(part.numpy())
+            return
+        self.matrix = torch.empty(len(self), self.exact[0].shape[1], dtype=dtype)
+        start = 0
+        for part in self.blocks():
+            self.matrix[start : start + len(part)] = part
+            start += len(part)
+        self.matrix = self.matrix.to(device.device())
 
     def __len__(self) -> int:
-        return len(self.matrix)
+        return int(self.starts[-1])
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All vectors, float32 [*, E], some thousands at a time."""
+        for part in self.exact:
+            for start in range(0, len(part), READ_BLOCK):
+                yield torch.from_numpy(part[start : start + READ_BLOCK].astype(np.float32))
+
+    def reduce(self, axes: torch.Tensor) -> None:
+        """Rows on these axes [E, P], in the half dtype."""
+        parts = [(block @ axes).to(self.dtype) for block in self.blocks()]
+        self.reduced = torch.cat(parts).to(device.device())
+
+    def near(self, queries: torch.Tensor, count: int, dead: torch.Tensor, reduced: bool = False):
+        """The `count` best rows by products in the half dtype: scores float32, rows, [Q, count].
+        Those that are dead have -inf."""
+        if self.faiss is not None and not reduced:
+            scores, rows = self.faiss.search(queries.numpy(), min(count + len(dead), len(self)))
+            scores, rows = torch.from_numpy(scores), torch.from_numpy(rows)
+            return scores.masked_fill(torch.isin(rows, dead), -torch.inf), rows
+        matrix = self.reduced if reduced else self.matrix
+        products = queries.to(matrix) @ matrix.T
+        if len(dead):
+            products[:, dead.to(products.device)] = -torch.inf
+        scores, rows = products.topk(min(count, len(self)))
+        return scores.float().cpu(), rows.cpu()
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The vectors as they are stored, of rows that ascend: [r, E] float32."""
@@ -352,11 +389,30 @@ class Segment:
         return np.concatenate(parts)
 
 
+def faiss_index(width: int, dtype: torch.dtype):
+    """Where faiss is installed and this machine has no fast half dtype: an exact index of it, which
+    keeps float16 where a matrix would take float32. Else None."""
+    if dtype is not torch.float32 or device.kind() != "cpu":
+        return None
+    try:
+        import faiss
+    except ImportError:
+        return None
+    half = faiss.ScalarQuantizer.QT_fp16
+    found = faiss.IndexScalarQuantizer(width, half, faiss.METRIC_INNER_PRODUCT)
+    found.train(np.zeros((1, width), np.float32))  # float16 has nothing to learn
+    return found
+
+
 class Index:
     """What is searched: a snapshot of a Store that `refresh` brings up to date."""
 
     def __init__(self, folder: str | Path, fingerprint: str = "", two_stage: bool = False):
-        """IndexProblem where the index is torn or of a model with another fingerprint."""
+        """IndexProblem where the index is torn or of a model with another fingerprint.
+
+        two_stage: look at PRINCIPAL dimensions first, unless a trial at opening shows that this
+            loses what is near; `note` says what it found.
+        """
         self.store = Store(folder, fingerprint)
         self.two_stage = two_stage
         self.dtype = device.half_dtype() or torch.float32
@@ -366,6 +422,7 @@ class Index:
         self.outdated: set[int] = set()  # rows of files that have changed since
         self.dead = torch.empty(0, dtype=torch.long)  # those, and the deleted ones
         self.axes: torch.Tensor | None = None
+        self.note = ""  # about two stages
         self.shards: list[dict] = []
         self.seen: tuple = ()  # of the manifest
         self.lock = threading.Lock()
@@ -429,12 +486,33 @@ class Index:
 
     def _reduce(self, segments: list[Segment]) -> None:
         """Rows on the axes of largest variance, float16's neighbour for the products."""
-        if self.axes is None:
+        is_first = self.axes is None
+        if is_first:
             self.axes = principal_axes(segments, PRINCIPAL)
+        if self.axes is None:
+            return
         for segment in segments:
-            if self.axes is not None and segment.reduced is None:
-                axes = self.axes.to(segment.matrix)
-                segment.reduced = segment.matrix @ axes
+            if segment.reduced is None:
+                segment.reduce(self.axes)
+        if is_first:
+            self._try_stages(segments)
+
+    def _try_stages(self, segments: list[Segment]) -> None:
+        """Two stages that lose what is near are none."""
+        largest = max(segments, key=len)
+        step = max(1, len(largest) // ASKED)
+        asked = torch.from_numpy(largest.take(np.arange(0, len(largest), step)[:ASKED]))
+        exact = self._proven(segments, asked, 10)[1]
+        quick = self._staged(segments, asked, 10)[1]
+        pairs = zip(exact.tolist(), quick.tolist(), strict=True)
+        recall = sum(len(set(a) & set(b)) for a, b in pairs) / exact.numel()
+        self.note = f"two stages find {recall:.1%} of the ten nearest"
+        if recall < LEAST_RECALL:
+            self.note += f" in {PRINCIPAL} dimensions: every search is exact instead"
+            self.axes = None
+            self.two_stage = False
+            for segment in segments:
+                segment.reduced = None
 
     # -- searching
 
@@ -451,9 +529,12 @@ class Index:
             empty = torch.empty(len(queries), 0)
             return empty, empty.long()
         if self.axes is not None:
-            near = self._near(segments, queries @ self.axes, max(RESCORED, k), reduced=True)
-            return _exact(segments, queries, *near, k)
+            return self._staged(segments, queries, k)
         return self._proven(segments, queries, k)
+
+    def _staged(self, segments, queries, k: int):
+        near = self._near(segments, queries @ self.axes, max(RESCORED, k), reduced=True)
+        return _exact(segments, queries, *near, k)
 
     def _proven(self, segments, queries, k: int):
         """Look at more and more rows until no other row can be among the best."""
@@ -478,15 +559,11 @@ class Index:
         scores = []
         rows = []
         for segment in segments:
-            matrix = segment.reduced if reduced else segment.matrix
-            products = queries.to(matrix) @ matrix.T
-            dead = self.dead[(self.dead >= segment.first)] - segment.first
-            dead = dead[dead < len(segment)]
-            if len(dead):
-                products[:, dead.to(products.device)] = -torch.inf
-            found, places = products.topk(min(count, len(segment)))
-            scores.append(found.float().cpu())
-            rows.append(places.cpu() + segment.first)
+            dead = self.dead - segment.first
+            dead = dead[(dead >= 0) & (dead < len(segment))]
+            found, places = segment.near(queries, count, dead, reduced)
+            scores.append(found)
+            rows.append(places + segment.first)
         scores = torch.cat(scores, 1)
         rows = torch.cat(rows, 1)
         if scores.shape[1] > count:
@@ -526,10 +603,11 @@ def principal_axes(segments: list[Segment], count: int) -> torch.Tensor | None:
     """[E, P]: the directions of largest variance, from rows at equal distances; None where there
     are too few rows, or too few dimensions, for two stages to pay."""
     total = sum(map(len, segments))
-    if total <= 4 * RESCORED or segments[0].matrix.shape[1] <= count:
+    if total <= 4 * RESCORED or segments[0].exact[0].shape[1] <= count:
         return None
     step = -(-total // PCA_ROWS)
-    rows = torch.cat([segment.matrix[::step].float().cpu() for segment in segments])
+    taken = [segment.take(np.arange(0, len(segment), step)) for segment in segments]
+    rows = torch.from_numpy(np.concatenate(taken))
     rows = rows - rows.mean(0)
     values, vectors = torch.linalg.eigh(rows.T @ rows)
     return vectors[:, -count:].contiguous()

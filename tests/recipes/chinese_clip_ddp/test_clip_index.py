@@ -292,6 +292,51 @@ def test_exact_search_is_exact_in_every_dtype(tmp_path, monkeypatch, dtype, data
     assert all(len(set(row)) == 10 for row in rows.tolist())
 
 
+class ExactFaiss:
+    """What index.py uses of faiss, where faiss itself is not installed."""
+
+    METRIC_INNER_PRODUCT = 0
+
+    class ScalarQuantizer:
+        QT_fp16 = 4
+
+    class IndexScalarQuantizer:
+        def __init__(self, width, kind, metric):
+            assert (kind, metric) == (4, 0)
+            self.rows = np.empty((0, width), np.float16)
+
+        def train(self, rows):
+            pass
+
+        def add(self, rows):
+            self.rows = np.concatenate([self.rows, rows.astype(np.float16)])
+
+        def search(self, queries, k):
+            scores = torch.from_numpy(queries @ self.rows.astype(np.float32).T)
+            return tuple(found.numpy() for found in scores.topk(k))
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_faiss_gives_the_same_where_it_is_installed(tmp_path, monkeypatch, two_stage):
+    vectors = spread(3000, 256, decay=0.6)
+    queries = spread(20, 256, decay=0.6, seed=1)
+    write_vectors(tmp_path / "index", vectors, shard_rows=1000)
+    monkeypatch.setattr(index.device, "half_dtype", lambda: None)
+    monkeypatch.setattr(index.device, "kind", lambda: "cpu")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    plain = index.Index(tmp_path / "index", MODEL, two_stage)
+    monkeypatch.setitem(sys.modules, "faiss", sys.modules.get("faiss") or ExactFaiss)
+    used = index.Index(tmp_path / "index", MODEL, two_stage)
+    assert plain.segments[0].faiss is None and used.segments[0].matrix is None
+    for _ in range(2):
+        expected, found = plain.search(queries), used.search(queries)
+        assert torch.allclose(found[0], expected[0], atol=1e-6)
+        assert torch.equal(found[1], expected[1])
+        gone = {str(int(row)) for row in expected[1][:, 0]}
+        index.delete(used.store, lambda place, gone=gone: place.path in gone)
+        assert used.refresh() and plain.refresh()
+
+
 def test_a_crowded_index_is_looked_at_more_than_once(tmp_path, monkeypatch):
     """The proof is what makes it exact: without it the same search fails."""
     vectors = spread(5000, WIDTH)
@@ -328,6 +373,7 @@ def test_two_stages_find_what_the_exact_search_finds(tmp_path):
     exact = index.Index(tmp_path / "index", MODEL)
     quick = index.Index(tmp_path / "index", MODEL, two_stage=True)
     assert exact.axes is None and quick.axes.shape == (256, 128)
+    assert quick.note.startswith("two stages find ") and quick.note.endswith("of the ten nearest")
     right, found = exact.search(queries)[1], quick.search(queries)
     kept = [len(set(a) & set(b)) for a, b in zip(right.tolist(), found[1].tolist(), strict=True)]
     assert sum(kept) / (10 * len(kept)) >= 0.99
@@ -340,6 +386,17 @@ def test_two_stages_find_what_the_exact_search_finds(tmp_path):
     write_vectors(tmp_path / "index", more, shard_rows=600, first=4000)
     assert quick.refresh()
     assert quick.search(more[:9], 1)[0].min() > 0.99, "rows of later shards are found too"
+
+
+def test_two_stages_that_lose_what_is_near_are_not_used(tmp_path):
+    """All dimensions alike: the first half of them says little."""
+    vectors = spread(4000, 512)
+    write_vectors(tmp_path / "index", vectors, shard_rows=4000)
+    opened = index.Index(tmp_path / "index", MODEL, two_stage=True)
+    assert opened.axes is None and "every search is exact instead" in opened.note
+    exact = index.Index(tmp_path / "index", MODEL)
+    queries = spread(9, 512, seed=1)
+    assert torch.equal(opened.search(queries)[1], exact.search(queries)[1])
 
 
 def test_two_stages_of_a_small_index_are_one(tmp_path):
