@@ -264,7 +264,30 @@ def for_training(model):
     vectors before the projection of what was given, under their names.
     """
     model.forward = MethodType(_forward, model)
+    give_dimension(model)
     return model
+
+
+def give_dimension(model) -> None:
+    """DeepSpeed broadcasts no numbers without a dimension: the scale and the bias get one while
+    they train; in files they are as they were."""
+    for name in SCALES:
+        number = getattr(model, name, None)
+        if number is None or number.dim() or hasattr(number, "ds_id"):  # ZeRO-3 has spread it
+            continue
+        with_one = nn.Parameter(number.detach().reshape(1), requires_grad=number.requires_grad)
+        setattr(model, name, with_one)
+        model.register_state_dict_post_hook(partial(_take_dimension, name))
+        model.register_load_state_dict_pre_hook(partial(_add_dimension, name))
+
+
+def _take_dimension(name: str, module, state_dict: dict, prefix: str, metadata) -> None:
+    state_dict[prefix + name] = state_dict[prefix + name].reshape(())
+
+
+def _add_dimension(name: str, module, state_dict: dict, prefix: str, *more) -> None:
+    if prefix + name in state_dict:
+        state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
 
 
 def _forward(
