@@ -496,16 +496,17 @@ def sentence_transformers_step(network, batch, chunk: int):
             self.network = network
 
         def forward(self, features):
-            embed = image_features if "pixel_values" in features else text_features
-            features["sentence_embedding"] = embed(self.network, features)
-            return features
-
-        def tokenize(self, texts):
-            raise NotImplementedError
+            # the library slices what is called input_ids, pixels too
+            values = features["input_ids"]
+            if values.dim() == 4:
+                found = image_features(self.network, {"pixel_values": values})
+            else:
+                found = text_features(self.network, features)
+            return features | {"sentence_embedding": found}
 
     model = SentenceTransformer(modules=[Towers()], device="cpu")
     loss = CachedMultipleNegativesSymmetricRankingLoss(model, scale=14.3, mini_batch_size=chunk)
-    images = {"pixel_values": batch["pixel_values"]}
+    images = {"input_ids": batch["pixel_values"]}
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def step():
