@@ -29,6 +29,14 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "### 回答",
         "续写",
     ),
+    "chinese_clip_ddp/data.ipynb": (
+        "gb18030",
+        "duplicate row",
+        "a web page",
+        "不遮重复",
+        "'[CLS]', ",
+        "(3, 48, 48)",
+    ),
     "chatglm_lora/data.ipynb": (
         "gb18030",
         "context/target",
