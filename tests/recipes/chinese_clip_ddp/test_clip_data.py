@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, own_modules
+from harness import ROOT, expect, finish, own_modules, start
 from PIL import Image, ImageDraw
 from transformers import BertTokenizer, ChineseCLIPImageProcessorPil, CLIPImageProcessorPil
 
@@ -763,6 +763,49 @@ def test_workers_read_what_one_process_reads(tmp_path, persistent):
     alone = epochs(0)
     assert alone[0] != alone[1]
     assert epochs(2) == alone
+
+
+RANK = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import ChineseCLIPImageProcessorPil
+from batches import PairCollator, PairDataset
+from rows import load_pairs
+
+table, meeting = sys.argv[1:]
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+rows, _ = load_pairs(table)
+processor = ChineseCLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+data = PairDataset(rows, processor)
+sampler = DistributedSampler(data, 2, rank, shuffle=False)  # rank, rank + 2, rank + 4, ...
+faults = 0
+for batch in DataLoader(data, 4, sampler=sampler, collate_fn=PairCollator()):
+    own = torch.tensor(batch["pixel_values"].shape)
+    shapes = [torch.zeros_like(own) for _ in range(2)]
+    dist.all_gather(shapes, own)
+    everyone = [torch.zeros_like(batch["pixel_values"]) for _ in range(2)]
+    dist.all_gather(everyone, batch["pixel_values"])
+    assert torch.equal(shapes[0], shapes[1]), shapes
+    faults += len(batch["faults"])
+print("rank", rank, "faults", faults)
+"""
+
+
+def test_a_rank_whose_pictures_are_all_torn_hangs_nobody(tmp_path):
+    lines = []
+    for i in range(24):
+        good = encoded(Image.new("RGB", (8, 8), (i, 0, 0)))
+        (tmp_path / f"{i}.png").write_bytes(good[:40] if i % 2 else good)
+        lines.append(json.dumps({"text": f"第{i}张", "image": f"{i}.png"}))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    path = f"import sys; sys.path[:0] = [{str(RECIPE)!r}, {str(ROOT)!r}]\n"
+    words = ["python", "-c", path + RANK, tmp_path / "t.jsonl", tmp_path / "meeting"]
+    ranks = [start(words, RANK=rank, WORLD_SIZE=2) for rank in range(2)]
+    said = [expect(finish(rank, timeout=120)).stdout for rank in ranks]
+    assert "rank 0 faults 0" in said[0] and "rank 1 faults 12" in said[1]
 
 
 def test_nothing_usable_ends_the_run(tmp_path):
