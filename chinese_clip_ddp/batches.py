@@ -75,7 +75,8 @@ def _unknown(tokenizer, text: str, ids: list[int]) -> int:
     if tokenizer.is_fast:
         spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         return sum(end - start for (start, end), i in zip(spans, ids, strict=True) if i == unk)
-    return ids.count(unk)
+    # CLIP's end of text is its unknown token too
+    return tokenizer(text, add_special_tokens=False)["input_ids"].count(unk)
 
 
 def _warnings(found: dict, max_length: int, examples: dict) -> list[str]:
