@@ -310,7 +310,11 @@ def _upright(image: Image.Image) -> Image.Image:
         turned = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception:  # a broken EXIF block says nothing of the orientation
         turned = None
-    return image if turned is None else image.transpose(turned)
+    if turned is None:
+        return image
+    upright = image.transpose(turned)
+    upright.info.pop("exif", None)  # or whoever opens this image again would turn it again
+    return upright
 
 
 def _rgb(image: Image.Image) -> Image.Image:

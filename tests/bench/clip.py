@@ -33,7 +33,6 @@ RECIPE = ROOT / "chinese_clip_ddp"
 sys.path[:0] = [str(ROOT), str(RECIPE)]
 PARTS = ("train", "picture", "loss", "grad_cache", "cached", "search")
 BATCH = 16
-STEPS = 3  # after one that warms up
 PADDED = 256  # tokens, in the upstream way
 VARIANTS = {  # name -> flags of train.py, or none for the upstream way; what trains; half precision
     "upstream_image": None,
@@ -145,7 +144,7 @@ def make_towers(folder: Path) -> None:
 # ---- the upstream way ----------------------------------------------------------------------------
 
 
-def upstream(folder: Path, what: str, bf16: bool) -> dict:
+def upstream(folder: Path, what: str, bf16: bool, steps: int) -> dict:
     """Its step, re-stated. what: image (text frozen), both, text (image frozen) or projection."""
     import torch
     from PIL import Image
@@ -196,16 +195,16 @@ def upstream(folder: Path, what: str, bf16: bool) -> dict:
         return loss.item()
 
     marks = []
-    for number in range(STEPS + 1):
+    for number in range(steps + 1):
         step([rows[(number * BATCH + i) % len(rows)] for i in range(BATCH)])
         marks.append(time.process_time())
-    return {"samples": BATCH * STEPS, "cpu_s": marks[-1] - marks[0]}
+    return {"samples": BATCH * steps, "cpu_s": marks[-1] - marks[0]}
 
 
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, flags: list[str]) -> dict:
+def ours(folder: Path, flags: list[str], steps: int) -> dict:
     """train.py with these flags; the steps after those that warm up are timed."""
     import transformers
     from transformers.trainer import DEFAULT_CALLBACKS
@@ -217,10 +216,8 @@ def ours(folder: Path, flags: list[str]) -> dict:
             marks.append(time.process_time())
 
     DEFAULT_CALLBACKS.append(Meter)
-    steps = STEPS + 1
     is_fast = "projection" in flags
-    if is_fast:
-        steps = 400
+    steps = 400 if is_fast else steps + 1
     words = ["--text_model_name_or_path", str(folder / "text"), "--pooling", "cls"]
     words += ["--image_model_name_or_path", str(folder / "image"), "--model_max_length", "128"]
     words += [
@@ -258,16 +255,16 @@ def child(args) -> None:
     flags = VARIANTS[args.variant]
     if flags is None:
         what = args.variant.split("_")[1]
-        found = upstream(folder, what, args.variant.endswith("bf16"))
+        found = upstream(folder, what, args.variant.endswith("bf16"), args.steps)
     else:
-        found = ours(folder, flags)
+        found = ours(folder, flags, args.steps)
     say(variant=args.variant, samples_per_cpu_s=found["samples"] / found["cpu_s"])
 
 
 def train_part(args) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_data(folder, BATCH * (STEPS + 1))
+        make_data(folder, BATCH * (args.steps + 1))
         make_towers(folder)
         env = os.environ | {"OMP_NUM_THREADS": "1", "DANPU_CACHE": str(folder / "cache")}
         env["TRANSFORMERS_VERBOSITY"] = "error"
@@ -275,6 +272,7 @@ def train_part(args) -> None:
         for number in range(args.rounds):
             for variant in args.only:
                 command = [sys.executable, __file__, "--variant", variant, "--folder", name]
+                command += ["--steps", str(args.steps)]
                 run = subprocess.run(command, env=env, text=True, capture_output=True)
                 if run.returncode:
                     say(variant=variant, failed=run.stderr.strip()[-400:])
@@ -665,6 +663,7 @@ def main():
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="timed ones, after one that warms up")
     parser.add_argument("--threads", type=int, default=1, help="of the search")
     parser.add_argument("--chunk", type=int, default=64, help="of GradCache")
     parser.add_argument("--libraries", default="", help="folder with packages to compare with")

@@ -19,7 +19,9 @@ from harness import ROOT, expect, finish, own_modules, start
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-app, index, pictures = own_modules("chinese_clip_ddp", "app", "index", "pictures")
+app, index, pictures, models, tiny_base, evaluation = own_modules(
+    "chinese_clip_ddp", "app", "index", "pictures", "model", "tiny_base", "eval"
+)
 COLOURS = {
     "红": (220, 30, 30),
     "绿": (30, 180, 60),
@@ -178,6 +180,37 @@ def test_what_is_refused(search, tmp_path, photos):
     assert "文件不在了" in message(search.of_picture, str(tmp_path / "nothing"))
     empty = app.Search(Colours(), index.Index(tmp_path / "empty", Colours.fingerprint))
     assert "索引是空的" in message(empty.find, "红", "", None, 0.5, 3)
+
+
+def test_index_page_and_evaluation_see_the_pixels_of_training(tmp_path, monkeypatch):
+    """Bit for bit, of a JPEG that is decoded smaller and turned, and of a transparent PNG."""
+    embedder = models.load(tiny_base.tiny_model(["红色的圆"]))
+    noise = torch.randint(0, 255, (700, 900, 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.to(torch.uint8).numpy())
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.resize((90, 70)).convert("RGBA").save(tmp_path / "alpha.png")
+    paths = [str(tmp_path / name) for name in ("turned.jpg", "alpha.png")]
+    of_training = [pictures.pixels(path, embedder.image_processor) for path in paths]
+    expected = embedder.embed_images(paths)
+
+    seen = []
+    real = embedder.preparation.pixels
+    monkeypatch.setattr(
+        embedder.preparation, "pixels", lambda picture: seen.append(real(picture)) or seen[-1]
+    )
+    places = [pictures.Place(path) for path in paths]
+    by_index = index.embedding(embedder)(places)[0]
+    by_evaluation = evaluation.embed_places(embedder, places)[0]
+    search = app.Search(embedder, index.Index(tmp_path / "none"))
+    by_page = torch.stack([search.of_picture(path) for path in paths])
+    assert len(seen) == 6
+    for i, found in enumerate(seen):
+        assert torch.equal(found, of_training[i % 2])
+    for found in (by_index, by_evaluation):
+        assert torch.equal(found, expected)
+    assert torch.allclose(by_page, expected, atol=1e-6)  # a batch of one, in another order of sums
 
 
 def test_every_reason_of_a_picture_has_words():
