@@ -104,8 +104,6 @@ def freeze_unused(model, preparation: Preparation) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in SCALES
     }
-    if any(hasattr(parameter, "ds_id") for parameter in moving.values()):
-        return []  # ZeRO-3 has spread them, and waits for none
     batch = preparation.tokens(["x"])
     batch["pixel_values"] = preparation.pixels(Image.new("RGB", (32, 32)))[None]
     was_training = model.training
@@ -155,8 +153,7 @@ def parameter_groups(model, rate_of: dict[str, float], weight_decay: float) -> l
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 has spread it
-        decay = weight_decay if len(shape) > 1 else 0.0
+        decay = weight_decay if parameter.dim() > 1 else 0.0
         rate = rate_of[part_of(name)]
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
@@ -202,27 +199,38 @@ def adapted_layers(tower: nn.Module, prefix: str, names: str) -> list[str]:
     return [f"{prefix}.{name}" for name in linear]
 
 
-def merge_adapters(folder: str | Path, factor: float) -> None:
-    """Add the adapters in a saved folder to the weights that they belong to.
+def make_plain(folder: str | Path, numbers: tuple[str, ...], factor: float | None) -> None:
+    """Bring the files of a saved model into the form of the plain one: adapters are added to the
+    weights that they belong to, and numbers have no dimension (ZeRO-3 writes what it trains).
 
-    factor: lora_alpha / r. The files then are those of the plain model.
+    numbers: names of weights without a dimension. factor: lora_alpha / r; None: adapters, if there
+        are any, stay beside the weights.
     """
     from safetensors.torch import load_file, save_file
 
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors = load_file(file)
-        adapted = [name for name in tensors if name.endswith(".base_layer.weight")]
-        if not adapted:
+        wrong = [name for name in numbers if name in tensors and tensors[name].dim()]
+        has_adapters = any(".lora_A." in name for name in tensors)
+        if not wrong and (factor is None or not has_adapters):
             continue
-        for name in adapted:
-            layer = name.removesuffix(".base_layer.weight")
-            down = tensors.pop(f"{layer}.lora_A.default.weight").float()
-            up = tensors.pop(f"{layer}.lora_B.default.weight").float()
-            whole = tensors[name]
-            tensors[name] = (whole.float() + factor * up @ down).to(whole.dtype)
-        plain = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+        tensors |= {name: tensors[name].reshape(()) for name in wrong}
+        if factor is not None:
+            tensors = merged(tensors, factor)
         with atomic_file(file) as part:
-            save_file(plain, part, {"format": "pt"})
+            save_file(tensors, part, {"format": "pt"})
+
+
+def merged(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Weights with adapters beside them -> the weights that do the same."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".base_layer.weight")]:
+        layer = name.removesuffix(".base_layer.weight")
+        down = tensors.pop(f"{layer}.lora_A.default.weight").float()
+        up = tensors.pop(f"{layer}.lora_B.default.weight").float()
+        whole = tensors[name]
+        tensors[name] = (whole.float() + factor * up @ down).to(whole.dtype)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
 
 
 # ---- dropped patches -----------------------------------------------------------------------------
@@ -264,21 +272,22 @@ def for_training(model):
     vectors before the projection of what was given, under their names.
     """
     model.forward = MethodType(_forward, model)
-    give_dimension(model)
+    model.numbers = give_dimension(model)
     return model
 
 
-def give_dimension(model) -> None:
+def give_dimension(model) -> tuple[str, ...]:
     """DeepSpeed broadcasts no numbers without a dimension: the scale and the bias get one while
-    they train; in files they are as they were."""
-    for name in SCALES:
-        number = getattr(model, name, None)
-        if number is None or number.dim() or hasattr(number, "ds_id"):  # ZeRO-3 has spread it
-            continue
+    they train; in files they are as they were. -> their names."""
+    numbers = [name for name in SCALES if getattr(model, name, None) is not None]
+    numbers = [name for name in numbers if not getattr(model, name).dim()]
+    for name in numbers:
+        number = getattr(model, name)
         with_one = nn.Parameter(number.detach().reshape(1), requires_grad=number.requires_grad)
         setattr(model, name, with_one)
         model.register_state_dict_post_hook(partial(_take_dimension, name))
         model.register_load_state_dict_pre_hook(partial(_add_dimension, name))
+    return tuple(numbers)
 
 
 def _take_dimension(name: str, module, state_dict: dict, prefix: str, metadata) -> None:

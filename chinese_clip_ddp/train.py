@@ -173,7 +173,8 @@ def check_model(args: Args) -> None:
 
 def load_model(args: Args, training: TrainingArguments, path: str, preparation):
     """The model with what moves and what does not, its forward that of towers.for_training."""
-    model = open_model(path, dtype=load_dtype(training, trains_all=True))
+    with whole_weights(training):  # ZeRO-3 spreads them when it begins
+        model = open_model(path, dtype=load_dtype(training, trains_all=True))
     if args.train == "projection" and not towers.has_projections(model):
         raise SystemExit(f"--train projection: {path} has no projections")
     is_fresh = args.model_name_or_path == "tiny" or bool(args.text_model_name_or_path)

@@ -33,7 +33,7 @@ from pictures import Place
 from retrieval import both_ways, number_pairs
 from torch import Tensor
 from torch.nn import functional as F
-from towers import frozen_towers, merge_adapters, parameter_groups
+from towers import frozen_towers, make_plain, parameter_groups
 from transformers import TrainerCallback
 
 from common import cli
@@ -115,10 +115,7 @@ class ContrastiveTrainer(RecipeTrainer):
         if not log_scale.requires_grad:
             return
         if self.is_deepspeed_enabled:
-            from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-            whole = safe_get_full_fp32_param(log_scale)
-            safe_set_full_fp32_param(log_scale, whole.clamp(0, MAX_LOG_SCALE))
+            bound_masters(log_scale)
         if log_scale.numel():  # ZeRO-3 has spread it
             log_scale.data.clamp_(0, MAX_LOG_SCALE)
 
@@ -312,9 +309,10 @@ class ContrastiveTrainer(RecipeTrainer):
     # ---- the end ----
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
-        is_final = not _internal_call
-        if is_final and self.adapter_factor is not None and self.args.should_save:
-            merge_adapters(output_dir, self.adapter_factor)
+        if self.args.should_save:
+            # a checkpoint goes on with its adapters; what is left in the end is the plain model
+            factor = None if _internal_call else self.adapter_factor
+            make_plain(output_dir, self.model.numbers, factor)
         cli.wait_for_all("it writes the model")
 
     def report(self, recipe: str, model_name: str, rows: dict, after: dict) -> None:
@@ -354,6 +352,18 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.bound_scale()
+
+
+def bound_masters(log_scale: Tensor) -> None:
+    """The same for DeepSpeed's fp32 copy, of which ZeRO-3 has a part on each rank."""
+    from deepspeed import utils
+
+    if hasattr(log_scale, "ds_id"):
+        part = utils.safe_get_local_fp32_param(log_scale)
+        utils.safe_set_local_fp32_param(log_scale, part.clamp(0, MAX_LOG_SCALE))
+    else:
+        whole = utils.safe_get_full_fp32_param(log_scale)
+        utils.safe_set_full_fp32_param(log_scale, whole.clamp(0, MAX_LOG_SCALE))
 
 
 def flat(found: dict) -> dict[str, float]:
