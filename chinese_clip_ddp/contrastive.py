@@ -494,15 +494,14 @@ def grad_cache(
     last = len(chunks) - 1
     for number, (chunk, state, slope) in enumerate(zip(chunks, states, by_chunk, strict=True)):
         set_random_state(state)
-        if number < last:
-            with unsynchronised():
-                part = forward(chunk)
-                backward((part.images * slope[0]).sum() + (part.texts * slope[1]).sum())
-            continue
-        part = forward(chunk)
-        stand_in = (part.images * slope[0]).sum() + (part.texts * slope[1]).sum()
-        for value, of_value in ((part.scale, slopes.scale), (part.bias, slopes.bias)):
-            if value is not None and of_value is not None:
-                stand_in = stand_in + (value * of_value).sum()
-        return loss.detach() + (stand_in - stand_in.detach())
-    raise ValueError("a batch without rows")
+        is_last = number == last
+        with nullcontext() if is_last else unsynchronised():
+            part = forward(chunk)
+            stand_in = (part.images * slope[0]).sum() + (part.texts * slope[1]).sum()
+            # the scale's gradient counts once; for ZeRO-3 every weight has one in every chunk
+            for value, of_value in ((part.scale, slopes.scale), (part.bias, slopes.bias)):
+                if value is not None and of_value is not None:
+                    stand_in = stand_in + (value * (of_value if is_last else 0)).sum()
+            if not is_last:
+                backward(stand_in)
+    return loss.detach() + (stand_in - stand_in.detach())
