@@ -177,13 +177,8 @@ class ContrastiveTrainer(RecipeTrainer):
     def loss_of(self, model, inputs, return_outputs, num_items_in_batch):
         ids = torch.stack([inputs.pop("text_hash"), inputs.pop("picture_hash")], 1)
         teacher = self.teacher_of(inputs)
-        loss_from = partial(
-            contrastive_loss,
-            ids=ids if self.mask_duplicates else None,
-            kind=self.kind,
-            mode=self.mode,
-            teacher=teacher,
-        )
+        negatives = ids if self.mask_duplicates else None
+        loss_from = partial(self.pair_loss, ids=negatives, teacher=teacher)
         self.add_facts(batch_facts(ids[:, 0], self.kind))
         forward = partial(self.embed, model)
         if 0 < self.chunk < len(ids):
@@ -192,6 +187,14 @@ class ContrastiveTrainer(RecipeTrainer):
         else:
             loss = loss_from(forward(inputs))
         return (loss, {}) if return_outputs else loss
+
+    def pair_loss(self, found: Embeddings, ids: Tensor | None, teacher: Teacher | None) -> Tensor:
+        """With the gradient of the mode; what is shown is the loss of the whole batch in each."""
+        loss = contrastive_loss(found, ids, self.kind, self.mode, teacher)
+        if self.mode != "base":
+            return loss
+        known = Embeddings(*(None if x is None else x.detach() for x in found))
+        return loss + (contrastive_loss(known, ids, self.kind) - loss).detach()
 
     def embed(self, model, inputs: dict) -> Embeddings:
         found = model(**inputs)
