@@ -238,20 +238,20 @@ def merged(tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 
 def drop_patches(tower: nn.Module, ratio: float) -> None:
     """Leave a random share of the patches out while training (FLIP, Li et al. 2023)."""
-    tower.embeddings.register_forward_hook(partial(_keep_some, ratio))
+    hook = partial(_keep_some, ratio, tower.config.patch_size)
+    tower.embeddings.register_forward_hook(hook)
 
 
 def can_drop_patches(config) -> bool:
     return config.model_type in MASKABLE
 
 
-def _keep_some(ratio: float, module: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
+def _keep_some(ratio: float, size: int, module: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
     """[B, P + n, H] -> [B, P + kept, H], P tokens that are no patches (CLS) first. The positions
     are in the tokens already."""
     if not module.training:
         return tokens
     height, width = args[0].shape[-2:]
-    size = module.config.patch_size
     patches = (height // size) * (width // size)
     others = tokens.shape[1] - patches
     kept = max(1, round(patches * (1 - ratio)))
