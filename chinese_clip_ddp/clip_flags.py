@@ -8,13 +8,20 @@ from contrastive import MODES, RIGHT
 from common import cli
 from common.runs import flags
 
+TWO = "two towers"
+OF_TWO = ("pooling", "image_pooling", "projection", "projection_dim")
 
-def with_towers(argv: list[str]) -> list[str]:
-    """Two towers of the user's choice are no built-in model."""
+
+def complete(argv: list[str]) -> list[str]:
+    """What some flags mean for others: two towers of the user's choice are no built-in model, and
+    adapters in some towers are adapters."""
     given = {word.partition("=")[0].replace("-", "_") for word in argv}
+    more = []
     if "__image_model_name_or_path" in given and "__model_name_or_path" not in given:
-        return ["--model_name_or_path", "two towers", *argv]
-    return argv
+        more += ["--model_name_or_path", TWO]
+    if "__lora_towers" in given and "__use_lora" not in given:
+        more += ["--use_lora", "true"]
+    return [*more, *argv]
 
 
 def resolve(args, training) -> None:
@@ -47,6 +54,7 @@ def resolve(args, training) -> None:
         },
     )
     resolve_adapters(args)
+    say_unused(args)
 
 
 def resolve_adapters(args) -> None:
@@ -64,3 +72,30 @@ def resolve_adapters(args) -> None:
         raise cli.usage_error(f"--use_lora: --train {args.train} moves no tower")
     args.lora_towers = ",".join(asked)
     args.use_lora = bool(asked)
+
+
+def say_unused(args) -> None:
+    """One line for flags that change nothing beside the others."""
+    if not args.text_model_name_or_path:
+        flags.say_unused(OF_TWO, "only towers of your choice are put together")
+    if not args.teacher_name_or_path:
+        flags.say_unused(["teacher_weight"], "there is no --teacher_name_or_path")
+    for part, tower in towers.TOWERS.items():
+        if tower not in towers.TRAINED[args.train]:
+            names = [f"{part}_learning_rate", *(["image_mask_ratio"] if part == "image" else [])]
+            flags.say_unused(names, f"--train {args.train} leaves that tower as it is")
+
+
+def name_of(args) -> str:
+    """What is trained, for people."""
+    if args.text_model_name_or_path:
+        return f"{args.text_model_name_or_path} + {args.image_model_name_or_path}"
+    return args.model_name_or_path
+
+
+def check_window(args, config) -> None:
+    """A usage error where captions would be longer than the positions of the text tower."""
+    if config.model_type == "siglip":
+        flags.say_unused(["model_max_length"], "SigLIP takes captions of its own fixed length")
+    elif args.model_max_length is not None:
+        flags.check_window(args, config)

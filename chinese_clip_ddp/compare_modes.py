@@ -117,7 +117,7 @@ def plot(runs: dict, path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per pair of the whole batch", title="--cross_embedding")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     with atomic_file(path) as part:
         figure.savefig(part, format="png")
     plt.close(figure)

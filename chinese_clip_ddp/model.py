@@ -28,6 +28,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from common import device as devices
 from common.convert import adapter, models
 from common.convert.older_readers import save_tokenizer
+from common.data.labels import fingerprint
 
 # tokens of a caption unless a flag says otherwise: what these were pre-trained with, or fewer
 WINDOWS = {"chinese_clip": 52, "clip": 77, "siglip": 64}
@@ -61,6 +62,11 @@ class Preparation:
     def pixels(self, picture) -> Tensor:
         """A path, Place, bytes or Pillow image -> fp32 [3, height, width]."""
         return pixels(picture, self.image_processor)
+
+    def facts(self) -> list:
+        """All that decides what a caption or a picture becomes."""
+        words = [fingerprint(self.tokenizer), self.max_length, self.fixed, self.quotes]
+        return [*words, self.image_processor.to_json_string()]
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_tokenizer(self.tokenizer, folder)

@@ -129,7 +129,7 @@ def settle_scale(model, kind: str, is_fresh: bool) -> None:
         cli.say("note: this model has no bias for a sigmoid loss yet: it begins at log 10 and -10")
         add_bias(model, SIGMOID_BIAS)
         is_fresh = True
-    if is_fresh:
+    if is_fresh or float(model.logit_scale.detach()) == float(model.logit_bias.detach()) == 0:
         with torch.no_grad():
             model.logit_scale.fill_(SIGMOID_LOG_SCALE)
             model.logit_bias.fill_(SIGMOID_BIAS)

@@ -222,7 +222,7 @@ def look_at_captions(rows, preparation, stats: dict) -> None:
 
 
 def main() -> None:
-    argv = clip_flags.with_towers(sys.argv[1:])
+    argv = clip_flags.complete(sys.argv[1:])
     args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY, argv)
     clip_flags.resolve(args, training)
     set_seed(training.seed)
@@ -240,6 +240,7 @@ def main() -> None:
     train_rows, eval_rows = split(args, training, rows, stats)
     base = model_folder(args, training, train_rows["text"])
     config = models.model_config(base)
+    clip_flags.check_window(args, config)
     preparation = load_preparation(base, config, args.model_max_length)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     start = open_output(
@@ -279,7 +280,7 @@ def main() -> None:
     trainer.exit_if_stopped()
     after = trainer.measure_all()
     trainer.save_final(dtype=config.dtype)
-    trainer.report(HERE.name, args.model_name_or_path, stats, after)
+    trainer.report(HERE.name, clip_flags.name_of(args), stats, after)
 
 
 if __name__ == "__main__":

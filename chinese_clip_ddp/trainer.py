@@ -125,7 +125,7 @@ class ContrastiveTrainer(RecipeTrainer):
         data = [pairs for pairs in (self.train_dataset, self.eval_dataset) if pairs]
         frozen = frozen_towers(self.model) if self.caches_features else []
         for part in frozen:
-            facts = [self.fingerprint, self.compute_dtype(), vars(self.preparation)]
+            facts = [self.fingerprint, self.compute_dtype(), *self.preparation.facts()]
             embed = partial(self.pooled, part)
             for pairs in data:
                 self.use_features(pairs, f"{part}_pooled", part, facts, embed)
@@ -160,7 +160,7 @@ class ContrastiveTrainer(RecipeTrainer):
         """Its embeddings of the pairs that are trained on; then it is not needed any more."""
         teacher = self.load_teacher()
         self.teacher_scale = teacher.logit_scale
-        facts = [teacher.fingerprint, "whole", vars(teacher.preparation)]
+        facts = [teacher.fingerprint, "whole", *teacher.preparation.facts()]
         ways = {"text": teacher.embed_text, "image": partial(embed_pixels, teacher)}
         for part, embed in ways.items():
             prepare = teacher.preparation.pixels
