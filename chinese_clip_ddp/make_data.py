@@ -1,10 +1,10 @@
 """Draw the sample data of this recipe: python make_data.py [FOLDER]   (default: data/ beside this file)
 
-train_imgs.tsv, train_texts.jsonl, valid_imgs.tsv, valid_texts.jsonl (Chinese-CLIP's layout); labels_cn.txt and
-templates_cn.txt, the classes of a zero-shot test and sentences about one.
+X_imgs.tsv and X_texts.jsonl (Chinese-CLIP's layout) for train, train_2 (its captions, drawn once more) and valid;
+labels_cn.txt and templates_cn.txt, the classes of a zero-shot test and sentences about one.
 Twelve things in eight colours, one of them in one of five places or two to four of them anywhere. Sixteen of the 96 pairs
 of thing and colour stand in valid alone, though every thing and every colour is trained: who finds their pictures has
-learned the words and not the sentences. Every picture has one caption and every caption one picture.
+learned the words and not the sentences. Every picture has one caption, and in valid every caption one picture.
 All is drawn here and nothing depends on chance: the same pictures every time.
 """
 
@@ -170,9 +170,10 @@ def is_held_out(color: int, thing: int) -> bool:
     return (thing - color) % 12 == 0 or (thing - color - 5) % 12 == 0
 
 
-def draw(thing: str, color: str, cells: list[tuple[int, int]]) -> Image.Image:
-    """A thing in each of these places, each in its own way a little off, larger and lighter."""
-    chance = random.Random(f"{thing}{color}{cells}")
+def draw(thing: str, color: str, cells: list[tuple[int, int]], time: int) -> Image.Image:
+    """A thing in each of these places, each in its own way, and each time in another, a little off,
+    larger and lighter."""
+    chance = random.Random(f"{thing}{color}{cells}{time}")
     side = SIDE * FINE
     image = Image.new("RGB", (side, side), "white")
     surface = ImageDraw.Draw(image)
@@ -192,8 +193,8 @@ def some_cells(count: int, number: int) -> list[tuple[int, int]]:
     return sorted(random.Random(f"{count} of {number}").sample(cells, count))
 
 
-def pairs(held_out: bool) -> list[tuple[str, Image.Image]]:
-    """(caption, picture) of one side of the split."""
+def pairs(held_out: bool, time: int = 0) -> list[tuple[str, Image.Image]]:
+    """(caption, picture) of one side of the split; other pictures for each time."""
     found = []
     for c, color in enumerate(COLORS):
         for t, thing in enumerate(THINGS):
@@ -202,10 +203,11 @@ def pairs(held_out: bool) -> list[tuple[str, Image.Image]]:
             words = {"name": name_of(color, thing), "measure": THINGS[thing][1]}
             for p, (place, cell) in enumerate(PLACES.items()):
                 text = PLACED[(c + t + p) % len(PLACED)].format(place=place, **words)
-                found.append((text, draw(thing, color, [cell])))
+                found.append((text, draw(thing, color, [cell], time)))
             for n, (count, number) in enumerate(NUMBERS.items()):
                 text = COUNTED[(c + t + n) % len(COUNTED)].format(number=number, **words)
-                found.append((text, draw(thing, color, some_cells(count, 12 * c + t))))
+                cells = some_cells(count, 1000 * time + 12 * c + t)
+                found.append((text, draw(thing, color, cells, time)))
     return found
 
 
@@ -230,6 +232,7 @@ def write(folder: Path, split: str, first_id: int, found: list[tuple[str, Image.
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, "train", 1000, pairs(held_out=False))
+    write(folder, "train_2", 2000, pairs(held_out=False, time=1))
     write(folder, "valid", 9000, pairs(held_out=True))
     names = [name_of(color, thing) for color in COLORS for thing in THINGS]
     templates = [PLACED[2].format(place=place, name="{}") for place in PLACES]

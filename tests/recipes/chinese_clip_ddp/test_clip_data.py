@@ -860,9 +860,10 @@ def test_the_samples_are_what_the_script_draws(tmp_path):
 
 def test_the_samples_hold_combinations_out_and_no_word():
     found, stats = load(RECIPE / "data")
-    assert stats["used"] == stats["read"] == stats["texts"] == stats["pictures"] == 768
+    assert stats["used"] == stats["read"] == stats["pictures"] == 2 * 640 + 128
+    assert stats["texts"] == 640 + 128
     train, held_out = split_rows(found, 0.05, 500)
-    assert (len(train), len(held_out)) == (640, 128)
+    assert (len(train), len(held_out)) == (1280, 128)
     labels = (RECIPE / "data/labels_cn.txt").read_text(encoding="utf-8").split()
     assert len(labels) == 96
 
