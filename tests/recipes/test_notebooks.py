@@ -41,7 +41,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "还没有模型",
         "维，相似度乘",
         "随便猜的 R@1：0.008",
-        "768 added",
+        "1,408 added",
         "三个蓝色的三角形：最近的",
         "字节",
     ),
