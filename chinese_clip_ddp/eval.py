@@ -264,11 +264,18 @@ def evaluate_retrieval(embedder, asked: Questions) -> dict:
     return retrieval.both_ways(texts, images, pairs) | {"unusable": problems}
 
 
-def evaluate_classes(embedder, asked: Classes, templates: list[str]) -> dict:
-    """Accuracy of the nearest class; pictures that cannot be used are misses, and are counted."""
+def evaluate_classes(
+    embedder, asked: Classes, templates: list[str], average: str = "vectors"
+) -> dict:
+    """Accuracy of the nearest class; pictures that cannot be used are misses, and are counted.
+
+    average: over the templates of a class, its "vectors" or its "probabilities".
+    """
     images, kept, problems = embed_places(embedder, asked.places)
-    classes = retrieval.class_vectors(embedder.embed_text, asked.names, templates)
-    found = retrieval.zero_shot(images, classes, [asked.labels[i] for i in kept])
+    of_vectors = average == "vectors"
+    classes = retrieval.class_vectors(embedder.embed_text, asked.names, templates, of_vectors)
+    labels = [asked.labels[i] for i in kept]
+    found = retrieval.zero_shot(images, classes, labels, embedder.logit_scale)
     share = len(kept) / len(asked.places)
     for name in ("top1", "top5"):
         found[name] *= share
@@ -349,6 +356,12 @@ def parse() -> object:
     flag("--held_out", default="true", choices=["true", "false"])
     flag("--task", default="auto", choices=["auto", "retrieval", "classification"])
     flag("--templates", default="", help="a file with one a line, or one with {} for the class")
+    flag(
+        "--average",
+        default="vectors",
+        choices=["vectors", "probabilities"],
+        help="what is averaged over the templates of a class",
+    )
     flag("--benchmark", default="", choices=["", *NAMES], help="default: by the data's name")
     flag("--output", default="", help="write the figures to this .json as well")
     args = parser.parse_args()
@@ -380,7 +393,7 @@ def answer_retrieval(args, embedder, name: str, asked: Questions) -> dict:
 
 def answer_classes(args, embedder, name: str, asked: Classes, templates: list[str]) -> dict:
     """Evaluated and printed."""
-    found = evaluate_classes(embedder, asked, templates)
+    found = evaluate_classes(embedder, asked, templates, args.average)
     print(f"\n{classes_table(found, name, benchmark_of(args.benchmark, args.data_path))}")
     print(f"{found['pictures']:,} pictures, {found['classes']:,} classes{unusable(found)}")
     return found

@@ -140,18 +140,43 @@ def class_vectors(
     embed_text: Callable[[list[str]], torch.Tensor],
     names: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
+    average: bool = True,
 ) -> torch.Tensor:
-    """One normalised vector per class: the mean over all templates (Radford et al. 2021, 3.1.4).
-    -> [C, E]."""
+    """One normalised vector per class, the mean over all templates (Radford et al. 2021, 3.1.4):
+    [C, E]; not averaged: [C, T, E], for zero_shot to average probabilities."""
     texts = [template.replace("{}", name) for name in names for template in templates]
     vectors = embed_text(texts).view(len(names), len(templates), -1)
-    return torch.nn.functional.normalize(vectors.mean(1), dim=-1)
+    return torch.nn.functional.normalize(vectors.mean(1), dim=-1) if average else vectors
 
 
-def zero_shot(images: torch.Tensor, classes: torch.Tensor, labels: Sequence[int]) -> dict:
+def likeliest(
+    images: torch.Tensor, classes: torch.Tensor, labels: Sequence[int], scale: float
+) -> torch.Tensor:
+    """Place, from 1, of each picture's class by its probability, summed over the templates: what
+    one sentence says beside the class (where, how many) need not fit. [N, E], [C, T, E] -> [N]."""
+    found = []
+    for start in range(0, len(images), QUERY_BLOCK):
+        block = images[start : start + QUERY_BLOCK].float()
+        logits = scale * (block @ classes.flatten(0, 1).T)
+        scores = logits.view(len(block), *classes.shape[:2]).logsumexp(-1)
+        right = torch.as_tensor(labels[start : start + QUERY_BLOCK])[:, None]
+        bar = scores.gather(1, right) - TIE * scale
+        found.append((scores >= bar).sum(1))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+
+def zero_shot(
+    images: torch.Tensor, classes: torch.Tensor, labels: Sequence[int], scale: float = 1.0
+) -> dict:
     """Accuracy of the nearest class. [N, E], [C, E] -> {"top1", "top5", "per_class" (the mean of
-    the classes' top1), "pictures", "classes", "largest_class" (what always naming it gives)}."""
-    places = ranks(images, classes, [[label] for label in labels])
+    the classes' top1), "pictures", "classes", "largest_class" (what always naming it gives)}.
+
+    classes [C, T, E]: the likeliest class over T templates, cosines times `scale` being logits.
+    """
+    if classes.dim() == 3:
+        places = likeliest(images, classes, labels, scale)
+    else:
+        places = ranks(images, classes, [[label] for label in labels])
     labels = torch.as_tensor(labels)
     of_class = [_share(places[labels == label] <= 1) for label in labels.unique()]
     sizes = labels.unique(return_counts=True)[1]

@@ -118,6 +118,32 @@ def test_zero_shot_is_the_nearest_class():
     assert blind["top1"] == 0
 
 
+def test_probabilities_of_templates_are_averaged_where_asked():
+    """A picture that fits one sentence of its class exactly, and one in the middle of another's."""
+    table = {
+        "猫上": [1.0, 0.0, 0.0],
+        "猫下": [0.0, 0.0, 1.0],
+        "狗上": [0.8, 0.6, 0.0],
+        "狗下": [0.6, 0.0, 0.8],
+    }
+
+    def embed(texts):
+        return torch.tensor([table[text] for text in texts])
+
+    images = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]])
+    averaged = retrieval.class_vectors(embed, ["猫", "狗"], ["{}上", "{}下"])
+    apart = retrieval.class_vectors(embed, ["猫", "狗"], ["{}上", "{}下"], average=False)
+    assert averaged.shape == (2, 3) and apart.shape == (2, 2, 3)
+    assert retrieval.zero_shot(images, averaged, [0, 1])["top1"] == 0.5
+    assert retrieval.zero_shot(images, apart, [0, 1], scale=20.0)["top1"] == 1
+    one = retrieval.class_vectors(embed, ["猫", "狗"], ["{}上"], average=False)
+    assert retrieval.zero_shot(images, one, [0, 1], 20.0) == retrieval.zero_shot(
+        images, one[:, 0], [0, 1]
+    )
+    same = apart[:1].expand(2, -1, -1)
+    assert retrieval.zero_shot(images, same, [0, 1], 20.0)["top1"] == 0, "ties count against us"
+
+
 def test_templates_are_averaged_per_class():
     table = {"猫": [1.0, 0.0], "一只猫": [0.0, 1.0], "狗": [0.0, -1.0], "一只狗": [0.0, -1.0]}
     found = retrieval.class_vectors(
@@ -137,6 +163,7 @@ class Colours:
 
     size = 4
     path = "colours"
+    logit_scale = 20.0
     tokenizer = SimpleNamespace()
     image_processor = SimpleNamespace(do_resize=False)
     preparation = SimpleNamespace(max_length=52)
