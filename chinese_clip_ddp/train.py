@@ -139,7 +139,7 @@ DEFAULTS = dict(
     ddp_find_unused_parameters=False,
 )
 TINY = dict(  # sizes and steps only
-    num_train_epochs=40,
+    num_train_epochs=25,
     learning_rate=2e-3,
     weight_decay=0.1,
     warmup_steps=0.1,
