@@ -6,7 +6,7 @@
 
 gradients: the gradient that two and four ranks (gloo, averaged as DDP does) give a small pair of towers in each
 --cross_embedding mode, against one process with the whole batch. captions: the sample pictures with nothing but their
-colour as caption, eight texts for 640 pictures, trained with and without --mask_duplicates.
+colour as caption, eight texts for all pictures, trained with and without --mask_duplicates.
 """
 
 import argparse
