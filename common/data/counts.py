@@ -33,7 +33,10 @@ class Counted:
 
 
 def counted(batch: dict) -> dict:
-    """The batch with what Counted adds; of one on a device this waits for it."""
+    """The batch with what Counted adds; of one on a device this waits for it. A batch that brings
+    its own counts stays as it is."""
+    if "label_tokens" in batch:
+        return batch
     if "attention_mask" in batch:
         tokens = int(batch["attention_mask"].sum())
     else:
@@ -61,6 +64,8 @@ def for_model(batch: dict) -> dict:
 
 def without_labels(batch: dict) -> dict:
     """A counted batch for a rank that has no row left and takes part in a forward."""
+    if "labels" not in batch:
+        return batch | {"label_tokens": 0}
     labels = torch.full_like(batch["labels"], IGNORE)
     none = batch["label_index"][:0]
     return batch | {"labels": labels, "label_index": none, "label_tokens": 0}

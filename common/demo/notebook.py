@@ -14,18 +14,19 @@ def find_or_train(given: str, recipe: Path, steps: int, suffix: str = "", **flag
         given: what the reader wrote into the notebook's parameters.
         recipe: folder of train.py; its run is looked for in output/RECIPE + suffix beside it.
         steps: of the quick run, which goes to another folder, RECIPE + suffix + "-quick".
-        flags: of train.py, for the quick run.
+        flags: of train.py, for the quick run; eval_generate=None for one that knows no such flag.
     """
     if given:
         return given
     finished = recipe.parent / "output" / f"{recipe.name}{suffix}"
     if (finished / "final").is_dir():
         return finished
-    told = " ".join(f"--{name} {value}" for name, value in flags.items())
+    told = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
     print(f"{finished} 里还没有模型；现在先训练一个很小的" + (f"（{told}）" if told else ""))
     quick = finished.with_name(f"{finished.name}-quick")
     if not (quick / "final").is_dir():
-        train(recipe, quick, max_steps=steps, eval_generate=0, overwrite_output_dir=True, **flags)
+        flags = {"eval_generate": 0, "max_steps": steps, "overwrite_output_dir": True} | flags
+        train(recipe, quick, **{name: value for name, value in flags.items() if value is not None})
     return quick
 
 

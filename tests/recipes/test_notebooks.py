@@ -29,6 +29,22 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "### 回答",
         "续写",
     ),
+    "chinese_clip_ddp/data.ipynb": (
+        "gb18030",
+        "duplicate row",
+        "a web page",
+        "不遮重复",
+        "'[CLS]', ",
+        "(3, 48, 48)",
+    ),
+    "chinese_clip_ddp/infer.ipynb": (
+        "还没有模型",
+        "维，相似度乘",
+        "随便猜的 R@1：0.008",
+        "1,408 added",
+        "三个蓝色的三角形：最近的",
+        "字节",
+    ),
     "chatglm_lora/data.ipynb": (
         "gb18030",
         "context/target",
@@ -80,6 +96,7 @@ QUICK_STEPS = {
     "baichuan2_dpo": 40,
     "chatglm_lora": 150,
     "chinese_bloom": 30,
+    "chinese_clip_ddp": 60,
     "minimind_npu": {"pretrain": 40, "sft": 40},
 }
 

@@ -19,10 +19,11 @@ FAULTY = ROOT / "tests/support/faults/faulty_loop.py"
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
 STEPS = 6
 SHORT = [
-    "--max_steps", STEPS, "--save_steps", 1, "--save_total_limit", 2, "--logging_steps", 1, "--eval_generate", 0,
+    "--max_steps", STEPS, "--save_steps", 1, "--save_total_limit", 2, "--logging_steps", 1,
     "--report_to", "none", "--eval_ratio", 0.02, "--max_eval_samples", 8, "--bf16", "false",
     "--model_max_length", 64, "--per_device_train_batch_size", 2,
 ]  # fmt: skip
+ANSWERS = ["--eval_generate", 0]  # of those that generate
 SMALL = ["--hidden_size", 32, "--num_hidden_layers", 2, "--optimizer", "adamw"]
 SAMPLES = {  # of minimind_npu's stages
     "pretrain": "pretrain/sums_1.jsonl",
@@ -60,11 +61,11 @@ class Loop:
 
 
 def of_trainer(recipe: str, data: str, *more) -> Loop:
-    return Loop(f"{recipe}/train.py", (*SHORT, *more), f"{recipe}/data/{data}")
+    return Loop(f"{recipe}/train.py", (*SHORT, *ANSWERS, *more), f"{recipe}/data/{data}")
 
 
 def of_stage(stage: str) -> Loop:
-    flags = (*SHORT, *SMALL, "--stage", stage, "--size", "tiny")
+    flags = (*SHORT, *ANSWERS, *SMALL, "--stage", stage, "--size", "tiny")
     return Loop("minimind_npu/train.py", flags, f"minimind_npu/data/{SAMPLES[stage]}")
 
 
@@ -73,6 +74,7 @@ LOOPS = {
     "chinese_bloom": of_trainer("chinese_bloom", "sft/extract.jsonl"),
     "chatglm_lora": of_trainer("chatglm_lora", "orders.jsonl"),
     "baichuan2_dpo": of_trainer("baichuan2_dpo", "service.jsonl"),
+    "chinese_clip_ddp": Loop("chinese_clip_ddp/train.py", tuple(SHORT), "chinese_clip_ddp/data"),
     **{f"minimind_npu-{stage}": of_stage(stage) for stage in STAGES},
     "minimind_npu-quickstart": Loop(
         "minimind_npu/quickstart/quickstart.py",

@@ -1,0 +1,260 @@
+"""chinese_clip_ddp's training, through train.py: engines, resume, frozen towers and their features, adapters, a
+teacher, torn pictures, flags that do not go together."""
+
+import base64
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from harness import (
+    ROOT,
+    error_line,
+    expect,
+    finish,
+    history,
+    largest_difference,
+    own_modules,
+    report,
+    start,
+    weights,
+    weights_sha,
+)
+
+RECIPE = ROOT / "chinese_clip_ddp"
+TRAIN = RECIPE / "train.py"
+(model,) = own_modules(RECIPE.name, "model")
+SHORT = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"]
+SHORT += ["--bf16", "false", "--max_eval_samples", 16, "--learning_rate", 5e-4]
+
+
+def run(out, *flags, nproc=1, batch=8, code=0):
+    launcher = [ROOT / "common/launch.py", nproc] if nproc > 1 or "--deepspeed" in flags else []
+    size = ["--per_device_train_batch_size", batch // nproc, "--per_device_eval_batch_size", 8]
+    done = finish(start(["python", *launcher, TRAIN, "--output_dir", out, *SHORT, *size, *flags]))
+    return expect(done, code)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The run that the others are compared with: one process, all weights."""
+    out = tmp_path_factory.mktemp("plain")
+    run(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The built-in model of the samples, as a folder of its own."""
+    rows, tiny_base = own_modules(RECIPE.name, "rows", "tiny_base")
+    texts = rows.load_pairs(str(RECIPE / "data"))[0].filter(lambda row: not row["held_out"])["text"]
+    return tiny_base.tiny_model(texts)
+
+
+# ---- engines -----------------------------------------------------------------------------------------------------
+
+ZERO2 = ["--deepspeed", RECIPE / "ds_zero2.json"]
+WAYS = {  # flags, processes, how far the weights may be away
+    "ddp": ([], 2, 1e-6),
+    "zero-2": (ZERO2, 2, 1e-6),
+    "grad cache, zero-2": (["--grad_cache_chunk", 3, *ZERO2], 2, 1e-5),
+    "grad cache, zero-3": (["--grad_cache_chunk", 3, "--deepspeed", RECIPE / "ds_zero3.json"], 2, 1e-5),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_compute_a_step_is_the_same_step(plain, tmp_path, way):
+    flags, nproc, bound = WAYS[way]
+    run(tmp_path, *flags, nproc=nproc)
+    expected, found = history(plain), history(tmp_path)
+    assert all(abs(found[step] - expected[step]) < 1e-5 for step in expected) and len(found) == 4
+    one, other = weights(plain / "final"), weights(tmp_path / "final")
+    assert one["logit_scale"].shape == other["logit_scale"].shape == ()
+    assert largest_difference(one, other) < bound
+    metrics = [report(out)["metrics"]["after"] for out in (plain, tmp_path)]
+    assert all(abs(metrics[0][name] - metrics[1][name]) < 1e-4 for name in metrics[0])
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(tmp_path):
+    """Dropped patches, adapters in one tower, two learning rates, and a checkpoint in the middle of an epoch."""
+    flags = ["--image_mask_ratio", 0.5, "--lora_towers", "text", "--lora_dropout", 0.2]
+    flags += ["--image_learning_rate", 1e-3, "--save_strategy", "steps", "--save_steps", 2]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    run(whole, *flags)
+    shutil.copytree(whole, halved)
+    for gone in ("checkpoint-4", "final"):
+        shutil.rmtree(halved / gone)
+    told = json.loads((halved / "run.json").read_text())
+    del told["step"]
+    (halved / "run.json").write_text(json.dumps(told))
+    done = run(halved, *flags)
+    assert "continuing from" in done.stdout and "checkpoint-2" in done.stdout
+    assert history(halved) == history(whole)
+    assert weights_sha(halved / "final") == weights_sha(whole / "final")
+
+
+# ---- what does not move ------------------------------------------------------------------------------------------
+
+
+def changed(base, out) -> set[str]:
+    before, after = weights(base), weights(out / "final")
+    assert before.keys() == after.keys()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+MOVES = {
+    "both": {"text_model", "vision_model", "text_projection", "visual_projection", "logit_scale"},
+    "image": {"vision_model", "visual_projection", "logit_scale"},
+    "text": {"text_model", "text_projection", "logit_scale"},
+    "projection": {"text_projection", "visual_projection", "logit_scale"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["text", "projection"])
+def test_frozen_towers_keep_every_bit_and_their_features_are_the_live_ones(base, tmp_path, train):
+    live, cached = tmp_path / "live", tmp_path / "cached"
+    run(live, "--train", train, "--cache_features", "false", "--model_name_or_path", base)
+    run(cached, "--train", train, "--model_name_or_path", base)
+    assert changed(base, cached) == changed(base, live) == MOVES[train]
+    one, other = history(live), history(cached)
+    assert all(abs(one[step] - other[step]) < 1e-6 for step in one)
+    assert largest_difference(weights(live / "final"), weights(cached / "final")) < 2e-6
+
+
+@pytest.mark.slow
+def test_features_are_computed_once_for_all_ranks_and_runs(base, tmp_path):
+    flags = ["--train", "image", "--model_name_or_path", base, "--model_max_length", 40]
+    kept = "captions: their features are kept"
+    first = run(tmp_path / "one", *flags)
+    again = run(tmp_path / "two", *flags, nproc=2)
+    assert kept not in first.stdout and len(re.findall(kept, again.stdout)) == 2
+    one, two = weights(tmp_path / "one/final"), weights(tmp_path / "two/final")
+    assert largest_difference(one, two) < 2e-6
+    assert changed(base, tmp_path / "two") == MOVES["image"]
+
+
+@pytest.mark.slow
+def test_adapters_train_where_they_are_and_end_in_a_plain_folder(base, tmp_path):
+    run(tmp_path, "--lora_towers", "text", "--train", "text", "--model_name_or_path", base)
+    assert changed(base, tmp_path) == {"text_model", "text_projection", "logit_scale"}
+    text = [name for name in weights(base) if name.startswith("text_model")]
+    after, before = weights(tmp_path / "final"), weights(base)
+    moved = {name for name in text if not torch.equal(before[name], after[name])}
+    assert moved and all(before[name].dim() == 2 and "embeddings" not in name for name in moved)
+    assert model.load(tmp_path).size == 128
+
+
+@pytest.mark.slow
+def test_a_teacher_changes_what_is_learned_and_is_asked_once(plain, tmp_path):
+    flags = ["--teacher_name_or_path", plain, "--loss", "sigmoid"]
+    heard = run(tmp_path / "heard", *flags, "--teacher_weight", 2, nproc=2)
+    deaf = run(tmp_path / "deaf", *flags, "--teacher_weight", 0)
+    assert len(re.findall("their features are kept", deaf.stdout)) == 2
+    assert "their features are kept" not in heard.stdout
+    one, other = history(tmp_path / "heard"), history(tmp_path / "deaf")
+    assert all(one[step] > other[step] for step in one), "a divergence is never negative"
+    bias = weights(tmp_path / "deaf/final")["logit_bias"]
+    assert abs(bias + 10) < 0.1 and bias != -10, "ChineseCLIPModel has none of its own"
+    assert (
+        model.load(tmp_path / "heard").logit_bias == weights(tmp_path / "heard/final")["logit_bias"]
+    )
+
+
+# ---- pictures that cannot be used --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torn(tmp_path_factory):
+    """The samples with every third training picture cut in half."""
+    folder = tmp_path_factory.mktemp("torn") / "data"
+    shutil.copytree(RECIPE / "data", folder)
+    for file in folder.glob("train*_imgs.tsv"):
+        lines = file.read_text().splitlines()
+        for number in range(0, len(lines), 3):
+            name, _, text = lines[number].partition("\t")
+            data = base64.urlsafe_b64decode(text)
+            half = base64.urlsafe_b64encode(data[: len(data) // 2]).decode()
+            lines[number] = f"{name}\t{half}"
+        file.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_torn_pictures_hang_nobody_and_are_counted(torn, tmp_path):
+    """Two ranks, whose batches have different numbers of torn pictures, take the steps of one."""
+    flags = ["--data_path", torn, "--bad_picture_limit", 0.5]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run(one, *flags)
+    run(two, *flags, nproc=2)
+    assert "picture replaced by another row" in done.stdout and "_imgs.tsv" in done.stdout
+    counts = [report(out)["rows"]["pictures_replaced"] for out in (one, two)]
+    assert counts[0] == counts[1] and 3 < counts[0]["torn"] < 20
+    assert largest_difference(weights(one / "final"), weights(two / "final")) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_frozen_image_tower_says_which_pictures_it_could_not_see(torn, tmp_path):
+    flags = ["--data_path", torn, "--bad_picture_limit", 0.5, "--train", "text"]
+    live, cached = tmp_path / "live", tmp_path / "cached"
+    run(live, *flags, "--cache_features", "false")
+    run(cached, *flags)
+    counts = [report(out)["rows"]["pictures_replaced"] for out in (live, cached)]
+    assert counts[0] == counts[1] and counts[0]["torn"] > 3
+    assert largest_difference(weights(live / "final"), weights(cached / "final")) < 2e-6
+
+
+@pytest.mark.slow
+def test_too_many_torn_pictures_end_the_run(torn, tmp_path):
+    flags = ["--data_path", torn, "--max_steps", 100]
+    line = error_line(run(tmp_path, *flags, code=1), 1)
+    assert "pictures cannot be used" in line and "more than 20%" in line
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+REFUSED = {  # flags -> exit code and what the line says
+    "accumulation": (["--gradient_accumulation_steps", 2], 2, "grad_cache_chunk"),
+    "half a model": (["--text_model_name_or_path", "x"], 2, "one names half a model"),
+    "sigmoid": (["--loss", "sigmoid", "--cross_embedding", "base"], 2, "exact exchange only"),
+    "teacher": (["--teacher_name_or_path", "x", "--cross_embedding", "custom"], 2, "exact exchange"),
+    "adapter": (["--lora_towers", "text", "--train", "image"], 2, "--train image moves image, not text"),
+    "no tower": (["--use_lora", "true", "--train", "projection"], 2, "moves no tower"),
+    "mask": (["--image_mask_ratio", 1.0], 2, "--image_mask_ratio 1.0: from 0 to below 1"),
+    "batch": (["--per_device_train_batch_size", 7000], 1, "a batch of 7000 pairs is larger than the data"),
+    "no model": (["--model_name_or_path", RECIPE / "data"], 1, "not a model that can be loaded"),
+    "window": (["--model_max_length", 4000], 2, "128 positions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_one_line_before_anything_is_loaded(tmp_path, what):
+    flags, code, words = REFUSED[what]
+    done = finish(start(["python", TRAIN, "--output_dir", tmp_path, *SHORT, *flags]))
+    assert words in error_line(done, code)
+    assert "loading" not in done.stdout and not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("mode", ["custom", "gather", "base"])
+def test_a_mode_whose_gradient_is_another_one_says_so(tmp_path, mode):
+    flags = ["--cross_embedding", mode, "--per_device_train_batch_size", 7000]
+    done = finish(start(["python", TRAIN, "--output_dir", tmp_path, *SHORT, *flags]))
+    assert len(re.findall(f"warning: --cross_embedding {mode}: .*gradient", done.stdout)) == 1
+
+
+# ---- all modes side by side --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_modes_are_compared(plain, tmp_path):
+    for mode in ("exact", "custom"):
+        shutil.copytree(plain, tmp_path / mode)
+    done = expect(finish(start(["python", RECIPE / "compare_modes.py", "--runs", tmp_path])))
+    assert (tmp_path / "modes.png").stat().st_size > 5000
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)", done.stdout, re.M)
+    assert ("exact", "1.000", "1.000", "1.000") in rows
+    assert ("custom", "0.500", "1.000", "1.000") in rows
+    assert done.stdout.strip() and (tmp_path / "modes.md").read_text().count("\n|") == 4
