@@ -106,7 +106,8 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
     return shape
 
 
-def _drop(stats: dict, where: str, bad: BadRow, strict: bool) -> None:
+def drop(stats: dict, where: str, bad: BadRow, strict: bool) -> None:
+    """Count a record that cannot be used; SystemExit where rows have to be good."""
     what = f"{where}: {bad.reason}"
     if bad.detail:
         what += f" ({bad.detail})"
@@ -149,7 +150,7 @@ def _rows(
                 row, notes = _canonical(record, shape, renames)
                 text = as_json(row, encoding)
             except BadRow as bad:
-                _drop(stats, source, bad, strict)
+                drop(stats, source, bad, strict)
                 continue
             stats["used"] += 1
             for note in notes:
@@ -210,12 +211,12 @@ def load_rows(
         part, part_stats = _load(path, kind, renames, strict, cache_dir)
         parts.append(part)
         all_stats.append(part_stats)
-    stats = _merged(all_stats)
+    stats = merged(all_stats)
 
     weights = [weight for _, weight in entries]
     weighted = weights[0] is not None  # files.entries: all or none
     if weighted:
-        parts = _drawn(parts, weights, seed)
+        parts = drawn(parts, weights, seed)
     dataset = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     if weighted:
         stats["not_drawn"] = stats["used"] - len(dataset)
@@ -223,16 +224,16 @@ def load_rows(
     return dataset, stats
 
 
-def _drawn(parts: list, weights: list[float], seed: int) -> list:
+def drawn(parts: list, weights: list[float], seed: int) -> list:
     """Of every part as many rows, in their order, as its weight asks for."""
     shares = np.array(weights) / sum(weights)
     total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
-    drawn = []
+    chosen = []
     for i, (part, share) in enumerate(zip(parts, shares, strict=True)):
         count = max(1, int(total * share + 1e-6))
         rows = np.random.default_rng([seed, i]).permutation(len(part))[:count]
-        drawn.append(part.select(np.sort(rows)))
-    return drawn
+        chosen.append(part.select(np.sort(rows)))
+    return chosen
 
 
 def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_dir):
@@ -244,10 +245,10 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
     key = json.dumps(["rows", VERSION, kind, renames, contents, list(map(str, apart))])
 
     def build(folder: Path) -> dict:
-        stats = _no_stats()
+        stats = no_stats()
         rows = (_rows(file, kind, renames, stats, strict, file in apart) for file in paths)
         write_rows(chain.from_iterable(rows), folder / "rows.arrow")
-        _refuse_useless(path, stats)
+        refuse_useless(path, stats)
         digests = json.dumps([digest for _, digest in contents])
         return stats | {"sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
@@ -260,7 +261,7 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
     return dataset, stats
 
 
-def _refuse_useless(path: Path, stats: dict) -> None:
+def refuse_useless(path: Path, stats: dict) -> None:
     """SystemExit if a path has no row, or more unusable rows than usable ones."""
     if not stats["read"]:
         raise SystemExit(f"{path}: no rows (empty)")
@@ -278,7 +279,8 @@ def _refuse_useless(path: Path, stats: dict) -> None:
 # ---- counts --------------------------------------------------------------------------------------
 
 
-def _no_stats() -> dict:
+def no_stats() -> dict:
+    """What a load counts, before its first record."""
     return {
         "read": 0,
         "used": 0,
@@ -293,23 +295,24 @@ def _no_stats() -> dict:
     }
 
 
-def _merged(all_stats: list[dict]) -> dict:
-    merged = _no_stats()
+def merged(all_stats: list[dict]) -> dict:
+    """The counts of several loads as those of one."""
+    total = no_stats()
     for stats in all_stats:
         for name in ("read", "used", "ignored", "guesses", "set_apart"):
-            merged[name] = merged[name] + stats[name]
+            total[name] = total[name] + stats[name]
         for name in ("dropped", "changed"):
             for reason, count in stats[name].items():
-                merged[name][reason] = merged[name].get(reason, 0) + count
-        merged["examples"] = stats["examples"] | merged["examples"]
-        merged["shapes"] |= stats["shapes"]
-        merged["encodings"] |= stats["encodings"]
+                total[name][reason] = total[name].get(reason, 0) + count
+        total["examples"] = stats["examples"] | total["examples"]
+        total["shapes"] |= stats["shapes"]
+        total["encodings"] |= stats["encodings"]
     digests = [stats["sha256"] for stats in all_stats]
     if len(digests) == 1:
-        merged["sha256"] = digests[0]
+        total["sha256"] = digests[0]
     else:
-        merged["sha256"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    return merged
+        total["sha256"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return total
 
 
 def summary(stats: dict) -> str:
