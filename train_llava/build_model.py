@@ -1,7 +1,7 @@
 """A LLaVA from any language model and any vision tower, tensor by tensor: no model is ever held.
 
-    python train_llava/build_model.py --llm Qwen/Qwen3-4B --vision openai/clip-vit-large-patch14-336 \
-        --output my_llava
+    python train_llava/build_model.py --llm Qwen/Qwen3-4B \
+        --vision openai/clip-vit-large-patch14-336 --output my_llava
 
 The new folder is then opened as anybody would open it, and proves itself: the language model's
 logits and the tower's features are those of the parts alone, a picture has as many tokens as

@@ -6,6 +6,8 @@ Training, evaluation and page open their models here.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,3 +229,17 @@ class Llava:
         self.image_processor = self.processor.image_processor
         self.image_token_id = config.image_token_id
         self.image_tokens = tokens_per_picture(self.processor)
+
+
+@contextlib.contextmanager
+def whole_weights(training) -> Iterator[None]:
+    """Models that are loaded here are whole on every rank, also where ZeRO-3 would spread them."""
+    from transformers.integrations import deepspeed
+
+    config = getattr(training, "hf_deepspeed_config", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
