@@ -50,13 +50,14 @@ class Unit(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """Of a row: its tokens, where they predict the first label, the numbers of its pictures and
-    the columns at which these begin."""
+    """Of a row: its tokens, where they predict the first label, the numbers of its pictures, the
+    columns at which these begin, and how many tokens each takes."""
 
     ids: np.ndarray
     free: int
     pictures: list[int]
     starts: list[int]
+    image_tokens: int
 
 
 def beginning_of(row: dict, image_token_id: int, image_tokens: int) -> Beginning:
@@ -64,17 +65,17 @@ def beginning_of(row: dict, image_token_id: int, image_tokens: int) -> Beginning
     predicts = np.flatnonzero(np.asarray(row["labels"])[1:] != IGNORE)
     free = int(predicts[0]) if len(predicts) else 0
     starts = np.flatnonzero(ids == image_token_id)[::image_tokens].tolist()
-    return Beginning(ids, free, [int(n) for n in row["pictures"]], starts)
+    return Beginning(ids, free, [int(n) for n in row["pictures"]], starts, image_tokens)
 
 
 def common_start(a: Beginning, b: Beginning) -> int:
-    """Tokens that two rows begin with, short of the one that predicts a first label: a label's
-    predecessor stays beside it. Equal blocks of different pictures are not equal."""
+    """Tokens that two rows begin with, whole pictures only, short of the one that predicts a first
+    label: it stays beside what it predicts. Equal blocks of different pictures are not equal."""
     most = min(a.free, b.free)
     different = np.flatnonzero(a.ids[:most] != b.ids[:most])
     shared = int(different[0]) if len(different) else most
     for mine, theirs, start in zip(a.pictures, b.pictures, a.starts, strict=False):
-        if mine != theirs:
+        if mine != theirs or start < shared < start + a.image_tokens:
             return min(shared, start)
     return shared
 

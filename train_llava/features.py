@@ -22,12 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from model import features_per_picture, picture_side
+from PIL import Image
 from sight import Normaliser, layers_of, tower_features
 from torch import Tensor, nn
 
 from common import cli
 from common.data.cache import cache_root
-from common.data.pictures import PictureError, open_picture, target_size
+from common.data.pictures import PictureError, Place, open_picture, target_size
 from common.data.progress import Progress
 
 Fault = tuple[str, str]  # reason, "where: what"
@@ -209,14 +210,11 @@ def digests_of(source: PictureSource, workers: int) -> tuple[list[str], dict[int
 
 
 def bytes_of(place) -> bytes:
-    if hasattr(place, "read"):
+    if isinstance(place, Place):
         return place.read()
-    if isinstance(place, bytes):
-        return place
-    try:
-        return Path(place).read_bytes()
-    except OSError as error:
-        raise PictureError("missing", str(error)) from None
+    if isinstance(place, Image.Image):
+        return f"{place.mode} {place.size} ".encode() + place.tobytes()
+    return place if isinstance(place, bytes) else Place(os.fspath(place)).read()
 
 
 def digests_in(folder: Path) -> dict[str, tuple[str, int]]:
