@@ -71,16 +71,6 @@ PROBE = [[5, 9, 2, 7, 11, 3]]  # token ids that any vocabulary has
 # ---- the parts -----------------------------------------------------------------------------------
 
 
-def local_folder(name: str) -> Path:
-    """The folder of a model, fetched where it is a hub id."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    return Path(snapshot_download(name, allow_patterns=wanted))
-
-
 def llm_config(name: str):
     """SystemExit for what is no language model that LLaVA can take."""
     if (Path(name) / adapter.CONFIG_FILE).is_file():
@@ -294,7 +284,7 @@ def build(
     """
     text = llm_config(llm)
     check_empty(output)
-    vision_folder = local_folder(vision)
+    vision_folder = llava.local_folder(vision)
     sight = vision_config(vision, vision_folder)
     tower = llava.tower_of(sight, f"--vision {vision}")
     check_layers(vision_feature_layer, sight)
@@ -317,7 +307,7 @@ def build(
     config.image_seq_length = llava.tokens_per_picture(processor)
     llava.check(config, processor, f"{llm} with {vision}")
 
-    weights = (Weights(local_folder(llm)), Weights(vision_folder))
+    weights = (Weights(llava.local_folder(llm)), Weights(vision_folder))
     names = (llm_names(weights[0], text, llm), vision_names(weights[1], sight.model_type))
     with new_folder(output) as part:
         save_sharded(tensors(*weights, names, config, seed), part)

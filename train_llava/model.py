@@ -171,6 +171,16 @@ def find_model(path: str | Path) -> str:
     return str(path)
 
 
+def local_folder(name: str) -> Path:
+    """The folder of a model, fetched where it is a hub id."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    return Path(snapshot_download(name, allow_patterns=wanted))
+
+
 def load_processor(path: str, flag: str = "--model_name_or_path") -> LlavaProcessor:
     """The processor of a LLaVA folder, with the image processor that needs no torchvision: pictures
     are then the same on every machine."""

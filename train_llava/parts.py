@@ -3,6 +3,7 @@ a checkpoint holds."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from sight import cut_tower, is_frozen, keep_in_eval, layers_of, tower_layers
 from torch import nn
 
 from common import cli
+from common.convert.weight_files import Weights
 from common.data.files import atomic_file
 
 PROJECTOR = "multi_modal_projector"
@@ -224,31 +226,38 @@ def general_name(name: str) -> str:
     return name.replace(f"{VISION}.vision_model.", f"{VISION}.")
 
 
-def put_back_frozen(folder: Path, base: Path, trained: Iterable[str]) -> int:
-    """Tensors that did not train become those of the base's files again, to the last bit: an engine
-    may have rounded them to its half dtype. -> how many differed.
+def put_back_frozen(folder: Path, base: Path, trained: Iterable[str]) -> None:
+    """In a saved folder every tensor gets the base's dtype again, and those that did not train the
+    base's values to the last bit: an engine may have rounded them to its half dtype.
 
-    trained: names of the model's parameters that did.
+    trained: names of the model's parameters that did train.
     """
-    from common.convert.weight_files import Weights
-
     moved = {general_name(name) for name in trained}
     weights = Weights(base)
     known = {general_name(name): name for name in weights}
-    changed = 0
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
-        differing = 0
+        changed = False
         for name, tensor in tensors.items():
             general = general_name(name)
-            if general in moved or general not in known:
+            if general not in known:
                 continue
             stored = weights[known[general]]
-            if stored.shape == tensor.shape and not torch.equal(stored, tensor):
-                tensors[name] = stored
-                differing += 1
-        if differing:
+            wanted = tensor.to(stored.dtype) if general in moved else stored
+            if wanted.dtype != tensor.dtype or not torch.equal(wanted, tensor):
+                tensors[name] = wanted
+                changed = True
+        if changed:
             with atomic_file(file) as part:
                 save_file(tensors, part, {"format": "pt"})
-        changed += differing
-    return changed
+    _put_back_dtype(folder / "config.json", base / "config.json")
+
+
+def _put_back_dtype(file: Path, of_base: Path) -> None:
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    known = json.loads(of_base.read_text(encoding="utf-8"))
+    for part in (settings, settings.get("text_config"), settings.get("vision_config")):
+        if part is not None:
+            part["dtype"] = known.get("dtype") or known.get("torch_dtype") or "float32"
+    with atomic_file(file) as part:
+        part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
