@@ -50,9 +50,7 @@ def generate_answers(
     mine.sort(key=lambda i: len(prompts[i]["input_ids"]))
 
     was_training = model.training
-    used_cache = model.config.use_cache if hasattr(model.config, "use_cache") else None
     model.eval()
-    _set_cache(model, True)
     found: dict[int, str] = {}
     with Progress("generate", total=len(mine), unit="answers") as progress:
         for start in range(0, len(mine), batch_size):
@@ -63,7 +61,6 @@ def generate_answers(
             found |= dict(zip(chosen, texts, strict=True))
             progress.update(len(chosen))
     model.train(was_training)
-    _set_cache(model, used_cache)
 
     if world > 1:
         cli.wait_for_all("it generates answers")
@@ -71,11 +68,6 @@ def generate_answers(
         dist.all_gather_object(shares, found)
         found = {number: text for share in shares for number, text in share.items()}
     return [found[i] for i in range(len(prompts))]
-
-
-def _set_cache(model, used: bool | None) -> None:
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = used
 
 
 def generate(
@@ -112,6 +104,7 @@ def generate(
         eos_token_id=end_token_ids(model, tokenizer),
         synced_gpus=is_deepspeed_zero3_enabled(),
         num_beams=1,
+        use_cache=True,  # off in the config while it trains
         **seen,
         **settings,
     )

@@ -42,6 +42,7 @@ FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "chatglm_lora": {"full": ["--use_lora", "false", *SAMPLES], "lora": SAMPLES},
     "baichuan2_dpo": {"full": ["--use_lora", "false", *PAIRS], "lora": PAIRS},
     "minimind_npu": {"full": [], "lora": ["--stage", "lora"]},
+    "train_llava": {"full": ["--train_type", "full"], "lora": ["--train_type", "lora"]},
 }
 SHORT = [
     "--max_steps",
