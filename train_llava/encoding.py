@@ -92,6 +92,26 @@ def encode_prompt(row: dict, tokenizer, image_token_id: int, image_tokens: int, 
     return {"input_ids": ids, "pictures": pictures}
 
 
+def encode_newest(
+    row: dict, tokenizer, image_token_id: int, image_tokens: int, max_length: int, **template
+) -> tuple[dict, int]:
+    """(encode_prompt of the newest exchanges that fit max_length tokens, how many older ones are
+    left out). Pictures of those go as in encode. ValueError where the last question is too long."""
+    messages = row["messages"]
+    head, begins = shorten.exchanges(messages)
+    taken = 0
+    for left_out, begin in enumerate(begins):
+        newest = row
+        if left_out:
+            turns, shown, _ = _cut(messages, list(row["pictures"]), head, begin)
+            newest = row | {"messages": turns, "pictures": shown}
+        prompt = encode_prompt(newest, tokenizer, image_token_id, image_tokens, **template)
+        taken = len(prompt["input_ids"])
+        if taken <= max_length:
+            return prompt, left_out
+    raise ValueError(f"the question takes {taken:,} tokens, the window has {max_length:,}")
+
+
 def expand(ids, labels, image_token_id: int, image_tokens: int) -> tuple[list[int], list[int]]:
     """Every image token -> as many as its picture has features, without labels."""
     expanded: list[int] = []
