@@ -29,10 +29,10 @@ COLORS = {
     "黑色": (20, 20, 20),
 }
 PLACES = {
-    "左上角": (10, 10),
-    "右上角": (38, 10),
-    "左下角": (10, 38),
-    "右下角": (38, 38),
+    "左上角": (11, 11),
+    "右上角": (36, 11),
+    "左下角": (11, 36),
+    "右下角": (36, 36),
     "正中间": (24, 24),
 }
 NUMBERS = ["一个", "两个", "三个", "四个"]
@@ -44,7 +44,6 @@ ASKED = {  # kind of question: its wordings; valid has the first one of each
     "shape": ["画的是什么图形？", "请说出图形的名称。"],
     "place": ["图形在哪里？", "图形画在什么位置？"],
     "is color": ["图形是{}吗？", "它的颜色是{}吗？"],
-    "is shape": ["画的是{}吗？", "图里的图形是{}吗？"],
 }
 TWO_ASKED = ["第一张图是什么颜色？", "第二张图是什么颜色？"]
 CAPTION_ASKED = ["请描述这张图片。", "图上画了什么？", "这张图里有什么？"]
@@ -62,8 +61,8 @@ WORDS = [  # without a picture
     ("香蕉熟了是什么颜色？", "黄色"),
     ("请问你是谁？", "看图助手"),
 ]
-PAIRED = [("color", "number"), ("shape", "place"), ("is color", "is shape")]
-PICTURES = {"train": (240, 300, 360), "valid": (24, 30, 48)}  # of each of PAIRED
+TOGETHER = [("color", "number"), ("shape", "place", "is color")]
+PICTURES = {"train": (480, 300), "valid": (48, 60)}  # of each of TOGETHER
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -111,7 +110,7 @@ def draw(found: Scene, name: str) -> bytes:
         x, y = PLACES[place]
         shade = chance.randint(-12, 12)
         tint = tuple(min(255, max(0, channel + shade)) for channel in COLORS[found.color])
-        r = chance.randint(7, 8)
+        r = chance.randint(8, 9)
         draw_shape(pen, found.shape, x + chance.randint(-1, 1), y + chance.randint(-1, 1), r, tint)
     file = io.BytesIO()
     image.quantize(8, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
@@ -124,13 +123,13 @@ def draw(found: Scene, name: str) -> bytes:
 def all_questions(kind: str) -> list[tuple[str, str, str]]:
     """(kind, what is asked about, answer): every question of a kind with every answer that it can have."""
     values = {"color": list(COLORS), "number": NUMBERS, "shape": SHAPES, "place": list(PLACES)}
-    if not kind.startswith("is "):
-        return [(kind, "", value) for value in values[kind]]
-    return [(kind, value, answer) for value in values[kind[3:]] for answer in (YES, NO)]
+    if kind == "is color":
+        return [(kind, color, answer) for color in COLORS for answer in (YES, NO)]
+    return [(kind, "", value) for value in values[kind]]
 
 
-def groups(kinds: tuple[str, str], count: int, seed: str) -> list[tuple]:
-    """`count` pairs of questions, one of each kind; of every kind all questions with all answers equally often."""
+def groups(kinds: tuple[str, ...], count: int, seed: str) -> list[tuple]:
+    """`count` sets of questions, one of each kind; of every kind all questions with all answers equally often."""
     chance = random.Random(seed)
     columns = []
     for kind in kinds:
@@ -145,14 +144,12 @@ def scene_for(group: tuple, seed: str) -> Scene:
     chance = random.Random(f"scene {seed}")
     known = {}
     for kind, what, answer in group:
-        name = kind.removeprefix("is ")
-        if kind == name:
-            known[name] = answer
+        if kind != "is color":
+            known[kind] = answer
         elif answer == YES:
-            known[name] = what
+            known["color"] = what
         else:
-            among = SHAPES if name == "shape" else list(COLORS)
-            known[name] = chance.choice([value for value in among if value != what])
+            known["color"] = chance.choice([color for color in COLORS if color != what])
     return scene(chance, **known)
 
 
@@ -173,7 +170,7 @@ def questions(split: str) -> tuple[list[dict], dict[str, Scene]]:
     """-> (rows, {picture's name: scene})."""
     rows, scenes = [], {}
     sets = []
-    for kinds, count in zip(PAIRED, PICTURES[split], strict=True):
+    for kinds, count in zip(TOGETHER, PICTURES[split], strict=True):
         sets += groups(kinds, count, f"{split} {kinds}")
     times: dict[tuple, int] = {}  # how often a question with its answer was asked
     for i, group in enumerate(sets):
@@ -184,7 +181,7 @@ def questions(split: str) -> tuple[list[dict], dict[str, Scene]]:
             times[kind, what, answer] = times.get((kind, what, answer), -1) + 1
             number = 0 if split == "valid" else times[kind, what, answer]
             asked.append((ASKED[kind][number % 2].format(what), answer))
-        if i % 3 == 2:  # one conversation, else a row for each
+        if i % 2:  # one conversation, else a row for each
             texts = [text for pair in asked for text in pair]
             texts[0] = with_mark(texts[0], i)
             rows.append(row(f"{split}_{i:04d}", [name], *texts))

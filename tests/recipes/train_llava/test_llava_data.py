@@ -6,9 +6,10 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 
 import pytest
-from harness import own_modules
+from harness import ROOT, own_modules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +20,7 @@ from common.data.pictures import open_picture
 from common.data.spelling import IGNORE
 from common.data.split import split_rows
 
-rows, encoding = own_modules("train_llava", "rows", "encoding")
+rows, encoding, make_data = own_modules("train_llava", "rows", "encoding", "make_data")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
@@ -442,3 +443,79 @@ def test_pictures_of_the_web_are_fetched_when_allowed(folder, tmp_path):
     assert stats["dropped"] == {"a web address that gives nothing": 1}
     assert [open_picture(place).getpixel((0, 0))[0] for place in pictures] == [40, 80]
     assert all(str(tmp_path / "cache") in place.path for place in pictures)
+
+
+# ---- the samples ---------------------------------------------------------------------------------
+
+DATA = ROOT / "train_llava" / "data"
+
+
+def test_the_script_writes_these_files(tmp_path):
+    make_data.main(tmp_path)
+    written = {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*.*")}
+    assert written == {str(f.relative_to(DATA)): f.read_bytes() for f in DATA.rglob("*.*")}
+    assert max(map(len, written.values())) <= 250 * 1024
+
+
+def asked_in(held_out: bool) -> tuple[list[tuple[str, str]], list[dict], object]:
+    """((question, answer) of all rows with pictures, rows, pictures) of one side of the samples."""
+    found, pictures, stats = rows.load_rows_with_pictures(str(DATA / "questions"))
+    assert not stats["dropped"] and stats["used"] == stats["read"]
+    sides = zip(found["row"], found["held_out"], strict=True)
+    chosen = [json.loads(row) for row, is_apart in sides if is_apart == held_out]
+    pairs = []
+    for row in chosen:
+        texts = [message["content"] for message in encoding.without_pictures(row)["messages"]]
+        if row["pictures"]:
+            pairs += zip(texts[::2], texts[1::2], strict=True)
+    return pairs, chosen, pictures
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_whoever_does_not_look_is_right_by_chance(held_out):
+    pairs, chosen, _ = asked_in(held_out)
+    answers: dict[str, Counter] = {}
+    for question, answer in pairs:
+        answers.setdefault(question, Counter())[answer] += 1
+    best = sum(max(of.values()) for of in answers.values()) / len(pairs)
+    assert best < 0.3
+    for question, of in answers.items():
+        assert len(set(of.values())) == 1 or not held_out, (question, of)
+        assert max(of.values()) - min(of.values()) <= 2, (question, of)
+    shares = Counter(min(2, len(row["pictures"])) for row in chosen)
+    assert 0.03 < shares[0] / len(chosen) < 0.07 and 0.03 < shares[2] / len(chosen) < 0.07
+
+
+def test_the_first_answers_of_a_conversation_tell_nothing_of_the_next():
+    """Answers of one picture are drawn apart from each other: knowing one, the best guess of the other is
+    hardly better."""
+    pairs = Counter()
+    _, chosen, _ = asked_in(held_out=False)
+    for row in chosen:
+        texts = [message["content"] for message in row["messages"]]
+        if len(texts) == 4 and texts[3] in make_data.NUMBERS:
+            pairs[texts[1], texts[3]] += 1
+    by_color = {
+        color: [n for (c, _), n in pairs.items() if c == color] for color in make_data.COLORS
+    }
+    best = sum(max(of) for of in by_color.values()) / pairs.total()
+    assert pairs.total() >= 200 and best < 0.4  # 0.25 but for chance
+
+
+def test_no_held_out_picture_is_trained_on_and_pictures_show_what_is_said():
+    train, held_out = asked_in(False), asked_in(True)
+    named = [{n for row in side[1] for n in row["pictures"]} for side in (train, held_out)]
+    assert not named[0] & named[1] and len(named[0]) >= 700
+    pictures = held_out[2]
+    bytes_of = [{pictures[n].read() for n in side} for side in named]
+    assert not bytes_of[0] & bytes_of[1]
+    seen = 0
+    for row in held_out[1]:
+        for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            if answer["content"] in make_data.COLORS and len(row["pictures"]) == 1:
+                pixels = open_picture(pictures[row["pictures"][0]]).getcolors()
+                _, most = max(pair for pair in pixels if min(pair[1]) < 200)
+                expected = make_data.COLORS[answer["content"]]
+                assert max(abs(a - b) for a, b in zip(most, expected, strict=True)) <= 16, question
+                seen += 1
+    assert seen >= 40
