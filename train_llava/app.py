@@ -34,9 +34,9 @@ MOST_PICTURES = 64  # of a question, before any is opened
 LIMITS = serve.Limits(body=40 << 20, bodies=8)
 ASKED = "请描述这张图片。"  # where somebody sends pictures without a word
 EXAMPLES = [  # question, its pictures among the sample's
-    ("图里一共有几个图形？", ["valid_0098.png"]),
-    ("请描述这张图片。", ["valid_0012.png"]),
-    ("第二张图里一共有几个图形？", ["valid_0046.png", "valid_0091.png"]),
+    ("图里一共有几个图形？", ["valid_0082.png"]),
+    ("图形是什么颜色？", ["valid_0010.png"]),
+    ("第二张图是什么颜色？", ["valid_0029.png", "valid_0095.png"]),
 ]
 REASONS = {  # of PictureError
     "missing": "文件不在了",
@@ -55,6 +55,8 @@ CSS = (
     page.CSS.replace("60rem", "75rem")
     + """
 #seen img { image-rendering: pixelated; background: white; object-fit: contain }
+#seen_title p { color: var(--body-text-color-subdued); font-size: var(--text-sm) }
+.user-row img { max-height: 10rem !important; width: auto !important }
 """
 )
 NOTHING = {"text": "", "files": []}
@@ -126,13 +128,10 @@ def as_image(seen: Seen) -> Image.Image:
     return Image.fromarray(seen.pixels.permute(1, 2, 0).numpy())
 
 
-def gallery_of(history: list[dict], image_tokens: int) -> list[tuple[Image.Image, str]]:
+def gallery_of(history: list[dict]) -> list[tuple[Image.Image, str]]:
     """All pictures of a conversation as the model sees them."""
     pictures = [seen for row in history for seen in row.get("pictures", [])]
-    return [
-        (as_image(seen), f"图 {number} · {image_tokens} 词元")
-        for number, seen in enumerate(pictures, 1)
-    ]
+    return [(as_image(seen), f"图 {number}") for number, seen in enumerate(pictures, 1)]
 
 
 # ---- a chat --------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ class PictureChat(page.Chat):
             "note": "",
         }
         history.append(answer)
-        seen = gallery_of(history, self.chat_model.image_tokens)
+        seen = gallery_of(history)
         try:
             yield show(history), history, gr.update(value=NOTHING, **page.BUSY), seen
             for _ in self.answer(answer, turns, run.stop, options, left_out):
@@ -256,7 +255,7 @@ class PictureChat(page.Chat):
             files = [path for path in question["files"] if Path(path).is_file()]
             box = {"text": question["content"], "files": files}
         history = history[:-2]
-        return show(history), history, box, gallery_of(history, self.chat_model.image_tokens)
+        return show(history), history, box, gallery_of(history)
 
     def clear(self, request: gr.Request):
         answering = self.drop(request)
@@ -306,6 +305,7 @@ def chat_column(chat_model: LlavaChatModel) -> PictureChat:
     """A conversation, what the model sees, the box to type in and the settings, connected."""
     gallery = gr.Gallery(
         label="模型看到的",
+        show_label=False,
         columns=2,
         object_fit="contain",
         height=320,
@@ -329,6 +329,7 @@ def chat_column(chat_model: LlavaChatModel) -> PictureChat:
                 scale=1,
             )
         with gr.Column(scale=1, min_width=240):
+            gr.Markdown("模型看到的图片：", elem_id="seen_title")
             gallery.render()
     box = gr.MultimodalTextbox(
         label="问题",
