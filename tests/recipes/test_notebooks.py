@@ -71,6 +71,14 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "每字节",
         "Qwen3ForCausalLM",
     ),
+    "train_llava/data.ipynb": (
+        "gb18030",
+        "<image> and pictures differ",
+        "a picture outside the picture folder",
+        "张打不开",
+        "瞎猜对",
+        "[[",
+    ),
 }
 
 
