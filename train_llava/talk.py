@@ -22,6 +22,7 @@ from common.convert.weight_files import Weights
 from common.demo.chat_model import ChatModel
 from common.fast.losses import without_adapter
 from common.runs import memory
+from common.runs.run_folder import read_run_file
 
 KEPT_BYTES = 2 << 30  # of keys and values of conversations, on the model's device
 KEPT_PICTURES = 64  # whose features are kept
@@ -172,9 +173,10 @@ class Before:
                 self.tensors[name] = own
 
 
-def folder_before(settings: dict) -> str:
-    """The model that a run began with; "" where that is no folder of this machine."""
-    base = str(settings.get("base") or settings.get("model_name_or_path") or "")
+def folder_before(output: Path) -> str:
+    """The model that the run in `output` began with; "" where that is no folder of this machine."""
+    run = read_run_file(output)
+    base = str(run.get("base") or run.get("settings", {}).get("model_name_or_path") or "")
     return base if base and (Path(base) / "config.json").is_file() else ""
 
 
@@ -185,9 +187,9 @@ class LlavaChatModel(ChatModel):
     """A ChatModel that sees. Contents of messages are texts, or lists of parts as user_turn makes
     them.
 
-    Attributes (beside ChatModel's): image_processor, image_tokens (of a picture), side (height,
-    width), can_compare (whether it can be asked as it was before training), reused (tokens of the
-    last prompt that were known).
+    Attributes (beside ChatModel's): processor, image_processor, image_tokens (of a picture), side
+    (height, width), can_compare (whether it can be asked as it was before training), reused (tokens
+    of the last prompt that were known).
     """
 
     def __init__(self, model: str | Path):
@@ -197,7 +199,7 @@ class LlavaChatModel(ChatModel):
         self.keeps = set(getattr(config, "layer_types", None) or GROWING) <= set(GROWING)
         self.beginnings = Beginnings()
         self.features: OrderedDict[tuple, Tensor] = OrderedDict()
-        base = "" if self.adapter else folder_before(self.settings)
+        base = "" if self.adapter else folder_before(Path(self.path).parent)
         self.before = Before(base) if base else None
         self.can_compare = self.adapter or self.before is not None
         self.tuned = True
@@ -208,6 +210,7 @@ class LlavaChatModel(ChatModel):
         check_template(llava.tokenizer, llava.image_token_id)
         self.model = llava.model
         self.tokenizer = llava.tokenizer
+        self.processor = llava.processor
         self.image_processor = llava.image_processor
         self.image_token_id = llava.image_token_id
         self.image_tokens = llava.image_tokens

@@ -57,6 +57,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "训练前的奖励",
         "胜率",
     ),
+    "train_llava/infer.ipynb": ("还没有模型", "模型看到 (3, 48, 48)", "沿用 0 词元", "blind"),
     "minimind_npu/data.ipynb": (
         "gb18030",
         "empty answer",
@@ -88,6 +89,7 @@ QUICK_STEPS = {
     "baichuan2_dpo": 40,
     "chatglm_lora": 150,
     "chinese_bloom": 30,
+    "train_llava": 30,
     "minimind_npu": {"pretrain": 40, "sft": 40},
 }
 

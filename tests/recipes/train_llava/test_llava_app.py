@@ -212,8 +212,8 @@ def whole_run(folder, output, names: str):
     """A run's output folder: a whole model of which a part was trained, and what it began with."""
     changed(llava.open_model(folder), names).save_pretrained(output / "final")
     llava.load_processor(folder).save_pretrained(output / "final")
-    settings = {"model_name_or_path": str(folder), "train_type": "projector"}
-    (output / "run.json").write_text(json.dumps({"settings": settings}))
+    settings = {"model_name_or_path": "tiny", "train_type": "projector"}
+    (output / "run.json").write_text(json.dumps({"settings": settings, "base": str(folder)}))
     return output
 
 
