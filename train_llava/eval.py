@@ -34,7 +34,7 @@ import metrics
 import torch
 from answers import generate_answers
 from choices import CHOICE_PROMPT, Choice, is_choice_table, letters_said, read_choices
-from encoding import count_pictures, encode_prompt, row_of, without_pictures
+from encoding import count_pictures, encode_newest, row_of, without_pictures
 from features import PictureSource
 from model import Llava
 from rows import describe, load_rows_with_pictures
@@ -204,16 +204,32 @@ def batches(items: list, size: int) -> Iterator[list]:
         yield items[start : start + size]
 
 
+def prompt_of(llava: Llava, question: Question, args, blind: bool, eyes: Eyes) -> dict | None:
+    """The prompt, without the oldest turns where the window asks for that; None where a picture
+    cannot be used or the question alone is too long."""
+    if not eyes.can_see(question.pictures):
+        return None
+    row = without_pictures(question.row) if blind else question.row
+    known = (llava.tokenizer, llava.image_token_id, llava.image_tokens)
+    window = llava.model.config.get_text_config().max_position_embeddings
+    try:
+        return encode_newest(row, *known, window - args.max_new_tokens)[0]
+    except ValueError as error:
+        eyes.faults[question.key] = f"question {question.key}: {error}"
+        return None
+
+
 def answer_questions(args, llava: Llava, questions: list[Question], blind: bool, kept: Kept, eyes):
-    """Generated answers, {key: text}; None for a question whose picture cannot be used."""
+    """Generated answers, {key: text}; None for a question that cannot be asked."""
     word = "blind" if blind else "seen"
     left = [question for question in questions if f"{word} {question.key}" not in kept.known]
-    known = (llava.tokenizer, llava.image_token_id, llava.image_tokens)
     with Progress(f"answer, {word}", total=len(left), unit="answers") as progress:
         for some in batches(left, args.batch_size):
-            can = [question for question in some if eyes.can_see(question.pictures)]
-            rows = [without_pictures(q.row) if blind else q.row for q in can]
-            prompts = [encode_prompt(row, *known) for row in rows]
+            asked = {
+                question.key: prompt_of(llava, question, args, blind, eyes) for question in some
+            }
+            can = [question for question in some if asked[question.key] is not None]
+            prompts = [asked[question.key] for question in can]
             said = []
             if prompts:
                 said = generate_answers(
@@ -373,7 +389,7 @@ def main() -> None:
     lost = [key for key, said in kept.known.items() if said is None and key.startswith("seen")]
     if lost:
         example = next(iter(eyes.faults.values()), "asked in an earlier run")
-        print(f"{len(lost):,} questions have a picture that cannot be used, e.g. {example}")
+        print(f"{len(lost):,} questions could not be asked and count as misses, e.g. {example}")
     written = {"model": args.model, "data": args.data_path, "task": task, **found}
     written["unusable"] = len(lost)
     with files.atomic_file(output / f"{task}.json") as part:

@@ -619,25 +619,34 @@ def _numbered(found, stats: dict, cache_dir):
     table, _ = cached(json.dumps(["pictures", *same]), build_table, cache_dir)
 
     def build_rows(folder: Path) -> dict:
-        known = numbers or {place: i for i, place in enumerate(table["place"])}
-        of_row = [[known[place] for place in places] for places in found["places"]]
-        keys = _split_keys(np.array(found["prompt_key"]), of_row, list(known))
-        rows = (
-            {
-                "row": f'{row["row"][:-1]}, "pictures": {of_row[i]}}}',
-                "prompt_key": int(keys[i]),
-                "source": row["source"],
-                "held_out": row["held_out"],
-            }
-            for i, row in enumerate(found)
-        )
+        known = numbers or {place: i for i, place in enumerate(table[:]["place"])}
+        places = found.select_columns(["places"])
+        of_row = [
+            [known[place] for place in named]
+            for batch in places.iter(BATCH_ROWS)
+            for named in batch["places"]
+        ]
+        prompts = found.select_columns(["prompt_key"]).with_format("numpy")[:]["prompt_key"]
+        keys = _split_keys(np.asarray(prompts), of_row, list(known))
         columns = {name: kind for name, kind in FOUND.items() if name != "places"}
-        _write(rows, folder / "rows.arrow", columns)
+        _write(_with_numbers(found, of_row, keys), folder / "rows.arrow", columns)
         return {"with_pictures": sum(map(bool, of_row))}
 
     rows, counts = cached(json.dumps(["numbered rows", *same]), build_rows, cache_dir)
     stats |= {"pictures": len(table), **counts}
     return rows, Pictures(table)
+
+
+def _with_numbers(found, of_row: list[list[int]], keys: np.ndarray) -> Iterator[dict]:
+    i = 0
+    with Progress("number pictures", total=len(found)) as progress:
+        for batch in found.select_columns(["row", "source", "held_out"]).iter(BATCH_ROWS):
+            for row, source, apart in zip(*batch.values(), strict=True):
+                text = f'{row[:-1]}, "pictures": {of_row[i]}}}'
+                key = int(keys[i])
+                yield {"row": text, "prompt_key": key, "source": source, "held_out": apart}
+                i += 1
+            progress.update(len(batch["row"]))
 
 
 def _split_keys(prompts: np.ndarray, of_row: list[list[int]], places: list[str]) -> np.ndarray:

@@ -205,6 +205,20 @@ def test_pictures_that_cannot_be_used_are_misses(llava, folder):
     assert evaluation.score_answers(asked, said, False)["questions"] == 12
 
 
+def test_more_pictures_than_the_window_holds_are_a_miss(llava, folder):
+    many = {"image": ["0.png"] * 130, "conversations": talk(["<image>" * 130 + "几张？", "多"])}
+    later = {"image": ["0.png"] * 130, "conversations": talk(["<image>" * 130, "多", "好？", "好"])}
+    args = flags(write_rows(folder, [many, later]), max_new_tokens=2)
+    asked = [question for question in evaluation.read_questions(args) if len(question.pictures) > 9]
+    eyes = evaluation.Eyes(llava)
+    kept = evaluation.Kept(folder / "k.jsonl", {})
+    said = evaluation.answer_questions(args, llava, asked, False, kept, eyes)
+    assert list(said.values()) == [None] * 3
+    assert (
+        "tokens, the window has 2,046" in next(iter(eyes.faults.values())) and len(eyes.faults) == 3
+    )
+
+
 def test_captions_of_one_picture_are_references_of_each_other(folder):
     lines = "".join(f"一张说明文字够长的图片{k}\t{i}.png\n" for i in range(4) for k in range(3))
     (folder / "c.tsv").write_text("text\timage\n" + lines)
