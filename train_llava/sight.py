@@ -194,9 +194,11 @@ def _forward(self, *args, stock, normaliser: Normaliser, pictures: Tensor | None
     if len(pictures):
         seen = as_outputs(project(self, features_of(self, pictures, normaliser)))
         return stock(self, *args, mm_encoder_outputs=seen, **kwargs)
+    # before the language model, as with pictures: ranks under ZeRO-3 gather weights in one order
+    nothing = _of_nothing(self, pictures, normaliser)
     output = stock(self, *args, **kwargs)
     if output.loss is not None:
-        output.loss = output.loss + 0 * _of_nothing(self, pictures, normaliser)
+        output.loss = output.loss + 0 * nothing
     return output
 
 

@@ -16,6 +16,7 @@ from sight import whole_tower
 from common import cli
 from common.convert import adapter
 from common.runs.engine import engine
+from common.runs.run_folder import read_run_file, write_run_file
 from common.trainer import RecipeTrainer
 
 
@@ -49,6 +50,12 @@ class LlavaTrainer(RecipeTrainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
+
+    def before_measuring(self) -> None:
+        """Beside the run: the folder it began with, for pages that show before and after."""
+        if self.args.should_save:
+            run = read_run_file(self.args.output_dir)
+            write_run_file(self.args.output_dir, run | {"base": self.base})
 
     # ---- one step ----
     def count_items(self, samples: list[dict]) -> int:
