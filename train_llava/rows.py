@@ -33,8 +33,9 @@ VERSION = load.VERSION + "".join(
 IMAGE = {"type": "image"}  # the part of a message that stands for one picture
 MARK = "\ufdd0"  # for it while rows are read: no character, so no text has it
 WRITTEN = "<image>"  # as data sets write it
+IMAGES = ("images", "image", "image_path", "img_path", "image_file", "image_name", "img")
 PICTURES = (  # columns, in the order of preference
-    *("images", "image", "image_path", "img_path", "image_file", "image_name", "img"),
+    *IMAGES,
     *("file_name", "filename", "file_path", "filepath", "path", "picture", "image_ids"),
     *("图片", "图像", "图片路径"),
 )
@@ -301,7 +302,7 @@ def _reader(file: Path, head: list[dict], renames: dict[str, str]) -> tuple[str,
         raise SystemExit(f"{file}: column_map: no column {', '.join(absent)}; columns seen: {seen}")
     shape = shapes.detect("chat", _chats(head))
     if shape is not None:
-        has_turns = any(shape.name == name for name in ("messages", "sharegpt"))
+        has_turns = shape.name in ("messages", "sharegpt", "human/assistant")
         return shape.name, lambda record: _conversation(record, shape, has_turns)
     picture = next((name for name in PICTURES if name in columns), "")
     text = next((name for name in TEXTS if name in columns), "")
@@ -356,21 +357,34 @@ def parts_of(text: str, mark: str = WRITTEN) -> list[dict]:
 def _as_chat(record: dict) -> tuple[dict, list[str]]:
     """A record as one of text alone, MARK where a picture belongs -> (record, pictures' names)."""
     record, _ = records.tidy(record)
-    kept = {name: value for name, value in record.items() if name not in PICTURES[:7]}
+    kept = {name: value for name, value in record.items() if name not in IMAGES}
     named: list[str] = []
     for column, value in list(kept.items()):
         if column in records.DIALOGUES and isinstance(value, list):
             kept[column] = [_turn(turn, named) for turn in value]
+        elif column == "history" and isinstance(value, list):
+            kept[column] = [_pair(pair) for pair in value]
         elif column in QUESTIONS and isinstance(value, str):
             kept[column] = _marked(value)
-    column = next((name for name in PICTURES if not turns.is_absent(record.get(name))), "")
-    in_column = column in PICTURES[:7] or (column and not _holds_turns(record))
-    beside = _names(record[column]) if in_column else []
+    column = next((name for name in PICTURES if _names_pictures(record, name)), "")
+    beside = _names(record[column]) if column else []
     if named and beside and named != beside:
         raise BadRow("pictures named twice", f"in the turns and in the column {column}")
-    if in_column and column not in PICTURES[:7]:
-        kept.pop(column)
     return kept, named or beside
+
+
+def _pair(pair):
+    """A question of the history with its answer."""
+    is_pair = isinstance(pair, list) and pair and isinstance(pair[0], str)
+    return [_marked(pair[0]), *pair[1:]] if is_pair else pair
+
+
+def _names_pictures(record: dict, column: str) -> bool:
+    """Whether a column holds pictures; a path or file name may also be that of a text."""
+    value = record.get(column)
+    if turns.is_absent(value):
+        return False
+    return column in IMAGES or str(value).lower().endswith(pictures.SUFFIXES)
 
 
 def _chats(head: list[dict]) -> list[dict]:
@@ -384,10 +398,6 @@ def _chats(head: list[dict]) -> list[dict]:
     return found
 
 
-def _holds_turns(record: dict) -> bool:
-    return any(isinstance(record.get(name), list) for name in records.DIALOGUES)
-
-
 def _marked(text: str) -> str:
     return text.replace(MARK, "").replace(WRITTEN, MARK)
 
@@ -396,6 +406,8 @@ def _turn(turn, named: list[str]):
     """A turn whose words are one text; `named` gets the pictures that its parts name."""
     if not isinstance(turn, dict):
         return turn
+    if isinstance(turn.get("human"), str):
+        return turn | {"human": _marked(turn["human"])}
     column = next((name for name in turns.CONTENTS if name in turn), "content")
     value = turn.get(column)
     if isinstance(value, str):

@@ -4,6 +4,7 @@ answer, every picture's block is whole."""
 import base64
 import io
 import json
+import pickle
 import re
 import tarfile
 from collections import Counter
@@ -277,6 +278,8 @@ def test_llava_rows(folder):
     assert found[2]["messages"][0]["content"] == "一加一？"
     assert found[3]["messages"][2]["content"] == [words("再看"), IMG]
     assert open_picture(pictures[1]).getpixel((0, 0)) == (40, 0, 0)
+    again = rows.Pictures(pickle.loads(pickle.dumps(pictures.table)))  # for worker processes
+    assert list(again) == list(pictures)
     assert "4 different ones in 3 rows; 1 rows have none" in rows.describe(stats)
 
 
@@ -309,6 +312,16 @@ def test_other_layouts(folder):
     found, pictures, _ = read(put(folder, "vqa.jsonl", vqa))
     assert found[0]["messages"][0]["content"] == [IMG, words("\n几个？")]
     assert found[0]["messages"][1]["content"] == "3"
+    pair = {"human": "<image>几个？", "assistant": "三"}
+    found, _, _ = read(
+        put(folder, "pairs.json", [{"conversation": [pair], "image": "pictures/1.png"}])
+    )
+    assert found[0]["messages"][0]["content"] == [IMG, words("几个？")]
+    history = {"instruction": "还有呢？", "output": "没有", "history": [["<image>好？", "好"]]}
+    found, _, _ = read(put(folder, "history.json", [history | {"images": ["pictures/1.png"]}]))
+    assert found[0]["messages"][0]["content"] == [IMG, words("好？")]
+    about = {"question": "好？", "answer": "好", "path": "docs/a.txt", "image": None}
+    assert read(put(folder, "about.jsonl", about))[0][0]["pictures"] == []
 
 
 def test_captions_get_varied_questions(folder):
