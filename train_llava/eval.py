@@ -248,23 +248,36 @@ def answer_questions(args, llava: Llava, questions: list[Question], blind: bool,
 
 
 def score_answers(questions: list[Question], said: dict, captions: bool) -> dict:
-    """A question whose picture could not be used is a miss."""
-    given = [said[question.key] or "" for question in questions]
-    wanted = [question.reference for question in questions]
+    """A question that could not be asked is a miss; those without a picture stand apart."""
+    pictured = [question for question in questions if question.pictures]
     if captions:
-        groups: dict[str, list[int]] = {}
-        for i, question in enumerate(questions):
-            groups.setdefault(question.group, []).append(i)
-        first = [given[numbers[0]] for numbers in groups.values()]
-        references = [[wanted[i] for i in numbers] for numbers in groups.values()]
-        return metrics.caption_scores(first, references)
+        return _score_captions(pictured, said)
+    given = [said[question.key] or "" for question in pictured]
+    wanted = [question.reference for question in pictured]
     scores = {
-        "questions": len(questions),
+        "questions": len(pictured),
         "exact_match": metrics.exact_match(given, wanted),
         "rouge_l": metrics.rouge_l(given, [[one] for one in wanted]),
     }
     about = metrics.yes_no(given, wanted)
-    return scores | ({"yes_no": about} if about else {})
+    if about:
+        scores["yes_no"] = about
+    others = [question for question in questions if not question.pictures]
+    if others:
+        given = [said[question.key] or "" for question in others]
+        right = metrics.exact_match(given, [question.reference for question in others])
+        scores["without_a_picture"] = {"questions": len(others), "exact_match": right}
+    return scores
+
+
+def _score_captions(questions: list[Question], said: dict) -> dict:
+    """One caption of each picture against all that the rows have of it."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.group, []).append(question)
+    captions = [said[group[0].key] or "" for group in groups.values()]
+    references = [[question.reference for question in group] for group in groups.values()]
+    return metrics.caption_scores(captions, references)
 
 
 def answer_choices(args, llava: Llava, asked: list[Choice], blind: bool, kept: Kept, eyes):

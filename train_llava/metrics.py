@@ -50,8 +50,8 @@ def is_yes_or_no(text: str) -> bool:
 
 def yes_no(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Over the references that are yes or no (POPE's figures, Li et al. 2023): {"questions",
-    "accuracy", "precision", "recall", "f1", "yes_ratio"}, {} where there is none. An answer that is
-    neither is wrong."""
+    "accuracy", "precision", "recall", "f1", "said_yes" (share)}, {} where there is none. An answer
+    that is neither is wrong."""
     asked = [
         (yes_or_no(answer), yes_or_no(reference))
         for answer, reference in zip(answers, references, strict=True)
@@ -70,7 +70,7 @@ def yes_no(answers: Sequence[str], references: Sequence[str]) -> dict[str, float
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if both else 0.0,
-        "yes_ratio": said_yes / len(asked),
+        "said_yes": said_yes / len(asked),
     }
 
 

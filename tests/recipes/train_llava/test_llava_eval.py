@@ -202,7 +202,8 @@ def test_pictures_that_cannot_be_used_are_misses(llava, folder):
     said = evaluation.answer_questions(args, llava, asked, False, kept, eyes)
     assert [key for key, text in said.items() if text is None] == ["5.1", "6.1", "7.1"]
     assert len(eyes.faults) == 3 and "too narrow" in " ".join(eyes.faults.values())
-    assert evaluation.score_answers(asked, said, False)["questions"] == 12
+    found = evaluation.score_answers(asked, said, False)
+    assert found["questions"] == 11 and found["without_a_picture"]["questions"] == 1
 
 
 def test_more_pictures_than_the_window_holds_are_a_miss(llava, folder):
@@ -323,7 +324,8 @@ def test_eval_prints_seen_beside_blind_and_keeps_it(llava, folder, monkeypatch, 
     printed = capsys.readouterr().out
     assert "| | seen | blind |" in printed and "exact match" in printed and "yes no f1" in printed
     found = json.loads((folder / "out/answers.json").read_text())
-    assert found["seen"]["questions"] == found["blind"]["questions"] == 9
+    assert found["seen"]["questions"] == found["blind"]["questions"] == 8
+    assert "without a picture exact match" in printed
     monkeypatch.setattr(evaluation, "generate_answers", lambda *_, **__: 1 / 0)
     run(monkeypatch, *words)  # nothing is asked again
     assert json.loads((folder / "out/answers.json").read_text()) == found
