@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from encoding import encode_prompt, row_of, without_pictures
 from features import PictureSource
+from model import tokens_per_picture
 from sight import Normaliser, see
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -127,9 +128,7 @@ def ask_held_out(
     processor,
     rows: list[str],
     pictures: Pictures,
-    image_tokens: int,
     max_new_tokens: int,
-    template: dict,
 ) -> tuple[dict, list]:
     """({"exact_match", "rouge_l", "blind_exact_match"}, samples) of held-out rows: the last answer
     of each, and (blind) what is answered when no picture is shown. What RecipeTrainer's `measure`
@@ -143,8 +142,8 @@ def ask_held_out(
         return {}, []
 
     def answers_to(asked: list[dict]) -> list[str]:
-        known = (tokenizer, processor.image_token_id, image_tokens)
-        prompts = [encode_prompt(row, *known, **template) for row in asked]
+        known = (tokenizer, processor.image_token_id, tokens_per_picture(processor))
+        prompts = [encode_prompt(row, *known) for row in asked]
         return generate_answers(model, processor, prompts, max_new_tokens, pictures=pictures)
 
     wanted = [expected_answer(tokenizer, row) for row in loaded]

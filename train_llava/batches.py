@@ -216,7 +216,11 @@ class PictureRows(Dataset):
         return len(self.rows)
 
     def most_tokens(self, size: int) -> int:
+        """Of a batch of `size` rows, padded."""
         return size * int(self.lengths.max(initial=0))
+
+    def describe(self) -> str:
+        return f"rows: {len(self.rows):,}, of up to {self.most_tokens(1):,} tokens, padded"
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]

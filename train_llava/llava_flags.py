@@ -36,12 +36,13 @@ def spelled_out(argv: list[str]) -> list[str]:
 def _value(words: list[str], name: str) -> str | None:
     """What stands last on the command line for a flag; "" for a switch without a value."""
     found = None
-    for place, word in enumerate(words):
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
         flag, equals, value = word.partition("=")
-        if flag.lstrip("-").replace("-", "_") != name or not flag.startswith("--"):
+        if not flag.startswith("--") or flag[2:].replace("-", "_") != name:
             continue
-        following = words[place + 1] if place + 1 < len(words) else "--"
-        found = value if equals else ("" if following.startswith("--") else following)
+        if not equals:
+            value = "" if following.startswith("--") else following
+        found = value
     return found
 
 

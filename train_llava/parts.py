@@ -220,36 +220,40 @@ def save_trained(model, folder: str | Path) -> None:
 
 
 def general_name(name: str) -> str:
-    """A tensor's name in a LLaVA file of any age, as today's models call it."""
-    name = name.replace("language_model.lm_head.", "lm_head.").removeprefix("model.")
-    name = name.replace("language_model.model.", "language_model.")
+    """A tensor's name in a LLaVA file of any age, as today's models call it. (What ZeRO-3 has
+    gathered is saved with one `model.` too many.)"""
+    name = name.removeprefix("model.")
+    name = re.sub(r"^language_model\.(model\.)*lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.(model\.)+", "language_model.", name)
     return name.replace(f"{VISION}.vision_model.", f"{VISION}.")
 
 
 def put_back_frozen(folder: Path, base: Path, trained: Iterable[str]) -> None:
-    """In a saved folder every tensor gets the base's dtype again, and those that did not train the
-    base's values to the last bit: an engine may have rounded them to its half dtype.
+    """In a saved folder every tensor gets the base's name and dtype again, and those that did not
+    train the base's values to the last bit: an engine may have rounded them to its half dtype.
 
     trained: names of the model's parameters that did train.
     """
     moved = {general_name(name) for name in trained}
     weights = Weights(base)
     known = {general_name(name): name for name in weights}
+    renamed = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        changed = False
-        for name, tensor in tensors.items():
+        tensors = {}
+        for name, tensor in load_file(file).items():
             general = general_name(name)
-            if general not in known:
-                continue
-            stored = weights[known[general]]
-            wanted = tensor.to(stored.dtype) if general in moved else stored
-            if wanted.dtype != tensor.dtype or not torch.equal(wanted, tensor):
-                tensors[name] = wanted
-                changed = True
-        if changed:
-            with atomic_file(file) as part:
-                save_file(tensors, part, {"format": "pt"})
+            renamed[name] = known.get(general, name)
+            stored = weights[known[general]] if general in known else tensor
+            tensors[renamed[name]] = tensor.to(stored.dtype) if general in moved else stored
+        with atomic_file(file) as part:
+            save_file(tensors, part, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        places = content["weight_map"]
+        content["weight_map"] = {renamed[name]: place for name, place in places.items()}
+        with atomic_file(index) as part:
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     _put_back_dtype(folder / "config.json", base / "config.json")
 
 

@@ -95,21 +95,24 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def teach(tower: CLIPVisionModel) -> None:
-    """Its patches, all together, tell shape, color, number and places of what is drawn: a few
-    seconds, in the layer that LLaVA looks at."""
+    """Every patch of it tells shape, color, number and places of what is drawn: a few seconds, in
+    the layer that LLaVA looks at."""
     pixels, answers = lessons()
     shapes, colors, numbers, places = answers.T
+    sizes = [len(make_data.SHAPES), len(make_data.COLORS), len(make_data.NUMBERS)]
+    sizes.append(len(make_data.PLACES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        head = nn.Linear(tower.config.hidden_size, 6 + 6 + 4 + len(make_data.PLACES))
+        head = nn.Linear(tower.config.hidden_size, sum(sizes))
         moving = [*tower.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(moving, lr=RATE, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, LESSON_STEPS)
         for _ in range(LESSON_STEPS):
             some = torch.randint(len(pixels), (LESSON_SIZE,))
-            states = tower(pixels[some], output_hidden_states=True).hidden_states[-2]
-            said = head(states[:, 1:].mean(1)).split([6, 6, 4, len(make_data.PLACES)], 1)
-            bits = (places[some, None] >> torch.arange(len(make_data.PLACES))) & 1
+            states = tower(pixels[some], output_hidden_states=True).hidden_states[-2][:, 1:]
+            said = head(states.flatten(0, 1)).split(sizes, 1)
+            some = some.repeat_interleave(states.shape[1])
+            bits = (places[some, None] >> torch.arange(sizes[3])) & 1
             loss = F.cross_entropy(said[0], shapes[some]) + F.cross_entropy(said[1], colors[some])
             loss = loss + F.cross_entropy(said[2], numbers[some])
             loss = loss + 2 * F.binary_cross_entropy_with_logits(said[3], bits.float())

@@ -126,7 +126,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config, proce
     return model
 
 
-def look_at_pictures(args: Args, training: TrainingArguments, path: str, config, model, source):
+def look_at_pictures(args: Args, training: TrainingArguments, path: str, model, source):
     """Let a frozen tower see every picture once, where the room for that is there."""
     if "vision tower" in parts.TRAINED[args.train_type] or args.lora_vision:
         return
@@ -153,34 +153,10 @@ def tiny_texts(rows) -> list[str]:
     return [*(file.read_text(encoding="utf-8") for file in files), *rows["row"][:5000]]
 
 
-def windows(args: Args, training: TrainingArguments, token_rows, processor, image_tokens: int):
-    """Token rows -> the dataset whose items make a batch: packed windows, or single rows."""
-    if not args.packing:
-        return PictureRows(token_rows)
-    shared = processor.image_token_id if args.share_images else None
-    limits = (args.model_max_length, args.max_images_per_bin)
-    return PictureWindows(token_rows, *limits, training.seed, shared, image_tokens)
-
-
-def collator(args: Args, source: PictureSource, processor, image_tokens: int):
-    if args.packing:
-        return LlavaCollator(source, processor.image_token_id, image_tokens)
-    return PaddedLlavaCollator(source, processor.tokenizer.pad_token_id)
-
-
-def main() -> None:
-    argv = llava_flags.spelled_out(sys.argv[1:])
-    args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY, argv)
-    llava_flags.resolve(args, training)
-    args.data_path = args.data_path or samples(args)
-    set_seed(training.seed)
-    is_tiny = args.model_name_or_path == "tiny"
-    if not is_tiny:  # fail on a wrong name before anything is read or replaced
-        args.model_name_or_path = find_model(args.model_name_or_path)
-        check_model(args.model_name_or_path)
-
+def load_data(args: Args, training: TrainingArguments):
+    """-> rows, the places of their pictures, counts."""
     rows, places, stats = load_rows_with_pictures(
-        args.data_path,
+        args.data_path or samples(args),
         args.image_folder,
         args.column_map or None,
         args.strict_data,
@@ -188,17 +164,16 @@ def main() -> None:
         allow_urls=args.allow_urls,
     )
     cli.say(describe(stats))
-    base = tiny_model(tiny_texts(rows)) if is_tiny else args.model_name_or_path
-    config, processor = check_model(base)
-    memory_check.recompute_large(args, training, config.text_config)
-    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
-    tokenizer = processor.tokenizer
-    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+    return rows, places, stats
 
-    image_tokens = tokens_per_picture(processor)
-    check_window(image_tokens, args.model_max_length)
-    flags.check_window(args, config, tokenizer)
-    known = {"image_token_id": processor.image_token_id, "image_tokens": image_tokens}
+
+def to_tokens(args: Args, training: TrainingArguments, rows, stats: dict, processor):
+    """-> token rows to train on, token rows held out, held-out rows as they were read."""
+    known = {
+        "image_token_id": processor.image_token_id,
+        "image_tokens": tokens_per_picture(processor),
+    }
+    tokenizer = processor.tokenizer
     train_ids, eval_ids, eval_rows = prepare(
         rows,
         stats,
@@ -211,28 +186,63 @@ def main() -> None:
     )
     first = collapsed(train_ids[0]["input_ids"], train_ids[0]["labels"], processor.image_token_id)
     cli.say(preview(tokenizer, *first, color=sys.stdout.isatty()))
-    train_windows = windows(args, training, train_ids, processor, image_tokens)
+    return train_ids, eval_ids, eval_rows
+
+
+def windows(args: Args, training: TrainingArguments, token_rows, processor):
+    """Token rows -> the dataset whose items make a batch: packed windows, or single rows."""
+    if not args.packing:
+        return PictureRows(token_rows)
+    shared = processor.image_token_id if args.share_images else None
+    limits = (args.model_max_length, args.max_images_per_bin)
+    image_tokens = tokens_per_picture(processor)
+    return PictureWindows(token_rows, *limits, training.seed, shared, image_tokens)
+
+
+def collator(args: Args, source: PictureSource, processor):
     if args.packing:
-        cli.say(train_windows.describe())
-    memory_check.check(
-        args, training, config.text_config, train_windows, **parts.setup(args, config)
-    )
+        return LlavaCollator(source, processor.image_token_id, tokens_per_picture(processor))
+    return PaddedLlavaCollator(source, processor.tokenizer.pad_token_id)
+
+
+def main() -> None:
+    argv = llava_flags.spelled_out(sys.argv[1:])
+    args, training = cli.parse_args((Args, TrainingArguments), DEFAULTS, TINY, argv)
+    llava_flags.resolve(args, training)
+    set_seed(training.seed)
+    is_tiny = args.model_name_or_path == "tiny"
+    if not is_tiny:  # fail on a wrong name before anything is read or replaced
+        args.model_name_or_path = find_model(args.model_name_or_path)
+        check_model(args.model_name_or_path)
+
+    rows, places, stats = load_data(args, training)
+    base = tiny_model(tiny_texts(rows)) if is_tiny else args.model_name_or_path
+    config, processor = check_model(base)
+    memory_check.recompute_large(args, training, config.text_config)
+    settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
+    tokenizer = processor.tokenizer
+    start = open_output(training, settings, args.overwrite_output_dir, tokenizer=tokenizer)
+
+    check_window(tokens_per_picture(processor), args.model_max_length)
+    flags.check_window(args, config, tokenizer)
+    train_ids, eval_ids, eval_rows = to_tokens(args, training, rows, stats, processor)
+    train_windows = windows(args, training, train_ids, processor)
+    cli.say(train_windows.describe())
+    more = parts.setup(args, config)
+    memory_check.check(args, training, config.text_config, train_windows, **more)
 
     model = load_model(args, training, base, config, processor)
     source = PictureSource(places, processor.image_processor)
-    look_at_pictures(args, training, base, config, model, source)
+    look_at_pictures(args, training, base, model, source)
     asked = pick_eval_rows(eval_rows, eval_ids, args.eval_generate)
-    ask = (model, processor, asked, source, image_tokens, args.max_new_tokens, {})
     trainer = LlavaTrainer(
         model=model,
         args=training,
         train_dataset=train_windows,
-        eval_dataset=windows(args, training, eval_ids, processor, image_tokens)
-        if eval_ids
-        else None,
-        data_collator=collator(args, source, processor, image_tokens),
+        eval_dataset=windows(args, training, eval_ids, processor) if eval_ids else None,
+        data_collator=collator(args, source, processor),
         processing_class=processor,
-        measure=partial(ask_held_out, *ask),
+        measure=partial(ask_held_out, model, processor, asked, source, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],
         rates=parts.rates(args, training),
         base=base,
