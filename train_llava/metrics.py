@@ -15,6 +15,9 @@ from common.runs.metrics import longest_common_subsequence
 ORDERS = 4  # n-grams of 1 to 4 characters
 SIGMA = 6.0  # CIDEr-D's: how much a difference in length costs
 BETA = 1.2  # ROUGE-L's of captions: recall counts more than precision
+WHOLE = re.compile(  # of references: names too begin with these words
+    r"(不|没)?(是|对|有|能|可以|会|在|行)(的|了)?|不|没|否|正确|不正确|错|yes|no|true|false"
+)
 NO = re.compile(r"(不|没|否|无|错|no\b|not\b|false\b)", re.I)
 YES = re.compile(r"(是|对|有|能|可以|会|在|正确|yes\b|true\b)", re.I)
 
@@ -44,8 +47,8 @@ def yes_or_no(text: str) -> bool | None:
 
 
 def is_yes_or_no(text: str) -> bool:
-    """Whether a reference is such an answer and no sentence that only begins like one."""
-    return len(normalised(text)) <= 3 and yes_or_no(text) is not None
+    """Whether a reference is such an answer and nothing that only begins like one."""
+    return WHOLE.fullmatch(normalised(text)) is not None
 
 
 def yes_no(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:

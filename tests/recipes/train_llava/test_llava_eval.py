@@ -66,7 +66,10 @@ def test_yes_and_no():
     assert found["questions"] == 6 and found["accuracy"] == 3 / 6
     assert found["precision"] == 2 / 3 and found["recall"] == 2 / 4
     assert metrics.yes_no(["红色"], ["红色"]) == {}
-    assert not metrics.is_yes_or_no("有三个红色的圆形") and metrics.is_yes_or_no("不是同")
+    assert all(map(metrics.is_yes_or_no, ["是的。", "不是", "没有", "有", "No", "可以", "不对"]))
+    assert not any(
+        map(metrics.is_yes_or_no, ["有三个红色的圆形", "会议", "不倒翁", "对勾", "错误"])
+    )
 
 
 def test_circular_counts_questions_that_are_right_in_every_order():
