@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from model import tower_of
 from safetensors.torch import load_file, save_file
 from sight import cut_tower, is_frozen, keep_in_eval, layers_of, tower_layers
