@@ -131,7 +131,7 @@ def test_what_is_frozen_keeps_every_bit(tmp_path, data, kind, nproc, ds, more):
     processor = AutoProcessor.from_pretrained(out / "final", backend="pil")
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert processor.image_token_id == model.config.image_token_id
-    assert model.config.vision_config.num_hidden_layers == 2
+    assert model.config.vision_config.num_hidden_layers == 3
     if kind == "projector":
         checkpoint = weights(next(out.glob("checkpoint-*")))
         assert len(checkpoint) == 4 and all("multi_modal_projector" in name for name in checkpoint)
