@@ -128,6 +128,15 @@ def as_image(seen: Seen) -> Image.Image:
     return Image.fromarray(seen.pixels.permute(1, 2, 0).numpy())
 
 
+def shown_file(seen: Seen) -> str:
+    """The small copy of a picture; where Gradio has cleared it away, what the model sees of it."""
+    path = Path(seen.shown)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        as_image(seen).save(path)
+    return seen.shown
+
+
 def gallery_of(history: list[dict]) -> list[tuple[Image.Image, str]]:
     """All pictures of a conversation as the model sees them."""
     pictures = [seen for row in history for seen in row.get("pictures", [])]
@@ -142,7 +151,9 @@ def show(history: list[dict]) -> list[gr.ChatMessage]:
     shown = []
     for row in history:
         if row["role"] == "user":
-            shown += [gr.ChatMessage({"path": seen.shown}, "user") for seen in row["pictures"]]
+            shown += [
+                gr.ChatMessage({"path": shown_file(seen)}, "user") for seen in row["pictures"]
+            ]
             shown.append(gr.ChatMessage(page.escape_markdown(row["content"]), "user"))
         else:
             shown += page.answer_bubbles(
@@ -240,7 +251,7 @@ class PictureChat(page.Chat):
         number = example.index if isinstance(example.index, int) else -1
         if 0 <= number < len(self.examples):
             text, pictures = self.examples[number]
-            files = [seen.shown for seen in pictures]
+            files = [shown_file(seen) for seen in pictures]
             question = {"role": "user", "content": text, "pictures": pictures, "files": files}
             yield from self.ask(question, history, request, *controls)
 
@@ -328,6 +339,8 @@ def chat_column(chat_model: LlavaChatModel) -> PictureChat:
                 examples=[example_of(text, pictures) for text, pictures in examples],
                 scale=1,
             )
+        for example in chatbot.examples:  # else they are cleared away like what visitors send
+            chatbot.keep_in_cache.update(file["path"] for file in example["files"])
         with gr.Column(scale=1, min_width=240):
             gr.Markdown("模型看到的图片：", elem_id="seen_title")
             gallery.render()

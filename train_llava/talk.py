@@ -145,6 +145,8 @@ class Before:
         found = {}
         room = 0.8 * memory.free_bytes()
         for name, parameter in model.named_parameters():
+            if general_name(name) not in known:
+                raise RuntimeError(f"{self.base} is another model: it has no {name}")
             stored = weights[known[general_name(name)]].to(parameter.dtype)
             if stored.shape != parameter.shape:
                 raise RuntimeError(f"{self.base} is another model: {name} differs in shape")

@@ -356,6 +356,15 @@ def test_every_reason_of_a_picture_has_words():
     assert {" ".join(reason.split()) for reason in described.split(",")} == set(app.REASONS)
 
 
+def test_a_conversation_outlives_the_files_of_its_pictures(events, photos):
+    """Gradio clears its cache every hour."""
+    history, _ = events.send("图里有几个圆形？", [photos["红"]])
+    os.unlink(history[0]["pictures"][0].shown)
+    history, looks = events.send("左边有什么？", [], history)
+    assert os.path.isfile(looks[-1][0][0].content["path"])
+    assert history[-1]["note"] and len(looks[0][3]) == 1
+
+
 def test_twenty_pictures_and_the_window(events, chat_model, photos, monkeypatch):
     history, looks = events.send("一共几个？", [photos["红"]] * 20)
     assert len(history[0]["pictures"]) == 20 and len(looks[0][3]) == 20
