@@ -131,8 +131,8 @@ def ask_held_out(
     max_new_tokens: int,
 ) -> tuple[dict, list]:
     """({"exact_match", "rouge_l", "blind_exact_match"}, samples) of held-out rows: the last answer
-    of each, and (blind) what is answered when no picture is shown. What RecipeTrainer's `measure`
-    wants.
+    of each that shows a picture, and (blind) what is answered when it is not shown. What
+    RecipeTrainer's `measure` wants.
 
     rows: as pick_eval_rows gives them.
     """
@@ -148,13 +148,19 @@ def ask_held_out(
 
     wanted = [expected_answer(tokenizer, row) for row in loaded]
     said = answers_to(loaded)
-    guessed = answers_to([without_pictures(row) for row in loaded])
     samples = [
         {"prompt": question_of(row), "reference": reference, "answer": answer}
         for row, reference, answer in zip(loaded, wanted, said, strict=True)
     ]
+    # what is asked in words alone is answered blindly as well
+    shown = [place for place, row in enumerate(loaded) if row["pictures"]]
+    if not shown:
+        return answer_match(said, wanted), samples
+    wanted = [wanted[place] for place in shown]
+    guessed = answers_to([without_pictures(loaded[place]) for place in shown])
     blind = answer_match(guessed, wanted)["exact_match"]
-    return answer_match(said, wanted) | {"blind_exact_match": blind}, samples
+    found = answer_match([said[place] for place in shown], wanted)
+    return found | {"blind_exact_match": blind}, samples
 
 
 def question_of(row: dict) -> str:
