@@ -90,7 +90,7 @@ DEFAULTS = dict(
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
-    num_train_epochs=14,
+    num_train_epochs=18,
     learning_rate=3e-3,
     adam_beta2=0.98,
     weight_decay=0.05,

@@ -6,7 +6,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common/launch.sh"
 zero2=("$here/train.py" --deepspeed "$here/ds_zero2.json")
-tiny=(--model_max_length 256 --num_train_epochs 14 --learning_rate 3e-3 --adam_beta2 0.98 --weight_decay 0.05
+tiny=(--model_max_length 256 --num_train_epochs 18 --learning_rate 3e-3 --adam_beta2 0.98 --weight_decay 0.05
     --warmup_steps 0.1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --logging_steps 20
     --eval_ratio 0.1 --eval_generate 100 --max_new_tokens 24)
 own=${MODEL:-}${DATA:-} out=${OUTPUT:-$root/output/$(basename "$here")} anew='' words=("$@")
