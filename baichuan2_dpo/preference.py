@@ -32,7 +32,7 @@ from common.data.columns import lengths_of, numbered
 from common.data.counts import for_model
 from common.data.progress import Progress
 from common.data.spelling import IGNORE
-from common.fast import losses, packing_check
+from common.fast import losses, packing_check, shared_start
 from common.trainer import RecipeTrainer
 
 SIDES = ("chosen", "rejected")
@@ -196,7 +196,7 @@ class PreferenceTrainer(RecipeTrainer):
         collator = self.data_collator.collate
         self.packs_answers = collator.packing
         if collator.share:
-            shared_prompt.require(self.model)
+            shared_start.require(self.model)
         self.loss_is_scaled_for_ga = True  # loss_of divides by the pairs of the whole step
         self.loss_settings = {"beta": BETA.get(loss["kind"], 0.1)} | loss
         self.reference = None if loss["kind"] in REFERENCE_FREE else reference

@@ -25,13 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 import dpo_losses
 import loss_flags
 import modeling_baichuan  # noqa: F401  (tells the Auto classes about Baichuan2-13B)
-import shared_prompt
 from answers import measure_answers
 from common.convert import adapter, models
 from common.data.labels import fingerprint, preview
 from common.data.load import load_rows, summary
 from common.data.prepare import prepare
-from common.fast import attention, losses
+from common.fast import attention, losses, shared_start
 from common.runs import flags, memory_check
 from common.runs.engine import load_dtype
 from common.runs.generate import pick_eval_rows
@@ -164,7 +163,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, trains_all: b
     reference)."""
     settings = {
         "dtype": load_dtype(training, trains_all),
-        "attn_implementation": shared_prompt.register(),
+        "attn_implementation": shared_start.register(),
     }
     flag = "--reference_model" if path == args.reference_model else "--model_name_or_path"
     model = models.load(AutoModelForCausalLM, path, flag, **settings)
@@ -224,11 +223,11 @@ def make_collator(args: Args, training: TrainingArguments, tokenizer, model) -> 
 
 
 def can_share(config, length: int) -> bool:
-    """Whether two answers may stand behind one prompt: the attention is that of shared_prompt.py,
+    """Whether two answers may stand behind one prompt: the attention is that of shared_start.py,
     sees all `length` tokens, and has neither dropout nor soft caps."""
     changes = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
     window = getattr(config, "sliding_window", None) or length
-    if config._attn_implementation != shared_prompt.NAME or window < length:
+    if config._attn_implementation != shared_start.NAME or window < length:
         return False
     return not any(getattr(config, name, 0) for name in changes)
 

@@ -26,32 +26,61 @@ def exchanges(messages):
     return head, begins
 
 
-def shrink(tokenizer, ids, labels, room):
+def size(ids, blocks=None):
+    """Tokens of a row. blocks: {id: tokens that it stands for}."""
+    blocks = blocks or {}
+    return len(ids) + sum(blocks[token] - 1 for token in ids if token in blocks)
+
+
+def shrink(tokenizer, ids, labels, room, blocks=None):
     """Cut one exchange to `room` tokens: middles of what is not trained, then tails of what is,
-    never an end token."""
-    if len(ids) <= room:
+    never an end token.
+
+    blocks: {id: tokens that it stands for}; such a token has no label, stays, and counts as so
+    many. They have to leave room for words.
+    """
+    blocks = blocks or {}
+    if size(ids, blocks) <= room:
         return ids, labels
     last = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
-    runs = list(runs_of(ids[:last], labels[:last]))
+    runs = list(_runs(ids[:last], labels[:last], blocks))
+    room -= sum(blocks[run[0]] for kind, run in runs if kind == BLOCK)
     if 16 * len(runs) > room:  # too little room for every turn: the last one alone is trained
-        _, answer = runs[-1]
-        runs = [(False, ids[: last - len(answer)]), (True, answer)]
-    prompts = [len(run) for trained, run in runs if not trained]
-    answers = [len(run) for trained, run in runs if trained]
+        answer = len(runs[-1][1])
+        untrained = [IGNORE] * (last - answer) + labels[last - answer : last]
+        runs = list(_runs(ids[:last], untrained, blocks))
+    prompts = [len(run) for kind, run in runs if kind == READ]
+    answers = [len(run) for kind, run in runs if kind == TRAINED]
     kept = min(sum(prompts), max(room - sum(answers), room // 4))
-    prompt_cap = _cap(prompts, kept)
-    answer_cap = _cap(answers, room - kept)
+    caps = {READ: _cap(prompts, kept), TRAINED: _cap(answers, room - kept), BLOCK: 1}
     ids = []
     labels = []
-    for trained, run in runs:
-        if trained:
-            run = _cut_tail(tokenizer, run, answer_cap)
-            labels += run
-        else:
-            run = _cut_middle(tokenizer, run, prompt_cap)
-            labels += [IGNORE] * len(run)
+    for kind, run in runs:
+        cut = _cut_tail if kind == TRAINED else _cut_middle
+        run = cut(tokenizer, run, caps[kind])
+        labels += run if kind == TRAINED else [IGNORE] * len(run)
         ids += run
     return ids, labels
+
+
+READ, TRAINED, BLOCK = range(3)
+
+
+def _runs(ids, labels, blocks):
+    """(READ, TRAINED or BLOCK, ids) of neighbours that are treated alike; a block stands alone."""
+    for trained, run in runs_of(ids, labels):
+        if trained:
+            yield TRAINED, run
+            continue
+        start = 0
+        for i, token in enumerate(run):
+            if token in blocks:
+                if start < i:
+                    yield READ, run[start:i]
+                yield BLOCK, run[i : i + 1]
+                start = i + 1
+        if start < len(run):
+            yield READ, run[start:]
 
 
 def _cap(lengths, room):

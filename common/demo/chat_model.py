@@ -185,10 +185,18 @@ class ChatModel:
         yield opened + answer_text(self.tokenizer, ids), len(ids)
 
     def _generate(
-        self, prompt, room, heard, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+        self,
+        prompt,
+        room,
+        heard,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        **inputs,
     ):
         """At most `room` tokens after `prompt`; heard(ids [1, T]) is asked at each token whether
-        that was the last one."""
+        that was the last one. inputs: more of generate's."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -210,6 +218,7 @@ class ChatModel:
             eos_token_id=ends,
             pad_token_id=ends[0],
             stopping_criteria=StoppingCriteriaList([heard]),
+            **inputs,
         )
 
 

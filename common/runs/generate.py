@@ -41,7 +41,8 @@ def end_token_ids(model, tokenizer) -> list[int]:
 
 def remember_ends(model, tokenizer) -> None:
     """All of `end_token_ids` into the generation config that is saved with the model, so that other
-    programs stop there too."""
+    programs stop there too. tokenizer: or a processor that has one."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     ends = end_token_ids(model, tokenizer)
     if ends:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]

@@ -512,9 +512,10 @@ def trainer_of_dpo(folder):
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "baichuan2_dpo"))
     import preference
-    import shared_prompt
 
-    name = shared_prompt.register()
+    from common.fast import shared_start
+
+    name = shared_start.register()
     model = qwen()
     model.config._attn_implementation = name
     pairs = []
@@ -536,7 +537,7 @@ def reference_of_dpo():
     from common.fast import losses
 
     model = qwen()
-    model.config._attn_implementation = "packed_shared_prompt"
+    model.config._attn_implementation = "packed_shared_start"
     return losses.use_chunked_loss(model)
 
 

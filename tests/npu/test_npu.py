@@ -43,6 +43,7 @@ FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "baichuan2_dpo": {"full": ["--use_lora", "false", *PAIRS], "lora": PAIRS},
     "chinese_clip_ddp": {"full": [], "lora": ["--use_lora", "true"]},
     "minimind_npu": {"full": [], "lora": ["--stage", "lora"]},
+    "train_llava": {"full": ["--train_type", "full"], "lora": ["--train_type", "lora"]},
 }
 ANSWERS = ["--eval_generate", 2, "--max_new_tokens", 8]
 GENERATES_NOTHING = {"chinese_clip_ddp"}

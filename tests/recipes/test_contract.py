@@ -116,6 +116,7 @@ MORE = {
     "chatglm_lora": ["--data_path", "data"],
     "baichuan2_dpo": ["--data_path", "data"],
     "minimind_npu": ["--stage", "sft", "--size", "tiny", "--optimizer", "adamw"],
+    "train_llava": ["--model_name_or_path", "tiny"],  # one stage
 }
 
 

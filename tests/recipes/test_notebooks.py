@@ -73,6 +73,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "训练前的奖励",
         "胜率",
     ),
+    "train_llava/infer.ipynb": ("还没有模型", "模型看到 (3, 48, 48)", "沿用 0 词元", "blind"),
     "minimind_npu/data.ipynb": (
         "gb18030",
         "empty answer",
@@ -87,6 +88,14 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "每字节",
         "Qwen3ForCausalLM",
     ),
+    "train_llava/data.ipynb": (
+        "gb18030",
+        "<image> and pictures differ",
+        "a picture outside the picture folder",
+        "张打不开",
+        "瞎猜对",
+        "[[",
+    ),
 }
 
 
@@ -97,6 +106,7 @@ QUICK_STEPS = {
     "chatglm_lora": 150,
     "chinese_bloom": 30,
     "chinese_clip_ddp": 60,
+    "train_llava": 30,
     "minimind_npu": {"pretrain": 40, "sft": 40},
 }
 

@@ -37,7 +37,7 @@ class Visit:
     """One visitor's tab, and everything that must not happen in it."""
 
     def __init__(self, browser, address, box: str = "问题", **context):
-        """box: label of what people type into."""
+        """box: label of what people type into, or what its placeholder says."""
         self.context = browser.new_context(locale="zh-CN", **context)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
@@ -48,7 +48,9 @@ class Visit:
         self.page.on("request", self.requested)
         self.address = address
         self.page.goto(address)
-        self.box = self.page.get_by_label(box)
+        self.box = self.page.get_by_label(box).or_(self.page.get_by_placeholder(box)).first
+        send = self.page.get_by_role("button", name="发送")
+        self.send = send.or_(self.page.get_by_test_id("submit-button")).first
         self.notes = self.page.get_by_text("词元/秒")
         self.box.wait_for()
 
@@ -71,7 +73,7 @@ class Visit:
         self.box.press("Enter")
         if wait:
             self.notes.nth(count).wait_for()
-            self.page.get_by_role("button", name="发送").wait_for()
+            self.send.wait_for()
             return self.page.locator(".bot-row").last.inner_text()
 
     def set_system(self, text: str):

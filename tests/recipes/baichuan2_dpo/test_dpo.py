@@ -44,7 +44,7 @@ from common import tiny
 from common.data.labels import encode_prompt
 from common.data.load import load_rows
 from common.data.tokens import tokenise
-from common.fast import attention, losses, softmax
+from common.fast import attention, losses, shared_start, softmax
 from common.runs import report as reports
 
 RECIPE = ROOT / "baichuan2_dpo"
@@ -52,11 +52,10 @@ METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "r
            "logps/rejected", "kl")  # fmt: skip
 
 
-train, preference, shared_prompt, pairs, merge, tiny_base = own_modules(
+train, preference, pairs, merge, tiny_base = own_modules(
     RECIPE.name,
     "train",
     "preference",
-    "shared_prompt",
     "pairs",
     "merge",
     "tiny_base",
@@ -73,10 +72,10 @@ SIZES = [(1, 1, 1), (1, 30, 2), (40, 5, 9), (2, 3, 4), (100, 60, 20), (127, 1, 1
          (600, 39, 41), (650, 10, 3)]  # fmt: skip
 
 
-def build(name="Llama", implementation=shared_prompt.NAME, **more):
+def build(name="Llama", implementation=shared_start.NAME, **more):
     import transformers
 
-    shared_prompt.register()
+    shared_start.register()
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCAB,
@@ -234,8 +233,8 @@ def test_shared_prompts_elsewhere(where, monkeypatch):
     if where == "checkpointing":
         model.train().gradient_checkpointing_enable()
     else:
-        calls, stock = [], shared_prompt.sequence_by_sequence
-        monkeypatch.setattr(shared_prompt, "on_cpu", lambda *a: calls.append(1) or stock(*a))
+        calls, stock = [], shared_start.sequence_by_sequence
+        monkeypatch.setattr(shared_start, "on_cpu", lambda *a: calls.append(1) or stock(*a))
     assert_equal(token_losses(model, [collate(made)]), wanted)
     assert where == "checkpointing" or len(calls) == 2
 
@@ -279,7 +278,7 @@ def by_mask(query, key, value, mask, scale):
 
 def through_the_interface(query, key, value, batch, scale):
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "kv_index", "max_length_q", "max_length_k")
-    return shared_prompt.forward(
+    return shared_start.forward(
         None, query, key, value, None, scaling=scale, **{k: batch[k] for k in names}
     )[0]
 
@@ -298,7 +297,7 @@ def check_against_the_mask(sizes, heads, groups, path, monkeypatch=None):
     wanted = by_mask(q, k, v, mask, 0.3)
     slopes = torch.autograd.grad(wanted, (q, k, v), g.transpose(1, 2).double())
     if path == "sequences":
-        monkeypatch.setattr(shared_prompt, "on_cpu", shared_prompt.sequence_by_sequence)
+        monkeypatch.setattr(shared_start, "on_cpu", shared_start.sequence_by_sequence)
     found = through_the_interface(q, k, v, batch, 0.3)
     assert (found - wanted).abs().max() < 1e-5
     for a, b in zip(torch.autograd.grad(found, (q, k, v), g.transpose(1, 2)), slopes, strict=True):
@@ -321,7 +320,7 @@ def test_short_pairs_share_a_block():
     """Twenty pairs of a few tokens are a handful of products, not forty."""
     batch = collate(make_pairs([(10, 4, 6)] * 20))
     edges = (tuple(batch[name].tolist()) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
-    blocks = shared_prompt.make_blocks(*edges, 1, torch.float32)
+    blocks = shared_start.make_blocks(*edges, 1, torch.float32)
     assert len(blocks) == 5 and [b.end for b in blocks[:-1]] == [b.start for b in blocks[1:]]
 
 
@@ -338,16 +337,16 @@ def test_a_batch_with_a_filled_cache_or_a_window_does_not_look_too_far():
 
 
 def test_a_model_that_would_take_no_notice_of_shared_prompts_is_refused():
-    shared_prompt.require(build())
-    with pytest.raises(ValueError, match=f"need attn_implementation {shared_prompt.NAME}"):
-        shared_prompt.require(build(implementation=attention.register()))
+    shared_start.require(build())
+    with pytest.raises(ValueError, match=f"need attn_implementation {shared_start.NAME}"):
+        shared_start.require(build(implementation=attention.register()))
 
 
 @pytest.mark.parametrize("name, more", [("Baichuan", {"num_key_value_heads": 4}), ("Bloom", {})])
 def test_models_with_an_attention_of_their_own(name, more):
     """ALiBi of Baichuan2-13B packs, each sequence with its prompt; Bloom pads."""
     model, made = (
-        build(name, "eager" if name == "Bloom" else shared_prompt.NAME, **more),
+        build(name, "eager" if name == "Bloom" else shared_start.NAME, **more),
         make_pairs(),
     )
     wanted = by_full_logits(model, each_alone(made))
@@ -357,7 +356,7 @@ def test_models_with_an_attention_of_their_own(name, more):
         with pytest.raises(SystemExit, match="--packing false"):
             attention.refuse_unpackable(model)
     else:
-        assert model.config._attn_implementation != shared_prompt.NAME
+        assert model.config._attn_implementation != shared_start.NAME
         attention.refuse_unpackable(model)
         batches.append(collate(made, share_prompt=False))
     for batch in batches:

@@ -11,12 +11,11 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from common.fast import losses
+from common.fast import losses, shared_start
 
 RECIPE = str(ROOT / "baichuan2_dpo")
 sys.path.insert(0, RECIPE)
 import preference
-import shared_prompt
 
 sys.path.remove(RECIPE)  # other recipes have files of the same names
 
@@ -147,7 +146,7 @@ def our_step(base, tmp_path, monkeypatch):
 
     def prepared():
         model = copy.deepcopy(base)
-        model.set_attn_implementation(shared_prompt.register())
+        model.set_attn_implementation(shared_start.register())
         model.config.use_cache = False
         return losses.use_chunked_loss(model)
 
