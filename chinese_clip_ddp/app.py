@@ -269,6 +269,8 @@ def build_demo(
     embedder = models.load(model) if isinstance(model, str | Path) else model
     folder = index_folder or build_index.default_index(embedder.path.removesuffix("/final"))
     search = Search(embedder, index.Index(folder, embedder.fingerprint, two_stage))
+    if search.index.note:
+        print(search.index.note, flush=True)
     adding = Adding(search, image_root)
     title = f"{HERE.name} · 找图"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as demo:

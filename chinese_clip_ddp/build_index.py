@@ -96,6 +96,8 @@ def named(patterns: list[str]) -> Callable[[Place], bool]:
 def show(embedder, folder: str | Path, text: str, two_stage: bool, count: int = 10) -> None:
     """Print what is found for a text."""
     opened = index.Index(folder, embedder.fingerprint, two_stage)
+    if opened.note:
+        print(opened.note)
     scores, rows = opened.search(embedder.embed_text([text]), count)
     for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
         print(f"{score:.3f}  {opened.entries[row].place}")

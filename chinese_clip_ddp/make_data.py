@@ -236,6 +236,8 @@ def main(folder: Path) -> None:
     write(folder, "valid", 9000, pairs(held_out=True))
     names = [name_of(color, thing) for color in COLORS for thing in THINGS]
     templates = [PLACED[2].format(place=place, name="{}") for place in PLACES]
+    some = {"measure": "个", "name": "{}"}
+    templates += [COUNTED[1].format(number=number, **some) for number in NUMBERS.values()]
     for name, lines in (("labels_cn.txt", names), ("templates_cn.txt", templates)):
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 

@@ -428,6 +428,8 @@ def test_searching_in_chromium(visit, photos, tmp_path):
     ask(visit, "灰色", lambda found: set(found[:3]) == {"灰圆.png", "灰方.jpg", HTML_NAME})
     assert page.title() != "hacked"
     assert page.locator("#found .caption-label img").count() == 0
+    page.get_by_role("button", name="红色的圆").click()  # an example
+    visit.until(lambda: set(captions(visit)[:2]) == {"红圆.png", "红方.jpg"})
 
 
 def test_refusals_in_chromium(visit, tmp_path):
