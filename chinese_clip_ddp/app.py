@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import build_index
 import index
 import model as models
-from pictures import PictureError, find_places, inside, open_picture, target_size
+from common.data.pictures import PictureError, find_places, inside, open_picture, target_size
 
 from common import device
 

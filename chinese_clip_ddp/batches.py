@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from pictures import PictureError, Place, pixels
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from common.data.pictures import PictureError, Place, pixels
 
 STEP = 8  # texts are padded to a multiple of so many tokens
 TRIES = 30  # rows that are tried in place of one; at 50 % torn pictures one in 10^9 finds none

@@ -22,7 +22,7 @@ from common import cli  # noqa: I001  (device before torch)
 
 import index
 import model
-from pictures import Place, find_places
+from common.data.pictures import Place, find_places
 
 from common.data.progress import Progress
 

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this file
 from common import cli  # noqa: I001  (device before torch)
 
-from pictures import PictureError, identified, open_picture
+from common.data.pictures import PictureError, identified, open_picture
 from rows import ADDRESSES, TEXTS
 
 from common.data import files, load, turns

@@ -28,7 +28,7 @@ import index
 import model
 import retrieval
 from batches import check_captions
-from pictures import SUFFIXES, Place
+from common.data.pictures import SUFFIXES, Place
 from rows import describe, load_pairs
 
 from common.data import files

@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from batches import PairCollator, PairDataset
 from contrastive import gather, rank, world
-from pictures import PictureError, Place
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import cli
 from common.data.cache import cache_root
+from common.data.pictures import PictureError, Place
 from common.data.progress import Progress
 
 Fault = tuple[str, str]  # reason, "where: what", as batches.py counts them

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import PictureError, Place, open_picture, target_size
 
 from common import device
 from common.data.files import atomic_file
+from common.data.pictures import PictureError, Place, open_picture, target_size
 from common.runs.digests import digest
 
 FORMAT = 1

@@ -19,7 +19,6 @@ from pathlib import Path
 import modeling_two_towers  # noqa: F401  (tells the Auto classes about two towers)
 import torch
 from batches import tokenise
-from pictures import pixels
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from common import device as devices
 from common.convert import adapter, models
 from common.convert.older_readers import save_tokenizer
 from common.data.labels import fingerprint
+from common.data.pictures import pixels
 
 # tokens of a caption unless a flag says otherwise: what these were pre-trained with, or fewer
 WINDOWS = {"chinese_clip": 52, "clip": 77, "siglip": 64}

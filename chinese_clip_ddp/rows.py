@@ -22,16 +22,17 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from pictures import SUFFIXES, PictureError, Place, tar_members, tsv_pictures
 
-from common.data import encodings, files, load, records, shapes, turns
+from common.data import encodings, files, load, pictures, records, shapes, turns
 from common.data.cache import cached
+from common.data.pictures import SUFFIXES, PictureError, Place, tar_members, tsv_pictures
 from common.data.progress import Progress
 from common.data.turns import BadRow
 
 HERE = Path(__file__).resolve().parent
-VERSION = load.VERSION + "".join(
-    files.sha256(HERE / name)[:8] for name in ("rows.py", "pictures.py")
+# an edited reader makes new rows
+VERSION = "".join(
+    [load.VERSION, *(files.sha256(Path(file))[:8] for file in (__file__, pictures.__file__))]
 )
 # what columns are called, in the order of preference; a caption said to be Chinese goes first
 TEXTS = (

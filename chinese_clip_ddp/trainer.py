@@ -29,7 +29,6 @@ from contrastive import (
 )
 from feature_cache import features_of
 from model import Embedder, Preparation, image_features
-from pictures import Place
 from retrieval import both_ways, number_pairs
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,6 +36,7 @@ from towers import frozen_towers, make_plain, parameter_groups
 from transformers import TrainerCallback
 
 from common import cli
+from common.data.pictures import Place
 from common.trainer import RecipeTrainer
 
 SHOWN = 12  # held-out captions whose first picture the report names

@@ -190,7 +190,7 @@ def find_places(path: str | Path, problems: list | None = None) -> Iterator[Plac
     """Every picture of a file, tar, *_imgs.tsv or folder (and of the tars and tsv files in it), by
     name; hidden files and links that lead out of the folder are passed over.
 
-    problems: gets a text for each file that is torn.
+    problems: gets a text for each file that is torn, and for each such link.
     """
     path = Path(path)
     if not path.is_dir():
@@ -205,6 +205,8 @@ def find_places(path: str | Path, problems: list | None = None) -> Iterator[Plac
                 continue
             if not file.is_symlink() or inside(file, path):
                 yield from _places_in(file, str(path), problems)
+            elif problems is not None:
+                problems.append(f"{file}: a link that leads out of the folder")
 
 
 def _places_in(file: Path, root: str, problems: list | None) -> Iterator[Place]:
@@ -242,7 +244,7 @@ def open_picture(source, size: int | None = None) -> Image.Image:
     image = source
     if not isinstance(source, Image.Image):
         data = _bytes_of(source)
-        image = _identified(data)
+        image = identified(data)
     _check_shape(*image.size)
     try:
         if size:
@@ -266,7 +268,7 @@ def _bytes_of(source) -> bytes:
     return data
 
 
-def _identified(data: bytes) -> Image.Image:
+def identified(data: bytes) -> Image.Image:
     """Its size and format are known, no pixel is decoded."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -311,7 +313,11 @@ def _upright(image: Image.Image) -> Image.Image:
         turned = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except Exception:  # a broken EXIF block says nothing of the orientation
         turned = None
-    return image if turned is None else image.transpose(turned)
+    if turned is None:
+        return image
+    upright = image.transpose(turned)
+    upright.info.pop("exif", None)  # or whoever opens this image again would turn it again
+    return upright
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -294,9 +294,10 @@ def train_part(args) -> None:
 
 def picture_part(args) -> None:
     import numpy as np
-    from pictures import pixels
     from PIL import Image
     from transformers import CLIPImageProcessorPil
+
+    from common.data.pictures import pixels
 
     processor = CLIPImageProcessorPil()
     rng = np.random.default_rng(0)

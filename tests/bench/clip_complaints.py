@@ -91,8 +91,9 @@ def gradients() -> None:
 
 def captions(steps: int) -> None:
     import make_data
-    from pictures import Place
     from rows import load_pairs
+
+    from common.data.pictures import Place
 
     rows = load_pairs(str(RECIPE / "data"))[0]
     with tempfile.TemporaryDirectory() as name:

@@ -19,8 +19,10 @@ from harness import ROOT, expect, finish, own_modules, start
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-app, index, pictures, models, tiny_base, evaluation = own_modules(
-    "chinese_clip_ddp", "app", "index", "pictures", "model", "tiny_base", "eval"
+from common.data import pictures
+
+app, index, models, tiny_base, evaluation = own_modules(
+    "chinese_clip_ddp", "app", "index", "model", "tiny_base", "eval"
 )
 COLOURS = {
     "红": (220, 30, 30),

@@ -11,7 +11,7 @@ import torch
 from harness import own_modules
 from PIL import Image
 
-evaluation, retrieval, pictures = own_modules("chinese_clip_ddp", "eval", "retrieval", "pictures")
+evaluation, retrieval = own_modules("chinese_clip_ddp", "eval", "retrieval")
 COLOURS = {"红": (250, 0, 0), "绿": (0, 250, 0), "蓝": (0, 0, 250), "黑": (0, 0, 0)}
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from harness import ROOT, expect, finish, own_modules, start
 
-index, pictures = own_modules("chinese_clip_ddp", "index", "pictures")
-Place = pictures.Place
+from common.data.pictures import Place
+
+(index,) = own_modules("chinese_clip_ddp", "index")
 WIDTH = 64
 MODEL = "a model"
 

@@ -20,9 +20,8 @@ NAMES = (
     "modeling_two_towers",
     "tiny_base",
     "contrastive",
-    "pictures",
 )
-model, towers, assemble, modeling, tiny_base, contrastive, pictures = own_modules("chinese_clip_ddp", *NAMES)  # fmt: skip
+model, towers, assemble, modeling, tiny_base, contrastive = own_modules("chinese_clip_ddp", *NAMES)  # fmt: skip
 
 TOWER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 VISION = dict(**TOWER, image_size=32, patch_size=8)
