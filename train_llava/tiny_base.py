@@ -103,6 +103,8 @@ def teach(tower: CLIPVisionModel) -> None:
     sizes.append(len(make_data.PLACES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        # so small a tower would learn last where things are
+        nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.3)
         head = nn.Linear(tower.config.hidden_size, sum(sizes))
         moving = [*tower.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(moving, lr=RATE, weight_decay=0.01)
