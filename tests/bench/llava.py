@@ -131,10 +131,11 @@ def make_model(folder: Path) -> None:
         pad_token="<|endoftext|>",
         chat_template=(RECIPE / "chat_template.jinja").read_text(encoding="utf-8"),
     )
-    size = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536)
+    size = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6)
     kinds = dict(vocab_size=60_000, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
-    llm = tiny.save_tiny(Qwen3Config(**size, **kinds), tokenizer, folder / "parts")
-    sight = CLIPVisionConfig(**size, image_size=336, patch_size=14)
+    text = Qwen3Config(**size, **kinds, intermediate_size=1024)
+    llm = tiny.save_tiny(text, tokenizer, folder / "parts")
+    sight = CLIPVisionConfig(**size, intermediate_size=1536, image_size=336, patch_size=14)
     side = {"height": 336, "width": 336}
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=side)
     tower = tiny.save_tiny(sight, processor, folder / "parts", model_class=CLIPVisionModel)
