@@ -11,4 +11,4 @@ for mode in exact gather_nn custom gather base; do
 done
 choose_python "$root"
 quiet_libraries
-"$python" "$here/compare_modes.py" --runs "$out"
+"${python:?}" "$here/compare_modes.py" --runs "$out"
