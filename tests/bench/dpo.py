@@ -110,11 +110,9 @@ def load_model(args, ours: bool):
     torch.manual_seed(0)
     model = sft.random_model(args).to(getattr(torch, args.dtype))
     if ours:
-        import shared_prompt
+        from common.fast import losses, shared_start
 
-        from common.fast import losses
-
-        model.set_attn_implementation(shared_prompt.register())
+        model.set_attn_implementation(shared_start.register())
         model.config.use_cache = False
         losses.use_chunked_loss(model)
     return model

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from harness import ROOT, error_line, expect, finish, own_modules, weights
 sys.path.insert(0, str(ROOT / "tests/support/faults"))
 from loops import LOOPS, STAGES, newest_step, outcome, without_end
 
-from common import callbacks, cli
+from common import callbacks
 from common.runs import errors, plan, run_folder
 
 NAMES = ("loop.parallel", "loop.state", "loop.tracking")
@@ -375,7 +376,7 @@ def ordinary_user(tmp_path_factory):
 @pytest.fixture
 def read_only():
     """A folder of root's that everybody may read."""
-    folder = cli.Path("/tmp") / f"danpu-read-only-{os.getpid()}"
+    folder = Path("/tmp") / f"danpu-read-only-{os.getpid()}"
     folder.mkdir(mode=0o755)
     (folder / "run.json").write_text("{}")
     yield folder
