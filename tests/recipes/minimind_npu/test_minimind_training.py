@@ -379,7 +379,7 @@ def test_gradient_checkpointing_is_obeyed_under_both_names(monkeypatch):
 )
 def test_layers_are_compiled_where_that_pays(monkeypatch, flags, expected):
     assert not parsed(monkeypatch, *flags)[1].torch_compile, "no Triton on a CPU"
-    monkeypatch.setattr(settings.device, "compiles", lambda: True)
+    monkeypatch.setattr(settings.device, "compile_pays", lambda: True)
     assert parsed(monkeypatch, *flags)[1].torch_compile == expected
 
 
