@@ -327,7 +327,7 @@ def test_the_host_does_not_wait_for_the_device_in_a_micro_batch(npu, tmp_path):
     said = check("host_reads", tmp_path, *TRAINERS, env=npu(A2, 2))
     assert BANNER in said.pop("stderr")
     for name in TRAINERS:
-        assert said[name]["steps"] == 2 and said[name]["step"] == {"_to_copy in trainer.py:read": 2}
+        assert said[name]["steps"] == 2 and said[name]["step"] == {"_to_copy in finite.py:read": 2}
         ours = [where for where in said[name]["micro"] if "_ignore_causal_mask_sdpa" not in where]
         assert not ours and (name == "padded" or not said[name]["micro"]), (name, said[name])
 
