@@ -109,7 +109,9 @@ def test_a_batch_brings_its_counts():
         assert (labels[batch["label_index"] + 1] != collators.IGNORE).all()
     assert packed["label_index"].tolist() == [*range(2, 8), 13]
     assert packed["on_host"]["cu_seq_lens_q"] == [0, 9, 11, 15]
-    assert counts.counted({**packed, "padding_tokens": 5})["tokens"] == 10
+    padding = collators.PackedCollator()([rows]) | {"padding_tokens": 5}
+    assert counts.counted(padding)["tokens"] == 10
+    assert counts.counted(packed) is packed, "a batch may bring its own"
     left = counts.for_model(packed)
     assert left.keys() - counts.for_model(pack(rows)).keys() == {"label_index"}
     nothing = counts.without_labels(packed)

@@ -765,6 +765,8 @@ def test_a_type_nobody_knows_and_a_model_that_does_not_write(get, tmp_path):
         name: {"config.json": json.dumps(config).encode(), W: FILES[W]}
         for name, config in configs.items()
     }
+    expert = {"mlp.experts.0": np.ones(270_000, np.float32), "b": np.ones(3, np.float32)}
+    repos["org/new"][W] = save(expert)
     with Hub(repos) as hub:
         printed = get(hub, "--manifest", what="org/new").stdout
         assert (

@@ -82,16 +82,14 @@ def run(out: Path, data: Path, *flags, nproc=1, ds=None, code=0, file="questions
     return expect(finish(start([*command, *flags], **env)), code)
 
 
-def tiny_base() -> Path:
+def tiny_base(out: Path) -> Path:
     """The tiny model that a run began with."""
-    folders = Path(os.environ["DANPU_CACHE"]) / "tiny"
-    (found,) = {folder for folder in folders.glob("llava-*") if folder.is_dir()}
-    return found
+    return Path(json.loads((out / "run.json").read_text(encoding="utf-8"))["base"])
 
 
 def part_changes(out: Path) -> dict[str, set[bool]]:
     """part -> whether its tensors differ from those of the base: {False}, {True} or both."""
-    before = {parts.general_name(n): t for n, t in weights(tiny_base()).items()}
+    before = {parts.general_name(n): t for n, t in weights(tiny_base(out)).items()}
     after = {parts.general_name(n): t for n, t in weights(out / "final").items()}
     assert before.keys() == after.keys()
     changes: dict[str, set[bool]] = {}
