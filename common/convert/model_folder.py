@@ -76,6 +76,23 @@ def shards(index: Path) -> list[str]:
         return []
 
 
+def unused_class(folder: str | Path) -> str | None:
+    """The tokenizer class of a folder's own Python code, in whose place transformers reads
+    tokenizer.json where it knows the kind of model; None where the class is one of its own."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    file = Path(folder).expanduser() / "tokenizer_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = settings.get("tokenizer_class")
+    if not name or "AutoTokenizer" not in settings.get("auto_map", {}):
+        return None
+    known = tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast")
+    return None if known else name
+
+
 def reason(error: Exception) -> str:
     """In one line why a loader took no model, adapter or tokenizer. Libraries advise to run what it
     brings; this does not."""

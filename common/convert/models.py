@@ -64,7 +64,7 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
         raise SystemExit(f"{flag} {name}: no such folder")
     model_folder.check(name, weights="Tokenizer" not in auto_class.__name__)
     try:
-        return _load(auto_class, name, settings)
+        loaded = _load(auto_class, name, settings)
     except (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
         raise  # the folder is not to blame
     except Exception as error:
@@ -74,6 +74,13 @@ def load(auto_class, name: str, flag: str = "--model_name_or_path", **settings):
             f"{flag} {name} is not a model that can be loaded ({words}). Give a folder with "
             "config.json and *.safetensors, or a hub id (HF_ENDPOINT chooses a mirror)"
         ) from None
+    unused = model_folder.unused_class(name) if "Tokenizer" in auto_class.__name__ else None
+    if unused:
+        say(
+            f"warning: {name}: the code of its tokenizer ({unused}) is not run; tokens are those "
+            "of its tokenizer.json"
+        )
+    return loaded
 
 
 def _load(auto_class, name: str, settings: dict):

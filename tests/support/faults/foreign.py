@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.runs import checkpoint, run_folder
 
+torch.set_num_threads(1)  # OpenMP hangs in a fork of a process that has used its threads
 MARKER = FOLDER / "ran"
 CODE = f"import os\nos.mkdir({str(MARKER)!r})\n\n\nclass Foreign:\n    pass\n"
 TEMPLATE = (
@@ -39,6 +40,11 @@ TEMPLATE = (
 MODELS = ("pickle", "auto_map", "tokenizer")
 QUICK = "quickstart/quickstart.py"
 MEASURED = ("train_qwen", "minimind_npu")  # one recipe on the Trainer for all, and the loop
+# of kinds of model that transformers knows, tokenizer.json is read in place of a tokenizer's code,
+# with a line that says so (tests/core/test_model_folder.py)
+READ_ONLY = ("pickle", "auto_map")
+OF_ADAPTERS = ("adapter", "adapter on auto_map", "adapter on pickle")
+WITH_PICTURES = ("chinese_clip_ddp", "train_llava")
 ADAPTERS = ("adapter", "adapter on auto_map", "adapter on pickle", "adapter's tokenizer")
 
 
@@ -72,6 +78,11 @@ def make_model(tokenizer) -> Path:
         models.build("tiny", len(tokenizer), hidden_size=64, num_hidden_layers=1).save_pretrained(
             folder
         )
+    elif RECIPE.name in WITH_PICTURES:
+        import tiny_base
+
+        made = tiny_base.tiny_model(["一二三四五六七八九十 yes no"] * 9)
+        return Path(shutil.copytree(made, folder))
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
         config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)
@@ -141,6 +152,8 @@ def training(script: str = "train.py") -> list:
         text.write_text("\n".join(lines), encoding="utf-8")
         sizes = ["--max_length", 16, "--batch_size", 16, "--epochs", 1, "--warmup_steps", 0]
         return ["--data_path", text, *sizes]
+    if RECIPE.name in WITH_PICTURES:
+        return training_on_pictures()
     rows = FOLDER / "rows.jsonl"
     answer = "output"
     if RECIPE.name == "baichuan2_dpo":
@@ -160,16 +173,43 @@ def training(script: str = "train.py") -> list:
     return [*flags, "--gradient_accumulation_steps", 1]
 
 
+def training_on_pictures() -> list:
+    from PIL import Image
+
+    rows = FOLDER / "rows.jsonl"
+    lines = []
+    for i in range(24):
+        Image.new("RGB", (48, 48), (10 * i, 255 - 10 * i, 0)).save(FOLDER / f"{i}.png")
+        row = {"text": f"{i} yes", "image": f"{i}.png"}
+        if RECIPE.name == "train_llava":
+            turns = [("user", f"<image>{i}?"), ("assistant", "yes")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            row = {"messages": messages, "images": [f"{i}.png"]}
+        lines.append(json.dumps(row) + "\n")
+    rows.write_text("".join(lines), encoding="utf-8")
+    flags = ["--data_path", rows, "--max_steps", 2, "--save_steps", 1, "--save_total_limit", 2]
+    flags += ["--bf16", "false", "--report_to", "none", "--logging_steps", 1]
+    if RECIPE.name == "train_llava":
+        flags += ["--image_folder", FOLDER, "--eval_generate", 0, "--model_max_length", 96]
+        return [*flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1]
+    return [*flags, "--image_root", FOLDER, "--per_device_train_batch_size", 4]
+
+
 def scripts(sound: Path) -> list[tuple]:
     """(script, its flags up to the foreign folder, kinds of it)."""
     out = ["--output_dir", FOLDER / "out"]
     train = [*training(), *out]
+    if RECIPE.name == "chinese_clip_ddp":
+        return scripts_of_pairs(sound, train)
+    models, adapters = (
+        (READ_ONLY, OF_ADAPTERS) if RECIPE.name in WITH_PICTURES else (MODELS, ADAPTERS)
+    )
     found = [
-        ("train.py", [*train, "--model_name_or_path"], MODELS),
-        ("app.py", ["--model"], MODELS + ADAPTERS),
+        ("train.py", [*train, "--model_name_or_path"], models),
+        ("app.py", ["--model"], models + adapters),
     ]
     if (RECIPE / "merge.py").is_file():
-        found.append(("merge.py", [*out, "--adapter"], ADAPTERS))
+        found.append(("merge.py", [*out, "--adapter"], adapters))
     if (RECIPE / "convert.py").is_file():
         found.append(("convert.py", [*out, "--base", sound, "--model"], ["adapter", "published"]))
         plain = FOLDER / "adapters/adapter on auto_map"
@@ -187,9 +227,53 @@ def scripts(sound: Path) -> list[tuple]:
         infer = ["--input", FOLDER / "rows.jsonl", "--output", FOLDER / "out/answers", "--model"]
         found.append(("infer.py", infer, MODELS + ADAPTERS))
         found.append(("merge.py", [*out, "--base", chatglm(), "--adapter"], ["file"]))
+    if RECIPE.name == "train_llava":
+        asked = ["--data_path", FOLDER / "rows.jsonl", "--image_folder", FOLDER, "--model"]
+        found.append(("eval.py", asked, models + adapters))
+        language, tower = tiny_parts()
+        built = ["--output", FOLDER / "out/llava"]
+        found.append(("build_model.py", [*built, "--vision", tower, "--llm"], models))
+        found.append(("build_model.py", [*built, "--llm", language, "--vision"], models))
     if RECIPE.name == "minimind_npu":
         found += scripts_of_minimind(sound, train, out)
     return found
+
+
+def tiny_parts() -> tuple[str, str]:
+    """The folders that a tiny LLaVA is made of."""
+    import tiny_base
+
+    return tiny_base.tiny_llm(["一二三四五六七八九十 yes no"] * 9), tiny_base.tiny_tower()
+
+
+def scripts_of_pairs(sound: Path, train: list) -> list[tuple]:
+    teacher = [*train, "--model_name_or_path", sound, "--teacher_name_or_path"]
+    text = [*train, "--image_model_name_or_path", sound, "--text_model_name_or_path"]
+    image = [*train, "--text_model_name_or_path", text_tower(sound), "--image_model_name_or_path"]
+    asked = ["--data_path", FOLDER / "rows.jsonl", "--image_root", FOLDER, "--model"]
+    indexed = ["--index", FOLDER / "out/index", "--add", FOLDER, "--model"]
+    return [
+        ("train.py", [*train, "--model_name_or_path"], READ_ONLY),
+        ("train.py", teacher, READ_ONLY),
+        ("train.py", text, ["auto_map"]),
+        ("train.py", image, READ_ONLY),
+        ("app.py", ["--model"], READ_ONLY),
+        ("eval.py", asked, READ_ONLY),
+        ("build_index.py", indexed, READ_ONLY),
+    ]
+
+
+def text_tower(sound: Path) -> Path:
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = FOLDER / "text"
+    tokenizer = AutoTokenizer.from_pretrained(sound)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    BertModel(
+        BertConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def chatglm() -> Path:
