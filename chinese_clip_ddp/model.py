@@ -126,7 +126,7 @@ class Embedder:
         self.preparation = load_preparation(self.path, config)
         self.tokenizer = self.preparation.tokenizer
         self.image_processor = self.preparation.image_processor
-        self.model = open_model(self.path, dtype=dtype or half or torch.float32)
+        self.model = open_model(self.path, "the model", dtype=dtype or half or torch.float32)
         self.model.to(self.device).eval()
         self.logit_scale = float(self.model.logit_scale.detach().float().exp())
         bias = getattr(self.model, "logit_bias", None)
@@ -196,10 +196,10 @@ def refuse_other_models(config, name: str) -> None:
         )
 
 
-def open_model(path: str, **settings) -> nn.Module:
+def open_model(path: str, flag: str = "--model_name_or_path", **settings) -> nn.Module:
     """The model of a folder, with the bias of a sigmoid loss where one was trained on a class that
-    has none."""
-    model = models.load(AutoModel, path, **settings)
+    has none. flag: where the name came from."""
+    model = models.load(AutoModel, path, flag, **settings)
     if not hasattr(model, "logit_bias"):
         bias = saved_bias(path)
         if bias is not None:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.collators import PackedCollator, PaddedCollator, joined, pack_bins
+from common.collators import PackedCollator, PaddedCollator, pack_bins
 from common.data.columns import lengths_of, numbered
 from common.data.progress import Progress
 from common.data.spelling import IGNORE
+from common.fast import shared_start
 
 COLUMNS = ("input_ids", "labels", "pictures")
 
@@ -252,7 +253,11 @@ class LlavaCollator(PackedCollator):
         if not any("pictures" in row for row in rows):
             return super().__call__(windows)
         rows, shown, faults = with_pictures(rows, self.pictures, self.own_pictures)
-        batch = pack(rows) if any(row["shared"] for row in rows) else super().__call__([rows])
+        batch = (
+            shared_start.pack(rows)
+            if any(row["shared"] for row in rows)
+            else super().__call__([rows])
+        )
         return batch | {"pictures": shown, "faults": faults}
 
     def own_pictures(self, row: dict) -> list[int]:
@@ -289,43 +294,3 @@ def _shows(row: dict, numbers: set[int]) -> bool:
 
 def _unlearned(row: dict) -> dict:
     return row | {"labels": np.full(len(row["labels"]), IGNORE)}
-
-
-def pack(rows: list[dict]) -> dict:
-    """Rows with "shared" -> one packed row; see LlavaCollator and common/fast/shared_start.py."""
-    ids = []
-    labels = []
-    positions = []
-    keys = []
-    queries_of = []  # how many each row has
-    keys_of = []
-    column = 0
-    beginning = 0  # column of the row that the unit begins with
-    for row in rows:
-        shared = row["shared"]
-        own = len(row["input_ids"]) - shared
-        if not shared:
-            beginning = column
-        ids.append(row["input_ids"][shared:])
-        labels.append(row["labels"][shared:])
-        positions.append(np.arange(shared, shared + own))
-        keys.append(np.arange(beginning, beginning + shared))
-        keys.append(np.arange(column, column + own))
-        queries_of.append(own)
-        keys_of.append(shared + own)
-        column += own
-    cu_seqlens_q = torch.tensor([0, *queries_of]).cumsum(0)
-    cu_seqlens_k = torch.tensor([0, *keys_of]).cumsum(0)
-    joined_labels = joined(labels)
-    joined_labels[cu_seqlens_q[:-1]] = IGNORE  # nothing before it in the row predicts it
-    return {
-        "input_ids": joined(ids)[None],
-        "labels": joined_labels[None],
-        "position_ids": joined(positions)[None],
-        "kv_index": joined(keys),
-        "cu_seq_lens_q": cu_seqlens_q.to(torch.int32),
-        "cu_seq_lens_k": cu_seqlens_k.to(torch.int32),
-        "max_length_q": max(queries_of),
-        "max_length_k": max(keys_of),
-        "row_ids": [row["row_id"] for row in rows],
-    }

@@ -91,7 +91,12 @@ def vision_config(name: str, folder: Path):
         raise SystemExit(f"--vision {name}: no such model folder (it has no config.json)")
     settings = json.loads(file.read_text(encoding="utf-8"))
     inner = settings.get("vision_config")
-    if isinstance(inner, dict) and str(settings.get("model_type")) not in llava.OTHERS:
+    is_native = "auto_map" not in settings  # else it is refused below
+    if (
+        is_native
+        and isinstance(inner, dict)
+        and str(settings.get("model_type")) not in llava.OTHERS
+    ):
         kind = inner.get("model_type") or f"{settings['model_type']}_vision_model"
         known = [kind, f"{kind}_vision_model"]
         kind = next((one for one in known if one in llava.TOWERS), kind)

@@ -20,10 +20,13 @@ import functools
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.collators import joined, row_ids_of
+from common.data.spelling import IGNORE
 from common.fast import attention
 from common.fast.attention_cpu import (
     BLOCK,
@@ -37,6 +40,54 @@ from common.fast.attention_cpu import (
 )
 
 NAME = "packed_shared_start"
+
+
+# ---- the row ----
+def pack(rows: list[dict]) -> dict:
+    """Rows -> the packed row in which each leaves out its first `row["shared"]` tokens, those of
+    the last row before it that shares none.
+
+    Returns input_ids, labels, position_ids [1, T]; cu_seq_lens_q, cu_seq_lens_k [n + 1] int32, the
+    boundaries of queries and keys; kv_index [S], columns of the keys; max_length_q, max_length_k;
+    row_ids as collators.PackedCollator. The first own token of a row has no label: nothing before
+    it in the row predicts it.
+    """
+    ids = []
+    labels = []
+    positions = []
+    keys = []
+    queries_of = []  # how many each row has
+    keys_of = []
+    column = 0
+    beginning = 0  # column of the row that shares none
+    for row in rows:
+        shared = row["shared"]
+        own = len(row["input_ids"]) - shared
+        if not shared:
+            beginning = column
+        ids.append(row["input_ids"][shared:])
+        labels.append(row["labels"][shared:])
+        positions.append(np.arange(shared, shared + own))
+        keys.append(np.arange(beginning, beginning + shared))
+        keys.append(np.arange(column, column + own))
+        queries_of.append(own)
+        keys_of.append(shared + own)
+        column += own
+    cu_seqlens_q = torch.tensor([0, *queries_of]).cumsum(0)
+    cu_seqlens_k = torch.tensor([0, *keys_of]).cumsum(0)
+    joined_labels = joined(labels)
+    joined_labels[cu_seqlens_q[:-1]] = IGNORE
+    return {
+        "input_ids": joined(ids)[None],
+        "labels": joined_labels[None],
+        "position_ids": joined(positions)[None],
+        "kv_index": joined(keys),
+        "cu_seq_lens_q": cu_seqlens_q.to(torch.int32),
+        "cu_seq_lens_k": cu_seqlens_k.to(torch.int32),
+        "max_length_q": max(queries_of),
+        "max_length_k": max(keys_of),
+        "row_ids": row_ids_of(rows),
+    }
 
 
 # ---- transformers' interface ----

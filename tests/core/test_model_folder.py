@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_labels import QWEN2, byte_level
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.convert import adapter, model_folder, models, weight_files
@@ -83,3 +84,28 @@ def test_a_fault_of_the_card_is_not_blamed_on_the_folder(monkeypatch, fault):
     monkeypatch.setattr(models.model_folder, "check", lambda *args, **kwargs: None)
     with pytest.raises(fault, match="ECC"):
         models.load(AutoModelForCausalLM, "a/model")
+
+
+@pytest.mark.parametrize("kind, is_read", [("qwen2", True), ("llama", False)])
+def test_code_of_a_tokenizer_is_never_run_and_never_passed_over_in_silence(
+    tmp_path, capsys, kind, is_read
+):
+    """transformers reads tokenizer.json in its place where it knows a tokenizer for the model."""
+    ran = tmp_path / "ran"
+    code = f"import os\nos.mkdir({str(ran)!r})\n\n\nclass Own:\n    pass\n"
+    byte_level(QWEN2).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "own.py").write_text(code)
+    assert model_folder.unused_class(tmp_path) is None
+    file = tmp_path / "tokenizer_config.json"
+    auto = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "Own", "auto_map": auto})
+    )
+    if is_read:
+        models.load(AutoTokenizer, str(tmp_path))
+        assert "the code of its tokenizer (Own) is not run" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="auto_map"):
+            models.load(AutoTokenizer, str(tmp_path))
+    assert not ran.exists()

@@ -10,9 +10,7 @@ import pytest
 from harness import RECIPES, ROOT, expect, finish, start
 
 DRIVER = ROOT / "tests/support/faults/foreign.py"
-# recipes whose models read text; those that look at pictures open theirs by the same
-# common/convert/models.py, and are not asked here yet
-OF_TEXT = [name for name in RECIPES if name not in ("chinese_clip_ddp", "train_llava")]
+ASKS_A_SERVER = ("translate.py",)  # its --model is a name at an endpoint
 FLAGS = r'"--(?:model\w*|adapter|base|reference\w*|teacher|tokenizer|from_config)"'
 
 
@@ -43,7 +41,7 @@ def refusal(found: dict) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", OF_TEXT)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_models_adapters_and_tokenizers_that_bring_code_are_refused(said, recipe):
     cases = {case: found for case, found in said(recipe).items() if case.count(" --")}
     assert len(cases) >= 11
@@ -54,18 +52,20 @@ def test_models_adapters_and_tokenizers_that_bring_code_are_refused(said, recipe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", OF_TEXT)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_script_that_opens_a_model_is_among_them(said, recipe):
     folder = ROOT / recipe
     asked = {case.split()[0] for case in said(recipe)}
     for path in folder.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        if "__main__" in text and re.search(FLAGS, text):
+        if path.name in ASKS_A_SERVER:
+            assert "from_pretrained" not in text and "models.load" not in text
+        elif "__main__" in text and re.search(FLAGS, text):
             assert path.relative_to(folder).as_posix() in asked, path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", OF_TEXT)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_pickle_with_code_in_a_checkpoint_is_refused(said, recipe):
     """The marker names it and has its hash; Trainer and the loop read tensors only."""
     cases = {case: found for case, found in said(recipe).items() if " resumes: " in case}
@@ -77,7 +77,7 @@ def test_a_pickle_with_code_in_a_checkpoint_is_refused(said, recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", OF_TEXT)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_pickles_of_deepspeed_are_opened_of_this_users_runs_only(said, recipe):
     """A folder with a marker, right hashes, a run.json and somebody else's signature."""
     for folder in ("folder", "output folder"):

@@ -232,7 +232,7 @@ def scripts(sound: Path) -> list[tuple]:
         found.append(("eval.py", asked, models + adapters))
         language, tower = tiny_parts()
         built = ["--output", FOLDER / "out/llava"]
-        found.append(("build_model.py", [*built, "--vision", tower, "--llm"], models))
+        found.append(("build_model.py", [*built, "--vision", tower, "--llm"], ["auto_map"]))
         found.append(("build_model.py", [*built, "--llm", language, "--vision"], models))
     if RECIPE.name == "minimind_npu":
         found += scripts_of_minimind(sound, train, out)
