@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measured import forget_peak, memory_mb, say
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "train_llava"
 sys.path[:0] = [str(ROOT), str(RECIPE)]
@@ -65,23 +67,6 @@ BARS = {  # (variant, against): the least ratio
     ("ours_lora_live", "upstream_lora"): None,
     ("ours_four_live", "upstream_four"): None,
 }
-
-
-def say(**facts) -> None:
-    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in facts.items()}
-    print(json.dumps(rounded, ensure_ascii=False), flush=True)
-
-
-def memory_mb(name: str) -> float:
-    """VmHWM or VmRSS of this process, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
-
-
-def forget_peak() -> float:
-    """-> MiB in use now, from which VmHWM grows anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory_mb("VmRSS")
 
 
 # ---- data and model ------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ import time
 import zlib
 from pathlib import Path
 
+from measured import memory_mb
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "minimind_npu"
 sys.path[:0] = [
@@ -213,13 +215,6 @@ def start_weights(model, moved: bool):
             if p.ndim > 1 and moved:
                 p += NOISE * torch.randn(p.shape, generator=generator)
     return model
-
-
-def memory_mb(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return (
-        next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 2**10
-    )
 
 
 def matmul_peak(dtype) -> float:

@@ -28,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measured import forget_peak, memory_mb
+
 BORN = time.time()
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -254,13 +256,6 @@ def make_meter():
     return Meter()
 
 
-def memory_mb(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return (
-        next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 2**10
-    )
-
-
 def needed_flops(model, args, tokens, labels, squares):
     """Floating-point operations that the real tokens need: layers, causal attention, head at label positions."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -312,7 +307,7 @@ def child(args):
     meter = make_meter()
     trainer = build_trainer(args, model, rows, meter)
     trainer.data_collator = meter.watch(trainer.data_collator)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    forget_peak()  # forget the peak of loading
     loaded = memory_mb("VmRSS")
     peak_before = matmul_peak(getattr(torch, args.dtype))
     if args.profile:

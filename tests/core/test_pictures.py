@@ -12,19 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from drawn import encoded, photo
+from PIL import Image
 from transformers import ChineseCLIPImageProcessorPil, CLIPImageProcessorPil
 
 from common.data import pictures
 from common.data.pictures import PictureError, Place, find_places, open_picture
 
 RED, BLUE = (200, 30, 40), (20, 60, 220)
-
-
-def saved(image: Image.Image, kind: str, **settings) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **settings)
-    return buffer.getvalue()
 
 
 def halves(width: int = 40, height: int = 20) -> Image.Image:
@@ -42,20 +37,6 @@ def reason(source) -> str:
 
 def near(pixel, color) -> bool:
     return max(abs(a - b) for a, b in zip(pixel, color, strict=True)) < 12
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **settings) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return file.getvalue()
-
-
-def photo(width: int = 640, height: int = 480, seed: int = 0) -> Image.Image:
-    """Smooth areas with edges, like a photo's."""
-    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill="navy")
-    return image
 
 
 def pixel(source, at=(0, 0)) -> tuple:
@@ -354,14 +335,14 @@ def test_any_base64_alphabet():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
 def test_every_format_comes_out_as_rgb(kind):
-    image = open_picture(saved(halves(), kind))
+    image = open_picture(encoded(halves(), kind))
     assert image.mode == "RGB" and image.size == (40, 20)
     assert near(image.getpixel((5, 10)), RED) and near(image.getpixel((35, 10)), BLUE)
 
 
 def test_the_first_picture_of_an_animation():
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert near(open_picture(data).getpixel((4, 4)), RED)
 
 
@@ -369,20 +350,20 @@ def test_the_first_picture_of_an_animation():
 
 
 def test_reasons():
-    jpeg = saved(halves(400, 300), "JPEG")
+    jpeg = encoded(halves(400, 300), "JPEG")
     assert reason(b"") == "empty"
     assert reason(jpeg[: len(jpeg) // 2]) == "torn"
     assert reason(jpeg[:20]) == "torn"
-    assert reason(saved(halves(), "PNG")[:-30]) == "torn"
+    assert reason(encoded(halves(), "PNG")[:-30]) == "torn"
     assert reason(b"<!DOCTYPE html><html>404") == "a web page"
     assert (
         reason(b"version https://git-lfs.github.com/spec/v1\noid sha256:1") == "a Git LFS pointer"
     )
     assert reason(b"\0\0\0\x18ftypheic") == "not a picture"
     assert reason(b"hello") == "not a picture"
-    assert reason(saved(Image.new("L", (1, 500)), "PNG")) == "too narrow"
-    assert reason(saved(Image.new("1", (10_000, 10_000)), "PNG")) == "too large"
-    assert reason(saved(Image.new("1", (16_000, 16_000)), "PNG")) == "too large"
+    assert reason(encoded(Image.new("L", (1, 500)), "PNG")) == "too narrow"
+    assert reason(encoded(Image.new("1", (10_000, 10_000)), "PNG")) == "too large"
+    assert reason(encoded(Image.new("1", (16_000, 16_000)), "PNG")) == "too large"
 
 
 def test_files_that_are_none(tmp_path, monkeypatch):
@@ -392,18 +373,18 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     assert reason(tmp_path / "pipe.png") == "not a file"  # and does not wait for a writer
     assert reason("a\0b.png") == "not readable"
     monkeypatch.setattr(pictures, "MAX_BYTES", 10)
-    (tmp_path / "a.png").write_bytes(saved(halves(), "PNG"))
+    (tmp_path / "a.png").write_bytes(encoded(halves(), "PNG"))
     assert reason(tmp_path / "a.png") == "too large"
 
 
 def test_nothing_outside_the_root(tmp_path):
     root = tmp_path / "pictures"
     root.mkdir()
-    (tmp_path / "secret.png").write_bytes(saved(halves(), "PNG"))
+    (tmp_path / "secret.png").write_bytes(encoded(halves(), "PNG"))
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     for path in (root / "../secret.png", root / "link.png", tmp_path / "secret.png"):
         assert reason(Place(str(path), root=str(root))) == "outside the picture folder"
-    (root / "own.png").write_bytes(saved(halves(), "PNG"))
+    (root / "own.png").write_bytes(encoded(halves(), "PNG"))
     assert open_picture(Place(str(root / "own.png"), root=str(root))).size == (40, 20)
 
 
@@ -436,4 +417,4 @@ def test_what_a_processor_resizes_to():
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    assert pictures.pixels(saved(halves(), "PNG"), processor).shape == (3, 32, 32)
+    assert pictures.pixels(encoded(halves(), "PNG"), processor).shape == (3, 32, 32)

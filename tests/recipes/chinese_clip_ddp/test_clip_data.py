@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import encoded, photo
 from harness import ROOT, expect, finish, own_modules, start
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import BertTokenizer, ChineseCLIPImageProcessorPil
 
 from common.data import pictures
@@ -23,26 +24,6 @@ from common.data.split import split_rows
 
 RECIPE = ROOT / "chinese_clip_ddp"
 rows, batches, make_data = own_modules("chinese_clip_ddp", "rows", "batches", "make_data")
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **settings) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return file.getvalue()
-
-
-def photo(width: int = 640, height: int = 480, seed: int = 0) -> Image.Image:
-    """Smooth areas with edges, like a photo's."""
-    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill="navy")
-    return image
-
-
-def pixel(source, at=(0, 0)) -> tuple:
-    image = open_picture(source)
-    assert image.mode == "RGB"
-    return image.getpixel(at)
 
 
 def reason_of(source, size=None) -> str:
