@@ -159,12 +159,12 @@ def parse_args(
         raise usage_error(" ".join(str(error).split())) from None
     checks.refuse_values({name: value for one in parsed for name, value in vars(one).items()})
     checks.refuse_runs_without_a_step(parsed[-1])
-    if by_trainer:
+    if by_trainer:  # another loop brings its own optimizer
+        engine.build_cpu_optimizer(parsed[-1])
         checks.refuse_optimizer(parsed[-1])
         checks.settle_liger(parsed[-1])
         checks.say_unused_everywhere(parsed[0], parsed[-1])
     heartbeat.start(parsed[-1].ddp_timeout)
-    engine.build_cpu_optimizer(parsed[-1])
     return parsed
 
 

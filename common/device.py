@@ -93,7 +93,8 @@ def compile_pays() -> bool:
     """Whether kernels made by torch.compile are faster than torch's own: on the NVIDIA cards that
     Triton supports (8.0 and newer), not on CPUs, whose caches hold the passes of a kernel, nor on
     NPUs, for which there is no back end."""
-    if kind() != "cuda" or torch.version.hip:  # not tried on AMD's cards
+    is_off = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    if is_off or kind() != "cuda" or torch.version.hip:  # not tried on AMD's cards
         return False
     return module().get_device_capability() >= (8, 0)
 

@@ -3,7 +3,8 @@ complete, a stop on NaN and on signals, throughput in tokens.
 
 The loop itself is transformers'. Everything here hangs on its public hooks: methods that it
 documents for subclasses (compute_loss, evaluate, log, get_batch_samples, save_model) and the events
-of its callbacks (callbacks.py). No method whose name begins with an underscore is overridden.
+of its callbacks (callbacks.py; runs/finite.py stops on losses that are not finite, runs/saving.py
+completes checkpoints). No method whose name begins with an underscore is overridden.
 """
 
 from __future__ import annotations

@@ -178,7 +178,8 @@ def train_step(
     # DeepSpeed casts the weights itself
     dtype = torch.float32 if engine else device.train_dtype(training)
     total = 0.0
-    with device.autocast(dtype):  # one for all: it keeps the weights that it has cast until its end
+    # one for all: it keeps the weights it has cast until its end (compiled layers have their own)
+    with device.autocast(dtype):
         for micro in range(steps):
             batch = loader.batch(bins, micro)
             with parallel.sync_in_last(net, micro, steps):

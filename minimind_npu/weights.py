@@ -31,9 +31,11 @@ def changes_of_size(args) -> dict:
     return changes
 
 
-def memory_facts(args) -> dict:
-    """Of memory_plan.Setup: how this loop trains."""
-    return {"references": int(args.stage == "distill"), "casts_once": True}
+def memory_facts(args, training) -> dict:
+    """Of memory_plan.Setup: how this loop trains. Compiled layers cast their weights themselves, in
+    every micro-batch."""
+    casts_once = not training.torch_compile
+    return {"references": int(args.stage == "distill"), "casts_once": casts_once}
 
 
 def fit_batch(name: str, args, training, tokenizer) -> None:
@@ -44,13 +46,16 @@ def fit_batch(name: str, args, training, tokenizer) -> None:
     if device.kind() == "cpu" or any(map(cli.given_by_user, flags)):
         return
     windows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    batch, steps = run_folder.past_settings(training.output_dir, flags)
-    if not batch or batch * steps != windows:
+    past = run_folder.past_settings(training.output_dir)
+    batch, steps = (past.get(flag) for flag in flags)
+    same = ("stage", "hidden_size", "num_hidden_layers", "use_moe", "model_max_length", "use_lora")
+    goes_on = past.get("base") == name and all(past.get(one) == getattr(args, one) for one in same)
+    if not goes_on or not batch or batch * steps != windows:
         if name in minimind.SIZES:
             config = minimind.config_of(name, len(tokenizer), **changes_of_size(args))
         else:
             config = models.model_config(name)
-        facts = memory_facts(args)
+        facts = memory_facts(args, training)
         batch = memory_check.largest_batch(args, training, config, windows, **facts)
     batch = -int(parallel.largest(-batch, training.device))  # the smallest of all ranks
     training.per_device_train_batch_size = batch
@@ -70,7 +75,7 @@ def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCaus
             kind = minimind.MiniMindForCausalLM
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
     tokens = training.per_device_train_batch_size * args.model_max_length
-    memory_check.check_tokens(args, training, model.config, tokens, **memory_facts(args))
+    memory_check.check_tokens(args, training, model.config, tokens, **memory_facts(args, training))
     if device.train_dtype(training) is torch.float32:
         fast_float32(product_shapes(model, tokens))
     losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts

@@ -2,6 +2,7 @@
 of one that they refuse."""
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -80,11 +81,14 @@ def unused_class(folder: str | Path) -> str | None:
     """The tokenizer class of a folder's own Python code, in whose place transformers reads
     tokenizer.json where it knows the kind of model; None where the class is one of its own."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    from transformers.utils import cached_file
 
-    file = Path(folder).expanduser() / "tokenizer_config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    try:  # of a hub id: it has just been loaded
+        file = cached_file(
+            os.path.expanduser(folder), "tokenizer_config.json", local_files_only=True
+        )
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
         return None
     name = settings.get("tokenizer_class")
     if not name or "AutoTokenizer" not in settings.get("auto_map", {}):

@@ -98,12 +98,15 @@ def _fused(logits: Tensor, targets: Tensor, wants_correct: bool, wants_gradient:
 def _compiled(buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradient: bool):
     """As `_fused`, over all rows of the buffer: its shape is that of every chunk, so that kernels
     do not depend on what a process saw first, and a resumed run takes the same ones. None where
-    they could not be compiled, which is told once; the logits are then untouched."""
+    they could not be compiled, which is told once; a compiler fails before anything is run, so that
+    the logits are then untouched."""
     padded = targets.new_zeros(len(buffer))
     padded[: len(targets)] = targets
     try:
         return _kernels()(buffer, padded, wants_correct, wants_gradient)
-    except Exception as error:  # compilers have many; those of the device come again in plain torch
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # compilers have many
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         _failed.append(reason)
         voice.say(f"the softmax of the head is not compiled, which costs speed: {reason[:300]}")
@@ -113,8 +116,9 @@ def _compiled(buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradie
 @functools.cache
 def _kernels():
     # a sum that wins a race on the card may be another one after a resume, in another order:
-    # "deterministic" lets none race
-    return torch.compile(_fused, dynamic=False, fullgraph=True, options={"deterministic": True})
+    # "deterministic" lets none race. No fullgraph: where torch does not compile (under a dispatch
+    # mode), it would run the function, which writes into the logits, and fail after that
+    return torch.compile(_fused, dynamic=False, options={"deterministic": True})
 
 
 @functools.cache

@@ -42,7 +42,8 @@ def end_token_ids(model, tokenizer) -> list[int]:
 def remember_ends(model, tokenizer) -> None:
     """All of `end_token_ids` into the generation config that is saved with the model, so that other
     programs stop there too. tokenizer: or a processor that has one."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not hasattr(tokenizer, "eos_token_id"):
+        tokenizer = tokenizer.tokenizer
     ends = end_token_ids(model, tokenizer)
     if ends:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -65,15 +66,15 @@ def weight_bytes(model) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
 
 
-def with_whole_weights(engine):
+def with_whole_weights(deepspeed):
     """A context in which each rank has all weights, and no forward gathers them. All ranks enter
     it.
 
-    engine: DeepSpeed's, under ZeRO-3.
+    deepspeed: its engine, under ZeRO-3.
     """
     from deepspeed.runtime.zero import unwrap_model_for_generation
 
-    return unwrap_model_for_generation(engine)
+    return unwrap_model_for_generation(deepspeed)
 
 
 class Asking:

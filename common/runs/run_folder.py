@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -302,14 +302,13 @@ def read_run_file(out: str | Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def past_settings(out: str | Path, names: Sequence[str]) -> list:
-    """Settings of the run in this folder, None for each that is not there; what is wrong with the
-    folder is open_output's to say."""
+def past_settings(out: str | Path) -> dict:
+    """Settings of the run in this folder, {} without one; what is wrong with the folder is
+    open_output's to say."""
     try:
-        known = read_run_file(out).get("settings", {})
+        return dict(read_run_file(out).get("settings", {}))
     except (OSError, ValueError, AttributeError):
-        known = {}
-    return [known.get(name) for name in names]
+        return {}
 
 
 def write_run_file(out: str | Path, content: dict) -> None:

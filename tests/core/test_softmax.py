@@ -10,6 +10,7 @@ import torch
 from harness import ROOT, environment
 from test_losses import build, make_batch, small_chunks  # noqa: F401
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import device
 from common.fast import losses, softmax
@@ -159,6 +160,29 @@ def test_without_a_compiler_there_is_one_line_and_plain_torch(compiled, monkeypa
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and said[0].startswith("the softmax of the head is not compiled")
     assert "compiler" in said[0].lower().partition(": ")[2]
+
+
+class Watching(TorchDispatchMode):
+    """Does nothing; torch compiles nothing while such a mode is on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_torch_does_not_compile_the_gradients_are_right_all_the_same(compiled):
+    buffer, targets = chunk(7, torch.float32)
+    with Watching():
+        found = computed(softmax.loss_of_chunk_, buffer, targets)
+    for a, b in zip(found, computed(plain, buffer, targets), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-6)
+
+
+def test_compiling_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert device.compile_pays()
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert not device.compile_pays()
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,7 @@ def card(monkeypatch, tmp_path):
             per_device_train_batch_size=windows, gradient_accumulation_steps=1, world_size=1,
             bf16=True, fp16=False, optim="adamw_torch_fused", gradient_checkpointing=False,
             hf_deepspeed_config=None, output_dir=str(tmp_path), device=torch.device("cpu"),
+            torch_compile=False,
         )  # fmt: skip
         training = SimpleNamespace(**training | changes)
         monkeypatch.setattr(weights.device, "kind", lambda: "npu")
@@ -289,9 +290,12 @@ def test_a_card_takes_the_largest_micro_batches_that_fit(card):
 
 def test_a_run_that_goes_on_keeps_its_micro_batches(card, tmp_path):
     """Another process may have taken memory since, and other micro-batches round otherwise."""
-    past = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    past = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "base": "104m"}
+    past |= {"stage": "pretrain", "hidden_size": 0, "num_hidden_layers": 0, "use_moe": None}
+    past |= {"model_max_length": 512, "use_lora": False}
     (tmp_path / "run.json").write_text(json.dumps({"settings": past}))
     assert card(80) == (8, 4) and card(2) == (8, 4)
+    assert card(80, name="26m") == (32, 1), "another model begins anew in this folder"
     past["gradient_accumulation_steps"] = 2  # of a run with other steps
     (tmp_path / "run.json").write_text(json.dumps({"settings": past}))
     assert card(80) == (32, 1)
