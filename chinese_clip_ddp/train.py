@@ -28,14 +28,21 @@ import assemble
 import clip_flags
 import towers
 from batches import PairDataset, PictureFaults, check_captions
-from common.convert import adapter, models
+from common.convert import models
 from common.data.split import describe_split, split_rows
 from common.runs import plan
 from common.runs.engine import load_dtype
 from common.runs.run_folder import open_output
 from contrastive import KINDS, MODES
 from feature_cache import Collator, Pairs
-from model import Embedder, load_preparation, open_model, refuse_other_models, whole_weights
+from model import (
+    Embedder,
+    fingerprint_of,
+    load_preparation,
+    open_model,
+    refuse_other_models,
+    whole_weights,
+)
 from modeling_two_towers import IMAGE_POOLINGS, POOLINGS, PROJECTIONS
 from rows import describe, load_pairs
 from tiny_base import tiny_model
@@ -175,6 +182,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, preparation):
     """The model with what moves and what does not, its forward that of towers.for_training."""
     with whole_weights(training):  # ZeRO-3 spreads them when it begins
         model = open_model(path, dtype=load_dtype(training, trains_all=True))
+    model.config.caption_length = preparation.max_length  # for whoever opens the result
     if args.train == "projection" and not towers.has_projections(model):
         raise SystemExit(f"--train projection: {path} has no projections")
     is_fresh = args.model_name_or_path == "tiny" or bool(args.text_model_name_or_path)
@@ -266,7 +274,7 @@ def main() -> None:
         mode=args.cross_embedding,
         rates=towers.rates(args, training),
         faults=faults,
-        fingerprint=adapter.base_fingerprint(base),
+        fingerprint=fingerprint_of(base, config, preparation.image_processor),
         mask_duplicates=args.mask_duplicates,
         grad_cache_chunk=args.grad_cache_chunk,
         caches_features=args.cache_features,
