@@ -167,13 +167,14 @@ def model_folder(args: Args, training: TrainingArguments, texts: list[str]) -> s
 def check_model(args: Args) -> None:
     """Fail on a wrong name before anything is read or replaced."""
     if args.text_model_name_or_path:
-        vision = assemble.plan(args).vision_config
+        config = assemble.plan(args)
     elif args.model_name_or_path == "tiny":
         return
     else:
         config = models.check_model(args.model_name_or_path)
         refuse_other_models(config, f"--model_name_or_path {args.model_name_or_path}")
-        vision = getattr(config, "vision_config", None)
+    clip_flags.check_projections(args, config)
+    vision = config.vision_config
     if args.image_mask_ratio and not towers.can_drop_patches(vision):
         raise SystemExit(f"--image_mask_ratio: patches of a {vision.model_type} cannot be left out")
 
@@ -183,8 +184,6 @@ def load_model(args: Args, training: TrainingArguments, path: str, preparation):
     with whole_weights(training):  # ZeRO-3 spreads them when it begins
         model = open_model(path, dtype=load_dtype(training, trains_all=True))
     model.config.caption_length = preparation.max_length  # for whoever opens the result
-    if args.train == "projection" and not towers.has_projections(model):
-        raise SystemExit(f"--train projection: {path} has no projections")
     is_fresh = args.model_name_or_path == "tiny" or bool(args.text_model_name_or_path)
     towers.settle_scale(model, args.loss, is_fresh)
     if args.use_lora:

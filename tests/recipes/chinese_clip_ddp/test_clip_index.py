@@ -18,7 +18,7 @@ from harness import ROOT, expect, finish, own_modules, start
 
 from common.data.pictures import Place
 
-(index,) = own_modules("chinese_clip_ddp", "index")
+index, build_index = own_modules("chinese_clip_ddp", "index", "build_index")
 WIDTH = 64
 MODEL = "a model"
 
@@ -434,3 +434,32 @@ def test_an_index_may_be_moved(made):
     folder, places = made
     moved = shutil.move(folder, folder.with_name("moved"))
     assert found_names(index.Index(moved, MODEL), b"picture 8")[0] == "00008.bin"
+
+
+# ---- the command ----------------------------------------------------------------------------------
+
+
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, words)])
+    return build_index.parse()
+
+
+def test_flags_that_change_nothing_are_named(made, monkeypatch, capsys):
+    folder = ["--index", made[0]]
+    for words, said in (
+        (["--delete", "x", "--shard_rows", 8], "--shard_rows: no effect; nothing is added"),
+        (["--delete", "x", "--two_stage", "true"], "--two_stage: no effect; there is no --query"),
+        (["--restore", "x", "--model", "m"], "--model: no effect"),
+    ):
+        parsed(monkeypatch, *folder, *words)
+        assert said in capsys.readouterr().out
+    parsed(monkeypatch, *folder, "--add", "x", "--shard_rows", 8, "--model", "m")
+    parsed(monkeypatch, *folder, "--query", "x", "--two_stage", "true", "--model", "m")
+    assert "no effect" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--delete", "--restore", "--query"])
+def test_an_index_that_is_not_there_is_one_line_and_stays_away(tmp_path, monkeypatch, flag):
+    with pytest.raises(SystemExit, match="no index there; --add makes one"):
+        parsed(monkeypatch, "--index", tmp_path / "typo", flag, "x")
+    assert not (tmp_path / "typo").exists()

@@ -5,6 +5,7 @@ import base64
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,15 @@ from harness import (
     weights,
     weights_sha,
 )
+from torch.nn import functional as F
+
+from common import cli
 
 RECIPE = ROOT / "chinese_clip_ddp"
 TRAIN = RECIPE / "train.py"
-(model,) = own_modules(RECIPE.name, "model")
+model, clip_flags, contrastive, train = own_modules(
+    RECIPE.name, "model", "clip_flags", "contrastive", "train"
+)
 SHORT = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"]
 SHORT += ["--bf16", "false", "--max_eval_samples", 16, "--learning_rate", 5e-4]
 
@@ -238,11 +244,74 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(tmp_path, what):
     assert "loading" not in done.stdout and not (tmp_path / "final").exists()
 
 
+TWO = {"text_model_name_or_path": "t", "image_model_name_or_path": "i"}
+TWO["model_name_or_path"] = clip_flags.TWO
+UNFIT = {  # flags -> what the line says
+    "adapters refused": ({"lora_towers": "text", "use_lora": False}, "--use_lora false"),
+    "three models": (TWO | {"model_name_or_path": "x"}, "either one model or two towers"),
+    "negative rate": ({"projection_learning_rate": -1.0}, "projection_learning_rate -1.0: 0 or more"),
+    "endless rate": ({"text_learning_rate": float("inf")}, "text_learning_rate inf: 0 or more"),
+}  # fmt: skip
+
+
+def resolved(values: dict, world: int = 2):
+    """Flags of a command line, as far as they need no model."""
+    cli.note_given([f"--{name}" for name in values])
+    args = train.Args(**values)
+    clip_flags.resolve(args, SimpleNamespace(gradient_accumulation_steps=1, world_size=world))
+    return args
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_flags_that_do_not_go_together_are_one_line(capsys, what):
+    values, words = UNFIT[what]
+    with pytest.raises(SystemExit, match="2"):
+        resolved(values)
+    assert words in capsys.readouterr().err
+
+
+def test_flags_that_change_nothing_are_named(capsys):
+    resolved(TWO | {"projection": "none", "projection_dim": 8})
+    assert "--projection_dim: no effect" in capsys.readouterr().out
+    resolved(TWO | {"projection": "mlp", "projection_dim": 8})
+    assert "no effect" not in capsys.readouterr().out
+    args = resolved({"lora_towers": "text, text", "use_lora": True})
+    assert args.lora_towers == "text"
+
+
+def test_projections_that_are_not_there_are_not_trained(capsys):
+    args = resolved({"projection_learning_rate": 0.1, "model_name_or_path": "x"})
+    config = SimpleNamespace(model_type="siglip")
+    clip_flags.check_projections(args, SimpleNamespace(model_type="clip"))
+    assert "no effect" not in capsys.readouterr().out
+    clip_flags.check_projections(args, config)
+    assert "--projection_learning_rate: no effect; x has no projections" in capsys.readouterr().out
+    args.train = "projection"
+    for bare in (config, SimpleNamespace(model_type="two_towers", projection="none")):
+        with pytest.raises(SystemExit, match="--train projection: x has no projections"):
+            clip_flags.check_projections(args, bare)
+
+
 @pytest.mark.parametrize("mode", ["custom", "gather", "base"])
-def test_a_mode_whose_gradient_is_another_one_says_so(tmp_path, mode):
-    flags = ["--cross_embedding", mode, "--per_device_train_batch_size", 7000]
-    done = finish(start(["python", TRAIN, "--output_dir", tmp_path, *SHORT, *flags]))
-    assert len(re.findall(f"warning: --cross_embedding {mode}: .*gradient", done.stdout)) == 1
+def test_a_mode_whose_gradient_is_another_one_says_so(capsys, mode):
+    warning = f"warning: --cross_embedding {mode}: .*gradient"
+    resolved({"cross_embedding": mode})
+    assert len(re.findall(warning, capsys.readouterr().out)) == 1
+    resolved({"cross_embedding": mode}, world=1)
+    said = capsys.readouterr().out
+    assert bool(re.search(warning, said)) == (mode == "gather")
+    assert ("one process has the whole batch" in said) == (mode != "gather")
+
+
+@pytest.mark.parametrize("mode", clip_flags.ALIKE_ALONE)
+def test_in_one_process_these_modes_are_the_exact_one(mode):
+    found = []
+    for one in (mode, "exact"):
+        x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        given = contrastive.Embeddings(*F.normalize(x, dim=-1), torch.tensor(5.0))
+        contrastive.contrastive_loss(given, mode=one).backward()
+        found.append(x.grad)
+    assert torch.allclose(*found, atol=1e-6)
 
 
 # ---- all modes side by side --------------------------------------------------------------------------------------
@@ -257,4 +326,5 @@ def test_all_modes_are_compared(plain, tmp_path):
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)", done.stdout, re.M)
     assert ("exact", "1.000", "1.000", "1.000") in rows
     assert ("custom", "0.500", "1.000", "1.000") in rows
+    assert "One process trained exact, custom" in done.stdout
     assert done.stdout.strip() and (tmp_path / "modes.md").read_text().count("\n|") == 4
