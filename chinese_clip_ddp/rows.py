@@ -188,7 +188,9 @@ def _load(path: Path, image_root, renames: dict[str, str], strict: bool, cache_d
     stamps = [_stamp(source) for source in sources]
     apart = [str(source.path) for source in sources if source.held_out]
     told = [(kind, str(file), stamp) for kind, file, stamp, _ in stamps]
-    key = json.dumps(["pairs", VERSION, root, renames, told, apart, str(path)])
+    # rows hold absolute places, and name their sources as they were typed
+    typed = [str(path), os.path.abspath(path)]
+    key = json.dumps(["pairs", VERSION, root, renames, told, apart, typed])
 
     def build(folder: Path) -> dict:
         stats = load.no_stats()
@@ -237,14 +239,14 @@ def _rows(
 def _row(pair: Found | BadRow, source: str, held_out: bool, seen: set[int]) -> dict:
     if isinstance(pair, BadRow):
         raise pair
-    text = " ".join(pair.text.replace("\0", "").split())
+    text = tidy(pair.text)
     if not text:
         raise BadRow("no text")
     try:
         (text + str(pair.place)).encode()
     except UnicodeEncodeError:
         raise BadRow("broken characters", "bytes of another encoding") from None
-    text_hash = load.prompt_key(shapes.normalise(text).casefold())
+    text_hash = text_key(text)
     picture_hash = load.prompt_key(pair.key)
     both = hash((text_hash, picture_hash))
     if both in seen:
@@ -258,6 +260,15 @@ def _row(pair: Found | BadRow, source: str, held_out: bool, seen: set[int]) -> d
         "picture_hash": picture_hash,
         "held_out": held_out,
     }
+
+
+def tidy(text: str) -> str:
+    return " ".join(text.replace("\0", "").split())
+
+
+def text_key(text: str) -> int:
+    """int64, the same for captions that say the same."""
+    return load.prompt_key(shapes.normalise(text).casefold())
 
 
 def _shown(name: str) -> str:
@@ -744,6 +755,41 @@ def _chinese_clip(source: Source, where: Where, stats: dict) -> Iterator:
         note = "pictures that no text names"
         stats["changed"][note] = stats["changed"].get(note, 0) + len(unused)
         stats["examples"].setdefault(note, f"{pictures}: id {min(unused)}")
+
+
+def lost_texts(data_path, rows, column_map=None, only_held_out: bool = False) -> list[str]:
+    """Texts of Chinese-CLIP's files of which no picture is there, each once: load_pairs leaves them
+    out and counts them; for an evaluation they are misses.
+
+    rows: what load_pairs gave for this data_path; only_held_out: of the files that names set apart.
+    """
+    renames = load.column_renames(column_map)
+    seen = set(rows["text_hash"])
+    lost = []
+    sources = chain.from_iterable(_sources(path)[0] for path, _ in files.entries(data_path))
+    for source in sources:
+        if source.kind != "chinese-clip" or (only_held_out and not source.held_out):
+            continue
+        texts = source.files[0]
+        for _, record in files.records(texts, files.encoding_of(texts)):
+            for text in _named_texts(record, renames):
+                key = text_key(text)
+                if key not in seen:
+                    seen.add(key)
+                    lost.append(text)
+    return lost
+
+
+def _named_texts(record, renames: dict[str, str]) -> list[str]:
+    """Texts of a line of *_texts.jsonl that names pictures; none of one that cannot be read."""
+    try:
+        record = load.renamed(records.as_record(record), renames)
+        said = list(filter(None, map(tidy, _texts(record.get("text")))))
+        for text in said:
+            text.encode()
+    except (BadRow, UnicodeEncodeError):
+        return []
+    return said if turns.as_list(_opened(record.get("image_ids"))) else []
 
 
 # ---- what a set says of itself -------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import random
 import tarfile
 from functools import partial
@@ -319,6 +320,18 @@ def test_rows_are_cached_and_read_anew_after_an_edit(drawn):
     moved, other = load(copy / "t.csv")
     assert other["sha256"] == load(copy / "t.csv")[1]["sha256"]
     assert moved[0]["prompt_key"] == load(copy / "t.csv")[0][0]["prompt_key"]
+
+
+def test_another_folder_of_the_same_relative_name_is_another_one(drawn, monkeypatch):
+    """The same files, times included, seen from two places: each row's picture lies beside it."""
+    (drawn / "data").mkdir()
+    (drawn / "data/t.csv").write_text("text,image\n红,../a.png\n", encoding="utf-8")
+    copy = drawn.parent / "copy"
+    shutil.copytree(drawn, copy)
+    for folder in (drawn, copy):
+        monkeypatch.chdir(folder)
+        for path in ("data", "data/t.csv"):
+            assert load(path)[0][0]["place"]["path"] == str(folder / "a.png")
 
 
 def test_weights_are_kept(drawn):
