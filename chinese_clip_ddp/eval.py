@@ -264,8 +264,7 @@ def evaluate_retrieval(embedder, asked: Questions) -> dict:
     both ways."""
     images, kept, problems = embed_places(embedder, asked.places)
     texts = embedder.embed_text(asked.texts + asked.lost)
-    number = {old: new for new, old in enumerate(kept)}
-    pairs = [(text, number[image]) for text, image in asked.pairs if image in number]
+    pairs = retrieval.among(asked.pairs, kept)
     lost = len(asked.places) - len(kept)
     return retrieval.both_ways(texts, images, pairs, lost) | {"unusable": problems}
 

@@ -21,7 +21,7 @@ import modeling_two_towers
 import numpy as np
 import torch
 import torch.distributed as dist
-from batches import PairCollator, PairDataset
+from batches import PairCollator, PairDataset, blank
 from contrastive import gather, rank, world
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -83,7 +83,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         fault = self.fault(index)
-        if fault:
+        if fault and self.pairs.replaces:
             choices = self.pairs.substitutes(index)
             index = next((row for row in choices if not self.fault(row)), None)
             if index is None:
@@ -232,13 +232,6 @@ class Loader:
             return self.prepare(place), None
         except PictureError as error:
             return None, (error.reason, f"{place}: {error}")
-
-
-def blank():
-    """A picture that stands in for a batch of which none can be used."""
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64))
 
 
 def compute(file: Path, items: Sequence, embed, loader: Loader, size: int, named: str) -> None:

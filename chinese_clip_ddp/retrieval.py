@@ -146,6 +146,12 @@ def number_pairs(texts: Sequence[Hashable], images: Sequence[Hashable]) -> tuple
     return list(text_numbers), list(image_numbers), list(dict.fromkeys(pairs))
 
 
+def among(pairs: Sequence[tuple[int, int]], kept: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (text, image) of those images that are `kept`, by their places among these."""
+    number = {image: place for place, image in enumerate(kept)}
+    return [(text, number[image]) for text, image in pairs if image in number]
+
+
 # ---- zero-shot classification --------------------------------------------------------------------
 
 

@@ -257,7 +257,7 @@ def main() -> None:
 
     seed = training.seed
     pairs = Pairs(PairDataset(train_rows, preparation.image_processor, seed))
-    held_out = Pairs(PairDataset(eval_rows, preparation.image_processor, seed))
+    held_out = Pairs(PairDataset(eval_rows, preparation.image_processor, seed, replaces=False))
     faults = PictureFaults(args.bad_picture_limit, min(500, len(pairs)), cli.say)
     teacher = partial(load_teacher, args, training) if args.teacher_name_or_path else None
     factor = (args.lora_alpha or 2 * args.lora_r) / args.lora_r

@@ -28,9 +28,10 @@ from common import cli
 
 RECIPE = ROOT / "chinese_clip_ddp"
 TRAIN = RECIPE / "train.py"
-model, clip_flags, contrastive, train = own_modules(
-    RECIPE.name, "model", "clip_flags", "contrastive", "train"
+model, clip_flags, contrastive, train, trainer = own_modules(
+    RECIPE.name, "model", "clip_flags", "contrastive", "train", "trainer"
 )
+WAYS_OF_ASKING = ("text_to_image", "image_to_text")
 SHORT = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"]
 SHORT += ["--bf16", "false", "--max_eval_samples", 16, "--learning_rate", 5e-4]
 
@@ -175,10 +176,10 @@ def test_a_teacher_changes_what_is_learned_and_is_asked_once(plain, tmp_path):
 
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory):
-    """The samples with every third training picture cut in half."""
+    """The samples with every third picture cut in half, held-out ones too."""
     folder = tmp_path_factory.mktemp("torn") / "data"
     shutil.copytree(RECIPE / "data", folder)
-    for file in folder.glob("train*_imgs.tsv"):
+    for file in folder.glob("*_imgs.tsv"):
         lines = file.read_text().splitlines()
         for number in range(0, len(lines), 3):
             name, _, text = lines[number].partition("\t")
@@ -200,6 +201,17 @@ def test_torn_pictures_hang_nobody_and_are_counted(torn, tmp_path):
     counts = [report(out)["rows"]["pictures_replaced"] for out in (one, two)]
     assert counts[0] == counts[1] and 3 < counts[0]["torn"] < 20
     assert largest_difference(weights(one / "final"), weights(two / "final")) < 1e-6
+    assert_equal_misses(one, two)
+    assert "held-out picture cannot be used and is a miss" in done.stdout
+
+
+def assert_equal_misses(one, two):
+    """Of 16 held-out pictures those that are torn are misses, however they were computed."""
+    lost = [report(out)["rows"]["held_out_pictures_unusable"]["torn"] for out in (one, two)]
+    assert lost[0] == lost[1] and 1 < lost[0] < 14
+    metrics = [report(out)["metrics"]["after"] for out in (one, two)]
+    assert all(abs(metrics[0][name] - metrics[1][name]) < 1e-4 for name in metrics[0])
+    assert all(metrics[0][f"{way}_R@10"] <= 1 - lost[0] / 16 for way in WAYS_OF_ASKING)
 
 
 @pytest.mark.slow
@@ -211,6 +223,53 @@ def test_a_frozen_image_tower_says_which_pictures_it_could_not_see(torn, tmp_pat
     counts = [report(out)["rows"]["pictures_replaced"] for out in (live, cached)]
     assert counts[0] == counts[1] and counts[0]["torn"] > 3
     assert largest_difference(weights(live / "final"), weights(cached / "final")) < 2e-6
+    assert_equal_misses(live, cached)
+
+
+class HeldOut(list):
+    """Rows, and themselves as the Pairs around them."""
+
+    @property
+    def pairs(self):
+        return SimpleNamespace(rows=self)
+
+
+def measured(rows, images, texts, is_faulty, world=1):
+    """-> (metrics, trainer) of held-out pairs whose vectors these are."""
+    one = object.__new__(trainer.ContrastiveTrainer)
+    hashes = torch.tensor([[row["text_hash"], row["picture_hash"]] for row in rows])
+    faulty = torch.tensor(is_faulty)[:, None].float()
+    one.__dict__ |= dict(
+        args=SimpleNamespace(world_size=world, train_batch_size=2),
+        kind="softmax", mask_duplicates=True, told=set(), found=[],
+        scale_and_bias=(torch.tensor(10.0), None),
+        held_out=[torch.cat([images, texts, faulty, hashes.view(torch.float32)], 1)],
+        held_out_faults={rows[i]["source"]: "torn" for i, wrong in enumerate(is_faulty) if wrong},
+        held_out_rows=rows, eval_dataset=rows,
+    )  # fmt: skip
+    return one.eval_metrics([]), one
+
+
+def test_held_out_pictures_that_are_torn_are_misses_and_nothing_else_stands_there(capsys):
+    """Five pairs, the first two of one picture, the fourth torn: its blank lies where all look."""
+    eye = torch.eye(5)
+    rows = HeldOut(
+        {"text": f"文{i}", "text_hash": i, "picture_hash": 7 if i < 2 else 10 + i,
+         "source": f"a.csv:{i}", "place": {"path": f"{i}.png"}}
+        for i in range(5)
+    )  # fmt: skip
+    images = torch.stack([eye[0], eye[0], eye[2], F.normalize(torch.ones(5), dim=0), eye[4]])
+    texts = F.normalize(torch.stack([eye[0], eye[0] + eye[1], eye[2], eye[3], eye[4]]), dim=1)
+    found, one = measured(rows, images, texts, [False, False, False, True, False])
+    assert found["text_to_image_R@1"] == 4 / 5 and found["image_to_text_R@1"] == 3 / 4
+    assert [(row["prompt"], row["answer"]) for row in one.found] == [
+        ("文0", "0.png"), ("文1", "0.png"), ("文2", "2.png"), ("文4", "4.png")
+    ]  # fmt: skip
+    assert "held-out picture cannot be used and is a miss: a.csv:3" in capsys.readouterr().out
+    whole, _ = measured(rows, images, texts, [False] * 5)
+    assert whole["text_to_image_R@1"] == 1 and whole["loss"] != found["loss"]
+    with pytest.raises(SystemExit, match="no held-out picture can be used, e.g. a.csv:0"):
+        measured(rows, images, texts, [True] * 5)
 
 
 @pytest.mark.slow
