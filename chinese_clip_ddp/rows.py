@@ -394,6 +394,8 @@ def _walk(path: Path) -> Iterator[Path]:
 
 
 def _kind_of(file: Path) -> str:
+    if not file.is_file():  # a pipe would wait for its writer
+        return ""
     if file.suffix.lower() == ".tar":
         return "tar"
     if file.name.endswith("_texts.jsonl"):
