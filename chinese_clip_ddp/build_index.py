@@ -99,9 +99,11 @@ def show(embedder, folder: str | Path, text: str, two_stage: bool, count: int = 
     opened = index.Index(folder, embedder.fingerprint, two_stage)
     if opened.note:
         print(opened.note)
-    scores, rows = opened.search(embedder.embed_text([text]), count)
-    for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-        print(f"{score:.3f}  {opened.entries[row].place}")
+    found = opened.nearest(embedder.embed_text([text])[0], count)
+    for score, entry in found:
+        print(f"{score:.3f}  {entry.place}")
+    if not found:
+        print(f"{folder}: no picture in it")
 
 
 def parse() -> object:

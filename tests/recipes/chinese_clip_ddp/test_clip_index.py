@@ -430,6 +430,36 @@ def test_searching_goes_on_while_the_index_grows(tmp_path):
     assert len(opened) == 196 and len(opened.segments) <= 6
 
 
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_a_search_in_the_middle_of_taking_up_a_shard_sees_what_was_there(
+    tmp_path, monkeypatch, two_stage
+):
+    """With more asked for than was there, when rows have numbers already and no vectors yet; two
+    stages begin with the second part."""
+    folder = tmp_path / "index"
+    sizes = (500, 900) if two_stage else (5, 30)
+    write_vectors(folder, spread(sizes[0], 256, decay=1.0), 2048)
+    opened = index.Index(folder, MODEL, two_stage)
+    write_vectors(folder, spread(sizes[1], 256, decay=1.0, seed=1), 2048, first=sizes[0])
+    assert opened.axes is None
+    inside = []
+    names = ("_merged", "principal_axes") if two_stage else ("_merged",)
+    for name in names:
+        call = getattr(index, name)
+
+        def between(*args, call=call):
+            found = call(*args)
+            scores, rows = opened.search(torch.ones(1, 256), k=sum(sizes))
+            inside.append(tuple(rows.shape))
+            assert len(opened) == rows.shape[1] and rows.max() < sizes[0]
+            assert len(opened.nearest(torch.ones(256), k=sum(sizes))) == sizes[0]
+            return found
+
+        monkeypatch.setattr(index, name, between)
+    assert opened.refresh() and inside == [(1, sizes[0])] * len(names)
+    assert len(opened) == sum(sizes) and (opened.axes is not None) == two_stage
+
+
 def test_an_index_may_be_moved(made):
     folder, places = made
     moved = shutil.move(folder, folder.with_name("moved"))
