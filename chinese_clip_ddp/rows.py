@@ -532,7 +532,7 @@ def _found(record: dict, text: str, picture: str, placed, stats: dict) -> list[F
             raise BadRow("several pictures in one conversation")
         texts = [_said_of_picture(record, text, stats)]
     else:
-        texts = _texts(record.get(text))
+        texts = texts_of(record.get(text))
     if not names:
         raise BadRow("no picture named", f"column {picture} is empty")
     places = [placed(name) for name in names]
@@ -551,7 +551,7 @@ def _opened(value):
     return value
 
 
-def _texts(value) -> list[str]:
+def texts_of(value) -> list[str]:
     """A text or several; Karpathy's sentences hold theirs in `raw`."""
     texts = [
         item.get("raw", item.get("caption")) if isinstance(item, dict) else item
@@ -645,7 +645,7 @@ def _captions_in(data: bytes, name: str, renames: dict[str, str]) -> list[str]:
     found = next((lower[key] for key in TEXTS if lower.get(key)), None)
     if found is None:
         raise BadRow("no text", f"its JSON has {', '.join(map(str, record))[:80]}")
-    return _texts(found)
+    return texts_of(found)
 
 
 def _with_place(file: Path, texts: list[str], base: Path, where: Where) -> list[Found]:
@@ -740,7 +740,7 @@ def _chinese_clip(source: Source, where: Where, stats: dict) -> Iterator:
         try:
             record = load.renamed(records.as_record(record), where.renames)
             names = [str(name) for name in turns.as_list(_opened(record.get("image_ids")))]
-            said = _texts(record.get("text"))
+            said = texts_of(record.get("text"))
         except BadRow as bad:
             yield f"{texts}:{number}", bad
             continue
@@ -786,7 +786,7 @@ def _named_texts(record, renames: dict[str, str]) -> list[str]:
     """Texts of a line of *_texts.jsonl that names pictures; none of one that cannot be read."""
     try:
         record = load.renamed(records.as_record(record), renames)
-        said = list(filter(None, map(tidy, _texts(record.get("text")))))
+        said = list(filter(None, map(tidy, texts_of(record.get("text")))))
         for text in said:
             text.encode()
     except (BadRow, UnicodeEncodeError):
