@@ -174,7 +174,7 @@ def describe(stats: dict) -> str:
     missing = stats["missing"]
     if missing["count"]:
         lines.append(
-            f"  {missing['count']:,} pictures are missing, others stand in, e.g. "
+            f"  {missing['count']:,} pictures are missing, e.g. "
             f"{missing['first'][0]}"
         )
     return "\n".join(lines)
