@@ -173,10 +173,7 @@ def describe(stats: dict) -> str:
         lines.append("  texts are labels here: rows are split by their pictures alone")
     missing = stats["missing"]
     if missing["count"]:
-        lines.append(
-            f"  {missing['count']:,} pictures are missing, e.g. "
-            f"{missing['first'][0]}"
-        )
+        lines.append(f"  {missing['count']:,} pictures are missing, e.g. {missing['first'][0]}")
     return "\n".join(lines)
 
 

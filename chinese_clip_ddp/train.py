@@ -171,8 +171,9 @@ def check_model(args: Args) -> None:
     elif args.model_name_or_path == "tiny":
         return
     else:
-        config = models.check_model(args.model_name_or_path)
+        config = models.model_config(args.model_name_or_path)
         refuse_other_models(config, f"--model_name_or_path {args.model_name_or_path}")
+        models.check_model(args.model_name_or_path)
     clip_flags.check_projections(args, config)
     vision = config.vision_config
     if args.image_mask_ratio and not towers.can_drop_patches(vision):

@@ -23,6 +23,7 @@ from harness import (
     weights_sha,
 )
 from torch.nn import functional as F
+from transformers import Siglip2VisionConfig
 
 from common import cli
 
@@ -349,6 +350,14 @@ def test_flags_that_change_nothing_are_named(capsys):
     assert "no effect" not in capsys.readouterr().out
     args = resolved({"lora_towers": "text, text", "use_lora": True})
     assert args.lora_towers == "text"
+
+
+def test_a_naflex_tower_is_told_as_such_whatever_lies_beside_it(tmp_path):
+    """The config alone says it: a vision tower has no tokenizer."""
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    Siglip2VisionConfig(**size, patch_size=8, num_patches=16).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="NaFlex SigLIP2.*fixed size"):
+        train.check_model(resolved({"model_name_or_path": str(tmp_path)}))
 
 
 def test_projections_that_are_not_there_are_not_trained(capsys):
