@@ -518,6 +518,7 @@ class Index:
         if is_first:
             axes = principal_axes(segments, PRINCIPAL)
         if axes is None:
+            self.note = "too few pictures or dimensions for two stages: every search is exact"
             return None
         for segment in segments:
             if segment.reduced is None:

@@ -402,7 +402,8 @@ def test_two_stages_that_lose_what_is_near_are_not_used(tmp_path):
 
 def test_two_stages_of_a_small_index_are_one(tmp_path):
     write_vectors(tmp_path / "index", spread(300, WIDTH), shard_rows=300)
-    assert index.Index(tmp_path / "index", MODEL, two_stage=True).axes is None
+    opened = index.Index(tmp_path / "index", MODEL, two_stage=True)
+    assert opened.axes is None and "every search is exact" in opened.note
 
 
 def test_searching_goes_on_while_the_index_grows(tmp_path):
