@@ -19,6 +19,7 @@ from common.data.files import atomic_file
 
 PROJECTOR = "multi_modal_projector"
 VISION = "vision_tower"
+BEFORE = ".original_module."  # in the names of peft's copy of what trains whole beside an adapter
 TRAINED = {  # --train_type -> the parts that move as a whole; "lora" puts adapters into the LLM
     "projector": ("projector",),
     "lora": ("projector",),
@@ -82,9 +83,15 @@ def freeze_unused(model) -> None:
 
 def as_masters(model) -> None:
     """float32 for what trains, where no engine makes masters of its own; the rest stays as it is
-    stored."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    stored, but for what meets it on the way: peft's copy, and the end of a tower, which runs though
+    nobody looks at it."""
+    tower_trains = any(
+        parameter.requires_grad and ".lora_" not in name and VISION in name
+        for name, parameter in model.named_parameters()
+    )
+    for name, parameter in model.named_parameters():
+        meets = BEFORE in name or (tower_trains and VISION in name)
+        if parameter.requires_grad or meets:
             parameter.data = parameter.data.float()
 
 
@@ -179,8 +186,8 @@ def counted(model) -> dict[str, dict]:
     found = {part: dict(empty) for part in IN_WORDS}
     for name, parameter in model.named_parameters():
         is_adapter = ".lora_" in name
-        if ".original_module." in name:
-            continue  # peft's copy of what trains
+        if BEFORE in name:
+            continue
         row = found["adapter" if is_adapter else part_of(name)]
         size = getattr(parameter, "ds_numel", parameter.numel())
         row["tensors"] += 1

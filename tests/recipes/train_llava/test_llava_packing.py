@@ -2,6 +2,7 @@
 kept features, cut tower, head only at labels."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +219,35 @@ def test_pixels_are_the_processors(made):
     pixels, faults = made.source([0, 1, 2])
     assert pixels.dtype == torch.uint8 and not faults
     assert (normaliser(pixels, torch.float32) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", [*parts.TRAINED, "lora with the tower"])
+def test_a_base_stored_in_half_precision_trains(tmp_path, kind, half):
+    """What trains gets float32 masters, the rest stays bf16: they meet in every kind of run."""
+    one = Made(tmp_path, dtype=torch.bfloat16)
+    in_tower = kind == "lora with the tower"
+    kind = kind.partition(" ")[0]
+    model = llava.open_model(one.path, dtype="auto", attn_implementation=shared_start.register())
+    parts.choose_trained(model, kind, in_tower)
+    sight.for_training(model, sight.Normaliser(one.processor.image_processor))
+    losses.use_chunked_loss(model)
+    if kind == "lora":
+        flags = SimpleNamespace(lora_r=4, lora_alpha=None, lora_dropout=0.0, lora_vision=in_tower)
+        flags.target_modules = "all-linear"
+        model = parts.add_lora(model, flags, recompute=False)
+    parts.as_masters(model)
+    data = batches.PictureWindows(one.rows(), 400, 40, 0, one.image, one.count)
+    collate = batches.LlavaCollator(one.source, one.image, one.count)
+    batch = collate([data[i] for i in range(len(data))])
+    batch = {k: v for k, v in batch.items() if k not in ("row_ids", "faults")}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        loss = model(**batch, num_items_in_batch=torch.tensor(10)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32 and parameter.grad is not None, name
 
 
 # ---- kept features --------------------------------------------------------------------------------
