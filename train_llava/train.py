@@ -27,10 +27,11 @@ from common import cli, device  # device before torch and transformers
 
 from transformers import TrainingArguments, set_seed
 
+import batches
 import llava_flags
 import parts
 from answers import ask_held_out
-from batches import COLUMNS, LlavaCollator, PaddedLlavaCollator, PictureRows, PictureWindows
+from batches import LlavaCollator, PaddedLlavaCollator, PictureRows, PictureWindows
 from common.data.labels import fingerprint, preview
 from common.data.prepare import prepare
 from common.fast import losses, shared_start
@@ -182,11 +183,19 @@ def to_tokens(args: Args, training: TrainingArguments, rows, stats: dict, proces
         kind="chat",
         seed=training.seed,
         depends_on=[fingerprint(tokenizer), known],
-        columns=COLUMNS,
+        columns=batches.COLUMNS,
     )
     first = collapsed(train_ids[0]["input_ids"], train_ids[0]["labels"], processor.image_token_id)
     cli.say(preview(tokenizer, *first, color=sys.stdout.isatty()))
     return train_ids, eval_ids, eval_rows
+
+
+def settle_sharing(args: Args, config) -> None:
+    """Without --share_images where the model's attention is not the packed one."""
+    why = batches.why_not_shared(config.get_text_config(), args.model_max_length)
+    if args.packing and args.share_images and why:
+        cli.say(f"note: every row has its picture for itself (--share_images false): {why}")
+        args.share_images = False
 
 
 def windows(args: Args, training: TrainingArguments, token_rows, processor):
@@ -225,6 +234,7 @@ def main() -> None:
 
     check_window(tokens_per_picture(processor), args.model_max_length)
     flags.check_window(args, config, tokenizer)
+    settle_sharing(args, config)
     train_ids, eval_ids, eval_rows = to_tokens(args, training, rows, stats, processor)
     train_windows = windows(args, training, train_ids, processor)
     cli.say(train_windows.describe())

@@ -2,6 +2,7 @@
 kept features, cut tower, head only at labels."""
 
 import copy
+import fcntl
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_llava_build import LLMS, make_llm, make_tower
+from transformers import LlavaForConditionalGeneration, Qwen3Config
 
 from common.fast import losses, shared_start
 
@@ -319,6 +321,62 @@ def a_file(folder):
     return file
 
 
+def test_features_that_do_not_fit_the_disk_are_not_kept(tmp_path, monkeypatch, capsys):
+    one = Made(tmp_path)
+    disk = SimpleNamespace(free=1000)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: disk)
+    source, took, _ = kept_source(one, tmp_path / "cache", monkeypatch)
+    assert not took and source([0])[0].dtype == torch.uint8
+    assert "do not fit there: the tower runs in every step" in capsys.readouterr().out
+
+
+def test_a_segment_has_its_room_before_it_is_written(tmp_path):
+    """Else a disk that fills up kills the run with SIGBUS."""
+    with features.Segment(tmp_path, ["a", "b"], (300, 1000), torch.bfloat16) as segment:
+        held = segment.part.stat().st_blocks * 512
+        assert held >= 2 * 300 * 1000 * 2
+        segment.add(["a"], torch.ones(1, 300, 1000))
+    assert features.digests_in(tmp_path) == {"a": (segment.file.stem, 0)}
+
+
+def test_no_room_for_a_segment_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        features.Segment(tmp_path, ["a"], (3, 10), torch.float32),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_runs_left_is_taken_away_and_others_wait(tmp_path, monkeypatch):
+    one = Made(tmp_path)
+    cache = tmp_path / "cache"
+    source, _, model = kept_source(one, cache, monkeypatch, PICTURES[:1])
+    (folder,) = (path for path in (cache / "pictures").iterdir() if path.is_dir())
+    left = folder / f"abc.{features.HOST}.77.part"
+    of_others = folder / "abc.elsewhere.77.part"
+    for file in (left, of_others):
+        file.write_bytes(b"half")
+    monkeypatch.setattr(features, "SILENT_WAIT", 0.05)
+    said = []
+    with open(f"{folder}.{features.HOST}.lock", "w") as other_run:
+        fcntl.flock(other_run, fcntl.LOCK_EX)
+
+        def ends(words: str) -> None:
+            said.append(words)
+            if "waiting" in words:
+                fcntl.flock(other_run, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(features.cli, "say", ends)
+        kept_source(one, cache, monkeypatch, PICTURES)
+    assert any("waiting for another run" in words for words in said)
+    assert not left.exists() and of_others.exists()
+
+
 # ---- layout ---------------------------------------------------------------------------------------
 
 
@@ -392,6 +450,37 @@ def test_sharing_saves_what_it_says():
     deep = copy.deepcopy(rows)
     deep[2]["pictures"] = [6]  # another picture with equal words
     assert batches.PictureWindows(deep, 2000, 8, 0, 1, 300).filled == [311 + 2 * 10 + 311]
+
+
+@pytest.mark.parametrize("settings, why", [
+    ({}, ""),
+    ({"attention_dropout": 0.1}, "drops out 0.1"),
+    ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "slides over 32"),
+    ({"use_sliding_window": True, "sliding_window": 400, "max_window_layers": 1}, ""),
+    ({"use_sliding_window": False, "sliding_window": 32}, ""),
+])  # fmt: skip
+def test_attention_that_cannot_share_is_known_by_its_config(tmp_path, settings, why):
+    """And where it can, it does: the forward refuses what it cannot compute."""
+    one = Made(tmp_path)
+    text = one.config.text_config.to_dict()
+    for made_anew in ("layer_types", "model_type"):
+        text.pop(made_anew)
+    told = batches.why_not_shared(Qwen3Config(**text | settings), 200)
+    assert (why in told) if why else not told
+    one.config.text_config = Qwen3Config(**text | settings)
+    model = LlavaForConditionalGeneration._from_config(
+        one.config, attn_implementation=shared_start.register()
+    ).train()
+    sight.for_training(model, sight.Normaliser(one.processor.image_processor))
+    losses.use_chunked_loss(model)
+    shared = None if told else one.image
+    data = batches.PictureWindows(one.rows(), 200, 40, 0, shared, one.count)
+    collate = batches.LlavaCollator(one.source, one.image, one.count)
+    for i in range(len(data)):
+        batch = collate([data[i]])
+        assert "kv_index" not in batch or not told
+        batch = {k: v for k, v in batch.items() if k not in ("row_ids", "faults")}
+        assert torch.isfinite(model(**batch, use_cache=False).loss)
 
 
 def test_the_kinds_of_models_are_those_of_the_recipe():
