@@ -28,11 +28,11 @@ TRAINED = {  # --train_type -> the parts that move as a whole; "lora" puts adapt
     "full": ("vision tower", "projector", "language model"),
 }
 ALIASES = {"none": "full", "use_lora": "lora"}  # of the older script
-IN_WORDS = ("vision tower", "projector", "language model", "adapter")
+IN_WORDS = ("vision tower", "projector", "language model", "tower's adapter", "adapter")
 
 
 def part_of(name: str) -> str:
-    """Where a parameter of this name belongs: one of IN_WORDS but adapter."""
+    """Where a parameter of this name belongs: one of the first three IN_WORDS."""
     if PROJECTOR in name:
         return "projector"
     return "vision tower" if VISION in name else "language model"
@@ -185,10 +185,9 @@ def counted(model) -> dict[str, dict]:
     empty = {"tensors": 0, "parameters": 0, "trained_tensors": 0, "trained_parameters": 0}
     found = {part: dict(empty) for part in IN_WORDS}
     for name, parameter in model.named_parameters():
-        is_adapter = ".lora_" in name
         if BEFORE in name:
             continue
-        row = found["adapter" if is_adapter else part_of(name)]
+        row = found[_in_words(name)]
         size = getattr(parameter, "ds_numel", parameter.numel())
         row["tensors"] += 1
         row["parameters"] += size
@@ -198,11 +197,18 @@ def counted(model) -> dict[str, dict]:
     return {part: row for part, row in found.items() if row["tensors"]}
 
 
+def _in_words(name: str) -> str:
+    if ".lora_" not in name:
+        return part_of(name)
+    return "tower's adapter" if VISION in name else "adapter"
+
+
 def table(model, rate_of: dict[str, float]) -> str:
     """What trains, in lines to print before the first step."""
     lines = [f"  {'part':15} {'trained tensors':>17} {'trained parameters':>28}   learning rate"]
+    of_adapters = {"tower's adapter": "vision tower", "adapter": "language model"}
     for part, row in counted(model).items():
-        rate = rate_of.get(part, rate_of["language model"])
+        rate = rate_of[of_adapters.get(part, part)]
         tensors = f"{row['trained_tensors']:,} of {row['tensors']:,}"
         size = f"{row['trained_parameters']:,} of {row['parameters']:,}"
         told = f"{rate:g}" if row["trained_tensors"] else "-"

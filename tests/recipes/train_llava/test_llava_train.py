@@ -172,6 +172,35 @@ def lora_flags(**more):
     return SimpleNamespace(**settings | {"lora_vision": False} | more)
 
 
+def test_the_table_tells_the_rates_that_are_used(tmp_path):
+    """Adapters in the tower have the adapters' rate, not that of a tower that trains whole."""
+    from types import SimpleNamespace
+
+    from common import voice
+
+    llava_flags = own_modules("train_llava", "llava_flags")[0]
+    one = small_model()(tmp_path)
+    model = one.open()
+    parts.choose_trained(model, "lora", True)
+    model = parts.add_lora(model, lora_flags(lora_vision=True), False)
+    args = SimpleNamespace(
+        train_type="lora", lora_vision=True, projector_learning_rate=None, vision_learning_rate=None
+    )
+    training = SimpleNamespace(learning_rate=1.0)
+    voice.given.clear()
+    llava_flags.settle_rates(args, training, False)
+    rates = parts.rates(args, training)
+    used = {group["lr"] for group in parts.parameter_groups(model, rates, 0.0)}
+    assert used == {llava_flags.LORA_RATE, llava_flags.RATE}
+    told = parts.table(model, rates)
+    assert re.search(r"tower's adapter +24 of 24 .* 0\.0002", told), told
+    assert re.search(r"\n  adapter +42 of 42 .* 0\.0002", told), told
+    args.vision_learning_rate = 3e-5
+    rates = parts.rates(args, training)
+    assert re.search(r"tower's adapter .* 3e-05", parts.table(model, rates))
+    assert 3e-5 in {group["lr"] for group in parts.parameter_groups(model, rates, 0.0)}
+
+
 @pytest.mark.parametrize("names, asked, tower", [
     ("all-linear", False, 0), ("q_proj,v_proj", False, 0), ("q_proj,v_proj", True, 2 * 6),
 ])  # fmt: skip
@@ -354,6 +383,7 @@ def test_mistakes_are_one_line(tmp_path, data):
         return error_line(finish(start(command)), code)
 
     assert "a picture alone takes 16 tokens" in fails("--model_max_length", 24)
+    assert "--bad_picture_limit 1.5: from 0 to 1" in fails("--bad_picture_limit", 1.5, code=2)
     assert "lora or not?" in fails("--train_type", "full", "--use_lora", "true", code=2)
     assert "--train_type" in fails("--train_type", "everything", code=2)
     assert "did you mean --train_type" in fails("--train_typ", "full", code=2)
@@ -368,6 +398,65 @@ def test_mistakes_are_one_line(tmp_path, data):
     shutil.copy(data / "captions.json", lost)
     assert "missing" in fails(folder=lost, file="captions.json")
     assert not (tmp_path / "out/final").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [0, 1], ids=["live", "kept"])
+def test_torn_pictures_are_counted_once_and_not_asked(tmp_path, data, cache):
+    """However often they are shown: three epochs, two questions each."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = json.loads((data / "questions.json").read_text())
+    rows = [row for row in rows if isinstance(row.get("image"), str)]
+    for name, some in (("train.json", rows[:24]), ("valid.json", rows[24:32])):
+        (folder / name).write_text(json.dumps(some))
+        for row in some:
+            shutil.copy(data / row["image"], folder)
+    for row in (rows[0], rows[24]):
+        file = folder / row["image"]
+        file.write_bytes(file.read_bytes()[:90])
+    out = tmp_path / "out"
+    flags = ["--train_type", "projector", "--num_train_epochs", 3, "--eval_generate", 8]
+    flags += ["--feature_cache_gb", cache, "--save_strategy", "no"]
+    done = run(out, folder, *flags, file="", DANPU_CACHE=tmp_path / "cache")
+    told = report(out)["rows"]
+    assert told["pictures_unusable"] == told["held_out_pictures_unusable"] == {"torn": 1}
+    assert "2 of 8 held-out questions are not asked" in done.stdout
+    assert done.stdout.count("teach nothing:") == done.stdout.count("are not counted:") == 1
+
+
+@pytest.mark.slow
+def test_zero_3_answers_where_only_some_ranks_have_a_picture(tmp_path, data):
+    """The weights do not fit one device: each rank gathers what it asks for, in one order."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(RECIPE)!r}]\n"
+        "import train\n"
+        "from common import cli\n"
+        "from common.runs import generate\n"
+        "generate.weights_fit = lambda model: False\n"
+        "cli.run(train.main)\n"
+    )
+    script = tmp_path / "spread.py"
+    script.write_text(code)
+    rows = json.loads((data / "questions.json").read_text())
+    (tmp_path / "data").mkdir()
+    shown = [row for row in rows if isinstance(row.get("image"), str)]
+    words = [row for row in rows if "image" not in row]
+    long = turn("<image>\n" + "什么颜色？" * 9, "红色")
+    for name, some in (
+        ("train.json", shown[:20]),
+        # of rank 0: 0, 2, 4; of rank 1: 1, 3
+        ("valid.json", [{"image": shown[20]["image"], "conversations": long}, *words[:4]]),
+    ):
+        (tmp_path / "data" / name).write_text(json.dumps(some))
+    for row in shown[:22]:
+        shutil.copy(data / row["image"], tmp_path / "data")
+    command = ["python", ROOT / "common/launch.py", 2, script, "--data_path", tmp_path / "data"]
+    command += ["--output_dir", tmp_path / "out", *SHORT, "--eval_generate", 5, "--max_steps", 1]
+    command += ["--train_type", "full", "--save_strategy", "no", "--ddp_timeout", 60]
+    command += ["--deepspeed", RECIPE / "ds_zero3.json"]
+    expect(finish(start(command)))
+    assert "exact_match" in report(tmp_path / "out")["metrics"]["after"]
 
 
 @pytest.mark.slow
