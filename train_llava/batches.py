@@ -196,6 +196,11 @@ class PictureWindows(Dataset):
         """Of a batch of `size` windows."""
         return sum(sorted(self.filled)[-size:])
 
+    def most_pictures(self, size: int) -> int:
+        """The same in pictures."""
+        pictures = [sum(self.units[u].pictures for u in one) for one in self.bins]
+        return sum(sorted(pictures)[-size:])
+
     def describe(self) -> str:
         """In one line what sharing saves."""
         together = [unit for unit in self.units if len(unit.rows) > 1]
@@ -232,6 +237,7 @@ class PictureRows(Dataset):
     def __init__(self, rows):
         self.rows = as_arrays(rows)
         self.lengths = lengths_of(rows)
+        self.pictures = lengths_of(rows, "pictures")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -239,6 +245,10 @@ class PictureRows(Dataset):
     def most_tokens(self, size: int) -> int:
         """Of a batch of `size` rows, padded."""
         return size * int(self.lengths.max(initial=0))
+
+    def most_pictures(self, size: int) -> int:
+        """Of such a batch."""
+        return int(np.sort(self.pictures)[-size:].sum())
 
     def describe(self) -> str:
         return f"rows: {len(self.rows):,}, of up to {self.most_tokens(1):,} tokens, padded"

@@ -174,12 +174,6 @@ def parameter_groups(model, rate_of: dict[str, float], weight_decay: float) -> l
     return list(groups.values())
 
 
-def setup(args, config) -> dict:
-    """For the estimate of memory: layers of the language model that stand still."""
-    moves = "language model" in TRAINED[args.train_type] or args.train_type == "lora"
-    return {"frozen_layers": 0 if moves else config.text_config.num_hidden_layers}
-
-
 def counted(model) -> dict[str, dict]:
     """part -> {"tensors", "parameters", "trained_tensors", "trained_parameters"}."""
     empty = {"tensors": 0, "parameters": 0, "trained_tensors": 0, "trained_parameters": 0}

@@ -41,6 +41,7 @@ from common.runs.generate import pick_eval_rows
 from common.runs.run_folder import open_output
 from encoding import check_window, collapsed, encode
 from features import PictureSource, keep_features
+from memory import memory_facts
 from model import check_model, find_model, open_model, tokens_per_picture, whole_weights
 from rows import describe, load_rows_with_pictures
 from sight import Normaliser, for_training
@@ -238,7 +239,7 @@ def main() -> None:
     train_ids, eval_ids, eval_rows = to_tokens(args, training, rows, stats, processor)
     train_windows = windows(args, training, train_ids, processor)
     cli.say(train_windows.describe())
-    more = parts.setup(args, config)
+    more = memory_facts(args, training, config, processor.image_processor, train_windows)
     memory_check.check(args, training, config.text_config, train_windows, **more)
 
     model = load_model(args, training, base, config, processor)

@@ -241,6 +241,8 @@ def test_rates_and_decay_of_each_part(tmp_path):
 
 STEPS = ["--max_steps", 5, "--train_type", "full", "--save_strategy", "no", "--max_grad_norm", 0.5]
 STEPS += ["--model_max_length", 64]
+# at the built-in model's rate, 5e-8 of a gradient becomes a whole step of Adam's where it is near 0
+STEPS += ["--learning_rate", 1e-4, "--adam_epsilon", 1e-3]
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +266,8 @@ def test_the_same_training_however_it_is_spread(tmp_path, data, alone, how):
     expected, found = history(alone), history(tmp_path)
     assert len(expected) == 5 and found.keys() == expected.keys()
     for step, loss in expected.items():
-        assert abs(found[step] - loss) < 1e-5 * loss, step
-    assert largest_difference(weights(alone / "final"), weights(tmp_path / "final")) < 2e-4
+        assert abs(found[step] - loss) < 1e-6 * loss, step
+    assert largest_difference(weights(alone / "final"), weights(tmp_path / "final")) < 1e-6
 
 
 @pytest.mark.slow
