@@ -11,11 +11,12 @@ tiny=(--model_max_length 256 --num_train_epochs 18 --learning_rate 3e-3 --adam_b
     --eval_ratio 0.1 --eval_generate 100 --max_new_tokens 24)
 own=${MODEL:-}${DATA:-} out=${OUTPUT:-$root/output/$(basename "$here")} anew='' words=("$@")
 for i in "${!words[@]}"; do
-    case ${words[i]} in
-        --model_name_or_path* | --data_path* | --train_type*) own=1 ;;
-        --output_dir) out=${words[i + 1]:-$out} ;;
-        --output_dir=*) out=${words[i]#*=} ;;
-        --overwrite_output_dir*) anew=1 ;;
+    flag=${words[i]%%=*} value=${words[i]#*=}
+    if [[ ${words[i]} != *=* ]]; then value=${words[i + 1]:-}; fi
+    case ${flag//-/_} in
+        __model_name_or_path | __data_path | __data | __train_data | __train_type) own=1 ;;
+        __output_dir) out=$value ;;
+        __overwrite_output_dir) if [[ ! ${value,,} =~ ^(false|f|no|n|0)$ ]]; then anew=1; fi ;;
     esac
 done
 if [[ -n $own ]]; then launch "${zero2[@]}" "$@"; fi

@@ -3,6 +3,7 @@ kept features, cut tower, head only at labels."""
 
 import copy
 import fcntl
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,10 +124,11 @@ def assert_same(found: tuple[float, dict], wanted: tuple[float, dict]):
         assert (gradient - expected).abs().max() < 1e-5 * max(1, expected.abs().max()), name
 
 
-@pytest.fixture(scope="module", params=[
-    ("qwen3", True, "clip"), ("qwen2", False, "siglip"), ("llama", True, "siglip"), ("qwen3", False, "clip"),
-    ("llama", False, "clip"), ("qwen2", True, "clip"),
-], ids=str)  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=product(("qwen3", "qwen2", "llama"), (True, False), ("clip", "siglip")),
+    ids=lambda one: f"{one[0]}-{'tied' if one[1] else 'untied'}-{one[2]}",
+)
 def made(request, tmp_path_factory):
     return Made(tmp_path_factory.mktemp("llava"), *request.param)
 

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -234,6 +235,48 @@ def test_rates_and_decay_of_each_part(tmp_path):
     told = parts.table(model, rates)
     assert re.search(r"projector +4 of 4 .* 0\.0001", told)
     assert re.search(r"vision tower +37 of 5\d .* 1e-06", told)
+
+
+# ---- the shell ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, stages", [
+    ([], ["stage1", ""]),
+    (["--output_dir=here"], ["stage1", ""]),
+    (["--output-dir", "here"], ["stage1", ""]),
+    (["--data-path", "a.json"], [""]),
+    (["--data_path=a.json"], [""]),
+    (["--data", "a.json"], [""]),
+    (["--train-type=full"], [""]),
+    (["--model-name-or-path", "m"], [""]),
+    (["--output_dir", "done"], [""]),
+    (["--output_dir", "done", "--overwrite_output_dir", "false"], [""]),
+    (["--output_dir", "done", "--overwrite-output-dir"], ["stage1", ""]),
+    (["--output_dir", "done", "--overwrite_output_dir=true"], ["stage1", ""]),
+], ids=lambda one: " ".join(one))  # fmt: skip
+def test_the_shell_trains_both_stages_of_the_samples_alone(tmp_path, words, stages):
+    """Whichever way the flags are spelled; done/ has its first stage already."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "done/stage1/final").mkdir(parents=True)
+    stub = (
+        f'root={tmp_path}\nlaunch() {{ printf "%s " "$@" "MODEL=${{MODEL:-}}"; echo; exit 0; }}\n'
+    )
+    (tmp_path / "common/launch.sh").write_text(stub)
+    shutil.copy(RECIPE / "train_zero2.sh", tmp_path / "recipe")
+    env = {k: v for k, v in os.environ.items() if k not in ("MODEL", "DATA", "OUTPUT")}
+    command = ["bash", tmp_path / "recipe/train_zero2.sh", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert ["stage1" if "--train_type projector" in line else "" for line in lines] == stages
+    out = "done" if "done" in words else "here" if words and "output" in words[0] else "recipe"
+    if "stage1" in stages:
+        assert lines[0].split()[lines[0].split().index("--train_type") :][-2].endswith("stage1")
+        assert f"{out}/stage1" in lines[0] and f"MODEL={out}/stage1/final" in lines[1].replace(
+            f"{tmp_path}/output/", ""
+        )
 
 
 # ---- several processes ----------------------------------------------------------------------------
