@@ -529,11 +529,12 @@ def test_killed_while_features_are_written(tmp_path, data):
     process.stdout.close()
     process.stderr.close()
     time.sleep(0.1)
-    left = [file.suffix for file in (cache / "pictures").rglob("*") if file.is_file()]
-    assert left == [".part"]
+    left = [file.suffix for file in (cache / "pictures").rglob("*.*") if file.is_file()]
+    assert sorted(left) == [".lock", ".part"]
     done = run(tmp_path / "out", data, "--train_type", "projector", "--max_steps", 2,
                file="captions.json", DANPU_CACHE=cache)  # fmt: skip
     assert re.search(r"features of 40 pictures.*: [1-9]\d* to compute", done.stdout)
+    assert not list((cache / "pictures").rglob("*.part"))
     again = run(tmp_path / "more", data, "--train_type", "projector", "--max_steps", 2,
                 file="captions.json", DANPU_CACHE=cache)  # fmt: skip
     assert ": 0 to compute" in again.stdout
