@@ -42,7 +42,14 @@ from common.runs.run_folder import open_output
 from encoding import check_window, collapsed, encode
 from features import PictureSource, keep_features
 from memory import memory_facts
-from model import check_model, find_model, open_model, tokens_per_picture, whole_weights
+from model import (
+    check_model,
+    check_projector,
+    find_model,
+    open_model,
+    tokens_per_picture,
+    whole_weights,
+)
 from rows import describe, load_rows_with_pictures
 from sight import Normaliser, for_training
 from tiny_base import tiny_model
@@ -224,6 +231,7 @@ def main() -> None:
     if not is_tiny:  # fail on a wrong name before anything is read or replaced
         args.model_name_or_path = find_model(args.model_name_or_path)
         check_model(args.model_name_or_path)
+        check_projector(args.model_name_or_path)
 
     rows, places, stats = load_data(args, training)
     base = tiny_model(tiny_texts(rows)) if is_tiny else args.model_name_or_path
