@@ -30,40 +30,37 @@ def memory_facts(args, training, config, image_processor, data) -> dict:
     """
     trained = TRAINED[args.train_type]
     half = device.train_dtype(training) is not torch.float32
+    size = 2 if half else 4
     is_zero = engine(training).startswith("zero")
-    # as train.load_model loads them
-    stored = (2 if half else 4) if is_zero else config.dtype.itemsize
+    stored = size if is_zero else config.dtype.itemsize  # as train.load_model loads them
+    looked_through = "vision tower" in trained or args.lora_vision
+
+    with whole_weights(training):
+        elements = elements_beside(config, cut=not looked_through)
+    moving = sum(count for name, count in elements.items() if part_of(name) in trained)
+    frozen = sum(elements.values()) - moving
+
     pictures = data.most_pictures(training.per_device_train_batch_size)
     features = pictures * features_per_picture(config, image_processor)
     tokens = features + pictures * TOWERS[config.vision_config.model_type].has_cls
-
-    frozen = moving = 0
-    with whole_weights(training):
-        sizes = sizes_beside(config, cut="vision tower" not in trained)
-    for name, size in sizes.items():
-        if part_of(name) in trained:
-            moving += size
-        else:
-            frozen += size
-    llm_moves = "language model" in trained or args.train_type == "lora"
-    setup = memory_plan.Setup(tokens=tokens, half=half, recompute=cli.recompute(training))
-    tower_layers = max(layers_of(config))
+    layers = max(layers_of(config))
     width = config.vision_config.hidden_size
-    size = 2 if half else 4
-    kept = projector_bytes(config, size) * features
+    kept = features * projector_bytes(config, size)
     before = 0.0
-    if "vision tower" in trained or args.lora_vision:
+    if looked_through:
+        setup = memory_plan.Setup(tokens=tokens, half=half, recompute=cli.recompute(training))
         each = memory_plan.layer_bytes(vision_facts(config), setup)
         if setup.recompute:
             each = memory_plan.stream(setup) * width
-        kept += tokens * tower_layers * each
+        kept += tokens * layers * each
     else:  # all its hidden states, until those that are looked at are chosen
-        before = tokens * (tower_layers + 2) * width * size
+        before = tokens * (layers + 2) * width * size
+    llm_moves = "language model" in trained or args.train_type == "lora"
     beside = memory_plan.Beside(stored * frozen, moving, kept, before)
     return {"passes_through": not llm_moves, "stored": stored, "beside": beside}
 
 
-def sizes_beside(config, cut: bool) -> dict[str, int]:
+def elements_beside(config, cut: bool) -> dict[str, int]:
     """Name of a parameter that is not the language model's -> its elements. cut: without the
     tower's layers that nobody looks at."""
     with torch.device("meta"):

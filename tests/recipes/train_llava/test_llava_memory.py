@@ -104,7 +104,7 @@ def test_parts_are_counted_as_they_are_loaded(sizes, kind):
         name: p for name, p in model.named_parameters() if parts.part_of(name) != "language model"
     }
     cut = "vision tower" not in parts.TRAINED[kind]
-    assert sum(memory.sizes_beside(config, cut).values()) == sum(
+    assert sum(memory.elements_beside(config, cut).values()) == sum(
         p.numel() for p in outside.values()
     )
 
