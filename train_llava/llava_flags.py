@@ -54,6 +54,10 @@ def resolve(args, training) -> None:
         raise cli.usage_error(f"--use_lora {args.use_lora} with --train_type {kind}: lora or not?")
     if args.lora_vision and kind != "lora":
         raise cli.usage_error("--lora_vision: adapters in the tower go with --train_type lora")
+    if args.stage_1 and not is_tiny:
+        raise cli.usage_error(
+            "--stage_1: of the built-in model; name others' by --model_name_or_path"
+        )
     if args.leak_check:
         raise cli.usage_error(
             "--leak_check compares texts; rows with pictures it cannot tell apart"

@@ -77,6 +77,7 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     model_max_length: int = number(2048, "window in tokens, those of pictures included")
     max_images_per_bin: int = number(16, "pictures that may stand in one packed window")
     share_images: bool = number(True, "rows about one picture stand behind it together")
+    stage_1: str = number("", "of the built-in model: folder of its first stage, to go on from")
     feature_cache_gb: float = number(50.0, "room for what a frozen tower says; 0: run it each step")
 
 
@@ -234,7 +235,9 @@ def main() -> None:
         check_projector(args.model_name_or_path)
 
     rows, places, stats = load_data(args, training)
-    base = tiny_model(tiny_texts(rows)) if is_tiny else args.model_name_or_path
+    base = args.stage_1 or args.model_name_or_path
+    if base == "tiny":
+        base = tiny_model(tiny_texts(rows))
     config, processor = check_model(base)
     memory_check.recompute_large(args, training, config.text_config)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}

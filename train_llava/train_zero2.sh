@@ -6,9 +6,6 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common/launch.sh"
 zero2=("$here/train.py" --deepspeed "$here/ds_zero2.json")
-tiny=(--model_max_length 256 --num_train_epochs 18 --learning_rate 3e-3 --adam_beta2 0.98 --weight_decay 0.05
-    --warmup_steps 0.1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --logging_steps 20
-    --eval_ratio 0.1 --eval_generate 100 --max_new_tokens 24)
 own=${MODEL:-}${DATA:-} out=${OUTPUT:-$root/output/$(basename "$here")} anew='' words=("$@")
 for i in "${!words[@]}"; do
     flag=${words[i]%%=*} value=${words[i]#*=}
@@ -23,4 +20,4 @@ if [[ -n $own ]]; then launch "${zero2[@]}" "$@"; fi
 if [[ ! -d $out/stage1/final || -n $anew ]]; then
     (launch "${zero2[@]}" --train_type projector "$@" --output_dir "$out/stage1")
 fi
-OUTPUT=$out MODEL=$out/stage1/final launch "${zero2[@]}" "${tiny[@]}" "$@"
+OUTPUT=$out launch "${zero2[@]}" --stage_1 "$out/stage1/final" "$@"

@@ -259,9 +259,7 @@ def test_the_shell_trains_both_stages_of_the_samples_alone(tmp_path, words, stag
     (tmp_path / "common").mkdir()
     (tmp_path / "recipe").mkdir()
     (tmp_path / "done/stage1/final").mkdir(parents=True)
-    stub = (
-        f'root={tmp_path}\nlaunch() {{ printf "%s " "$@" "MODEL=${{MODEL:-}}"; echo; exit 0; }}\n'
-    )
+    stub = f'root={tmp_path}\nlaunch() {{ printf "%s " "$@"; echo; exit 0; }}\n'
     (tmp_path / "common/launch.sh").write_text(stub)
     shutil.copy(RECIPE / "train_zero2.sh", tmp_path / "recipe")
     env = {k: v for k, v in os.environ.items() if k not in ("MODEL", "DATA", "OUTPUT")}
@@ -271,12 +269,12 @@ def test_the_shell_trains_both_stages_of_the_samples_alone(tmp_path, words, stag
     )
     lines = done.stdout.splitlines()
     assert ["stage1" if "--train_type projector" in line else "" for line in lines] == stages
-    out = "done" if "done" in words else "here" if words and "output" in words[0] else "recipe"
+    named = [folder for folder in ("done", "here") if any(folder in word for word in words)]
+    stage_1 = f"{named[0] if named else f'{tmp_path}/output/recipe'}/stage1"
     if "stage1" in stages:
-        assert lines[0].split()[lines[0].split().index("--train_type") :][-2].endswith("stage1")
-        assert f"{out}/stage1" in lines[0] and f"MODEL={out}/stage1/final" in lines[1].replace(
-            f"{tmp_path}/output/", ""
-        )
+        assert lines[0].split()[-2:] == ["--output_dir", stage_1]
+    on_samples = "stage1" in stages or "done" in words
+    assert (f"--stage_1 {stage_1}/final" in lines[-1]) == on_samples
 
 
 # ---- several processes ----------------------------------------------------------------------------
@@ -429,6 +427,9 @@ def test_mistakes_are_one_line(tmp_path, data):
 
     assert "a picture alone takes 16 tokens" in fails("--model_max_length", 24)
     assert "--bad_picture_limit 1.5: from 0 to 1" in fails("--bad_picture_limit", 1.5, code=2)
+    assert "--stage_1: of the built-in model" in fails(
+        "--stage_1", tmp_path, "--model_name_or_path", tmp_path, code=2
+    )
     assert "lora or not?" in fails("--train_type", "full", "--use_lora", "true", code=2)
     assert "--train_type" in fails("--train_type", "everything", code=2)
     assert "did you mean --train_type" in fails("--train_typ", "full", code=2)
