@@ -41,6 +41,7 @@ from common.runs.generate import pick_eval_rows
 from common.runs.run_folder import open_output
 from encoding import check_window, collapsed, encode
 from features import PictureSource, keep_features
+from last_layer import only_at_labels
 from memory import memory_facts
 from model import (
     check_model,
@@ -129,6 +130,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config, proce
     losses.use_chunked_loss(model)
     if args.use_lora:
         model = parts.add_lora(model, args, cli.recompute(training))
+    only_at_labels(model)
     if own_masters:
         parts.as_masters(model)
     for one in (model.config, model.config.get_text_config()):

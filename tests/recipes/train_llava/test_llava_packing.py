@@ -18,8 +18,8 @@ from transformers import LlavaForConditionalGeneration, Qwen3Config
 
 from common.fast import losses, shared_start
 
-build_model, llava, batches, features, sight, parts = own_modules(
-    "train_llava", "build_model", "model", "batches", "features", "sight", "parts"
+build_model, llava, batches, features, sight, parts, last_layer = own_modules(
+    "train_llava", "build_model", "model", "batches", "features", "sight", "parts", "last_layer"
 )
 
 IMAGE = 7  # tokens per picture in tests of the layout alone
@@ -98,6 +98,7 @@ def ours(made: Made, rows, trains: str = "full", keep=False, folder=None, packed
     parts.choose_trained(model, trains)
     sight.for_training(model, sight.Normaliser(made.processor.image_processor))
     losses.use_chunked_loss(model)
+    assert last_layer.only_at_labels(model)
     source = features.PictureSource(PICTURES, made.processor.image_processor)
     if keep:
         assert features.keep_features(source, model, torch.float32, torch.device("cpu"), 1.0)
@@ -157,6 +158,52 @@ def test_every_batch_equals_single_rows(made, tmp_path, monkeypatch):
     only = ours(made, rows, "projector", keep=True)
     assert_same(only, wanted)
     assert all("multi_modal_projector" in name for name in only[1]) and len(only[1]) == 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_last_layer_is_computed_where_labels_are(tmp_path, recompute):
+    """With an adapter in it, with checkpointing, and not in a call without labels."""
+    one = Made(tmp_path)
+    data = batches.PictureWindows(one.rows(), 400, 40, 0, one.image, one.count)
+    collate = batches.LlavaCollator(one.source, one.image, one.count)
+    batch = collate([data[i] for i in range(len(data))])
+    batch = {k: v for k, v in batch.items() if k not in ("row_ids", "faults")}
+
+    def step(only: bool) -> tuple[dict, set, torch.Tensor]:
+        """-> gradients, positions that the last layer saw, an answer."""
+        model = with_adapter(one, recompute)
+        assert not only or last_layer.only_at_labels(model)
+        seen = set()
+        last = losses.without_adapter(model).model.language_model.layers[-1]
+        last.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+        model(**batch).loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        positions = set(seen)
+        prompt = torch.tensor([[9, 6, 5, 11, 12]])
+        said = model.eval().generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
+        return gradients, positions, said
+
+    wanted, every, plain = step(only=False)
+    gradients, chosen, said = step(only=True)
+    assert every == {batch["input_ids"].numel()}
+    assert chosen == {int((batch["labels"] != -100).sum())}
+    assert gradients.keys() == wanted.keys() and torch.equal(said, plain)
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).abs().max() < 1e-6, name
+
+
+def with_adapter(one: Made, recompute: bool):
+    torch.manual_seed(0)
+    model = one.open(attn_implementation=shared_start.register())
+    parts.choose_trained(model, "lora")
+    sight.for_training(model, sight.Normaliser(one.processor.image_processor))
+    losses.use_chunked_loss(model)
+    flags = SimpleNamespace(lora_r=2, lora_alpha=4, lora_dropout=0.0, target_modules="all-linear")
+    flags.lora_vision = False
+    model = parts.add_lora(model, flags, recompute)
+    if recompute:
+        model.gradient_checkpointing_enable()
+    return model.train()
 
 
 @pytest.mark.parametrize("tower, layers", [("clip", [-2, -3]), ("siglip", -3), ("dinov2", -2)])
