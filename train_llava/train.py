@@ -101,16 +101,16 @@ DEFAULTS = dict(
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
-    num_train_epochs=18,
+    num_train_epochs=8,
     learning_rate=3e-3,
     adam_beta2=0.98,
     weight_decay=0.05,
     warmup_steps=0.1,
-    per_device_train_batch_size=2,
+    per_device_train_batch_size=4,
     gradient_accumulation_steps=1,
     logging_steps=20,
     eval_ratio=0.1,
-    eval_generate=100,
+    eval_generate=260,  # all that are held out
     max_new_tokens=24,
 )
 

@@ -23,6 +23,7 @@ from harness import (
     largest_difference,
     own_modules,
     report,
+    shell,
     start,
     weights,
     weights_sha,
@@ -99,6 +100,36 @@ def part_changes(out: Path) -> dict[str, set[bool]]:
         changed = not torch.equal(tensor, before[name])
         changes.setdefault(parts.part_of(name), set()).add(changed)
     return changes
+
+
+# ---- the default run ------------------------------------------------------------------------------
+
+
+def chance_of_held_out() -> float:
+    """Share of the samples' held-out questions about pictures that a guess among a question's
+    answers gets right."""
+    known: dict[str, set] = {}
+    asked = []
+    for row in json.loads((RECIPE / "data/questions/valid.json").read_text(encoding="utf-8")):
+        texts = [one["value"].replace("<image>", "").strip() for one in row["conversations"]]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            known.setdefault(question, set()).add(answer)
+        if "image" in row:
+            asked.append(texts[-2])
+    assert len(asked) >= 200
+    return sum(1 / len(known[question]) for question in asked) / len(asked)
+
+
+@pytest.mark.slow
+def test_the_default_run_answers_by_looking(tmp_path):
+    """Both stages on the samples."""
+    out = tmp_path / "out"
+    expect(shell(RECIPE / "train_zero2.sh", "--output_dir", out, "--report_to", "none", fork=True))
+    metrics = report(out)["metrics"]
+    assert metrics["before"]["exact_match"] < 0.1
+    assert metrics["after"]["exact_match"] >= 0.9
+    assert abs(metrics["after"]["blind_exact_match"] - chance_of_held_out()) < 0.09  # 3 deviations
+    assert (out / "stage1" / "final").is_dir()
 
 
 # ---- what moves -----------------------------------------------------------------------------------
@@ -425,7 +456,7 @@ def test_mistakes_are_one_line(tmp_path, data):
         command += ["--output_dir", tmp_path / "out", *SHORT, *flags]
         return error_line(finish(start(command)), code)
 
-    assert "a picture alone takes 16 tokens" in fails("--model_max_length", 24)
+    assert "a picture alone takes 9 tokens" in fails("--model_max_length", 16)
     assert "--bad_picture_limit 1.5: from 0 to 1" in fails("--bad_picture_limit", 1.5, code=2)
     assert "--stage_1: of the built-in model" in fails(
         "--stage_1", tmp_path, "--model_name_or_path", tmp_path, code=2
