@@ -128,7 +128,8 @@ def test_the_default_run_answers_by_looking(tmp_path):
     metrics = report(out)["metrics"]
     assert metrics["before"]["exact_match"] < 0.1
     assert metrics["after"]["exact_match"] >= 0.9
-    assert abs(metrics["after"]["blind_exact_match"] - chance_of_held_out()) < 0.09  # 3 deviations
+    # three deviations of a guess; less where the toy, never asked blindly, leaves a question's answers
+    assert metrics["after"]["blind_exact_match"] < chance_of_held_out() + 0.09
     assert (out / "stage1" / "final").is_dir()
 
 
