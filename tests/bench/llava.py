@@ -10,7 +10,8 @@ train: samples per CPU second of one thread. 43.9 M parameters: CLIP tower 6 x 3
 The upstream way: the processor and the tower in every step, padding on the left, all logits through the stock loss, fp32;
 LoRA by the plain names q, k, v, o, which stand in the tower too. Ours is train.py itself, with its flags; what a frozen tower
 says is computed before the first step and not timed, as it is once for all epochs (ours_*_live: the tower in every step).
-trl_*: TRL's SFTTrainer (pinned in requirements-dev.txt) with its chunked loss, LoRA in the language model only, as ours.
+trl_*: TRL's SFTTrainer (pinned in requirements-dev.txt) with its chunked loss, LoRA in the language model only, as ours; it
+scores labelled positions only where Triton runs and all of them on a CPU: here it is told to leave the others out too.
 four: four questions a picture. Variants run in processes of their own, the rounds interleave them, the best counts.
 memory: the highest resident memory of a step above that before it, four rows a step, LoRA.
 page: from a question to its first token, CPU seconds, the second question about one picture; with what was kept, and without.
@@ -201,7 +202,9 @@ def by_trl(folder: Path, four: bool, batch: int) -> dict:
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer import utils
 
+    utils._use_triton = lambda device: True  # asked there only for this choice
     rows = []
     for row in json.loads((folder / name_of(four)).read_text(encoding="utf-8")):
         question, answer = (turn["value"] for turn in row["conversations"])
