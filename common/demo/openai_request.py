@@ -6,9 +6,10 @@ import json
 import re
 from typing import Annotated, Literal
 
-from openai_fields import HARMLESS, IN_A_MESSAGE, INSTEAD, NO_VARIABLES, ONLY
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from starlette.responses import JSONResponse
+
+from common.demo.openai_fields import HARMLESS, IN_A_MESSAGE, INSTEAD, NO_VARIABLES, ONLY
 
 PLAIN = re.compile(r"\w{1,40}", re.ASCII)  # names of fields; anything else is the client's text
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
