@@ -389,7 +389,9 @@ def model_ids(model: str, name: str | None, adapter: bool) -> dict[str, bool]:
     return ids
 
 
-def add_arguments(parser: argparse.ArgumentParser, default_model: Path, port: int = 8000) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, default_model: str | Path, port: int = 8000
+) -> None:
     """The flags of every such server."""
     add = parser.add_argument
     default = os.environ.get("MODEL", default_model)

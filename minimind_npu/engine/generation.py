@@ -62,7 +62,8 @@ class Sampling:
     """How a request is answered.
 
     temperature 0: always the likeliest token; top_k 0: among all; ends: token ids that end an
-    answer, None: those of the model's generation config.
+    answer, None: those of the model's generation config; top_log_probs: how many of the likeliest
+    tokens Request.top_log_probs has beside each chosen one, None: it stays empty.
     """
 
     max_new_tokens: int = 256
@@ -72,6 +73,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | str = 0
     ends: frozenset[int] | None = None
+    top_log_probs: int | None = None
 
     def __post_init__(self):
         makes_sense = {
@@ -93,12 +95,18 @@ class Request:
     tokens: the end token is among them.
     finished: "" while it runs, then "stop", "length" or "cancelled".
     on_token: called with each new token; what it returns is not looked at.
+    constraint: what may come next, for answers that follow a grammar: allowed() -> bool [V] on the
+        CPU, take(token), and done.
+    top_log_probs: (log-probability of the token, [(another, its own), ...]) of each token, of the
+        model itself: before penalty, temperature and constraint.
     """
 
     prompt: list[int]
     sampling: Sampling
     on_token: Callable[[int], object] | None = None
+    constraint: object = None
     tokens: list[int] = field(default_factory=list)
+    top_log_probs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     finished: str = ""
     seen: Tensor | None = None  # bool [V]: tokens of prompt and answer, where they are penalised
 
@@ -118,7 +126,9 @@ class Request:
         self.tokens.append(token)
         if self.seen is not None:
             self.seen[token] = True
-        if token in ends:
+        if self.constraint:
+            self.constraint.take(token)
+        if token in ends or (self.constraint and self.constraint.done):
             self.finished = "stop"
         elif len(self.tokens) >= self.sampling.max_new_tokens or self.place + 1 >= limit:
             self.finished = "length"
@@ -251,7 +261,11 @@ class Engine:
     # ---- asking ----
 
     def submit(
-        self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        on_token: Callable | None = None,
+        constraint: object = None,
     ) -> Request:
         """Put a prompt in the queue. ValueError when it is empty or leaves no room for an
         answer."""
@@ -263,7 +277,7 @@ class Engine:
             )
         if sampling.ends is None:
             sampling = replace(sampling, ends=self.ends)
-        request = Request(list(prompt), sampling, on_token)
+        request = Request(list(prompt), sampling, on_token, constraint)
         self.waiting.append(request)
         return request
 
@@ -309,7 +323,10 @@ class Engine:
         self._close_gaps()
         if not self.running:
             return []
-        tokens = choose(self._logits(fresh), self.running).tolist()  # the only wait for the device
+        logits = self._logits(fresh).float()
+        chosen = choose(constrained(logits, self.running), self.running)
+        note_log_probs(logits, chosen, self.running)
+        tokens = chosen.tolist()  # the wait for the device
         done = list(zip(self.running, tokens, strict=True))
         for request, token in done:
             request.take(token, request.sampling.ends, self.max_length)
@@ -391,6 +408,32 @@ class Engine:
 
 
 # ---- choosing a token ----------------------------------------------------------------------------
+
+
+def constrained(logits: Tensor, requests: list[Request]) -> Tensor:
+    """logits [A, V] -> the same, -inf where a request's constraint forbids a token."""
+    rows = [i for i, request in enumerate(requests) if request.constraint]
+    if not rows:
+        return logits
+    allowed = torch.stack([requests[row].constraint.allowed() for row in rows])
+    logits = logits.clone()
+    logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), -torch.inf)
+    return logits
+
+
+def note_log_probs(logits: Tensor, tokens: Tensor, requests: list[Request]) -> None:
+    """Write what requests want to know of logits [A, V] and the chosen tokens [A]."""
+    rows = [i for i, r in enumerate(requests) if r.sampling.top_log_probs is not None]
+    if not rows:
+        return
+    log_probs = logits[rows].log_softmax(-1)
+    own = log_probs.gather(1, tokens[rows, None])[:, 0].tolist()
+    most = max(requests[row].sampling.top_log_probs for row in rows)
+    values, ids = log_probs.topk(most)
+    for i, row in enumerate(rows):
+        wanted = requests[row].sampling.top_log_probs
+        top = zip(ids[i, :wanted].tolist(), values[i, :wanted].tolist(), strict=True)
+        requests[row].top_log_probs.append((own[i], list(top)))
 
 
 def choose(logits: Tensor, requests: list[Request]) -> Tensor:
