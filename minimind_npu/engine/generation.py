@@ -10,7 +10,8 @@ soon as a row ends.
 
 A step is one forward pass over one row without padding: what stands before the last token of the
 prompts that have just been given a slot (attention of a packed row), then one token of every slot
-(attention over what its slot holds). It works with any causal language model whose attention goes
+(attention over what its slot holds). A prompt that several requests share is computed once: the
+others copy its keys and values. It works with any causal language model whose attention goes
 through transformers' attention interface.
 
 A active slots, N tokens of a step, H heads, K key/value heads, d size of a head, W columns in use,
@@ -62,7 +63,8 @@ class Sampling:
     """How a request is answered.
 
     temperature 0: always the likeliest token; top_k 0: among all; ends: token ids that end an
-    answer, None: those of the model's generation config.
+    answer, None: those of the model's generation config; log_probs: whether Request.log_probs is
+    filled.
     """
 
     max_new_tokens: int = 256
@@ -72,6 +74,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | str = 0
     ends: frozenset[int] | None = None
+    log_probs: bool = False
 
     def __post_init__(self):
         makes_sense = {
@@ -91,6 +94,8 @@ class Request:
     """A prompt and what has been generated for it.
 
     tokens: the end token is among them.
+    log_probs: of each token, under the very distribution that it was drawn from (0 where the
+        likeliest is taken); empty unless its Sampling asks for them.
     finished: "" while it runs, then "stop", "length" or "cancelled".
     on_token: called with each new token; what it returns is not looked at.
     """
@@ -99,12 +104,14 @@ class Request:
     sampling: Sampling
     on_token: Callable[[int], object] | None = None
     tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     finished: str = ""
     seen: Tensor | None = None  # bool [V]: tokens of prompt and answer, where they are penalised
 
     def __post_init__(self):
         # of its own: an answer is the same whoever is answered beside it
         self.numbers = random.Random(f"{self.sampling.seed}")
+        self.key = tuple(self.prompt)
 
     @property
     def place(self) -> int:
@@ -114,8 +121,10 @@ class Request:
     def cancel(self) -> None:
         self.finished = self.finished or "cancelled"
 
-    def take(self, token: int, ends: frozenset[int], limit: int) -> None:
+    def take(self, token: int, log_prob: float, ends: frozenset[int], limit: int) -> None:
         self.tokens.append(token)
+        if self.sampling.log_probs:
+            self.log_probs.append(log_prob)
         if self.seen is not None:
             self.seen[token] = True
         if token in ends:
@@ -141,10 +150,20 @@ class SlotCache(Cache):
         self.values: list[Tensor] = []
 
     def begin(
-        self, rows: Tensor, columns: Tensor, active: int, width: int, cu_seqlens: list[int], dtype
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        active: int,
+        width: int,
+        cu_seqlens: list[int],
+        dtype,
+        copies: list[tuple[int, int, int]],
     ) -> None:
         """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width`
-        columns, those before them are documents with boundaries `cu_seqlens`."""
+        columns, those before them are documents with boundaries `cu_seqlens`.
+
+        copies: (slot, another, length): what a slot gets in this step goes to another one too.
+        """
         width = -(-width // STEP) * STEP
         while self.columns < width:
             self.columns *= 2
@@ -154,6 +173,7 @@ class SlotCache(Cache):
                     kept[i] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
         self.rows = rows
         self.places = columns
+        self.copies = copies
         self.active = active
         self.width = width
         self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=rows.device)
@@ -169,7 +189,10 @@ class SlotCache(Cache):
             for kept in (self.keys, self.values):
                 kept.append(key.new_zeros(size))  # zeros: what is masked still is a factor
         for kept, new in ((self.keys, key), (self.values, value)):
-            kept[layer_idx][self.rows, :, self.places] = new[0].transpose(0, 1)
+            layer = kept[layer_idx]
+            layer[self.rows, :, self.places] = new[0].transpose(0, 1)
+            for start, goal, length in self.copies:
+                layer[goal, :, :length] = layer[start, :, :length]
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -305,30 +328,62 @@ class Engine:
     def step(self) -> list[tuple[Request, int]]:
         """One forward pass: a new token of every request that has a slot; [] when there is nothing
         to do."""
-        fresh = self._fill_slots()
+        fresh, copies = self._fill_slots()
         self._close_gaps()
         if not self.running:
             return []
-        tokens = choose(self._logits(fresh), self.running).tolist()  # the only wait for the device
-        done = list(zip(self.running, tokens, strict=True))
-        for request, token in done:
-            request.take(token, request.sampling.ends, self.max_length)
-        return done
+        tokens, log_probs = choose(self._logits(fresh, copies), self.running)
+        tokens = tokens.tolist()  # the wait for the device
+        if any(request.sampling.log_probs for request in self.running):
+            log_probs = log_probs.tolist()
+        else:
+            log_probs = [0.0] * len(tokens)
+        for request, token, log_prob in zip(self.running, tokens, log_probs, strict=True):
+            request.take(token, log_prob, request.sampling.ends, self.max_length)
+        return list(zip(self.running, tokens, strict=True))
 
-    def _fill_slots(self) -> list[int]:
-        """Give the slots of what has ended to waiting requests; -> slots that begin now."""
+    def _fill_slots(self) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Give the slots of what has ended to waiting requests; -> slots whose prompt has to be
+        computed in this step, and copies: see SlotCache.begin."""
         self.waiting = deque(request for request in self.waiting if not request.finished)
-        fresh = []
+        free = self._free_slots() if self.waiting else []
+        if not free:
+            return [], []
+        # what slots hold until the forward pass, those of ended requests too
+        held = {request.key: slot for slot, request in enumerate(self.running)}
+        begun = {}  # prompts that this step computes
+        copies = []
         room = PREFILL
-        for slot in range(self.slots):
-            busy = slot < len(self.running) and not self.running[slot].finished
-            if busy or not self.waiting or (fresh and len(self.waiting[0].prompt) > room):
-                continue
-            request = self.waiting.popleft()
+        for slot in free:
+            if not self.waiting:
+                break
+            request = self.waiting[0]
+            shared = len(request.prompt) - 1
+            if request.key in held:
+                self._copy_prompt(held, request, slot)
+            elif request.key in begun:
+                copies.append((begun[request.key], slot, shared))
+            elif begun and len(request.prompt) > room:
+                break
+            else:
+                begun[request.key] = slot
+                room -= len(request.prompt)
+            self.waiting.popleft()
             self.running[slot : slot + 1] = [request]
-            room -= len(request.prompt)
-            fresh.append(slot)
-        return fresh
+        return list(begun.values()), copies
+
+    def _free_slots(self) -> list[int]:
+        running = self.running
+        return [i for i in range(self.slots) if i >= len(running) or running[i].finished]
+
+    def _copy_prompt(self, held: dict, request: Request, slot: int) -> None:
+        """What another slot holds of the prompt of `request` goes to `slot`, whose own is gone."""
+        source = held[request.key]
+        if source == slot:
+            return
+        self.cache.move(source, slot, len(request.prompt) - 1)
+        if slot < len(self.running) and held.get(self.running[slot].key) == slot:
+            del held[self.running[slot].key]
 
     def _close_gaps(self) -> None:
         """Requests in the last slots move to those that are free; those that begin now stand before
@@ -340,8 +395,9 @@ class Engine:
                     self.cache.move(len(self.running), slot, last.place)
                     self.running[slot] = last
 
-    def _logits(self, fresh: list[int]) -> Tensor:
-        """Logits after the newest token of every slot, [A, V]."""
+    def _logits(self, fresh: list[int], copies: list[tuple[int, int, int]]) -> Tensor:
+        """Logits after the newest token of every slot, [A, V]; `fresh`, `copies`: see
+        _fill_slots."""
         ids = []
         columns = []
         rows = []
@@ -360,7 +416,7 @@ class Engine:
         active = len(self.running)
         width = 1 + max(request.place for request in self.running)
         ids, columns, rows = torch.tensor([ids, columns, rows]).to(self.model.device)
-        self.cache.begin(rows, columns, active, width, cu_seqlens, self.model.dtype)
+        self.cache.begin(rows, columns, active, width, cu_seqlens, self.model.dtype, copies)
         with self._attending():
             out = self.model(
                 input_ids=ids[None],
@@ -393,18 +449,22 @@ class Engine:
 # ---- choosing a token ----------------------------------------------------------------------------
 
 
-def choose(logits: Tensor, requests: list[Request]) -> Tensor:
-    """logits [A, V] -> the next token of each request, [A]."""
+def choose(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
+    """logits [A, V] -> the next token of each request, [A], and its log-prob under the distribution
+    that it was drawn from, [A]."""
     logits = _penalised(logits.float(), requests)
     tokens = logits.argmax(-1)
+    log_probs = logits.new_zeros(len(logits))
     # each kind is drawn apart, so that a draw is the same whoever is in the batch
     kinds: dict[str, list[int]] = {}
     for row, request in enumerate(requests):
         if request.sampling.temperature > 0:
             kinds.setdefault(_kind(request.sampling), []).append(row)
     for kind, rows in kinds.items():
-        tokens[rows] = _drawn(logits[rows], [requests[row] for row in rows], kind)
-    return tokens
+        # one kind for all, as in a rollout: no copy of the logits
+        some = logits if len(rows) == len(logits) else logits[rows]
+        tokens[rows], log_probs[rows] = _drawn(some, [requests[row] for row in rows], kind)
+    return tokens, log_probs
 
 
 def _kind(sampling: Sampling) -> str:
@@ -438,9 +498,10 @@ def _column(name: str, requests: list[Request], like: Tensor) -> Tensor:
     return like.new_tensor([getattr(request.sampling, name) for request in requests])[:, None]
 
 
-def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
+def _drawn(logits: Tensor, requests: list[Request], kind: str) -> tuple[Tensor, Tensor]:
     """One token for each row of logits [R, V]: temperature, top_k, top_p, then a random number of
-    the request's own. kind: see _kind; all requests are of it."""
+    the request's own; and its log-prob under what they leave. kind: see _kind; all requests are of
+    it."""
     logits = logits / _column("temperature", requests, logits)
     top_p = _column("top_p", requests, logits)
     order = None  # token of each column, where they are no longer in the vocabulary's order
@@ -460,9 +521,10 @@ def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
     numbers = [request.numbers.getrandbits(24) / 2**24 for request in requests]
     drawn = sums.new_tensor(numbers)[:, None] * sums[:, -1:]
     place = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+    log_probs = (chances.gather(1, place) / sums[:, -1:]).log()
     if order is not None:
         place = order.gather(1, place)
-    return place[:, 0]
+    return place[:, 0], log_probs[:, 0]
 
 
 def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

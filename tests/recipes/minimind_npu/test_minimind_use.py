@@ -246,7 +246,7 @@ def test_half_precision_looks_up_long_rows_the_other_way():
 def draws(logits, count=3000, **how):
     """Share of each token in `count` draws from logits [V]."""
     asked = [Request([5], Sampling(seed=i, **how)) for i in range(count)]
-    tokens = generation.choose(logits.repeat(count, 1), asked)
+    tokens, _ = generation.choose(logits.repeat(count, 1), asked)
     return torch.bincount(tokens, minlength=len(logits)) / count
 
 
