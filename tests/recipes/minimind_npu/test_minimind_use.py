@@ -394,8 +394,7 @@ def test_a_conversation_goes_on_where_it_was_though_others_came_between(monkeypa
     model = build()
     computed = counted(model, monkeypatch)
     engine = Engine(model, 3)
-    talks = random_prompts(3, 80)
-    talks = [talk * 3 for talk in talks]
+    talks = [random.Random(i).choices(range(3, 60), k=30) for i in range(3)]
     how = Sampling(4, ends=frozenset())
     for turn in range(3):
         for i, talk in enumerate(talks):
