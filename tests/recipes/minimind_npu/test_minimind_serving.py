@@ -647,3 +647,68 @@ def test_flags(capsys, monkeypatch):
             api.arguments()
         assert ended.value.code == 2
         assert told in capsys.readouterr().err
+
+
+# ---- vLLM --------------------------------------------------------------------------------------------------------
+
+
+def deploy(*words, folder=ROOT, **variables):
+    command = ["bash", folder / "minimind_npu" / "deploy_vllm.sh", *words]
+    return subprocess.run(
+        [str(word) for word in command],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_deployment_shows_its_commands():
+    shown = deploy(
+        "serve", "--dry-run", "--device", "cuda", "--max-model-len", 512, "--name", "dan"
+    )
+    assert shown.returncode == 0, shown.stderr
+    exported, container, asked = shown.stdout.splitlines()
+    assert "export.py --output_dir" in exported
+    assert "-p 127.0.0.1:8000:8000" in container
+    assert container.rstrip().endswith("--served-model-name dan --max-model-len 512 --port 8000")
+    assert "http://127.0.0.1:8000/v1/chat/completions" in asked
+    ascend = deploy("vllm", "--dry-run", "--device", "npu", "--vllm-image", "mine:1").stdout
+    assert "--device /dev/davinci_manager" in ascend
+    assert "mine:1 vllm serve /model" in ascend
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["start"], "the first word is"),
+        (["vllm", "--port", "1"], "unknown flag --port"),
+        (["vllm", "--vllm-port", "x"], "x is no number"),
+        (["vllm", "--name", "a b", "--dry-run"], "--name a b"),
+        (["vllm", "--device", "tpu", "--dry-run"], "cuda or npu"),
+        (["vllm", "--model-dir", "/nowhere"], "no exported model"),
+        (["convert", "--weight", "nothing", "--model-dir", "/nowhere"], "is there: train one"),
+    ],
+)
+def test_mistakes_of_deployment_are_one_line(words, told):
+    ended = deploy(*words)
+    assert ended.returncode in (1, 2)
+    assert told in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_what_is_deployed_is_what_was_typed(trained, tmp_path):
+    """The export of a run, and sizes that are not the model's."""
+    copied = tmp_path / "copied"
+    (copied / "output" / "minimind_npu").mkdir(parents=True)
+    for name in ("minimind_npu", "common", "requirements.txt", ".venv"):
+        if (ROOT / name).exists():
+            (copied / name).symlink_to(ROOT / name)
+    (copied / "output" / "minimind_npu" / "sft").symlink_to(trained)
+    out = tmp_path / "exported"
+    for _ in range(2):  # also of what is there already
+        wrong = deploy("convert", "--model-dir", out, "--hidden-size", 512, folder=copied)
+        assert wrong.returncode == 1
+        assert "--hidden-size is 512, but the model has 64" in wrong.stderr
+    again = deploy("convert", "--model-dir", out, folder=copied)
+    assert again.returncode == 0
+    assert "taken as it is" in again.stdout
