@@ -294,6 +294,7 @@ def scripts_of_minimind(sound: Path, train: list, out: list) -> list[tuple]:
         (QUICK, [*training(QUICK), *out, "--model_name"], MODELS),
         ("chat.py", ["--model"], MODELS),
         ("chat.py", ["--adapter"], ADAPTERS),
+        ("serve_openai_api.py", ["--port", 0, "--model"], MODELS + ADAPTERS),
         ("evaluation/eval.py", [*out, "--model"], MODELS + ADAPTERS),
         ("export.py", [*out, "--model"], MODELS + ADAPTERS),
         ("export.py", [*out, "--import", "--model"], ["pickle", "auto_map", "file"]),
