@@ -94,7 +94,8 @@ def test_losses_and_gradients_are_those_of_a_loop_over_tokens(name):
 
 
 def published_grpo(new, old, reference, advantages, mask, beta, low, high):
-    """DeepSeekMath's loss with tokens averaged over the batch, as TRL 1.16 computes loss_type "dapo"."""
+    """DeepSeekMath's loss with tokens averaged over the batch and the KL weighted by the ratio, as TRL
+    1.16 computes loss_type "dapo" by default."""
     total = 0.0
     for i in range(len(new)):
         for t in range(new.shape[1]):
@@ -105,7 +106,7 @@ def published_grpo(new, old, reference, advantages, mask, beta, low, high):
                 distance = (
                     torch.exp(reference[i, t] - new[i, t]) - (reference[i, t] - new[i, t]) - 1
                 )
-                total = total - gain + beta * distance
+                total = total - gain + beta * ratio * distance
     return total / mask.sum()
 
 
@@ -121,7 +122,7 @@ def test_grpo_with_its_kl_is_the_published_loss():
     ours, _ = grpo.token_losses(
         new[mask], old[mask], each.flatten()[:, None].expand(6, 9)[mask], ARGS
     )
-    ours = (ours + 0.1 * kl.k3(new[mask], reference[mask])).sum() / mask.sum()
+    ours = (ours + 0.1 * kl.penalty(new[mask], old[mask], reference[mask])).sum() / mask.sum()
     assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
