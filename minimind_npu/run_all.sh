@@ -7,7 +7,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck disable=SC2034  # read there
-knobs="SIZE STAGES PRETRAIN SFT LORA DPO REASON EVAL"
+knobs="SIZE STAGES PRETRAIN SFT LORA DPO REASON TOOLS EVAL"
 source "$here/../common/launch.sh"
 SIZE=${SIZE:-tiny} STAGES=${STAGES:-tokenizer pretrain sft lora dpo reason eval chat}
 OUTPUT=${OUTPUT:-$(dirname "$here")/output/$(basename "$here")}
@@ -25,6 +25,11 @@ train() {
         ${rows:+--data_path "$rows"} "$@")
 }
 
+# use_tools STAGE WHEN: how the model of a stage uses tools
+use_tools() {
+    "$python" "$here/eval_toolcall.py" --model_name_or_path "$root_out/$1/final" --output_dir "$root_out/eval_toolcall/$2"
+}
+
 for stage in $STAGES; do
     echo "== $stage"
     tokenizer=$here/tokenizer
@@ -39,6 +44,12 @@ for stage in $STAGES; do
         dpo) train dpo "$root_out/sft/final" "${DPO:-}" "$@" ;;
         distill) train distill "$SIZE" "${SFT:-}" --teacher "$root_out/sft/final" "$@" ;;
         reason) train reason "$root_out/dpo/final" "${REASON:-}" "$@" ;;
+        toolcall)
+            rows=${TOOLS:-$root_out/tool_rows.jsonl}
+            [[ -f $rows || -n ${TOOLS:-} ]] || "$python" "$here/samples/tool_rows.py" "$rows"
+            use_tools sft before
+            train sft "$root_out/sft/final" "$rows" --output_dir "$root_out/toolcall" "$@"
+            use_tools toolcall after ;;
         eval) "$python" "$here/evaluation/eval.py" --model_name_or_path "$root_out/sft/final" \
             --output_dir "$root_out/eval" "${eval_flags[@]}" ;;
         chat) printf '%s\n' 你是谁？ 三加五等于几？ /exit | "$python" "$here/chat.py" --max_new_tokens 64 \

@@ -201,6 +201,11 @@ def error_text(problem: str) -> str:
     return json.dumps({"error": problem}, ensure_ascii=False)
 
 
+def is_error(text: str) -> bool:
+    """Whether what a call gave is an error: no tool of yours should begin its text like that."""
+    return text.startswith('{"error": ')
+
+
 def short(thing) -> str:
     text = " ".join(str(thing).split())
     return text if len(text) <= 200 else f"{text[:200]}…"
