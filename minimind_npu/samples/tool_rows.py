@@ -18,10 +18,12 @@ from itertools import islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms beside this one
 from samples.sample_facts import KINDS
 from toolcall.registry import Registry
 from toolcall.tools import PRICES, built_in
+
+from common.data.files import atomic_file
 
 NUMBER = 1200
 HELD_OUT = ("菠菜", "蜂蜜", "橘子", "桃子", "镜子")  # words that only data/eval/ looks up
@@ -220,7 +222,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     number = int(sys.argv[2]) if len(sys.argv) > 2 else NUMBER
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with atomic_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         for row in rows(number):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"{number:,} rows {path}")
