@@ -30,7 +30,7 @@ THREADS = 8  # calls that run at once
 class Episode:
     """A conversation that is played.
 
-    messages: as given, then what came; tools: those it may call.
+    messages: as given, then what came; tools: those it may call; seed: of what it draws.
     prompt: token ids of what was given; tokens: those after it; written: of each of them, whether
         the model wrote it.
     calls: all that it made, in order; requests: those to the engine, one an answer.
@@ -40,6 +40,7 @@ class Episode:
 
     messages: list[dict]
     tools: list[dict]
+    seed: int | str
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
@@ -52,6 +53,12 @@ class Episode:
         """What it said last; "" where it did not get that far."""
         last = self.messages[-1]
         return last["content"] if last["role"] == "assistant" else ""
+
+    @property
+    def log_probs(self) -> list[float]:
+        """Of each of its tokens, from an engine that keeps them; 0 for those that it was given."""
+        own = iter([value for request in self.requests for value in request.log_probs])
+        return [next(own) if is_written else 0.0 for is_written in self.written]
 
     def add(self, tokens: list[int], written: bool) -> None:
         self.tokens += tokens
@@ -67,16 +74,21 @@ def play(
     sampling: Sampling | None = None,
     **template,
 ) -> list[Episode]:
-    """Each conversation {"messages", "tools"?} to its end, in order; tools: by default all of the
-    registry. A call of a tool that was not shown is answered with an error, like any wrong call.
+    """Each conversation {"messages", "tools"?, "seed"?} to its end, in order; tools: by default all
+    of the registry. A call of a tool that was not shown is answered with an error, like any wrong
+    call.
 
-    max_turns: answers of one conversation. sampling: of an answer; answer t of conversation i draws
-    from "seed:i:t", so it is the same beside any others. template: for the chat template.
+    max_turns: answers of one conversation. sampling: of an answer. Answer t of a conversation draws
+    from "SEED:t" with its own seed, by default that of `sampling` and its number, so it is the same
+    beside any others. template: for the chat template.
     Raises ValueError where the template refuses the messages, or rewrites answers when they become
     history.
     """
     sampling = sampling or Sampling()
-    episodes = [begun(tokenizer, one, registry, template) for one in conversations]
+    episodes = []
+    for number, one in enumerate(conversations):
+        seed = one.get("seed", f"{sampling.seed}:{number}")
+        episodes.append(begun(tokenizer, one, seed, registry, template))
     going = dict(enumerate(episodes))
     with ThreadPoolExecutor(THREADS) as pool:
         for turn in range(max_turns):
@@ -95,10 +107,10 @@ def play(
     return episodes
 
 
-def begun(tokenizer, conversation: dict, registry: Registry, template: dict) -> Episode:
+def begun(tokenizer, conversation: dict, seed, registry: Registry, template: dict) -> Episode:
     tools = conversation.get("tools") or registry.schemas
     messages = list(conversation["messages"])
-    return Episode(messages, tools, encode_prompt(tokenizer, messages, tools, **template))
+    return Episode(messages, tools, seed, encode_prompt(tokenizer, messages, tools, **template))
 
 
 # ---- the model's part ----------------------------------------------------------------------------
@@ -107,8 +119,8 @@ def begun(tokenizer, conversation: dict, registry: Registry, template: dict) -> 
 def answer_all(engine: Engine, going: dict[int, Episode], turn: int, sampling: Sampling) -> None:
     """One answer of each, as one batch; where there is no room for one the episode is finished."""
     asked = []
-    for number, episode in going.items():
-        how = replace(sampling, seed=f"{sampling.seed}:{number}:{turn}")
+    for episode in going.values():
+        how = replace(sampling, seed=f"{episode.seed}:{turn}")
         try:
             request = engine.submit(episode.prompt + episode.tokens, how)
         except ValueError:

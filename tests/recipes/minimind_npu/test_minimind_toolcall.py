@@ -376,6 +376,19 @@ def test_tokens_of_an_episode_are_those_of_training_and_observations_are_marked(
     trained = [label != IGNORE for label in row["labels"][: len(ids)]]
     assert trained == [False] * len(one.prompt) + one.written
     assert one.prompt == encode_prompt(tokenizer, one.messages[:1], registry.schemas)
+    for place, request in enumerate(one.requests):  # as an engine leaves them that keeps them
+        request.log_probs = [-1.0 - place] * len(request.tokens)
+    found = one.log_probs
+    first = len(one.requests[0].tokens)
+    assert found[:first] == [-1.0] * first and found[first] == 0 and found[-1] == -2
+    assert [value != 0 for value in found] == one.written
+
+
+def test_a_conversation_with_a_seed_draws_the_same_in_any_company(tokenizer):
+    engine = Scripted(tokenizer, {"你好": "你好！"})
+    mine = talks("你好")[0] | {"seed": "7:3"}
+    playing.play(engine, tokenizer, [*talks("你好", "你好"), mine], tools.built_in())
+    assert engine.asked == ["0:0:0", "0:1:0", "7:3:0"]
 
 
 def test_an_answer_in_a_form_of_its_own_is_kept_as_it_was_generated(tokenizer):
