@@ -224,6 +224,8 @@ def set_defaults(args: Args, training: TrainingArguments, base: str) -> None:
             defaults["prompts_per_step"] = size
     if args.algorithm == "reinforce":
         defaults |= {"mini_batches": 1}
+    if width_of(base, args) < TOY_WIDTH and device.kind() == "cpu":
+        defaults |= {"bf16": False}  # as quick there, and exact
     if any_given("max_seq_len"):  # the other name of a flag
         defaults.pop("model_max_length", None)
     if any_given("num_generations"):

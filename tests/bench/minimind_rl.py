@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python tests/bench/minimind_rl.py --only ours trl --steps 2 --prompts 2      # a quick look
 
 The same weights (for the others as a Llama of transformers), prompts and reward for all, one update a rollout, fp32
-unless the side says otherwise. `trl` has no reference model (its default); neither have `ours` and `ours_half`.
+unless the side ends in _half (bf16). `trl` has no reference model (its default); neither have `ours` and `ours_half`.
 `restated` is MiniMind's train_grpo.py as it runs on a CPU: prompts two at a time, transformers' generate() with top_p
 and top_k, full logits of policy, old policy and reference; `ours_kl` computes the same losses with a reference.
 
@@ -28,8 +28,8 @@ from measured import forget_peak, memory_mb, say
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "minimind_npu")]
-SIDES = ("ours", "ours_half", "ours_kl", "trl", "restated")
-RATIOS = (("ours", "trl"), ("ours_half", "trl"), ("ours_kl", "restated"))
+SIDES = ("ours", "ours_half", "ours_kl", "trl", "trl_half", "restated")
+RATIOS = (("ours", "trl"), ("ours_half", "trl_half"), ("ours_half", "trl"), ("ours_kl", "restated"))
 RATE = 1e-6
 
 
@@ -85,7 +85,6 @@ class Clock:
 def ours(args, tokenizer, folder: str, half: bool, kl: float) -> dict:
     import torch
     import train_rl
-    from loop import parallel  # noqa: F401
     from model import MiniMindForCausalLM
     from rl import learner as learners
     from rl.prompts import Prompt
@@ -137,7 +136,7 @@ def ours(args, tokenizer, folder: str, half: bool, kl: float) -> dict:
 # ---- TRL ------------------------------------------------------------------------------------------------------------
 
 
-def trl(args, tokenizer, folder: str) -> dict:
+def trl(args, tokenizer, folder: str, half: bool) -> dict:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -146,7 +145,7 @@ def trl(args, tokenizer, folder: str) -> dict:
     before = forget_peak()
     asked = prompts_of(tokenizer, args.prompts, args.prompt)
     settings = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", max_steps=args.steps + 1,
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=half, report_to="none", max_steps=args.steps + 1,
         num_generations=args.group, per_device_train_batch_size=args.prompts * args.group, steps_per_generation=1,
         gradient_accumulation_steps=1, max_completion_length=args.new, learning_rate=RATE, save_strategy="no",
         logging_steps=1, temperature=1.0, gradient_checkpointing=False,
@@ -243,8 +242,8 @@ def measure(args) -> dict:
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(f"{args.folder}/own")
-    if args.side == "trl":
-        return trl(args, tokenizer, args.folder)
+    if args.side.startswith("trl"):
+        return trl(args, tokenizer, args.folder, args.side == "trl_half")
     if args.side == "restated":
         return restated(args, tokenizer, args.folder)
     return ours(

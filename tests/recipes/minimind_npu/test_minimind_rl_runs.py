@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def test_a_rank_killed_in_an_update_ends_both_and_the_run_goes_on(loop, whole, t
 
 
 @pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(loop, whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], check=True)
+    try:
+        line = error_line(loop("spo").run(disk / "out", fault="full-disk@checkpoint-2"), 1)
+        assert "no space left" in line and newest_step(disk / "out") == 1
+        (disk / "filler").unlink()
+        expect(loop("spo").run(disk / "out"))
+        assert outcome(disk / "out") == outcome(whole("spo"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
 def test_what_a_run_leaves_and_tells(whole):
     out = whole("grpo")
     assert {p.name for p in out.iterdir()} >= {
@@ -195,8 +211,6 @@ def test_nothing_to_go_on_from_is_one_line(monkeypatch, tmp_path):
 
 def test_the_shell_trains_a_model_to_go_on_from_only_where_there_is_none(tmp_path):
     """With stand-ins for run_all.sh and the launcher."""
-    import subprocess
-
     recipe = tmp_path / "mine"
     (tmp_path / "common").mkdir()
     recipe.mkdir()
