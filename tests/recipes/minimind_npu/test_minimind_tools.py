@@ -72,6 +72,12 @@ def test_a_call_that_was_cut_off_is_none():
     assert first.problem and second.name == "b"
 
 
+def test_an_answer_of_nothing_but_tags_is_read_up_to_a_bound():
+    found = parse_calls("<tool_call>" * 200_000)
+    assert len(found) == calls.MOST + 1 and "64" in found[-1].problem
+    assert all(call.problem for call in found)
+
+
 # ---- the registry -------------------------------------------------------------------------------------------------
 
 
