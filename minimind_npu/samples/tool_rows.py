@@ -1,11 +1,11 @@
 """Write conversations that use the tools of toolcall/tools.py, as many as asked for.
 
-    python minimind_npu/samples/tool_rows.py rows.jsonl [NUMBER]          # default: 1,200
+    python minimind_npu/samples/tool_rows.py rows.jsonl [NUMBER]          # default: 1,000
 
 {"messages", "tools"}: one call, two in one answer, two one after the other (a price, then a sum),
-questions that need no tool, and questions whose tool is not among those shown. What the tools say
-comes from the tools; prices are drawn anew in every row, so that an answer has to be read. Nothing
-of data/eval/toolcall.jsonl (`questions`) is among them: neither a question nor a word to look up.
+questions that need no tool. What the tools say comes from the tools; prices are drawn anew in every
+row, so that an answer has to be read. Nothing of data/eval/toolcall.jsonl (`questions`) is among
+them: neither a question nor a word to look up (of 黄雨伞 both halves are, in other words).
 All sentences are our own; the same bytes every time.
 """
 
@@ -21,13 +21,11 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms beside this one
 from samples.sample_facts import KINDS
 from toolcall.registry import Registry
-from toolcall.tools import PRICES, built_in
+from toolcall.tools import COLOURS, PRICES, THINGS, built_in
 
 from common.data.files import atomic_file
 
-NUMBER = 1200
-HELD_OUT = ("菠菜", "蜂蜜", "橘子", "桃子", "镜子")  # words that only data/eval/ looks up
-NO_TOOL = "没有合适的工具，这个我算不了。"
+NUMBER = 1000
 PLAIN = ("capital", "province", "opposite", "colour", "measure", "season", "sum", "minus")
 
 
@@ -60,6 +58,12 @@ class Talk:
         return self
 
 
+def held_out_words() -> list[str]:
+    """Of each thing one colour that only data/eval/ looks up."""
+    colours = list(COLOURS)[1:]
+    return [colours[i % len(colours)] + thing for i, thing in enumerate(THINGS)]
+
+
 # ---- kinds of questions --------------------------------------------------------------------------
 #
 # Each takes (random numbers, words to look up, registry) and gives a Talk.
@@ -90,7 +94,7 @@ def dates(rng: random.Random, words: list[str], registry: Registry) -> Talk:
     day = date.fromordinal(start)
     said = f"{day.year}年{day.month}月{day.day}日"
     days = rng.randint(2, 99)
-    arguments = {"date": day.isoformat()}
+    arguments = {"date": f"{day.year}-{day.month}-{day.day}"}
     kind = rng.randrange(3)
     if kind == 0:
         talk = Talk(rng.choice(["{}是星期几？", "请问{}是星期几？"]).format(said), registry)
@@ -101,17 +105,17 @@ def dates(rng: random.Random, words: list[str], registry: Registry) -> Talk:
         frames = ["{}的前{}天是哪天？", "从{}往回数{}天是几月几日？"]
     talk = Talk(rng.choice(frames).format(said, days), registry)
     (found,) = talk.call(("date", arguments | {"days": -days if kind == 2 else days}))
-    then = date.fromisoformat(found["date"])
-    return talk.say(f"是{then.year}年{then.month}月{then.day}日。")
+    year, month, day = found["date"].split("-")
+    return talk.say(f"是{year}年{month}月{day}日。")
 
 
 # from the larger to the smaller, so that amounts stay whole
-LADDERS = (("千米", "米", "厘米", "毫米"), ("吨", "千克", "克"), ("天", "小时", "分钟", "秒"))
+STEPS = (("千米", "米"), ("米", "厘米"), ("吨", "千克"), ("千克", "克"))
+STEPS += (("天", "小时"), ("小时", "分钟"), ("分钟", "秒"))
 
 
 def amounts(rng: random.Random, words: list[str], registry: Registry) -> Talk:
-    ladder = rng.choice(LADDERS)
-    unit, to = sorted(rng.sample(ladder, 2), key=ladder.index)
+    unit, to = rng.choice(STEPS)
     value = rng.randint(2, 99)
     frame = rng.choice(["{}{}等于多少{}？", "{}{}是多少{}？", "把{}{}换成{}。"])
     talk = Talk(frame.format(value, unit, to), registry)
@@ -153,30 +157,19 @@ def plain(rng: random.Random, words: list[str], registry: Registry) -> Talk:
     return Talk(rng.choice(kind.asks).format(**fact), registry).say(kind.answer.format(**fact))
 
 
-def unable(rng: random.Random, words: list[str], registry: Registry) -> Talk:
-    """What needs a tool that is not shown."""
-    other = rng.choice((sums, dates, amounts, prices))(rng, words, registry)
-    talk = Talk(other.messages[0]["content"], registry).say(NO_TOOL)
-    talk.needs = [f"not {name}" for name in other.needs]
-    return talk
-
-
 MIX = [sums] * 4 + [dates] * 4 + [amounts] * 3 + [prices] * 2 + [two_prices] * 2 + [costs] * 3
-MIX += [plain] * 4 + [unable] * 3
+MIX += [plain] * 5
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
 def shown_tools(rng: random.Random, talk: Talk) -> list[dict]:
-    """The tools it needs, some others, none that is to be missing; in any order."""
+    """The tools it needs, sometimes others; in any order."""
     schemas = {schema["function"]["name"]: schema for schema in talk.registry.schemas}
-    others = [
-        name for name in schemas if name not in talk.needs and f"not {name}" not in talk.needs
-    ]
-    needed = sorted(set(talk.needs) & schemas.keys())
-    least = 0 if needed else 1
-    names = needed + rng.sample(others, rng.randint(least, 3 - len(needed)))
+    needed = sorted(set(talk.needs))
+    others = [name for name in schemas if name not in needed]
+    names = needed + rng.sample(others, rng.randint(0 if needed else 1, 1))
     return [schemas[name] for name in rng.sample(names, len(names))]
 
 
@@ -190,13 +183,10 @@ def talks(seed: str, words: list[str], priced: Callable[[random.Random], dict]) 
         for make in rng.sample(MIX, len(MIX)):
             table.update(priced(rng))
             talk = make(rng, words, registry)
-            row = {"messages": talk.messages, "tools": shown_tools(rng, talk)}
             question = talk.messages[0]["content"]
-            # by itself a question may be asked with its tool and without it
-            key = question if make is not unable else f"{question}-"
-            if key not in asked:
-                asked.add(key)
-                yield row
+            if question not in asked:
+                asked.add(question)
+                yield {"messages": talk.messages, "tools": shown_tools(rng, talk)}
 
 
 def drawn_prices(rng: random.Random) -> dict:
@@ -204,15 +194,13 @@ def drawn_prices(rng: random.Random) -> dict:
 
 
 def questions(number: int = 108) -> list[dict]:
-    """data/eval/toolcall.jsonl: half of the words that are looked up are held out."""
-    known = [word for word in PRICES if word not in HELD_OUT]
-    words = [*HELD_OUT, *known[: len(HELD_OUT)]]
-    return list(islice(talks("held out", words, lambda rng: PRICES), number))
+    """data/eval/toolcall.jsonl."""
+    return list(islice(talks("held out", held_out_words(), lambda rng: PRICES), number))
 
 
 def rows(number: int = NUMBER) -> list[dict]:
     held_out = {row["messages"][0]["content"] for row in questions()}
-    words = [word for word in PRICES if word not in HELD_OUT]
+    words = sorted(PRICES.keys() - set(held_out_words()))
     found = talks("tools", words, drawn_prices)
     fresh = (row for row in found if row["messages"][0]["content"] not in held_out)
     return list(islice(fresh, number))

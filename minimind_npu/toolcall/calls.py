@@ -8,11 +8,14 @@ Nothing here raises for what a model may say: a call that cannot be made says wh
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 
 OPENED = "<tool_call>"
 CLOSED = "</tool_call>"
 LONGEST = 20_000  # characters of one call
+MOST = 64  # calls of one answer
+BLANKS = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ def parse_calls(text: str) -> list[Call]:
     found = []
     start = said.find(OPENED)
     while start >= 0:
+        if len(found) == MOST:
+            found.append(Call("", problem=f"more than {MOST} calls in one answer"))
+            break
         start += len(OPENED)
         end = end_of_call(said, start)
         written = said[start:end]
@@ -44,16 +50,18 @@ def parse_calls(text: str) -> list[Call]:
 def end_of_call(said: str, start: int) -> int:
     """Where the call ends that begins at `start`: behind its JSON (a tag may stand in a string of
     it), else at the next tag, else at the end."""
-    begin = start + len(said[start:]) - len(said[start:].lstrip())
     try:
-        _, end = json.JSONDecoder().raw_decode(said, begin)
+        _, end = json.JSONDecoder().raw_decode(said, after_blanks(said, start))
     except (ValueError, RecursionError):
         end = start
-    else:
-        if not said[end:].lstrip().startswith(CLOSED):
-            end = start
+    if not said.startswith(CLOSED, after_blanks(said, end)):
+        end = start
     tags = [said.find(tag, end) for tag in (OPENED, CLOSED)]
     return min((at for at in tags if at >= 0), default=len(said))
+
+
+def after_blanks(said: str, start: int) -> int:
+    return BLANKS.match(said, start).end()
 
 
 def read_call(written: str, is_closed: bool = True) -> Call:

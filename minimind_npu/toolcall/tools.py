@@ -120,19 +120,22 @@ def plain(number: int | float) -> int | float:
 # ---- date ----------------------------------------------------------------------------------------
 
 WEEKDAYS = "一二三四五六日"
+DATE = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})", re.ASCII)
 
 
 def date(date: str, days: int = 0) -> dict:
     """某日再过几天是哪天"""
+    parts = DATE.fullmatch(date.strip())
     try:
-        start = Date.fromisoformat(date)
-    except ValueError:
-        raise ValueError(f"{date[:20]} is no date; one is written 2024-02-28") from None
+        start = Date(*map(int, parts.groups()))
+    except (AttributeError, ValueError):
+        raise ValueError(f"{date[:20]} is no date; one is written 2024-2-28") from None
     try:
         found = start + timedelta(days=days)
     except OverflowError:
         raise ValueError("a date before the year 1 or after 9999") from None
-    return {"date": found.isoformat(), "weekday": f"星期{WEEKDAYS[found.weekday()]}"}
+    written = f"{found.year}-{found.month}-{found.day}"
+    return {"date": written, "weekday": f"星期{WEEKDAYS[found.weekday()]}"}
 
 
 # ---- units ---------------------------------------------------------------------------------------
@@ -178,39 +181,42 @@ def units(value: float, unit: str, to: str) -> dict:
 
 # ---- lookup --------------------------------------------------------------------------------------
 
-PRICES = {  # made up: yuan
-    "白菜": 2,
-    "白糖": 7,
-    "白纸": 9,
-    "菠菜": 4,
-    "草莓": 18,
-    "大米": 3,
-    "豆角": 6,
-    "番茄": 5,
-    "蜂蜜": 26,
-    "橘子": 8,
-    "花生": 13,
-    "黄瓜": 4,
-    "黄豆": 11,
-    "鸡蛋": 6,
-    "毛巾": 15,
+# a made-up shop: yuan of each thing, and what its colour costs more
+THINGS = {
+    "苹果": 6,
+    "香蕉": 5,
+    "番茄": 4,
+    "茄子": 7,
     "玉米": 3,
-    "辣椒": 9,
-    "梨子": 7,
-    "帽子": 35,
-    "牛奶": 12,
-    "苹果": 8,
     "葡萄": 16,
-    "茄子": 5,
+    "辣椒": 9,
+    "牛奶": 12,
+    "墨水": 13,
     "铅笔": 2,
-    "桃子": 14,
-    "土豆": 3,
-    "西瓜": 4,
-    "香蕉": 6,
-    "鞋子": 88,
+    "白纸": 8,
+    "图书": 28,
+    "邮票": 1,
+    "糖果": 11,
+    "气球": 3,
     "雨伞": 32,
-    "钥匙": 5,
+    "衣服": 79,
+    "帽子": 35,
+    "鞋子": 88,
+    "毛巾": 15,
     "镜子": 19,
+    "剪刀": 14,
+    "梳子": 6,
+    "扫帚": 18,
+    "钥匙": 5,
+    "闹钟": 45,
+    "电话": 66,
+    "汽车": 90,
+}
+COLOURS = {"": 0, "红": 1, "黄": 2, "绿": 3, "蓝": 4, "紫": 5, "黑": 6}
+PRICES = {
+    colour + thing: price + more
+    for thing, price in THINGS.items()
+    for colour, more in COLOURS.items()
 }
 
 

@@ -36,6 +36,7 @@ CALLED = {
 }
 RESULT = {"role": "tool", "content": '{"sky": "晴"}'}
 SAID = {"role": "assistant", "content": "晴。"}
+SHOP = {"苹果": 8, "梨子": 7}
 ROW = {"messages": [ASKED, CALLED, RESULT, SAID], "tools": [TOOL]}
 
 
@@ -277,6 +278,11 @@ def test_training_learns_calls_and_answers_and_no_observation(tokenizer):
 # ---- samples ------------------------------------------------------------------------------------------------------
 
 
+def called(rows: list[dict]) -> list[dict]:
+    messages = [message for row in rows for message in row["messages"]]
+    return [call["function"] for message in messages for call in message.get("tool_calls", [])]
+
+
 def test_sample_rows_are_right_new_and_of_every_kind():
     held_out = tool_rows.questions()
     rows = tool_rows.rows(150)
@@ -286,15 +292,13 @@ def test_sample_rows_are_right_new_and_of_every_kind():
     for row in [*rows, *held_out]:
         assert read(row)["messages"] == row["messages"]
         turns_of.add(tuple(m["role"][0] for m in row["messages"]))
-        for message in row["messages"]:
-            for call in message.get("tool_calls", []):
-                assert not registry.problem(call["function"]["name"], call["function"]["arguments"])
+    assert not any(registry.problem(**call) for call in called([*rows, *held_out]))
     assert turns_of == {tuple(one) for one in ("ua", "uata", "uatta", "uatata")}
     assert not asked & {row["messages"][0]["content"] for row in rows}
-    assert not any(word in json.dumps(rows, ensure_ascii=False) for word in tool_rows.HELD_OUT)
+    held_out_words = set(tool_rows.held_out_words())
+    assert not held_out_words & {call["arguments"].get("key") for call in called(rows)}
+    assert {call["arguments"].get("key") for call in called(held_out)} - {None} <= held_out_words
     assert rows[:20] == tool_rows.rows(20)
-    unable = [row for row in rows if row["messages"][-1]["content"] == tool_rows.NO_TOOL]
-    assert 5 < len(unable) < 40
 
 
 # ---- play ---------------------------------------------------------------------------------------------------------
@@ -346,7 +350,7 @@ def test_conversations_are_played_to_their_ends(tokenizer):
         "not JSON": "对不起。",
     }, cut="半")  # fmt: skip
     asked = ("你好", "苹果多少钱", "算", "转圈", "半句", "坏")
-    found = playing.play(engine, tokenizer, talks(*asked), tools.built_in(), max_turns=3)
+    found = playing.play(engine, tokenizer, talks(*asked), tools.built_in(SHOP), max_turns=3)
     assert [one.finished for one in found] == ["stop", "stop", "stop", "turns", "length", "stop"]
     assert [one.answer for one in found[:3]] == ["你好！", "24元。", "算不了。"]
     assert [m["role"] for m in found[2].messages] == [
@@ -368,7 +372,7 @@ def test_tokens_of_an_episode_are_those_of_training_and_observations_are_marked(
         "苹果多少钱": "查。\n" + call_text("lookup", key="苹果") + "\n" + call_text("lookup", key="梨子"),
         '{"苹果": 8}': "8元。",
     })  # fmt: skip
-    registry = tools.built_in()
+    registry = tools.built_in(SHOP)
     (one,) = playing.play(engine, tokenizer, talks("苹果多少钱"), registry)
     row = encode_chat(tokenizer, one.messages, 4096, registry.schemas)
     ids = one.prompt + one.tokens
@@ -387,7 +391,7 @@ def test_tokens_of_an_episode_are_those_of_training_and_observations_are_marked(
 def test_a_conversation_with_a_seed_draws_the_same_in_any_company(tokenizer):
     engine = Scripted(tokenizer, {"你好": "你好！"})
     mine = talks("你好")[0] | {"seed": "7:3"}
-    playing.play(engine, tokenizer, [*talks("你好", "你好"), mine], tools.built_in())
+    playing.play(engine, tokenizer, [*talks("你好", "你好"), mine], tools.built_in(SHOP))
     assert engine.asked == ["0:0:0", "0:1:0", "7:3:0"]
 
 
@@ -395,7 +399,7 @@ def test_an_answer_in_a_form_of_its_own_is_kept_as_it_was_generated(tokenizer):
     """Not as the template would write it: what is trained has to be what was drawn."""
     odd = '\n\n<tool_call>{"arguments":{"key":"苹果"},"name":"lookup"}</tool_call> '
     engine = Scripted(tokenizer, {"苹果多少钱": odd, '{"苹果": 8}': "8元。"})
-    (one,) = playing.play(engine, tokenizer, talks("苹果多少钱"), tools.built_in())
+    (one,) = playing.play(engine, tokenizer, talks("苹果多少钱"), tools.built_in(SHOP))
     written = [
         token for token, is_written in zip(one.tokens, one.written, strict=True) if is_written
     ]
@@ -428,11 +432,15 @@ def test_what_a_tool_says_is_text_and_only_tools_that_were_shown_are_called(toke
 def test_no_room_in_the_window_ends_an_episode(tokenizer):
     engine = Scripted(tokenizer, {"苹果多少钱": call_text("lookup", key="苹果"), "8": "8元。"})
     room = (
-        len(encode_prompt(tokenizer, talks("苹果多少钱")[0]["messages"], tools.built_in().schemas))
+        len(
+            encode_prompt(
+                tokenizer, talks("苹果多少钱")[0]["messages"], tools.built_in(SHOP).schemas
+            )
+        )
         + 10
     )
     engine.room = room
-    (one,) = playing.play(engine, tokenizer, talks("苹果多少钱"), tools.built_in())
+    (one,) = playing.play(engine, tokenizer, talks("苹果多少钱"), tools.built_in(SHOP))
     assert one.finished == "window" and one.messages[-1]["role"] == "tool"
 
 
@@ -440,7 +448,7 @@ def test_a_thought_is_part_of_an_answer_and_calls_in_it_are_none(tokenizer):
     inner = f"想{call_text('lookup', key='苹果')}</think>\n\n好。"
     engine = Scripted(tokenizer, {"苹果多少钱": inner})
     (one,) = playing.play(
-        engine, tokenizer, talks("苹果多少钱"), tools.built_in(), enable_thinking=True
+        engine, tokenizer, talks("苹果多少钱"), tools.built_in(SHOP), enable_thinking=True
     )
     assert one.finished == "stop" and not one.calls and one.answer.startswith("<think>")
 
@@ -498,9 +506,9 @@ def taught(tmp_path_factory, tokenizer):
     registry = tools.built_in()
     known = [tool_rows.Talk("法国的首都？", registry).say("是巴黎。")]
     for question, rounds, said in (
-        ("苹果多少钱？", [["苹果"]], "8元。"),
-        ("苹果和梨子？", [["苹果", "梨子"]], "8元，7元。"),
-        ("先查梨子再查苹果。", [["梨子"], ["苹果"]], "7元，8元。"),
+        ("苹果多少钱？", [["苹果"]], "6元。"),
+        ("苹果和香蕉？", [["苹果", "香蕉"]], "6元，5元。"),
+        ("先查香蕉再查苹果。", [["香蕉"], ["苹果"]], "5元，6元。"),
     ):
         talk = tool_rows.Talk(question, registry)
         for words in rounds:
