@@ -49,6 +49,11 @@ CHATS = (
     "lora",
     "sft",
     "distill",
+    "grpo",
+    "ppo",
+    "spo",
+    "cispo",
+    "reinforce",
 )  # stages that leave a model that answers
 NAME = "slots"
 # the columns in use are a multiple: oneDNN compiles a kernel for every new shape in half precision
