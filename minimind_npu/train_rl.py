@@ -40,6 +40,7 @@ from rl.rewards import Rewards
 from rl.rollout import Sampler, refuse_disagreement
 from settings import tokenizer_of
 from stages.pretrain import balance
+from toolcall.tools import built_in
 from common.callbacks import SafeStop
 from common.data.load import load_rows, summary
 from common.runs import run_folder
@@ -49,8 +50,9 @@ LOSSES = {"grpo": grpo, "ppo": ppo, "spo": spo, "cispo": cispo, "reinforce": rei
 
 
 # 1. Prompts
-def read(args: Args, training, base: str, tokenizer) -> tuple:
-    """-> (prompts to train on, held-out ones, counts, the checkpoint to continue from or None)."""
+def read(args: Args, training, base: str, tokenizer, tools: list | None) -> tuple:
+    """-> (prompts to train on, held-out ones, counts, the checkpoint to continue from or None).
+    tools: those that the policy may call, None where it answers at once."""
     rows, stats = load_rows(
         args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
     )
@@ -59,7 +61,7 @@ def read(args: Args, training, base: str, tokenizer) -> tuple:
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}
     settings |= {name: getattr(training, name) for name in DEFINING}
     start = run_folder.open_output(training, settings, args.overwrite_output_dir, True, tokenizer)
-    prompts, held_out = asking.read(args, rows, stats, tokenizer, training.seed)
+    prompts, held_out = asking.read(args, rows, stats, tokenizer, training.seed, tools)
     return prompts, held_out, stats, start
 
 
@@ -68,6 +70,7 @@ def roll_out(args: Args, training, sampler: Sampler, rewards: Rewards, prompts, 
     """prompts: of this process, by their place in the step -> (answers, their rewards [P * G] with
     NaN where there is none, sums over all processes). An answer without a reward is not trained."""
     answers = sampler.play(prompts, step)
+    own_tokens = sum(sum(answer.trained) for answer in answers)
     total, parts = rewards(answers)
     given = ~total.isnan()
     for answer, has_reward in zip(answers, given.tolist(), strict=True):
@@ -77,8 +80,9 @@ def roll_out(args: Args, training, sampler: Sampler, rewards: Rewards, prompts, 
         "answers": len(answers),
         "rewarded": given.sum(),
         "reward": total.nan_to_num(0).sum(),
-        "tokens": sum(len(answer.tokens) for answer in answers),
+        "tokens": own_tokens,
         "cut": sum(answer.is_cut for answer in answers),
+        "calls": sum(answer.calls for answer in answers),
         "surprise": -sum(sum(answer.log_probs) for answer in answers),
     }
     for name, values in parts.items():
@@ -119,9 +123,8 @@ def loss_of(learner: Learner, batch: dict, denominator: float) -> tuple:
         "row_tokens": batch["used"],
     }
     if "reference" in batch:
-        distance = kl.k3(log_probs, batch["reference"])
-        each = each + args.kl_coef * distance
-        sums["kl"] = distance.detach().sum()
+        each = each + args.kl_coef * kl.penalty(log_probs, old, batch["reference"])
+        sums["kl"] = kl.k3(log_probs.detach(), batch["reference"]).sum()
     if values is not None:
         errors, held = ppo.value_losses(values, batch["values"], batch["returns"], args.value_clip)
         each = each + args.vf_coef * errors
@@ -220,13 +223,15 @@ def main() -> None:
     dtype = device.train_dtype(training)
     tokenizer = models.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
     rewards = Rewards.of(args)
-    prompts, held_out, stats, start = read(args, training, base, tokenizer)
+    registry = built_in() if args.max_turns > 1 else None
+    tools = registry.schemas if registry else None
+    prompts, held_out, stats, start = read(args, training, base, tokenizer, tools)
 
     model = weights.load_model(base, args, training, tokenizer)
     tracker = spo.Tracker(len(prompts)) if args.algorithm == "spo" else None
     learner = make_learner(args, training, model, tracker, tokenizer.pad_token_id)
     rewards.load_models(training)
-    sampler = Sampler(model, tokenizer, args, dtype, training.seed)
+    sampler = Sampler(model, tokenizer, args, dtype, training.seed, registry)
     write_model = partial(weights.write_model, model, tokenizer, None, "")
 
     measured = partial(measure, training, sampler, held_out)

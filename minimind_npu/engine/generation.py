@@ -41,7 +41,19 @@ from common.runs.generate import end_token_ids
 
 HERE = Path(__file__).resolve().parents[1]
 OUTPUT = HERE.parent / "output" / HERE.name
-CHATS = ("reason", "dpo", "lora", "sft", "distill")  # stages that leave a model that answers
+CHATS = (
+    "toolcall",
+    "reason",
+    "dpo",
+    "lora",
+    "sft",
+    "distill",
+    "grpo",
+    "ppo",
+    "spo",
+    "cispo",
+    "reinforce",
+)  # stages that leave a model that answers
 NAME = "slots"
 # the columns in use are a multiple: oneDNN compiles a kernel for every new shape in half precision
 STEP = 64

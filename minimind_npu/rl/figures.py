@@ -25,6 +25,8 @@ def of_rollout(sums: dict) -> dict:
     }
     if sums["rewarded"] < answers:
         told["without_reward"] = 1 - sums["rewarded"] / answers
+    if sums["calls"]:
+        told["calls"] = sums["calls"] / answers
     if "no_signal" in sums:
         told["no_signal"] = sums["no_signal"] / answers
     for name in sums:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from loop import optim
 from model import SIZES
 from rl.advantages import GROUPED
 from rl.rewards import RULES
@@ -53,6 +54,9 @@ class Args(cli.RunArgs, cli.DataArgs):
         default=8, metadata={"aliases": ["--num_generations"], "help": "answers to a prompt"}
     )
     temperature: float = field(default=1.0, metadata={"help": "of sampling, and of the log-probs"})
+    max_turns: int = field(
+        default=1, metadata={"help": "answers of a conversation; 2 or more: with tools in the loop"}
+    )
     slots: int = field(default=128, metadata={"help": "answers generated at once on a device"})
 
     # updates
@@ -113,6 +117,7 @@ RANGES = {
     "group_size": flags.FROM_1,
     "temperature": flags.ABOVE_0,
     "slots": flags.FROM_1,
+    "max_turns": flags.FROM_1,
     "mini_batches": flags.FROM_1,
     "num_iterations": flags.FROM_1,
     "clip_low": flags.ABOVE_0,
@@ -164,9 +169,12 @@ TOY = dict(
     learning_rate=3e-4,
     model_max_length=128,
     max_new_tokens=48,
-    max_steps=60,
+    max_steps=30,
     prompts_per_step=16,
+    group_size=16,
+    temperature=1.5,  # tuned on few rows, it is too sure of itself to try anything else
     kl_coef=0.001,
+    eval_ratio=0.15,
     save_steps=20,
 )
 
@@ -209,12 +217,15 @@ def set_defaults(args: Args, training: TrainingArguments, base: str) -> None:
     defaults = dict(TOY) if width_of(base, args) < TOY_WIDTH else {}
     if args.algorithm in ("ppo", "spo"):
         # as many answers, each to a prompt of its own
-        size = defaults.get("prompts_per_step", args.prompts_per_step) * args.group_size
+        group = defaults.get("group_size", args.group_size)
+        size = defaults.get("prompts_per_step", args.prompts_per_step) * group
         defaults |= {"group_size": 1}
         if not any_given("prompts_per_step"):
             defaults["prompts_per_step"] = size
     if args.algorithm == "reinforce":
         defaults |= {"mini_batches": 1}
+    if width_of(base, args) < TOY_WIDTH and device.kind() == "cpu":
+        defaults |= {"bf16": False}  # as quick there, and exact
     if any_given("max_seq_len"):  # the other name of a flag
         defaults.pop("model_max_length", None)
     if any_given("num_generations"):
@@ -253,6 +264,9 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         f"--clip_low {args.clip_low}: below 1": args.clip_low >= 1,
         f"--warmup_steps {training.warmup_steps}: a part of the run, below 1": (
             not 0 <= training.warmup_steps < 1
+        ),
+        f"--lr_scheduler_type: {', '.join(optim.SCHEDULES)}": (
+            training.lr_scheduler_type not in optim.SCHEDULES
         ),
         f"--min_lr_ratio {args.min_lr_ratio}: from 0 to 1": not 0 <= args.min_lr_ratio <= 1,
     }

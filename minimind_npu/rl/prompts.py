@@ -30,39 +30,56 @@ class Prompt:
     extra: dict = field(default_factory=dict)
 
 
-def encode(row: dict, tokenizer, room: int) -> dict:
+def asked_of(row: dict, tools: list[dict] | None) -> tuple[list[dict], list[dict] | None]:
+    """A canonical chat row -> (the messages that are asked, the tools that may be called).
+
+    tools: None, or those of a row that names none; then what the row itself did with tools after
+        its last question is left out, since the policy is to do that.
+    """
+    asked = row["messages"][:-1]
+    if tools is not None:
+        while asked and asked[-1]["role"] != "user":
+            asked = asked[:-1]
+    return asked, row.get("tools") or tools
+
+
+def encode(row: dict, tokenizer, room: int, tools: list[dict] | None) -> dict:
     """A canonical chat row -> {"input_ids": of its prompt}; ValueError with the reason for one that
     cannot be asked."""
-    *asked, last = row["messages"]
-    if last["role"] != "assistant" or not asked:
+    asked, tools = asked_of(row, tools)
+    if row["messages"][-1]["role"] != "assistant" or not asked:
         raise ValueError("no answer at the end of the conversation")
-    ids = encode_prompt(tokenizer, asked, row.get("tools"))
+    ids = encode_prompt(tokenizer, asked, tools)
     if len(ids) > room:
         raise ValueError("the prompt leaves no room for --max_new_tokens")
     return {"input_ids": ids}
 
 
-def read(args, rows, stats: dict, tokenizer, seed: int) -> tuple[Prompts, Prompts]:
-    """Rows of load_rows -> (prompts to train on, held-out ones); completes the counts."""
+def read(
+    args, rows, stats: dict, tokenizer, seed: int, tools: list[dict] | None = None
+) -> tuple[Prompts, Prompts]:
+    """Rows of load_rows -> (prompts to train on, held-out ones); completes the counts. tools: see
+    asked_of."""
     room = args.model_max_length - args.max_new_tokens
-    to_tokens = partial(encode, tokenizer=tokenizer, room=room)
-    depends_on = [fingerprint(tokenizer), room]
+    to_tokens = partial(encode, tokenizer=tokenizer, room=room, tools=tools)
+    depends_on = [fingerprint(tokenizer), room, tools]
     data = prepare(rows, stats, to_tokens, args, "chat", seed, depends_on, COLUMNS)
-    prompts = Prompts(data.train_ids, rows)
+    prompts = Prompts(data.train_ids, rows, tools)
     if len(prompts) < args.prompts_per_step:
         raise SystemExit(
             f"{args.data_path}: {len(prompts)} prompts to train on are fewer than the "
             f"--prompts_per_step {args.prompts_per_step} of one step"
         )
-    return prompts, Prompts(data.eval_ids, rows)
+    return prompts, Prompts(data.eval_ids, rows, tools)
 
 
 class Prompts:
     """Made when they are asked for; their tokens stay memory-mapped."""
 
-    def __init__(self, token_rows, rows):
+    def __init__(self, token_rows, rows, tools: list[dict] | None):
         self.token_rows = token_rows
         self.rows = rows
+        self.tools = tools
         self.place = {source: i for i, source in enumerate(rows["source"])}
 
     def __len__(self) -> int:
@@ -71,8 +88,8 @@ class Prompts:
     def __getitem__(self, number: int) -> Prompt:
         found = self.token_rows[number]
         row = json.loads(self.rows[self.place[found["source"]]]["row"])
-        *asked, last = row["messages"]
-        reference = last.get("content") or ""
+        asked, tools = asked_of(row, self.tools)
+        reference = row["messages"][-1].get("content") or ""
         file, _, line = found["source"].rpartition(":")
         return Prompt(
             row=number,
@@ -81,7 +98,7 @@ class Prompts:
             reference=reference,
             ground_truth=final_answer(reference),
             data_source=Path(file).stem,
-            extra={"line": line, "messages": asked},
+            extra={"line": line, "messages": asked, "tools": tools},
         )
 
     def take(self, numbers) -> list[Prompt]:

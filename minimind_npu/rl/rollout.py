@@ -9,11 +9,13 @@ checks at the start of a run that the policy computes the same ones.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from engine.generation import Engine, Sampling
 from rl.prompts import Prompt
+from toolcall.play import play
+from toolcall.registry import Registry
 
 from common import cli
 from common.runs.generate import answer_text, end_token_ids
@@ -25,8 +27,8 @@ AGREE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 @dataclass
 class Answer:
     """tokens: the end token is among them; log_probs: of each; trained: whether each counts in the
-    loss (not what a tool said); finished: "stop", or "length" where it was cut; text: without
-    special tokens."""
+    loss (not what a tool said); finished: "stop", or why it was cut; text: without special tokens;
+    calls: of tools."""
 
     prompt: Prompt
     tokens: list[int]
@@ -34,6 +36,7 @@ class Answer:
     finished: str
     text: str
     trained: list[bool] = field(default_factory=list)
+    calls: int = 0
 
     def __post_init__(self):
         self.trained = self.trained or [True] * len(self.tokens)
@@ -45,13 +48,22 @@ class Answer:
 
 class Sampler:
     """Samples from `model`; in half precision from a copy of its weights, renewed for each
-    rollout."""
+    rollout. registry: tools that it may call, None without."""
 
-    def __init__(self, model, tokenizer, args, dtype: torch.dtype, seed: int):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        args,
+        dtype: torch.dtype,
+        seed: int,
+        registry: Registry | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.args = args
         self.seed = seed
+        self.registry = registry
         self.ends = frozenset(end_token_ids(model, tokenizer))
         self.copy = model
         if dtype is not torch.float32:
@@ -72,36 +84,58 @@ class Sampler:
     def play(self, prompts: dict[int, Prompt], step: int) -> list[Answer]:
         """group_size answers to each prompt, in order. prompts: by their place in the step, which
         with the step's number is the seed: an answer is the same on any process."""
-        engine = self.engine()
-        asked = []
-        for place, prompt in prompts.items():
-            for i in range(self.args.group_size):
-                how = self.sampling(f"{self.seed}:{step}:{place}:{i}")
-                asked.append((prompt, engine.submit(prompt.ids, how)))
-        while engine.step():
-            pass
-        return [self.answer(prompt, request) for prompt, request in asked]
+        asked = [
+            (prompt, f"{self.seed}:{step}:{place}:{i}")
+            for place, prompt in prompts.items()
+            for i in range(self.args.group_size)
+        ]
+        return self.answers(asked, self.args.temperature)
 
     def greedy(self, prompts: list[Prompt]) -> list[Answer]:
+        return self.answers([(prompt, "") for prompt in prompts], 0.0)
+
+    def answers(self, asked: list[tuple[Prompt, str]], temperature: float) -> list[Answer]:
+        """asked: prompts, and the seeds of their answers."""
+        how = Sampling(self.args.max_new_tokens, temperature, ends=self.ends, log_probs=True)
         engine = self.engine()
-        how = Sampling(self.args.max_new_tokens, ends=self.ends)
-        asked = [(prompt, engine.submit(prompt.ids, how)) for prompt in prompts]
+        if self.registry is not None:
+            return self.with_tools(engine, asked, how)
+        requests = [engine.submit(prompt.ids, replace(how, seed=seed)) for prompt, seed in asked]
         while engine.step():
             pass
-        return [self.answer(prompt, request) for prompt, request in asked]
+        return [
+            Answer(
+                prompt,
+                request.tokens,
+                request.log_probs,
+                request.finished,
+                answer_text(self.tokenizer, request.tokens),
+            )
+            for (prompt, _), request in zip(asked, requests, strict=True)
+        ]
 
-    def sampling(self, seed: str) -> Sampling:
-        return Sampling(
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
-            seed=seed,
-            ends=self.ends,
-            log_probs=True,
+    def with_tools(self, engine: Engine, asked: list, how: Sampling) -> list[Answer]:
+        """Conversations as one batch, turn by turn; what a tool says, and the template's own tokens
+        around it, are not trained. The text is that of the last answer."""
+        conversations = [
+            {"messages": prompt.extra["messages"], "tools": prompt.extra["tools"], "seed": seed}
+            for prompt, seed in asked
+        ]
+        played = play(
+            engine, self.tokenizer, conversations, self.registry, self.args.max_turns, how
         )
-
-    def answer(self, prompt: Prompt, request) -> Answer:
-        text = answer_text(self.tokenizer, request.tokens)
-        return Answer(prompt, request.tokens, request.log_probs, request.finished, text)
+        return [
+            Answer(
+                prompt,
+                episode.tokens,
+                episode.log_probs,
+                episode.finished,
+                episode.answer,
+                episode.written,
+                len(episode.calls),
+            )
+            for (prompt, _), episode in zip(asked, played, strict=True)
+        ]
 
 
 def refuse_disagreement(sampled: torch.Tensor, computed: torch.Tensor, dtype: torch.dtype) -> None:

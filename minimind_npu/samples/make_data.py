@@ -11,8 +11,8 @@
     lora_identity.jsonl, lora_plants.jsonl      another name; a small subject of its own
     rl/sums.jsonl       {"question", "answer"}: sums asked in ways that stand nowhere else, for
                         train_rl.py
-    eval/               held_out.txt, ceval/*_val.csv, choice.jsonl, gsm.jsonl: nothing of it stands
-                        in the files above
+    eval/               held_out.txt, ceval/*_val.csv, choice.jsonl, gsm.jsonl, toolcall.jsonl
+                        (tool_rows.py): nothing of it stands in the files above
 
 Everything is true or made up by us. A fact is said in several ways in pretrain/ and asked in other
 ways in sft/, so that a question that was held out can be answered from the others. All sentences
@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE)]
+from samples import tool_rows
 from samples.sample_facts import (
     ACTS,
     CARE,
@@ -787,6 +788,7 @@ def main(folder: Path) -> None:
     write(folder / "eval" / "choice.jsonl", arc())
     write(folder / "eval" / "gsm.jsonl", gsm())
     write(folder / "rl" / "sums.jsonl", unusual_sums())
+    write(folder / "eval" / "toolcall.jsonl", tool_rows.questions())
 
 
 if __name__ == "__main__":

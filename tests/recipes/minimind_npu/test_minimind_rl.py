@@ -18,13 +18,23 @@ from common.fast import losses as token_losses
 RECIPE = ROOT / "minimind_npu"
 NAMES = """
 model engine.generation rl.policy rl.rollout rl.rewards rl.user_function rl.prompts rl.advantages rl.figures
-rl.losses.ppo rl.losses.grpo rl.losses.cispo rl.losses.spo rl.losses.reinforce rl.losses.kl
+toolcall.tools rl.losses.ppo rl.losses.grpo rl.losses.cispo rl.losses.spo rl.losses.reinforce rl.losses.kl
 """
 found = own_modules("minimind_npu", *NAMES.split())
-models, generation, policies, rollout, rewards, user_function, prompts, advantages, figures = found[
-    :9
-]
-ppo, grpo, cispo, spo, reinforce, kl = found[9:]
+(
+    models,
+    generation,
+    policies,
+    rollout,
+    rewards,
+    user_function,
+    prompts,
+    advantages,
+    figures,
+    tools,
+    *of_losses,
+) = found
+ppo, grpo, cispo, spo, reinforce, kl = of_losses
 ARGS = SimpleNamespace(clip_low=0.2, clip_high=0.3, ratio_cap=1.5, length_range="2,4")
 
 
@@ -94,7 +104,8 @@ def test_losses_and_gradients_are_those_of_a_loop_over_tokens(name):
 
 
 def published_grpo(new, old, reference, advantages, mask, beta, low, high):
-    """DeepSeekMath's loss with tokens averaged over the batch, as TRL 1.16 computes loss_type "dapo"."""
+    """DeepSeekMath's loss with tokens averaged over the batch and the KL weighted by the ratio, as TRL
+    1.16 computes loss_type "dapo" by default."""
     total = 0.0
     for i in range(len(new)):
         for t in range(new.shape[1]):
@@ -105,7 +116,7 @@ def published_grpo(new, old, reference, advantages, mask, beta, low, high):
                 distance = (
                     torch.exp(reference[i, t] - new[i, t]) - (reference[i, t] - new[i, t]) - 1
                 )
-                total = total - gain + beta * distance
+                total = total - gain + beta * ratio * distance
     return total / mask.sum()
 
 
@@ -121,7 +132,7 @@ def test_grpo_with_its_kl_is_the_published_loss():
     ours, _ = grpo.token_losses(
         new[mask], old[mask], each.flatten()[:, None].expand(6, 9)[mask], ARGS
     )
-    ours = (ours + 0.1 * kl.k3(new[mask], reference[mask])).sum() / mask.sum()
+    ours = (ours + 0.1 * kl.penalty(new[mask], old[mask], reference[mask])).sum() / mask.sum()
     assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -311,6 +322,84 @@ def test_gradients_are_those_of_each_answer_alone_and_left_out_tokens_have_none(
     for name in alone:
         scale = max(1.0, alone[name].abs().max().item())
         assert torch.allclose(together[name], alone[name], atol=2e-4 * scale), name
+
+
+# ---- tools in the loop ----------------------------------------------------------------------------------------------
+
+
+def test_conversations_with_tools_are_played_together_and_observations_are_not_trained(monkeypatch):
+    """A policy that is made to call: its log-probs in training are those of the context that it was in."""
+    from transformers import AutoTokenizer
+
+    from common.data.labels import encode_prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
+    torch.manual_seed(0)
+    model = models.build("tiny", len(tokenizer), hidden_size=48, num_hidden_layers=2).eval()
+    token_losses.use_chunked_loss(model)
+    made = policies.Policy(model, 0.9, has_values=False).eval()
+    registry = tools.built_in()
+    spelled = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "%s"}}\n</tool_call><|im_end|>'
+    asked = []
+    for i, question in enumerate(("3乘4等于几？", "你好。")):
+        messages = [{"role": "user", "content": question}]
+        ids = encode_prompt(tokenizer, messages, registry.schemas)
+        extra = {"messages": messages, "tools": registry.schemas}
+        asked.append(prompts.Prompt(i, ids, question, "12", "12", "data", extra))
+    started = {tuple(one.ids): one for one in asked}
+
+    def said(request):
+        begun = started.get(tuple(request.prompt))
+        if begun is None:
+            return spelled("是12。<|im_end|>")
+        return spelled(call % "3*4") if begun.row == 0 else spelled("好<|im_end|>")
+
+    def choose(logits, requests):
+        forced = [said(request)[len(request.tokens)] for request in requests]
+        log_probs = (logits / 0.9).log_softmax(-1)
+        return torch.tensor(forced), log_probs[range(len(forced)), forced]
+
+    monkeypatch.setattr(generation, "choose", choose)
+    args = SimpleNamespace(
+        group_size=2,
+        max_new_tokens=60,
+        temperature=0.9,
+        slots=3,
+        model_max_length=1024,
+        max_turns=3,
+    )
+    sampler = rollout.Sampler(model, tokenizer, args, torch.float32, 1, registry)
+    answers = sampler.play(dict(enumerate(asked)), 1)
+    assert [one.text for one in answers] == ["是12。"] * 2 + ["好"] * 2
+    assert [one.calls for one in answers] == [1, 1, 0, 0] and {one.finished for one in answers} == {
+        "stop"
+    }
+    first = answers[0]
+    seen = [token for token, own in zip(first.tokens, first.trained, strict=True) if not own]
+    own = [token for token, own in zip(first.tokens, first.trained, strict=True) if own]
+    assert "12" in tokenizer.decode(seen) and "<tool_response>" in tokenizer.decode(seen)
+    assert own == spelled(call % "3*4") + spelled("是12。<|im_end|>"), "end tokens are trained"
+    found, _, experiences = computed(made, answers)
+    assert [len(one) for one in experiences] == [sum(one.trained) for one in answers]
+    sampled = torch.cat([one.log_probs for one in experiences])
+    assert torch.allclose(torch.cat(found), sampled, atol=1e-4)
+
+
+def test_what_a_row_did_with_tools_is_left_to_the_policy():
+    shown = [{"type": "function", "function": {"name": "f"}}]
+    turns = [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", ""),
+        ("tool", "1"),
+    ]
+    messages = [{"role": role, "content": text} for role, text in [*turns, ("assistant", "d")]]
+    assert prompts.asked_of({"messages": messages}, shown) == (messages[:4], shown)
+    assert prompts.asked_of({"messages": messages, "tools": [1]}, shown)[1] == [1]
+    assert prompts.asked_of({"messages": messages}, None) == (messages[:6], None)
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------

@@ -296,6 +296,7 @@ def scripts_of_minimind(sound: Path, train: list, out: list) -> list[tuple]:
         ("chat.py", ["--adapter"], ADAPTERS),
         ("serve_openai_api.py", ["--port", 0, "--model"], MODELS + ADAPTERS),
         ("evaluation/eval.py", [*out, "--model"], MODELS + ADAPTERS),
+        ("eval_toolcall.py", [*out, "--model"], MODELS + ADAPTERS),
         ("export.py", [*out, "--model"], MODELS + ADAPTERS),
         ("export.py", [*out, "--import", "--model"], ["pickle", "auto_map", "file"]),
         ("export.py", imported, ["tokenizer"]),
