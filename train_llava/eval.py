@@ -37,7 +37,7 @@ from answers import generate_answers
 from choices import CHOICE_PROMPT, Choice, is_choice_table, letters_said, read_choices
 from encoding import count_pictures, encode_newest, row_of, without_pictures
 from features import PictureSource
-from model import Llava, local_folder
+from model import Llava
 from rows import CAPTION_ASKED, describe, load_rows_with_pictures
 from sight import Normaliser, features_of
 
@@ -182,7 +182,7 @@ class Kept:
 def sha_of_model(path: str) -> str:
     """Of what a model answers with, short: its weights, the small files beside them, the base of an
     adapter. Of a hub id those that are here now."""
-    folder = local_folder(path)
+    folder = adapter.local_folder(path)
     digest = hashlib.sha256(adapter.base_fingerprint(str(folder)).encode())
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
         digest.update(file.name.encode() + file.read_bytes())

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from model import local_folder
 from parts import parameter_groups, put_back_frozen, save_trained, table
 from sight import whole_tower
 
@@ -121,7 +120,7 @@ class LlavaTrainer(RecipeTrainer):
         if self.args.should_save and has_adapter:
             adapter.remember_base(final, self.base)
         elif self.args.should_save:
-            put_back_frozen(final, local_folder(self.base), self.trained)
+            put_back_frozen(final, adapter.local_folder(self.base), self.trained)
         cli.wait_for_all("it writes the model")
         return final
 

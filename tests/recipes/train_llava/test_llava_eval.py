@@ -438,12 +438,12 @@ def test_answers_belong_to_the_weights_and_never_take_a_hub_ids_place(
     hub.mkdir()
     save_file({"a": torch.zeros(3)}, hub / "model.safetensors")
     (hub / "config.json").write_text("{}")
-    stock = evaluation.local_folder
+    stock = evaluation.adapter.local_folder
 
     def place(path: str):
         return hub if path == "org/name" else stock(path)
 
-    monkeypatch.setattr(evaluation, "local_folder", place)
+    monkeypatch.setattr(evaluation.adapter, "local_folder", place)
     first = evaluation.sha_of_model("org/name")
     assert first == evaluation.sha_of_model(str(hub)) == evaluation.sha_of_model("org/name")
     save_file({"a": torch.ones(3)}, hub / "model.safetensors")
