@@ -97,7 +97,7 @@ def local_folder(model: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         folder = Path(snapshot_download(model, allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):  # older models, OpenAI's and Chinese CLIPs
+        if not any(folder.glob("*.safetensors")):  # as of many older models
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:  # what the hub's errors are, names of no id too
         words = model_folder.reason(error)
