@@ -189,6 +189,7 @@ def check_model(path: str, flag: str = "--model_name_or_path"):
     work. No weight is read."""
     config = models.model_config(path, flag)
     check_config(config, f"{flag} {path}")
+    config.dtype = config.dtype or config.text_config.dtype or torch.float32  # some do not say it
     processor = load_processor(path, flag)
     if not processor.patch_size:  # folders of 2023 do not say it
         processor.patch_size = config.vision_config.patch_size

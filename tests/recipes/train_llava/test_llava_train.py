@@ -428,7 +428,8 @@ def test_merged_answers_are_the_adapters(tmp_path, data, adapted):
 
 @pytest.mark.slow
 def test_old_names_train_too(tmp_path, data):
-    """A folder as the first LLaVA programs wrote it, its processor without patch_size."""
+    """A folder as the first LLaVA programs wrote it, its processor without patch_size, its config
+    without a dtype."""
     import test_llava_build as built
     from safetensors.torch import load_file, save_file
 
@@ -439,6 +440,10 @@ def test_old_names_train_too(tmp_path, data):
     for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
         settings.pop(name)
     file.write_text(json.dumps(settings))
+    config = json.loads((out / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    (out / "config.json").write_text(json.dumps(config))
     names = load_file(out / "model.safetensors")
     assert any(name.startswith("language_model.model.") for name in names)
     save_file(names, out / "model.safetensors", {"format": "pt"})
