@@ -24,7 +24,7 @@ from harness import (
     weights_sha,
 )
 from torch.nn import functional as F
-from transformers import Siglip2VisionConfig
+from transformers import BertConfig, Siglip2VisionConfig
 
 from common import cli
 
@@ -396,6 +396,18 @@ def test_a_naflex_tower_is_told_as_such_whatever_lies_beside_it(tmp_path):
     Siglip2VisionConfig(**size, patch_size=8, num_patches=16).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="NaFlex SigLIP2.*fixed size"):
         train.check_model(resolved({"model_name_or_path": str(tmp_path)}))
+
+
+def test_a_teacher_that_is_no_text_image_model_is_told_before_the_data_are_read(tmp_path):
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertConfig(**size, vocab_size=20).save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty").mkdir()
+    for name, said in [
+        ("bert", "--teacher_name_or_path .*: bert is no text-image model"),
+        ("empty", "no trained model here"),
+    ]:
+        with pytest.raises(SystemExit, match=said):
+            train.check_model(resolved({"teacher_name_or_path": str(tmp_path / name)}))
 
 
 def test_projections_that_are_not_there_are_not_trained(capsys):
