@@ -123,7 +123,7 @@ class Search:
         query = F.normalize(torch.stack(wanted).mean(0), dim=0)
         if without:
             query = F.normalize(query - strength * self.of_text(without), dim=0)
-        self.index.refresh()
+        self.look_again()
         if not len(self.index):
             raise refuse("索引是空的：先在下面添加图片，或运行 build_index.py。")
         found = self.index.nearest(query, k)
@@ -132,6 +132,13 @@ class Search:
         notes = [f"{len(self.index):,} 张图片里最近的 {len(shown)} 张，{1000 * seconds:.0f} 毫秒"]
         notes += [note for note in (self.note(text), self.note(without)) if note]
         return shown, page.escape_markdown("；".join(notes))
+
+    def look_again(self) -> None:
+        """Take up what others have written; gr.Error where it is not whole, or another model's."""
+        try:
+            self.index.refresh()
+        except index.IndexProblem as problem:  # a SystemExit, which would end the server
+            raise refuse(f"索引现在不能用：{problem}") from None
 
     def shown(self, entry: index.Entry, score: float) -> tuple[Image.Image, str]:
         name = entry.place.name or os.path.basename(entry.place.path)

@@ -325,9 +325,11 @@ def run(rows: list[tuple[str, str]], folder: Path, limits: Limits, workers: int,
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "manifest.jsonl"
     lines = known(manifest, folder, again)
-    todo = [url for url in dict.fromkeys(url for url, _ in rows) if url not in lines]
-    if len(todo) < len(rows):
-        print(f"{len(lines):,} addresses are settled, {len(todo):,} to ask", flush=True)
+    asked = dict.fromkeys(url for url, _ in rows)
+    todo = [url for url in asked if url not in lines]
+    settled = len(asked) - len(todo)
+    if settled:
+        print(f"{settled:,} addresses are settled, {len(todo):,} to ask", flush=True)
     end_line(manifest)
     ask = partial(keep, folder=folder, limits=limits)
     with (

@@ -375,8 +375,7 @@ def parse() -> object:
     flag("--benchmark", default="", choices=["", *NAMES], help="default: by the data's name")
     flag("--output", default="", help="write the figures to this .json as well")
     args = parser.parse_args()
-    if not Path(args.data_path).exists() and not Path(args.data_path.split()[0]).exists():
-        raise SystemExit(f"--data_path {args.data_path}: no such file or folder")
+    files.entries(args.data_path)  # refuses what is not there
     return args
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +36,7 @@ from common.data.files import sha256
 from common.data.pictures import PictureError, Place
 from common.data.progress import Progress
 
+LEFT = 24 * 3600  # seconds after which a file that nobody has finished is nobody's
 Fault = tuple[str, str]  # reason, "where: what", as batches.py counts them
 # an edited model, or another way to open pictures, has other features
 VERSION = [sha256(Path(file.__file__))[:16] for file in (modeling_two_towers, pictures)]
@@ -235,11 +239,11 @@ class Loader:
 
 
 def compute(file: Path, items: Sequence, embed, loader: Loader, size: int, named: str) -> None:
-    """One rank of each machine writes, under a name of its own first: machines may share the
-    cache."""
+    """One rank of each machine writes, under a name of its own first: machines may share the cache,
+    and other runs may compute the same."""
     is_writer = int(os.environ.get("LOCAL_RANK", 0)) == 0
     together = world() * size
-    part = file.with_suffix(f".{rank()}.part")
+    part = file.with_suffix(f".{uuid.uuid4().hex}.part")
     out = None
     faults: dict[int, Fault] = {}
     with Progress(f"embed {named}", total=len(items), unit=named) as progress:
@@ -254,6 +258,7 @@ def compute(file: Path, items: Sequence, embed, loader: Loader, size: int, named
             every = gather(own).cpu().numpy()[: len(items) - start]
             if is_writer and out is None:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                remove_left(file)
                 shape = (len(items), every.shape[1])
                 out = np.lib.format.open_memmap(part, "w+", np.float32, shape)
             if is_writer:
@@ -272,3 +277,11 @@ def compute(file: Path, items: Sequence, embed, loader: Loader, size: int, named
         notes.replace(file.with_suffix(".json"))
         part.replace(file)
     cli.wait_for_all("it keeps features")
+
+
+def remove_left(file: Path) -> None:
+    """What runs that were killed have left of it."""
+    for part in file.parent.glob(f"{file.stem}.*.part"):
+        with suppress(OSError):  # others remove it too
+            if time.time() - part.stat().st_mtime > LEFT:
+                part.unlink()

@@ -437,6 +437,8 @@ class Index:
         # replaced as a whole: others search while a shard is taken up
         self.view = View([], torch.empty(0, dtype=torch.long), None, [])
         self.rows: dict[str, int] = {}  # key -> its newest row
+        # tar or tsv -> its rows by the stamp that it had, the newest one last
+        self.parts: dict[str, dict[tuple, list[int]]] = {}
         self.outdated: set[int] = set()  # rows of files that have changed since
         self.note = ""  # about two stages
         self.shards: list[dict] = []
@@ -497,7 +499,7 @@ class Index:
         axes = self.reduce(segments, self.axes) if self.two_stage else None
         deleted = self.store.manifest["deleted"]
         gone = {self.rows[key] for key in deleted if key in self.rows}
-        dead = torch.tensor(sorted(self.outdated | gone), dtype=torch.long)
+        dead = torch.tensor(sorted(self.outdated | self._past_parts() | gone), dtype=torch.long)
         self.view = View(segments, dead, axes, self.entries)
         self.shards = [*self.shards, *shards]
 
@@ -507,9 +509,26 @@ class Index:
             older = self.rows.pop(entry.key, None)
             if older is not None:
                 self.outdated.add(older)
+            if entry.place.form != "file":
+                self._note_part(entry)
             if not entry.problem:
                 self.rows[entry.key] = len(self.entries)
                 self.entries.append(entry)
+
+    def _note_part(self, entry: Entry) -> None:
+        by_stamp = self.parts.setdefault(entry.place.path, {})
+        rows = by_stamp.pop(entry.stamp, [])
+        if not entry.problem:
+            rows.append(len(self.entries))
+        by_stamp[entry.stamp] = rows
+
+    def _past_parts(self) -> set[int]:
+        """A tar that was written anew has other pictures, at other places: its rows of before."""
+        past: set[int] = set()
+        for by_stamp in self.parts.values():
+            *older, _ = by_stamp.values()
+            past.update(*older)
+        return past
 
     def reduce(self, segments: list[Segment], axes: torch.Tensor | None) -> torch.Tensor | None:
         """Bring rows to the axes of largest variance, float16's neighbour for the products; -> the

@@ -70,7 +70,8 @@ LABELS = 4  # so many pictures a text on average: the texts are labels, not capt
 
 
 class Found(NamedTuple):
-    """One pair. key: the picture's name within the data, the same on every machine."""
+    """One pair. key: the picture's name within all data, the same on every machine; two files of
+    one name in different folders are different pictures."""
 
     text: str
     place: Place
@@ -93,7 +94,8 @@ class Source(NamedTuple):
 
 class Where(NamedTuple):
     """root: where relative names of pictures begin, and out of which none may lead ("": beside the
-    data file, no bound); base: the path of the command line, which names in the data begin at."""
+    data file, no bound); base: the folder of all data, absolute, from which a picture has its
+    key."""
 
     root: str
     base: Path
@@ -137,11 +139,15 @@ def load_pairs(
     entries = files.entries(data_path)
     if image_root and not Path(image_root).is_dir():
         raise SystemExit(f"--image_root {image_root}: no such folder")
-    renames = load.column_renames(column_map)
+    where = Where(
+        os.path.abspath(image_root) if image_root else "",
+        _common_folder([path for path, _ in entries]),
+        load.column_renames(column_map),
+    )
     parts = []
     all_stats = []
     for path, _ in entries:
-        part, part_stats = _load(path, image_root, renames, strict, cache_dir)
+        part, part_stats = _load(path, where, strict, cache_dir)
         parts.append(part)
         all_stats.append(part_stats)
     stats = load.merged(all_stats)
@@ -177,17 +183,21 @@ def describe(stats: dict) -> str:
     return "\n".join(lines)
 
 
-def _load(path: Path, image_root, renames: dict[str, str], strict: bool, cache_dir):
+def _common_folder(paths: list[Path]) -> Path:
+    """Of one path the folder that it is or lies in; of several the smallest one with all these."""
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+
+
+def _load(path: Path, where: Where, strict: bool, cache_dir):
     """One path of the command line -> (Dataset, stats), from the cache where it is known."""
     sources, ignored = _sources(path)
-    root = os.path.abspath(image_root) if image_root else ""
-    where = Where(root, path if path.is_dir() else path.parent, renames)
     stamps = [_stamp(source) for source in sources]
     apart = [str(source.path) for source in sources if source.held_out]
     told = [(kind, str(file), stamp) for kind, file, stamp, _ in stamps]
     # rows hold absolute places, and name their sources as they were typed
-    typed = [str(path), os.path.abspath(path)]
-    key = json.dumps(["pairs", VERSION, root, renames, told, apart, typed])
+    typed = [str(path), os.path.abspath(path), str(where.base)]
+    key = json.dumps(["pairs", VERSION, where.root, where.renames, told, apart, typed])
 
     def build(folder: Path) -> dict:
         stats = load.no_stats()
@@ -598,7 +608,12 @@ def _place(name: str, base: Path, where: Where) -> tuple[Place, str]:
     path = os.path.normpath(os.path.join(where.root or base, name))
     if where.root and os.path.commonpath([where.root, path]) != where.root:
         raise BadRow("outside the picture folder", f"{name[:80]} is not in {where.root}")
-    return Place(path, root=where.root), name
+    return Place(path, root=where.root), _key(path, where)
+
+
+def _key(path: str, where: Where) -> str:
+    """Of a picture that is a file of its own."""
+    return os.path.relpath(path, where.root or where.base)
 
 
 # ---- pictures with a text beside them ------------------------------------------------------------
@@ -615,7 +630,7 @@ def _captions(source: Source, where: Where, stats: dict) -> Iterator:
         try:
             with open(text, "rb") as opened:
                 said = _captions_in(opened.read(MAX_CAPTION), text.name, where.renames)
-            yield str(file), _with_place(file, said, source.path, where)
+            yield str(file), _with_place(file, said, where)
         except BadRow as bad:
             yield str(text), bad
         except OSError as error:
@@ -645,12 +660,12 @@ def _captions_in(data: bytes, name: str, renames: dict[str, str]) -> list[str]:
     return texts_of(found)
 
 
-def _with_place(file: Path, texts: list[str], base: Path, where: Where) -> list[Found]:
+def _with_place(file: Path, texts: list[str], where: Where) -> list[Found]:
     """A picture of a folder with its texts."""
     path = os.path.abspath(file)
     if where.root and os.path.commonpath([where.root, path]) != where.root:
         raise BadRow("outside the picture folder", f"not in {where.root}")
-    key = os.path.relpath(file, base)
+    key = _key(path, where)
     return [Found(text, Place(path, root=where.root), key) for text in texts]
 
 
@@ -662,7 +677,7 @@ def _classes(source: Source, where: Where, stats: dict) -> Iterator:
             yield str(file), BadRow("no class folder", file.name)
             continue
         try:
-            yield str(file), _with_place(file, [file.parent.name], source.path, where)
+            yield str(file), _with_place(file, [file.parent.name], where)
         except BadRow as bad:
             yield str(file), bad
 

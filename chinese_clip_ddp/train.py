@@ -37,6 +37,7 @@ from contrastive import KINDS, MODES
 from feature_cache import Collator, Pairs
 from model import (
     Embedder,
+    find_model,
     fingerprint_of,
     load_preparation,
     open_model,
@@ -169,18 +170,26 @@ def model_folder(args: Args, training: TrainingArguments, texts: list[str]) -> s
 
 def check_model(args: Args) -> None:
     """Fail on a wrong name before anything is read or replaced."""
+    if args.teacher_name_or_path:
+        refuse_wrong_name("--teacher_name_or_path", find_model(args.teacher_name_or_path))
     if args.text_model_name_or_path:
         config = assemble.plan(args)
     elif args.model_name_or_path == "tiny":
         return
     else:
-        config = models.model_config(args.model_name_or_path)
-        refuse_other_models(config, f"--model_name_or_path {args.model_name_or_path}")
-        models.check_model(args.model_name_or_path)
+        config = refuse_wrong_name("--model_name_or_path", args.model_name_or_path)
     clip_flags.check_projections(args, config)
     vision = config.vision_config
     if args.image_mask_ratio and not towers.can_drop_patches(vision):
         raise SystemExit(f"--image_mask_ratio: patches of a {vision.model_type} cannot be left out")
+
+
+def refuse_wrong_name(flag: str, name: str):
+    """-> the config of a text-image model; SystemExit for what is none."""
+    config = models.model_config(name, flag)
+    refuse_other_models(config, f"{flag} {name}")
+    models.check_model(name, flag)
+    return config
 
 
 def load_model(args: Args, training: TrainingArguments, path: str, preparation):

@@ -184,6 +184,22 @@ def test_what_is_refused(search, tmp_path, photos):
     assert "索引是空的" in message(empty.find, "红", "", None, 0.5, 3)
 
 
+def test_an_index_that_others_break_or_replace_does_not_end_the_page(photos, tmp_path):
+    """What is one line and the end of a program is an answer here, until the index is whole."""
+    folder = make_index(photos, tmp_path / "index")
+    search = app.Search(Colours(), index.Index(folder, Colours.fingerprint))
+    manifest = folder / index.MANIFEST
+    whole = manifest.read_text()
+    for broken, said in [
+        (whole.replace(Colours.fingerprint, "another"), "holds vectors of another model"),
+        ("{", "cannot be read"),
+    ]:
+        manifest.write_text(broken)
+        assert said in message(search.find, "红", "", None, 0.5, 3)
+    manifest.write_text(whole)
+    assert len(names(search.find("红", "", None, 0.5, 3))) == 3
+
+
 def test_index_page_and_evaluation_see_the_pixels_of_training(tmp_path, monkeypatch):
     """Bit for bit, of a JPEG that is decoded smaller and turned, and of a transparent PNG."""
     embedder = models.load(tiny_base.tiny_model(["红色的圆"]))

@@ -352,6 +352,27 @@ def test_weights_are_kept(drawn):
     assert (count, len(found), stats["not_drawn"]) == (40, 53, 27)
 
 
+def test_pictures_of_one_name_in_two_folders_are_two_pictures(drawn, tmp_path):
+    """Else they would be no negatives of each other, one picture of an evaluation, or, with one
+    text, a duplicate row."""
+    other = tmp_path / "other"
+    shutil.copytree(drawn, other)
+    for folder in (drawn, other):
+        (folder / "pairs.csv").write_text("text,image\n红,a.png\n绿,b.png\n", encoding="utf-8")
+    for data in (tmp_path, f"{drawn} {other}", f"{drawn}/pairs.csv:1 {other}/pairs.csv:1"):
+        found, stats = load(data)
+        assert (len(found), stats["texts"], stats["pictures"]) == (4, 2, 4)
+    for folder in (drawn, other):
+        (folder / "pairs.csv").unlink()
+        for name in "abcd":
+            (folder / f"{name}.txt").write_text(name, encoding="utf-8")
+    assert load(f"{drawn} {other}")[1]["pictures"] == 8
+    # one file that two tables name, by its own name and by its whole one, is one picture
+    (drawn / "x.csv").write_text("text,image\n红,a.png\n", encoding="utf-8")
+    (drawn / "y.csv").write_text(f"text,image\n绿,{drawn}/a.png\n", encoding="utf-8")
+    assert load(f"{drawn}/x.csv {drawn}/y.csv")[1]["pictures"] == 1
+
+
 def test_rows_that_share_a_text_or_a_picture_stay_on_one_side(drawn):
     """By way of others too: 0-1 share a picture, 1-2 a text, and so on in a chain."""
     lines = []

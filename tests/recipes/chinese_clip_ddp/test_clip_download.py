@@ -446,7 +446,7 @@ def test_a_killed_download_goes_on(tmp_path):
         done = expect(finish(start(words)))
         again = {f"{url}{path}" for path in site.asked if site.asked[path] > before[path]}
         assert again & known == {lost["url"]}
-    assert "addresses are settled" in done.stdout
+    assert f"{len(known) - 1} addresses are settled, {count - len(known) + 1} to ask" in done.stdout
     pairs = lines_of(out / "pairs.jsonl")
     assert [pair["text"] for pair in pairs] == [f"第{i}张" for i in range(count)]
     for i, pair in enumerate(pairs):

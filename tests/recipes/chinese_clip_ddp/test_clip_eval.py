@@ -367,6 +367,19 @@ def test_bad_input_is_one_line(monkeypatch, capsys, flags, said):
         run(monkeypatch, capsys, *flags)
 
 
+def test_several_files_are_asked_together_with_weights_too(monkeypatch, capsys, tmp_path):
+    """As a training takes them."""
+    for name, colour in (("a", "红"), ("b", "绿")):
+        draw(tmp_path / f"{name}.png", colour)
+        (tmp_path / f"{name}.csv").write_text(f"text,image\n{colour},{name}.png\n", "utf-8")
+    for words in ("{0}/a.csv {0}/b.csv", "{0}/a.csv:0.5 {0}/b.csv:0.5"):
+        told = run(monkeypatch, capsys, "--data_path", words.format(tmp_path))
+        assert "2 texts, 2 pictures" in told
+    for words in (f"{tmp_path}/a.csv {tmp_path}/c.csv", "  "):
+        with pytest.raises(SystemExit, match="c.csv: no such file|no data path"):
+            run(monkeypatch, capsys, "--data_path", words)
+
+
 NAMED = {
     "data/Flickr30k-CN/test_imgs.tsv": "flickr30k-cn",
     "elevater/cifar-100": "cifar-100",

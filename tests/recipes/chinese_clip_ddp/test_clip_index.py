@@ -109,6 +109,36 @@ def test_appending_and_what_has_changed(made):
     assert "00003.bin" not in found_names(opened, b"another picture", k=500)
 
 
+def test_pictures_of_a_tar_that_was_written_anew_are_those_it_has_now(tmp_path):
+    """Members lie elsewhere in it: those of before are found no more, in any order of shards."""
+    tar = tmp_path / "a.tar"
+
+    def write(names: list[str], seconds: int) -> list[Place]:
+        tar.write_bytes("".join(f"{name:10}" for name in names).encode())
+        os.utime(tar, (seconds, seconds))
+        at = [Place(str(tar), "member", 10 * i, 10, name) for i, name in enumerate(names)]
+        return [*at, *write_pictures(tmp_path / "beside", 3)]
+
+    folder = tmp_path / "index"
+
+    def found(opened) -> list[str]:
+        rows = opened.search(torch.randn(1, WIDTH), 99)[1][0]
+        return sorted(opened.entries[row].place.name for row in rows if row >= 0)
+
+    build(folder, write([f"old {i}" for i in range(6)], 1), shard_rows=4)
+    opened = index.Index(folder, MODEL)
+    assert found(opened) == ["", "", "", *(f"old {i}" for i in range(6))]
+    build(folder, write(["old 0", "old 1", "new"], 2), shard_rows=4)
+    assert opened.refresh()
+    assert found(opened) == ["", "", "", "new", "old 0", "old 1"]
+    assert found(index.Index(folder, MODEL)) == found(opened)
+    # the oldest shard, made again from the tar of today, knows its pictures; the others follow
+    places = write([f"old {i}" for i in range(6)], 3)
+    (folder / "000000.npy").write_bytes(b"torn")
+    assert build(folder, places, shard_rows=4)["repaired"] == 1
+    assert found(index.Index(folder, MODEL)) == ["", "", "", *(f"old {i}" for i in range(6))]
+
+
 def test_deleting_and_bringing_back(made):
     folder, places = made
     opened = index.Index(folder, MODEL)

@@ -3,8 +3,10 @@ adapters, a teacher, torn pictures, flags that do not go together."""
 
 import base64
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,14 +26,14 @@ from harness import (
     weights_sha,
 )
 from torch.nn import functional as F
-from transformers import Siglip2VisionConfig
+from transformers import BertConfig, Siglip2VisionConfig
 
 from common import cli
 
 RECIPE = ROOT / "chinese_clip_ddp"
 TRAIN = RECIPE / "train.py"
-model, clip_flags, contrastive, train, trainer = own_modules(
-    RECIPE.name, "model", "clip_flags", "contrastive", "train", "trainer"
+model, clip_flags, contrastive, feature_cache, train, trainer = own_modules(
+    RECIPE.name, "model", "clip_flags", "contrastive", "feature_cache", "train", "trainer"
 )
 WAYS_OF_ASKING = ("text_to_image", "image_to_text")
 SHORT = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"]
@@ -181,6 +183,33 @@ def test_features_are_computed_once_for_all_ranks_and_runs(base, tmp_path):
     one, two = weights(tmp_path / "one/final"), weights(tmp_path / "two/final")
     assert largest_difference(one, two) < 2e-6
     assert changed(base, tmp_path / "two") == MOVES["image"]
+
+
+def test_runs_that_compute_the_same_features_at_once_do_not_meet(tmp_path, monkeypatch):
+    """One begins and ends while another is in the middle; what a killed one left yesterday goes."""
+    monkeypatch.setenv("DANPU_CACHE", str(tmp_path))
+    rows = {"text": [str(i) for i in range(6)]}
+
+    def embed(texts):
+        return torch.tensor([[float(text)] for text in texts])
+
+    def interrupted(texts):
+        if texts[0] == "2":
+            kept = features(embed)
+            assert kept.values[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+            for day, name in enumerate(("now", "yesterday")):
+                left = tmp_path / "features" / f"{Path(kept.values.filename).stem}.{name}.part"
+                left.write_bytes(b"half")
+                os.utime(left, (left.stat().st_mtime - 90_000 * day,) * 2)
+        return embed(texts)
+
+    def features(way):
+        return feature_cache.features_of(rows, "text", ["a model"], way, None, size=2)
+
+    assert features(interrupted).values[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    file = next((tmp_path / "features").glob("*.npy"))
+    feature_cache.remove_left(file)
+    assert [part.suffixes[0] for part in file.parent.glob("*.part")] == [".now"]
 
 
 @pytest.mark.slow
@@ -396,6 +425,18 @@ def test_a_naflex_tower_is_told_as_such_whatever_lies_beside_it(tmp_path):
     Siglip2VisionConfig(**size, patch_size=8, num_patches=16).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="NaFlex SigLIP2.*fixed size"):
         train.check_model(resolved({"model_name_or_path": str(tmp_path)}))
+
+
+def test_a_teacher_that_is_no_text_image_model_is_told_before_the_data_are_read(tmp_path):
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertConfig(**size, vocab_size=20).save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty").mkdir()
+    for name, said in [
+        ("bert", "--teacher_name_or_path .*: bert is no text-image model"),
+        ("empty", "no trained model here"),
+    ]:
+        with pytest.raises(SystemExit, match=said):
+            train.check_model(resolved({"teacher_name_or_path": str(tmp_path / name)}))
 
 
 def test_projections_that_are_not_there_are_not_trained(capsys):
