@@ -164,7 +164,7 @@ def row(question: str, answer: str, before: tuple = (), system: str = "", **abou
     turns = [{"role": "system", "content": system}] if system else []
     for asked, answered in before:
         turns.append({"role": "user", "content": asked})
-        turns.append({"role": "assistant", "content": answered})
+        turns.append({"role": "assistant", "content": answered, "train": False})
     turns.append({"role": "user", "content": question})
     turns.append({"role": "assistant", "content": answer})
     return {"messages": turns, **about}

@@ -24,7 +24,7 @@ from make_identity import check_text, drawn, held_out, read_yaml, row, without_r
 
 from common import cli
 
-TOPICS = HERE / "topics.yaml"
+TOPICS = HERE / "data" / "topics.yaml"
 FRAMES = ("{}？", "{}", "请问{}？", "{}，谢谢。", "朋友想知道，{}？")
 PHRASINGS = 2  # of one wording, the plain one among them
 FORBIDDEN = re.compile(
@@ -143,7 +143,7 @@ def clean(path: str, text: str, drop: bool) -> None:
 def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--topics", default=str(TOPICS), help="YAML file; default: the one beside this script")
+    add("--topics", default=str(TOPICS), help="YAML file; default: that of the samples")
     add("--style", default="", help="texts of the refusal with |; default: those of the file")
     add("--clean", default="", help="a data set whose answers are searched instead")
     add("--drop", action="store_true", help="with --clean: leave those rows out")
