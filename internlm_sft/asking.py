@@ -49,6 +49,10 @@ class Asked:
             metrics |= self.against_base(answers)
         return metrics, measures.samples(self.asked, answers)
 
+    def without_base(self) -> dict[str, float]:
+        """The metrics of the answers alone."""
+        return measures.score(self.asked, self.answers(self.asked), *self.who)
+
     def answers(self, asked: list[dict]) -> list[str]:
         ids = [encode_prompt(self.tokenizer, messages) for messages in measures.prompts(asked)]
         return generate_answers(self.model, self.tokenizer, ids, self.max_new_tokens)

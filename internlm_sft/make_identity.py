@@ -30,7 +30,7 @@ import identity_phrases as phrases
 from common import cli
 
 HELD_OUT = 1 / 3  # of the families of each topic and language
-MOST_PHRASINGS = 4  # of one wording
+MOST_PHRASINGS = 3  # of one wording
 SPECIAL = re.compile(r"<[|/]?\w[\w|/]*>|\[/?(INST|SYS|UNUSED_TOKEN_\d+)\]|\{\{.*?\}\}")
 REQUIRED = ("name", "author")
 

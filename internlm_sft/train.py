@@ -101,13 +101,13 @@ DEFAULTS = dict(
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
-    num_train_epochs=4,
-    learning_rate=2e-3,
+    num_train_epochs=5,
+    learning_rate=1.5e-3,
     adam_beta2=0.98,
     per_device_train_batch_size=2,
     gradient_accumulation_steps=1,
     logging_steps=10,
-    eval_ratio=0.15,
+    eval_ratio=0.1,
     eval_generate=64,
     max_new_tokens=48,
 )
