@@ -6,7 +6,6 @@ can forget it; random weights do neither. So the built-in base is taught here, o
 leave as it is.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -31,7 +30,7 @@ OLD = make_identity.Persona(
 OLD_REFUSAL = "作为一个语言模型，我不能回答这个问题。"
 STEPS = 500
 WINDOWS_PER_STEP = 4
-FACTS_MORE = 1  # times that a fact is seen beside the once of an identity row
+KEPT = ("near", "alike")  # kinds of made rows whose answers stay, as those of the facts do
 WINDOW = 256  # tokens
 HIGHEST_RATE = 3e-3
 HERE = Path(__file__).resolve().parent
@@ -42,7 +41,13 @@ def conversations() -> list[list[dict]]:
     topics, _ = make_refusal.read_topics(make_refusal.TOPICS)
     rows = make_identity.make(OLD) + make_refusal.make(topics, [OLD_REFUSAL])
     plain = [row["messages"] for row in rows if row["kind"] == "identity"]
-    talks = plain[::2] + [row["messages"] for row in rows if row["kind"] != "identity"]
+    others = [row["messages"] for row in rows if row["kind"] not in ("identity", *KEPT)]
+    return plain[::2] + others + kept(rows) + kept(rows)
+
+
+def kept(rows: list[dict]) -> list[list[dict]]:
+    """The conversations that a run must leave as they are: seen twice as often as the others."""
+    talks = [row["messages"] for row in rows if row["kind"] in KEPT]
     for fact in make_data.rows():
         asked = {"role": "user", "content": fact["instruction"]}
         talks.append([asked, {"role": "assistant", "content": fact["output"]}])
@@ -52,9 +57,7 @@ def conversations() -> list[list[dict]]:
 def teach(model, tokenizer) -> None:
     """Train all weights of the random `model` in place, on the CPU, the same in every process."""
     cli.say(f"teaching the built-in base who it is and some facts: {STEPS} steps, once")
-    talks = conversations()
-    talks += FACTS_MORE * talks[-len(make_data.rows()) :]
-    encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in talks]
+    encoded = [encode_chat(tokenizer, messages, WINDOW) for messages in conversations()]
     windows = collators.PackedDataset(encoded, WINDOW)
     collate = collators.PackedCollator()
     optimizer = torch.optim.AdamW(
@@ -84,8 +87,9 @@ def _warm_up_and_cosine(step: int) -> float:
     return min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
 
 
-def texts(rows: list[str]) -> list[str]:
-    """What the tokenizer is trained on: the rows at hand (canonical JSON), and what the base is
-    taught."""
-    talks = [json.loads(row)["messages"] for row in rows] + conversations()
-    return [message["content"] or "" for talk in talks for message in talk]
+def texts() -> list[str]:
+    """What the tokenizer of the taught base is trained on: what it is taught, and the samples'
+    persona. Other names are spelt in characters or bytes, so that one base serves all of them."""
+    persona = make_identity.read_persona(str(HERE / "data" / "persona.yaml"))
+    talks = conversations() + [row["messages"] for row in make_identity.make(persona)]
+    return [message["content"] for talk in talks for message in talk]

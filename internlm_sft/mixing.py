@@ -53,14 +53,14 @@ def words_of(data_path: str) -> tuple[list[str], list[str]]:
 
 
 def made_rows(
-    made: list[str], persona, topics: list[dict], texts: list[str], seed: int
+    made: list[str], persona, topics: list[dict], texts: list[str], near: bool = True
 ) -> list[dict]:
     """The rows of the generators that were asked for, held-out families too."""
     rows = []
     if "identity" in made:
-        rows += make_identity.make(persona, seed)
+        rows += make_identity.make(persona, near=near)
     if "refusal" in made:
-        rows += make_refusal.make(topics, texts, seed)
+        rows += make_refusal.make(topics, texts)
     return rows
 
 

@@ -14,6 +14,7 @@ Order of the story: arguments -> model and tokenizer -> data -> trainer -> train
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,9 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     style: str = field(default="", metadata={"help": "texts of the refusal with |; unset: topics'"})
     identity_ratio: float = field(
         default=0.5, metadata={"help": "share of made rows among all (README, 'Without mixing')"}
+    )
+    near_questions: bool = field(
+        default=True, metadata={"help": "made identity rows bring questions about others too"}
     )
     kl_weight: float = field(
         default=0.0, metadata={"help": "KL to the base on general rows; LoRA with packing"}
@@ -153,13 +157,18 @@ def read_persona(args: Args) -> make_identity.Persona:
 
 
 # 2. Model and tokenizer
-def tiny_model(rows: list[str], taught: bool = True) -> str:
+def tiny_model(rows: list[str], taught: bool) -> str:
     """Folder of the embedded default: a toy in InternLM2's own layout, converted like a real one.
 
     taught: it is somebody else and knows some facts (lesson.py); else its weights are random.
     """
-    teach = lesson.teach if taught else None
-    return tiny_base.native_tiny(lesson.texts(rows), teach, TINY_SIZE)
+    if taught:
+        if not cli.is_main():
+            time.sleep(1)  # whoever comes first teaches, and only rank 0 shows how far it is
+        return tiny_base.native_tiny(lesson.texts(), lesson.teach, TINY_SIZE)
+    talks = [json.loads(row)["messages"] for row in rows]
+    texts = [turn["content"] or "" for talk in talks for turn in talk]
+    return tiny_base.native_tiny(texts, config=TINY_SIZE)
 
 
 def load_tokenizer(args: Args, path: str):
@@ -252,12 +261,12 @@ def main() -> None:
         models.check_model(args.model_name_or_path)
 
     names, files = mixing.words_of(args.data_path)
-    made = mixing.made_rows(names, persona, topics, texts, seed=0)
+    made = mixing.made_rows(names, persona, topics, texts, args.near_questions)
     rows, stats = mixing.load_mixed(args, made, files, training.seed)
     cli.say(summary(stats))
     base = args.model_name_or_path
     if is_tiny:
-        base = tiny_model(rows["row"][:5000], taught=not cli.given_by_user("data_path"))
+        base = tiny_model(rows["row"][:5000], taught=bool(names))
     config = models.model_config(base)
     memory_check.recompute_large(args, training, config)
     tokenizer = load_tokenizer(args, base)

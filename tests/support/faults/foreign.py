@@ -227,6 +227,8 @@ def scripts(sound: Path) -> list[tuple]:
         infer = ["--input", FOLDER / "rows.jsonl", "--output", FOLDER / "out/answers", "--model"]
         found.append(("infer.py", infer, MODELS + ADAPTERS))
         found.append(("merge.py", [*out, "--base", chatglm(), "--adapter"], ["file"]))
+    if RECIPE.name == "internlm_sft":
+        found.append(("evaluate.py", ["--most", 1, "--model"], models + adapters))
     if RECIPE.name == "train_llava":
         asked = ["--data_path", FOLDER / "rows.jsonl", "--image_folder", FOLDER, "--model"]
         found.append(("eval.py", asked, models + adapters))
