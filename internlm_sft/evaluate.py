@@ -62,7 +62,9 @@ def of_server(endpoint: str, name: str, prompts: list[list[dict]], most: int) ->
         body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": most}
         address = f"{endpoint.rstrip('/')}/chat/completions"
         try:
-            reply = requests.post(address, json=body, headers=headers, timeout=PATIENCE)
+            reply = requests.post(
+                address, json=body, headers=headers, timeout=PATIENCE, allow_redirects=False
+            )
             reply.raise_for_status()
             answers.append(reply.json()["choices"][0]["message"]["content"] or "")
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
