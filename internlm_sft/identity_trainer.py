@@ -7,6 +7,7 @@ N positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -138,9 +139,11 @@ class GuardedStop(TrainerCallback):
         every = max(1, round(state.max_steps / LOOKS))
         if state.global_step % every or state.global_step >= state.max_steps:
             return
+        began = time.time()
         found, _ = self.trainer.asking.ask(lambda: (self.ask(), []))
         learned = bool(found) and min(found.values()) >= LEARNED
         rise = self.rise()
+        self.trainer.started += time.time() - began  # speed is that of the training
         shares = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
         cli.say(f"  step {state.global_step}: {shares}, held-out loss {rise:+.1%}")
         crossed = rise > self.most

@@ -299,8 +299,8 @@ def filled(text: str, persona: Persona, language: str) -> str:
 
 
 def rows_of_others(path: str, persona: Persona) -> list[dict]:
-    """Rows of a file or folder in any shape of a chat, their placeholders filled: those of
-    `query, response, tag` by their tag, others by the letters of their questions."""
+    """Rows of a file or folder in any shape of a chat, their placeholders filled with the name in
+    the language of the question (which ms-swift's `tag` says too)."""
     from common.data.load import load_rows
 
     table, stats = load_rows(path, "chat")

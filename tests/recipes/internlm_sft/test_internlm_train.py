@@ -172,7 +172,7 @@ def test_the_kl_term_is_the_same_on_every_engine(tmp_path):
 
 def looks(guarded: bool, losses_of: list, shares: list) -> list[bool]:
     """Whether each of these looks (held-out loss, share of names) ends the run."""
-    trainer = SimpleNamespace(before={"metrics": {"loss": 1.0}}, eval_dataset=[1])
+    trainer = SimpleNamespace(before={"metrics": {"loss": 1.0}}, eval_dataset=[1], started=0)
     trainer.asking = SimpleNamespace(ask=lambda measure: measure())
     values = iter(losses_of)
     trainer.evaluate = lambda quiet: {"eval_loss": next(values)}
