@@ -221,14 +221,15 @@ def windows(args: Args, training: TrainingArguments, token_rows):
     return collators.NumberedRows(token_rows)
 
 
-def questions(args: Args, persona, refusal: tuple, rows, data) -> list[dict]:
+def questions(args: Args, persona, refusal: tuple, rows, data, general) -> list[dict]:
     """What is asked before and after: made questions that are not trained, held-out rows.
 
-    refusal: topics and texts, as make_refusal.read_topics gives them; data: what `prepare` gave.
+    refusal: topics and texts, as make_refusal.read_topics gives them; data: what `prepare` gave;
+    general: those of its held-out token rows that are general ones.
     """
-    held_out = pick_eval_rows(data.eval_rows, data.eval_ids, args.eval_generate)
-    general = [json.loads(row) for row in held_out]
-    found = measures.questions(persona, *refusal, general, args.eval_generate)
+    held_out = pick_eval_rows(data.eval_rows, general, args.eval_generate)
+    known = [json.loads(row) for row in held_out]
+    found = measures.questions(persona, *refusal, known, args.eval_generate)
     trained = mixing.training_keys(rows)
     return [row for row in found if mixing.key_of(row) not in trained]
 
@@ -289,13 +290,14 @@ def main() -> None:
 
     memory_check.check(args, training, config, windows(args, training, data.train_ids))
     model = load_model(args, training, base)
+    general = data.eval_ids if files else []
     asked = Asked(
         model,
         tokenizer,
-        questions(args, persona, (topics, texts), rows, data),
+        questions(args, persona, (topics, texts), rows, data, general),
         (persona, texts),
         args.max_new_tokens,
-        data.eval_ids,
+        general,
     )
     trainer = make_trainer(args, training, model, tokenizer, data, asked)
     if args.kl_weight:
