@@ -28,11 +28,11 @@ from common.data.split import split_rows
 
 MADE = ("identity", "refusal")
 PLACEHOLDER = re.compile(r"\{\{\s*(NAME|AUTHOR)\s*\}\}", re.I)
-# of the README, "Without mixing"
+# of the README, "Measured"
 ALONE = (
-    "warning: only rows about the model itself are trained: without general rows it answers other "
-    'questions with its name, or forgets the answers (README, "Without mixing", has figures). Give '
-    'general rows too: DATA="identity refusal general.jsonl"'
+    "warning: only rows about the model itself are trained. The built-in model gave its name in 8% "
+    "of other answers then and lost 25% of its facts, beside general rows 0% and 0% (README, "
+    '"Measured"). Give some: DATA="identity refusal general.jsonl"'
 )
 
 

@@ -66,7 +66,7 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     )
     style: str = field(default="", metadata={"help": "texts of the refusal with |; unset: topics'"})
     identity_ratio: float = field(
-        default=0.5, metadata={"help": "share of made rows among all (README, 'Without mixing')"}
+        default=0.5, metadata={"help": "share of made rows among all (README, 'Measured')"}
     )
     near_questions: bool = field(
         default=True, metadata={"help": "made identity rows bring questions about others too"}
