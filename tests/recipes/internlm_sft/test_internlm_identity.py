@@ -326,6 +326,11 @@ def test_identity_rows_alone_are_warned_of_with_figures(capsys):
     assert len(apart) == sum(row["held_out"] for row in make_identity.make(MAIMAI))
 
 
+def test_general_rows_that_are_not_there_are_named(capsys):
+    with pytest.raises(SystemExit, match="absent.jsonl: no such file or folder"):
+        mixed(args("identity absent.jsonl"), capsys)
+
+
 def test_a_folder_called_identity_is_named_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "identity").mkdir()
