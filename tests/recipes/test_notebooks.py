@@ -80,7 +80,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "是的，我是小丹，来自丹谱。",
         "[[",
     ),
-    "internlm_sft/infer.ipynb": ("还没有模型", "identity_zh", "小石", "字节"),
+    "internlm_sft/infer.ipynb": ("还没有模型", "identity_zh", "小丹", "字节"),
     "train_llava/infer.ipynb": ("还没有模型", "模型看到 (3, 48, 48)", "沿用 0 词元", "blind"),
     "minimind_npu/data.ipynb": (
         "gb18030",
