@@ -275,6 +275,19 @@ def test_the_command(tmp_path):
     assert (told.do_sample, told.temperature, told.top_p) == (True, 0.8, 0.7)
     assert not list((tmp_path / "out").glob("*.py"))
     assert "not empty" in error_line(run("convert.py", *flags), 1)
+    flags = ["--model", folder, "--output_dir", tmp_path / "new", "--base", tmp_path / "out"]
+    assert "--base changes nothing" in error_line(run("convert.py", *flags), 2)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content, words", [("{", "cannot be read"), ("[]", "no JSON object")])
+def test_broken_settings_are_one_line(tmp_path, file, content, words):
+    folder = tmp_path / "in"
+    tiny_base.write_original(folder, {"num_hidden_layers": 1}, 0, TEXTS)
+    (folder / file).write_text(content)
+    with pytest.raises(SystemExit, match=words):
+        convert.to_native(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_git_pointers_are_told(tmp_path):
@@ -424,7 +437,12 @@ def test_adapters_that_cannot_be_converted_are_refused(tmp_path, change, words):
 
 
 def test_an_adapter_of_another_model_has_no_place(tmp_path):
-    convert.to_native(original(tmp_path / "in"), tmp_path / "base")
+    folder = original(tmp_path / "in")
+    convert.to_native(folder, tmp_path / "base")
     old_adapter(tmp_path / "old", {"transformer.h.0.c_attn.weight": torch.zeros(9, 3)}, ("c_attn",))
     with pytest.raises(SystemExit, match="c_attn.lora_A.weight has no place in InternLM"):
         convert.to_native_adapter(tmp_path / "old", tmp_path / "new", str(tmp_path / "base"))
+    with pytest.raises(
+        SystemExit, match="--base .* published layout of InternLM; python .*convert.py"
+    ):
+        convert.to_native_adapter(tmp_path / "old", tmp_path / "new", str(folder))
