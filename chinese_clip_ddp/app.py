@@ -126,11 +126,9 @@ class Search:
         self.index.refresh()
         if not len(self.index):
             raise refuse("索引是空的：先在下面添加图片，或运行 build_index.py。")
-        scores, rows = self.index.search(query[None], k)
+        found = self.index.nearest(query, k)
         seconds = time.perf_counter() - began
-        entries = self.index.entries
-        pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        shown = [self.shown(entries[row], score) for score, row in pairs]
+        shown = [self.shown(entry, score) for score, entry in found]
         notes = [f"{len(self.index):,} 张图片里最近的 {len(shown)} 张，{1000 * seconds:.0f} 毫秒"]
         notes += [note for note in (self.note(text), self.note(without)) if note]
         return shown, page.escape_markdown("；".join(notes))

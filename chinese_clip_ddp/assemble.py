@@ -12,15 +12,16 @@ import modeling_two_towers
 import torch
 from contrastive import SIGMOID_LOG_SCALE
 from filelock import FileLock
-from model import Preparation, refuse_naflex, whole_weights
+from model import Preparation, of_weights, refuse_naflex, whole_weights
 from modeling_two_towers import TwoTowers, TwoTowersConfig
 from transformers import MODEL_MAPPING, AutoImageProcessor, AutoTokenizer
 
 from common import cli
 from common.convert import adapter, models
 from common.data.cache import cache_root
-from common.data.files import atomic_folder
+from common.data.files import atomic_folder, sha256
 
+BESIDE = (".json", ".txt", ".model", ".jinja")
 FLAGS = {"text": "--text_model_name_or_path", "vision": "--image_model_name_or_path"}
 
 
@@ -65,7 +66,8 @@ def assemble(args, training, config: TwoTowersConfig) -> str:
     are new, by --seed."""
     names = {"text": args.text_model_name_or_path, "vision": args.image_model_name_or_path}
     told = [config.to_json_string(use_diff=False), training.seed]
-    told += [adapter.base_fingerprint(name) for name in names.values()]
+    for name in names.values():
+        told += [of_weights(name), of_preparation(name)]
     told += [Path(modeling_two_towers.__file__).read_text(encoding="utf-8")]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     folder = cache_root() / "towers" / key
@@ -75,6 +77,13 @@ def assemble(args, training, config: TwoTowersConfig) -> str:
             with atomic_folder(folder) as part, whole_weights(training):
                 make(config, names, training.seed, part)
     return str(folder)
+
+
+def of_preparation(name: str) -> list[str]:
+    """sha256 of what lies beside the weights: tokenizer, image processor, config."""
+    folder = adapter.local_folder(name)
+    beside = [file for file in sorted(folder.iterdir()) if file.suffix in BESIDE and file.is_file()]
+    return [f"{file.name} {sha256(file)}" for file in beside]
 
 
 def make(config: TwoTowersConfig, names: dict[str, str], seed: int, folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -110,13 +111,24 @@ class PairDataset(Dataset):
     rank and no rank has to ask another.
     """
 
-    def __init__(self, rows, image_processor=None, seed: int = 0, own: Sequence[int] | None = None):
+    def __init__(
+        self,
+        rows,
+        image_processor=None,
+        seed: int = 0,
+        own: Sequence[int] | None = None,
+        replaces: bool = True,
+    ):
         """own: the rows that this rank may read; all of them where every rank has the whole list,
-        and then N ranks read the same rows as one."""
+        and then N ranks read the same rows as one.
+
+        replaces: False: a row stays, with an empty picture (held-out rows are each asked once).
+        """
         self.rows = rows
         self.image_processor = image_processor
         self.seed = seed
         self.own = range(len(rows)) if own is None else own
+        self.replaces = replaces
         # shared with workers that live longer than an epoch
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -140,6 +152,8 @@ class PairDataset(Dataset):
             return item | _said(row) | {"pixel_values": self.pixels_of(row)}
         except PictureError as error:
             item["fault"] = (error.reason, f"{row['source']}: {Place(**row['place'])}: {error}")
+        if not self.replaces:
+            return item | _said(row) | {"pixel_values": pixels(blank(), self.image_processor)}
         for other in self.substitutes(int(index)):
             row = self.rows[other]
             try:
@@ -160,6 +174,11 @@ class PairDataset(Dataset):
             yield int(self.own[draw.randrange(len(self.own))])
 
 
+def blank() -> Image.Image:
+    """What stands where no picture can be used and no other row is taken."""
+    return Image.new("RGB", (64, 64))
+
+
 def _said(row: dict) -> dict:
     return {name: row[name] for name in ("text", "text_hash", "picture_hash")}
 
@@ -167,7 +186,8 @@ def _said(row: dict) -> dict:
 class PairCollator:
     """Items of PairDataset -> a batch: pixel_values float32 [B, 3, H, W], input_ids and
     attention_mask int64 [B, T], text_hash and picture_hash int64 [B], row_ids (B ints), faults
-    (what was replaced: (reason, where) each), and counts for the trainer: tokens, label_tokens.
+    (what could not be used: (reason, where) each), is_faulty (bool [B]: where), and counts for the
+    trainer: tokens, label_tokens.
     """
 
     def __init__(self, tokens: Callable[[list[str]], dict] | None = None):
@@ -190,6 +210,7 @@ class PairCollator:
         return batch | {
             "row_ids": [item["row_id"] for item in items],
             "faults": [item["fault"] for item in items if item["fault"]],
+            "is_faulty": torch.tensor([item["fault"] is not None for item in items]),
             "tokens": tokens,
             "label_tokens": tokens,
             "on_host": {},

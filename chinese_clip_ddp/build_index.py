@@ -25,6 +25,7 @@ import model
 from common.data.pictures import Place, find_places
 
 from common.data.progress import Progress
+from common.runs import flags
 
 DEFAULT = HERE.parent / "output" / HERE.name
 
@@ -98,9 +99,11 @@ def show(embedder, folder: str | Path, text: str, two_stage: bool, count: int = 
     opened = index.Index(folder, embedder.fingerprint, two_stage)
     if opened.note:
         print(opened.note)
-    scores, rows = opened.search(embedder.embed_text([text]), count)
-    for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-        print(f"{score:.3f}  {opened.entries[row].place}")
+    found = opened.nearest(embedder.embed_text([text])[0], count)
+    for score, entry in found:
+        print(f"{score:.3f}  {entry.place}")
+    if not found:
+        print(f"{folder}: no picture in it")
 
 
 def parse() -> object:
@@ -111,15 +114,23 @@ def parse() -> object:
     flag("--add", nargs="+", default=[], help="pictures, folders, tars, *_imgs.tsv")
     flag("--delete", nargs="+", default=[], help="paths, folders or patterns to find no more")
     flag("--restore", nargs="+", default=[], help="the contrary of --delete")
-    flag("--shard_rows", type=int, default=index.SHARD_ROWS, help="pictures a shard")
+    flag("--shard_rows", type=int, default=index.SHARD_ROWS, help="pictures a shard, for --add")
     flag("--query", default="", help="print what is found for this text")
     flag("--two_stage", default="false", choices=["true", "false"], help="for --query")
     args = parser.parse_args()
     if args.shard_rows < 1:
         raise cli.usage_error(f"--shard_rows {args.shard_rows}: at least 1")
-    args.index = args.index or str(default_index(args.model))
     if not (args.add or args.delete or args.restore or args.query):
         args.add = [str(HERE / "data")]
+    if not args.add:
+        flags.say_unused(["shard_rows"], "nothing is added")
+    if not args.query:
+        flags.say_unused(["two_stage"], "there is no --query")
+    if args.index and not (args.add or args.query):
+        flags.say_unused(["model"], "pictures are taken out and in again without one")
+    args.index = args.index or str(default_index(args.model))
+    if not args.add and not Path(args.index, index.MANIFEST).is_file():
+        raise SystemExit(f"--index {args.index}: no index there; --add makes one")
     return args
 
 

@@ -135,6 +135,12 @@ def table(runs: dict, measured: dict) -> str:
         cells = [f"{is_of['length']:.3f}", f"{is_of['cosine']:.3f}", f"{is_of['scale']:.3f}"]
         cells += [f"{told['loss']['last']:.3f}", *(f"{value:.3f}" for value in recall)]
         lines.append(f"| {mode} | {' | '.join(cells)} |")
+    alone = [mode for mode, (_, told) in runs.items() if told["world_size"] == 1]
+    if alone:
+        lines.append(
+            f"\nOne process trained {', '.join(alone)}: it has the whole batch, so the gradients "
+            f"of {WORLD} ranks say nothing of these losses (NPROC=2 trains with two)."
+        )
     return "\n".join(lines)
 
 

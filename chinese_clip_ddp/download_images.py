@@ -15,16 +15,14 @@ import hashlib
 import http.client
 import ipaddress
 import json
-import os
 import random
 import socket
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -33,9 +31,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules besi
 from common import cli  # noqa: I001  (device before torch)
 
 from common.data.pictures import PictureError, identified, open_picture
-from rows import ADDRESSES, TEXTS
+from journal import end_line, in_threads
+from rows import ADDRESSES, TEXTS, texts_of
 
-from common.data import files, load, turns
+from common.data import files, load, records, turns
 from common.data.progress import Progress
 
 REDIRECTS = 5
@@ -253,37 +252,51 @@ def keep(url: str, folder: Path, limits: Limits) -> dict:
 # ---- the list ------------------------------------------------------------------------------------
 
 
-def read_list(path: Path, column_map: str = "") -> list[tuple[str, str]]:
-    """(address, text) of each row; the text is "" where there is none. SystemExit where the file
-    has no addresses."""
+def read_list(path: Path, column_map: str = "") -> tuple[list[tuple[str, str]], dict]:
+    """-> ((address, text) of each row, the text "" where there is none; what is left out, as
+    load.no_stats counts it). SystemExit where the file has no addresses."""
     if not path.is_file():
         raise SystemExit(f"{path}: no such file")
-    encoding = files.encoding_of(path)
+    stats = load.no_stats()
+    encoding = files.told_encoding(path)
     if files.suffix_of(path) in (".txt", ".lst", ""):
         lines = path.read_text(encoding=encoding, errors="replace").splitlines()
         split = [line.strip().partition("\t") for line in lines if line.strip()]
-        return [(url.strip(), text.strip()) for url, _, text in split]
+        return [(url.strip(), text.strip()) for url, _, text in split], stats
     files.data_files(path)  # refuses unknown kinds
     renames = load.column_renames(column_map)
     found = []
-    columns: list[str] = []
-    for _, record in files.records(path, encoding):
-        if not isinstance(record, dict):
-            continue
-        record = load.renamed(record, renames)
-        lower = {str(name).lower(): value for name, value in record.items()}
-        columns = columns or list(map(str, record))
-        url = next((lower[name] for name in ADDRESSES if lower.get(name)), "")
-        text = next((lower[name] for name in TEXTS if lower.get(name)), "")
-        text = next(iter(turns.as_list(text)), "")
-        if isinstance(url, str) and url.strip():
-            found.append((url.strip(), str(text).strip()))
+    columns: dict[str, None] = {}
+    for number, record in files.records(path, encoding):
+        try:
+            record = records.as_record(record)
+            columns |= dict.fromkeys(map(str, record))
+            found += _addressed(load.renamed(record, renames))
+        except turns.BadRow as bad:
+            load.drop(stats, f"{path}:{number}", bad, strict=False)
+    seen = ", ".join(list(columns)[:20])
+    absent = [name for name in renames if name not in columns]
+    if absent:
+        raise SystemExit(f"{path}: column_map: no column {', '.join(absent)}; columns seen: {seen}")
     if not found:
         raise SystemExit(
-            f"{path}: no addresses; columns seen: {', '.join(columns[:20])}; accepted: "
-            f"{', '.join(ADDRESSES)}; name yours with --column_map url=THEIRS"
+            f"{path}: no addresses; columns seen: {seen}; accepted: {', '.join(ADDRESSES)}; name "
+            "yours with --column_map url=THEIRS"
         )
-    return found
+    return found, stats
+
+
+def _addressed(record: dict) -> list[tuple[str, str]]:
+    """A row's address with each of its texts. BadRow where it has none."""
+    lower = {str(name).lower(): value for name, value in record.items()}
+    url = next((lower[name] for name in ADDRESSES if lower.get(name)), "")
+    if not isinstance(url, str):
+        raise turns.BadRow("no address", f"{type(url).__name__} in its column")
+    if not url.strip():
+        raise turns.BadRow("no address")
+    text = next((lower[name] for name in TEXTS if lower.get(name)), "")
+    texts = texts_of(text) if text else [""]
+    return [(url.strip(), text.strip()) for text in texts]
 
 
 def known(manifest: Path, folder: Path, retry_failed: bool) -> dict[str, dict]:
@@ -307,24 +320,6 @@ def _is_settled(line: dict, folder: Path, retry_failed: bool) -> bool:
         return False
 
 
-def download(urls: list[str], folder: Path, limits: Limits, workers: int) -> Iterator[dict]:
-    """A line of the manifest for each address, in the order in which they are done; at most four
-    times `workers` are under way."""
-    pool = ThreadPoolExecutor(workers)
-    waiting: set[Future] = set()
-    try:
-        for url in urls:
-            waiting.add(pool.submit(keep, url, folder, limits))
-            if len(waiting) >= 4 * workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (one.result() for one in done)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (one.result() for one in done)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def run(rows: list[tuple[str, str]], folder: Path, limits: Limits, workers: int, again: bool):
     """Fetch what is not there yet, write manifest and pairs; -> {address: its line}."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -333,12 +328,13 @@ def run(rows: list[tuple[str, str]], folder: Path, limits: Limits, workers: int,
     todo = [url for url in dict.fromkeys(url for url, _ in rows) if url not in lines]
     if len(todo) < len(rows):
         print(f"{len(lines):,} addresses are settled, {len(todo):,} to ask", flush=True)
-    _end_line(manifest)
+    end_line(manifest)
+    ask = partial(keep, folder=folder, limits=limits)
     with (
         open(manifest, "a", encoding="utf-8") as journal,
         Progress("download", total=len(todo), unit="addresses") as progress,
     ):
-        for line in download(todo, folder, limits, workers):
+        for line in in_threads(ask, todo, workers):
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             lines[line["url"]] = line
@@ -355,16 +351,10 @@ def run(rows: list[tuple[str, str]], folder: Path, limits: Limits, workers: int,
     return lines
 
 
-def _end_line(manifest: Path) -> None:
-    """A kill may have left half a line: what is appended must not join it."""
-    if manifest.is_file() and manifest.stat().st_size:
-        with open(manifest, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-
-
-def tell(rows: list[tuple[str, str]], lines: dict[str, dict], folder: Path) -> None:
+def tell(rows: list[tuple[str, str]], stats: dict, lines: dict[str, dict], folder: Path) -> None:
+    """stats: of read_list."""
+    for reason, count in stats["dropped"].items():
+        print(f"  {count:,} rows are left out, e.g. {stats['examples'][reason]}")
     asked = {url: lines[url] for url, _ in rows}
     there = [line for line in asked.values() if "image" in line]
     size = sum(line["bytes"] for line in there) / (1 << 20)
@@ -409,10 +399,10 @@ def main() -> None:
         min_side=args.min_side,
         allow_private=args.allow_private == "true",
     )
-    rows = read_list(Path(args.list), args.column_map)
+    rows, stats = read_list(Path(args.list), args.column_map)
     folder = Path(args.output)
     lines = run(rows, folder, limits, args.workers, args.retry_failed == "true")
-    tell(rows, lines, folder)
+    tell(rows, stats, lines, folder)
     if not any("image" in lines[url] for url, _ in rows):
         raise SystemExit(f"{args.list}: no picture could be fetched")
 

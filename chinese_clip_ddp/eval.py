@@ -29,10 +29,11 @@ import model
 import retrieval
 from batches import check_captions
 from common.data.pictures import SUFFIXES, Place
-from rows import describe, load_pairs
+from rows import describe, load_pairs, lost_texts
 
 from common.data import files
 from common.data.progress import Progress
+from common.runs import flags
 
 DEFAULT = HERE.parent / "output" / HERE.name
 LABELS = ("label_cn.txt", "labels_cn.txt")  # of ELEVATER in Chinese, one class a line
@@ -61,6 +62,8 @@ RETRIEVAL = {
     ],
 }
 CLASSIFICATION = {"cifar-10": 92.0, "cifar-100": 64.4, "mnist": 67.6, "imagenet": 48.3}  # B/16
+# what a name may have behind that of its benchmark
+OF_A_SPLIT = r"([-_.](cn|zh|test|valid|val|train|imgs|texts|retrieval|\d+k|tsv|jsonl|txt|csv))*"
 NAMES = {  # as they stand in paths
     "muge": r"muge",
     "flickr30k-cn": r"flickr[-_]?30k",
@@ -109,32 +112,36 @@ def read_rows(args):
         args.data_path, args.image_root, args.column_map or None, missing_limit=1.0
     )
     print(describe(stats))
-    if args.held_out == "true" and any(rows["held_out"]):
-        rows = rows.select([i for i, held_out in enumerate(rows["held_out"]) if held_out])
+    if args.held_out == "false":
+        return rows
+    if any(rows["held_out"]):
+        return rows.select([i for i, held_out in enumerate(rows["held_out"]) if held_out])
+    if not any(files.says_held_out(Path(name)) for name in (args.data_path, *stats["shapes"])):
+        print(
+            f"nothing is held out by its name (valid, test): all {len(rows):,} pairs are asked, "
+            "also those that a training with them has seen"
+        )
     return rows
 
 
 def read_questions(args) -> Questions:
     """SystemExit with one line for data that holds no pair."""
     path = Path(args.data_path)
-    if path.suffix == ".txt" and path.is_file():
+    if is_caption_file(path):
         return read_caption_lines(path, args.image_root)
     rows = read_rows(args)
-    known = set(rows["text"])
-    lost = [text for text in named_texts(rows) if " ".join(text.split()) not in known]
-    return questions_of(rows, lost)
+    only_held_out = args.held_out == "true" and any(rows["held_out"])
+    return questions_of(
+        rows, lost_texts(args.data_path, rows, args.column_map or None, only_held_out)
+    )
 
 
-def named_texts(rows) -> list[str]:
-    """All texts of the Chinese-CLIP files that these rows come from: load_pairs leaves out those
-    whose pictures are missing."""
-    found = []
-    for file in sorted({source.rpartition(":")[0] for source in rows["source"]}):
-        if file.endswith("_texts.jsonl"):
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-            named = [json.loads(line) for line in lines if line.strip()]
-            found += [row["text"] for row in named if row.get("image_ids")]
-    return found
+def is_caption_file(path: Path) -> bool:
+    return path.suffix == ".txt" and path.is_file()
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding=files.encoding_of(path), errors="replace").splitlines()
 
 
 def read_caption_lines(path: Path, image_root: str) -> Questions:
@@ -142,8 +149,7 @@ def read_caption_lines(path: Path, image_root: str) -> Questions:
     texts = []
     places = []
     root = Path(image_root or path.parent)
-    lines = path.read_text(encoding=files.encoding_of(path)).splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(path), 1):
         found = CAPTION_LINE.fullmatch(line.strip())
         if found is None:
             if line.strip():
@@ -179,8 +185,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def class_names(labels: Path) -> list[str]:
-    lines = labels.read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in lines_of(labels) if line.strip()]
 
 
 def read_captioned_classes(args) -> Classes:
@@ -233,8 +238,7 @@ def read_templates(given: str, folder: str = "") -> list[str]:
     given = given or str(beside)
     templates = [given]
     if os.path.isfile(given):
-        templates = Path(given).read_text(encoding="utf-8-sig").split("\n")
-        templates = [line.strip() for line in templates if line.strip()]
+        templates = [line.strip() for line in lines_of(Path(given)) if line.strip()]
     for template in templates:
         if template.count("{}") != 1:
             raise SystemExit(f"--templates: {template!r} has no {{}} for the class, or several")
@@ -256,12 +260,13 @@ def embed_places(embedder, places: list[Place]) -> tuple[torch.Tensor, list[int]
 
 
 def evaluate_retrieval(embedder, asked: Questions) -> dict:
-    """T->I and I->T R@1/5/10, mean recall, and {"unusable": {problem: pictures}}."""
+    """T->I and I->T R@1/5/10, mean recall, and {"unusable": {problem: pictures}}, which are misses
+    both ways."""
     images, kept, problems = embed_places(embedder, asked.places)
     texts = embedder.embed_text(asked.texts + asked.lost)
-    number = {old: new for new, old in enumerate(kept)}
-    pairs = [(text, number[image]) for text, image in asked.pairs if image in number]
-    return retrieval.both_ways(texts, images, pairs) | {"unusable": problems}
+    pairs = retrieval.among(asked.pairs, kept)
+    lost = len(asked.places) - len(kept)
+    return retrieval.both_ways(texts, images, pairs, lost) | {"unusable": problems}
 
 
 def evaluate_classes(
@@ -275,21 +280,26 @@ def evaluate_classes(
     of_vectors = average == "vectors"
     classes = retrieval.class_vectors(embedder.embed_text, asked.names, templates, of_vectors)
     labels = [asked.labels[i] for i in kept]
-    found = retrieval.zero_shot(images, classes, labels, embedder.logit_scale)
-    share = len(kept) / len(asked.places)
-    for name in ("top1", "top5"):
-        found[name] *= share
-    return found | {"pictures": len(asked.places), "unusable": problems}
+    of_unusable = [asked.labels[i] for i in set(range(len(asked.labels))).difference(kept)]
+    found = retrieval.zero_shot(images, classes, labels, embedder.logit_scale, of_unusable)
+    return found | {"unusable": problems}
 
 
 # ---- what is said --------------------------------------------------------------------------------
 
 
 def benchmark_of(given: str, path: str) -> str:
-    """The benchmark whose numbers are printed beside: given, or by the name of the data."""
-    if given:
-        return given
-    return next((name for name, told in NAMES.items() if re.search(told, path.lower())), "")
+    """The benchmark whose numbers are printed beside: given, or by the name of the data; of a file,
+    and of a folder test/, that of the folder it lies in too."""
+    full = Path(os.path.abspath(path))
+    is_whole = full.is_dir() and not files.says_held_out(full)
+    parts = [part.lower() for part in full.parts[-1 if is_whole else -2 :]]
+    found = [
+        name
+        for name, told in NAMES.items()
+        if any(re.fullmatch(told + OF_A_SPLIT, part) for part in parts)
+    ]
+    return given or next(iter(found), "")
 
 
 def retrieval_table(found: dict, name: str, benchmark: str = "") -> str:
@@ -319,7 +329,7 @@ def _line(name: str, *ways: tuple | None) -> str:
 def counts_line(found: dict) -> str:
     """What the recalls are of."""
     to_image, to_text = found["text_to_image"], found["image_to_text"]
-    told = f"{to_image['queries']:,} texts, {to_image['candidates']:,} pictures"
+    told = f"{to_image['queries']:,} texts, {to_text['queries']:,} pictures"
     if to_image["without_answer"]:
         told += f"; {to_image['without_answer']:,} texts have no usable picture and count as misses"
     if to_text["without_answer"]:
@@ -329,7 +339,7 @@ def counts_line(found: dict) -> str:
 
 def unusable(found: dict) -> str:
     told = ", ".join(f"{count:,} {problem}" for problem, count in found["unusable"].items())
-    return f"; unusable pictures: {told}" if told else ""
+    return f"; pictures that cannot be used and count as misses: {told}" if told else ""
 
 
 def classes_table(found: dict, name: str, benchmark: str = "") -> str:
@@ -380,6 +390,19 @@ def tasks_of(args) -> list[str]:
     return ["classification"] if class_folders(folder) else ["retrieval", "classification"]
 
 
+def say_unused(args, tasks: list[str], asks_captions: bool) -> None:
+    """One line for flags that change nothing here.
+
+    asks_captions: pairs of a data set are read, not only a folder of classes or lines of captions.
+    """
+    if "classification" not in tasks:
+        flags.say_unused(["templates", "average"], "nothing is classified")
+    if not asks_captions:
+        flags.say_unused(["column_map", "held_out"], "no table of pairs is read")
+    if tasks == ["classification"] and not asks_captions:
+        flags.say_unused(["image_root"], "pictures lie in the folders of their classes")
+
+
 def answer_retrieval(args, embedder, name: str, asked: Questions) -> dict:
     """Evaluated and printed."""
     window = embedder.preparation.max_length
@@ -404,11 +427,14 @@ def main() -> None:
     args = parse()
     templates = read_templates(args.templates, args.data_path)
     folder = Path(args.data_path)
+    tasks = tasks_of(args)
+    captioned = label_file(folder) is not None and not class_folders(folder)
+    pairs_asked = "retrieval" in tasks and not is_caption_file(folder)
+    say_unused(args, tasks, captioned or pairs_asked)
     asked = {}
-    if "retrieval" in tasks_of(args):
+    if "retrieval" in tasks:
         asked["retrieval"] = read_questions(args)
-    if "classification" in tasks_of(args):
-        captioned = label_file(folder) is not None and not class_folders(folder)
+    if "classification" in tasks:
         asked["classification"] = (
             read_captioned_classes(args) if captioned else read_classes(folder)
         )

@@ -2,7 +2,7 @@
 ranks of a machine read, and all later runs.
 
 A file belongs to its contents (the captions; of pictures their paths, sizes and times) and to the
-fingerprint of the tower, so that nothing in it is ever outdated. Values are those before the
+fingerprint of the model, so that nothing in it is ever outdated. Values are those before the
 projection, which may still train.
 """
 
@@ -17,20 +17,25 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import modeling_two_towers
 import numpy as np
 import torch
 import torch.distributed as dist
-from batches import PairCollator, PairDataset
+from batches import PairCollator, PairDataset, blank
 from contrastive import gather, rank, world
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import cli
+from common import cli, device
+from common.data import pictures
 from common.data.cache import cache_root
+from common.data.files import sha256
 from common.data.pictures import PictureError, Place
 from common.data.progress import Progress
 
 Fault = tuple[str, str]  # reason, "where: what", as batches.py counts them
+# an edited model, or another way to open pictures, has other features
+VERSION = [sha256(Path(file.__file__))[:16] for file in (modeling_two_towers, pictures)]
 
 
 # ---- rows with features --------------------------------------------------------------------------
@@ -78,7 +83,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         fault = self.fault(index)
-        if fault:
+        if fault and self.pairs.replaces:
             choices = self.pairs.substitutes(index)
             index = next((row for row in choices if not self.fault(row)), None)
             if index is None:
@@ -171,14 +176,15 @@ def features_of(
     """Features of all rows, from an earlier run or computed by all ranks together. All ranks call
     it.
 
-    facts: what else decides the values: fingerprint of the weights, dtype, window ...
-    embed: captions, or prepared pictures, of one batch -> [n, H] on the device; called equally
+    facts: what else decides the values: fingerprint of the model, dtype, window ...
+    embed: captions, or prepared pictures, of one batch -> [n, H], wherever it lies; called equally
         often on every rank.
     prepare: a Place -> what `embed` takes, a tensor; PictureError where there is no usable picture.
     size: captions or pictures of a batch; workers: threads that open pictures.
     """
     found = units(rows, part)
-    key = hashlib.sha256(json.dumps([part, found.key, *facts], default=str).encode()).hexdigest()
+    told = [VERSION, part, found.key, *facts]
+    key = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
     file = cache_root() / "features" / f"{key[:32]}.npy"
     named = {"text": "captions", "image": "pictures"}[part]
     if all_have(file, len(found.items)):
@@ -228,13 +234,6 @@ class Loader:
             return None, (error.reason, f"{place}: {error}")
 
 
-def blank():
-    """A picture that stands in for a batch of which none can be used."""
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64))
-
-
 def compute(file: Path, items: Sequence, embed, loader: Loader, size: int, named: str) -> None:
     """One rank of each machine writes, under a name of its own first: machines may share the
     cache."""
@@ -250,7 +249,9 @@ def compute(file: Path, items: Sequence, embed, loader: Loader, size: int, named
             numbers = [min(n, len(items) - 1) for n in range(first, first + size)]
             opened, wrong = loader([items[n] for n in numbers])
             faults |= {n: fault for n, fault in zip(numbers, wrong, strict=True) if fault}
-            every = gather(embed(opened).float()).cpu().numpy()[: len(items) - start]
+            # nccl and hccl take nothing from a CPU, where a teacher leaves its vectors
+            own = embed(opened).float().to(device.device())
+            every = gather(own).cpu().numpy()[: len(items) - start]
             if is_writer and out is None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 shape = (len(items), every.shape[1])

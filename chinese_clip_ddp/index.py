@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -404,6 +405,23 @@ def faiss_index(width: int, dtype: torch.dtype):
     return found
 
 
+class View(NamedTuple):
+    """What one search sees, whatever is added meanwhile.
+
+    dead: int64, rows that must not be found. axes: [E, P] where two stages search, all segments
+    being reduced to them. entries: one for each row (more follow while a shard is taken up).
+    """
+
+    segments: list[Segment]
+    dead: torch.Tensor
+    axes: torch.Tensor | None
+    entries: Sequence[Entry]
+
+    def alive(self) -> int:
+        """Pictures that can be found."""
+        return sum(map(len, self.segments)) - len(self.dead)
+
+
 class Index:
     """What is searched: a snapshot of a Store that `refresh` brings up to date."""
 
@@ -416,12 +434,10 @@ class Index:
         self.store = Store(folder, fingerprint)
         self.two_stage = two_stage
         self.dtype = device.half_dtype() or torch.float32
-        self.segments: list[Segment] = []
-        self.entries: list[Entry] = []  # one per row
+        # replaced as a whole: others search while a shard is taken up
+        self.view = View([], torch.empty(0, dtype=torch.long), None, [])
         self.rows: dict[str, int] = {}  # key -> its newest row
         self.outdated: set[int] = set()  # rows of files that have changed since
-        self.dead = torch.empty(0, dtype=torch.long)  # those, and the deleted ones
-        self.axes: torch.Tensor | None = None
         self.note = ""  # about two stages
         self.shards: list[dict] = []
         self.seen: tuple = ()  # of the manifest
@@ -430,7 +446,19 @@ class Index:
 
     def __len__(self) -> int:
         """Pictures that can be found."""
-        return len(self.entries) - len(self.dead)
+        return self.view.alive()
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self.view.segments
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        return self.view.entries
+
+    @property
+    def axes(self) -> torch.Tensor | None:
+        return self.view.axes
 
     # -- loading
 
@@ -466,12 +494,11 @@ class Index:
         segments = self.segments
         if arrays:
             segments = _merged([*segments, Segment(arrays, first, self.dtype)], self.dtype)
-        if self.two_stage:
-            self._reduce(segments)
+        axes = self.reduce(segments, self.axes) if self.two_stage else None
         deleted = self.store.manifest["deleted"]
         gone = {self.rows[key] for key in deleted if key in self.rows}
-        self.dead = torch.tensor(sorted(self.outdated | gone), dtype=torch.long)
-        self.segments = segments
+        dead = torch.tensor(sorted(self.outdated | gone), dtype=torch.long)
+        self.view = View(segments, dead, axes, self.entries)
         self.shards = [*self.shards, *shards]
 
     def _number(self, looked_at: list[Entry]) -> None:
@@ -484,35 +511,39 @@ class Index:
                 self.rows[entry.key] = len(self.entries)
                 self.entries.append(entry)
 
-    def _reduce(self, segments: list[Segment]) -> None:
-        """Rows on the axes of largest variance, float16's neighbour for the products."""
-        is_first = self.axes is None
+    def reduce(self, segments: list[Segment], axes: torch.Tensor | None) -> torch.Tensor | None:
+        """Bring rows to the axes of largest variance, float16's neighbour for the products; -> the
+        axes, None where two stages would not pay. axes: those of before."""
+        is_first = axes is None
         if is_first:
-            self.axes = principal_axes(segments, PRINCIPAL)
-        if self.axes is None:
-            return
+            axes = principal_axes(segments, PRINCIPAL)
+        if axes is None:
+            self.note = "too few pictures or dimensions for two stages: every search is exact"
+            return None
         for segment in segments:
             if segment.reduced is None:
-                segment.reduce(self.axes)
-        if is_first:
-            self._try_stages(segments)
+                segment.reduce(axes)
+        if is_first and not self._stages_find(segments, axes):
+            self.two_stage = False
+            for segment in segments:
+                segment.reduced = None
+            return None
+        return axes
 
-    def _try_stages(self, segments: list[Segment]) -> None:
+    def _stages_find(self, segments: list[Segment], axes: torch.Tensor) -> bool:
         """Two stages that lose what is near are none."""
+        view = View(segments, torch.empty(0, dtype=torch.long), axes, self.entries)
         largest = max(segments, key=len)
         step = max(1, len(largest) // ASKED)
         asked = torch.from_numpy(largest.take(np.arange(0, len(largest), step)[:ASKED]))
-        exact = self._proven(segments, asked, 10)[1]
-        quick = self._staged(segments, asked, 10)[1]
+        exact = self._proven(view, asked, 10)[1]
+        quick = self._staged(view, asked, 10)[1]
         pairs = zip(exact.tolist(), quick.tolist(), strict=True)
         recall = sum(len(set(a) & set(b)) for a, b in pairs) / exact.numel()
         self.note = f"two stages find {recall:.1%} of the ten nearest"
         if recall < LEAST_RECALL:
             self.note += f" in {PRINCIPAL} dimensions: every search is exact instead"
-            self.axes = None
-            self.two_stage = False
-            for segment in segments:
-                segment.reduced = None
+        return recall >= LEAST_RECALL
 
     # -- searching
 
@@ -523,20 +554,30 @@ class Index:
         they are stored; with `two_stage` the best of RESCORED rows that lie nearest in the
         principal dimensions.
         """
-        segments = self.segments  # others may be put in its place meanwhile
-        k = min(k, len(self))
-        if k == 0 or not len(queries):
+        return self._search(self.view, queries, k)
+
+    def nearest(self, query: torch.Tensor, k: int = 10) -> list[tuple[float, Entry]]:
+        """(score, picture) of the best for one query [E], best first: of one view, also where the
+        index is read anew meanwhile."""
+        view = self.view
+        scores, rows = self._search(view, query[None], k)
+        found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
+        return [(score, view.entries[row]) for score, row in found]
+
+    def _search(self, view: View, queries, k: int):
+        k = min(k, view.alive())
+        if k <= 0 or not len(queries):
             empty = torch.empty(len(queries), 0)
             return empty, empty.long()
-        if self.axes is not None:
-            return self._staged(segments, queries, k)
-        return self._proven(segments, queries, k)
+        if view.axes is not None:
+            return self._staged(view, queries, k)
+        return self._proven(view, queries, k)
 
-    def _staged(self, segments, queries, k: int):
-        near = self._near(segments, queries @ self.axes, max(RESCORED, k), reduced=True)
-        return _exact(segments, queries, *near, k)
+    def _staged(self, view: View, queries, k: int):
+        near = self._near(view, queries @ view.axes, max(RESCORED, k), reduced=True)
+        return _exact(view.segments, queries, *near, k)
 
-    def _proven(self, segments, queries, k: int):
+    def _proven(self, view: View, queries, k: int):
         """Look at more and more rows until no other row can be among the best."""
         scores = torch.empty(len(queries), k)
         rows = torch.empty(len(queries), k, dtype=torch.long)
@@ -544,8 +585,8 @@ class Index:
         look = max(FIRST_LOOK, 4 * k)
         while len(open_ones):
             asked = queries[open_ones]
-            near, near_rows = self._near(segments, asked, look)
-            best, best_rows = _exact(segments, asked, near, near_rows, k)
+            near, near_rows = self._near(view, asked, look)
+            best, best_rows = _exact(view.segments, asked, near, near_rows, k)
             scores[open_ones], rows[open_ones] = best, best_rows
             margin = ERROR[self.dtype] * asked.norm(dim=-1)
             all_seen = near.shape[1] < look
@@ -554,12 +595,12 @@ class Index:
             look *= 16
         return scores, rows
 
-    def _near(self, segments, queries, count: int, reduced: bool = False):
+    def _near(self, view: View, queries, count: int, reduced: bool = False):
         """About the `count` best rows by products in the half dtype: scores float32, rows."""
         scores = []
         rows = []
-        for segment in segments:
-            dead = self.dead - segment.first
+        for segment in view.segments:
+            dead = view.dead - segment.first
             dead = dead[(dead >= 0) & (dead < len(segment))]
             found, places = segment.near(queries, count, dead, reduced)
             scores.append(found)

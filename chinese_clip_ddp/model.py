@@ -12,6 +12,8 @@ B texts or pictures, T tokens, E width of the embeddings.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,10 @@ from common.data.pictures import pixels
 # tokens of a caption unless a flag says otherwise: what these were pre-trained with, or fewer
 WINDOWS = {"chinese_clip": 52, "clip": 77, "siglip": 64}
 DEFAULT_WINDOW = 77
+OF_THE_SAVING = {  # in a config, and without a say in what a model gives
+    *("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path"),
+    "caption_length",  # Preparation.facts has it
+}
 
 
 # ---- texts and pictures as the model takes them --------------------------------------------------
@@ -74,7 +80,11 @@ class Preparation:
 
 
 def load_preparation(path: str, config, max_length: int | None = None) -> Preparation:
-    """Of a model folder or hub id; max_length: of captions, unset: the model's own."""
+    """Of a model folder or hub id.
+
+    max_length: of captions; unset: what the model was trained here with (caption_length of its
+        config), else what its kind was pre-trained with.
+    """
     kind = config.model_type
     tokenizer = models.load(AutoTokenizer, path)
     tokenizer.padding_side = "right"
@@ -83,7 +93,7 @@ def load_preparation(path: str, config, max_length: int | None = None) -> Prepar
     is_fixed = kind == "siglip"
     if max_length is None or is_fixed:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        own = WINDOWS.get(kind, DEFAULT_WINDOW)
+        own = getattr(config, "caption_length", None) or WINDOWS.get(kind, DEFAULT_WINDOW)
         max_length = positions if is_fixed else min(own, positions or own)
     return Preparation(tokenizer, processor, max_length, is_fixed, kind == "chinese_clip")
 
@@ -110,7 +120,7 @@ class Embedder:
     Attributes:
         path, model, tokenizer, image_processor, preparation.
         size: E. logit_scale: what cosines are multiplied by; logit_bias: what a sigmoid loss adds.
-        fingerprint: of the weights; vectors of two folders are comparable where it is equal.
+        fingerprint: fingerprint_of; vectors of two folders are comparable where it is equal.
     """
 
     def __init__(self, path: str | Path, device=None, dtype: torch.dtype | None = None):
@@ -131,7 +141,7 @@ class Embedder:
         self.logit_scale = float(self.model.logit_scale.detach().float().exp())
         bias = getattr(self.model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias.detach())
-        self.fingerprint = adapter.base_fingerprint(self.path)
+        self.fingerprint = fingerprint_of(self.path, config, self.image_processor)
         self.size = self.embed_text(["x"]).shape[1]
 
     @torch.inference_mode()
@@ -175,6 +185,50 @@ def find_model(path: str | Path) -> str:
             "or a model folder"
         )
     return str(path)
+
+
+# ---- which model ---------------------------------------------------------------------------------
+
+
+def fingerprint_of(path: str, config, image_processor) -> str:
+    """sha256 over all that decides the vectors of a model folder or hub id: weights, config
+    (pooling, projection, image size ...) and what the processor makes of pictures."""
+    told = [of_weights(path), lasting(config.to_diff_dict()), image_processor.to_json_string()]
+    text = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_weights(path: str) -> str:
+    """adapter.base_fingerprint, and two rows of every weight: a training that moves projections
+    alone leaves all others as they are, and a large file is sampled too sparsely to see it."""
+    digest = hashlib.sha256(adapter.base_fingerprint(path).encode())
+    for file in sorted(adapter.local_folder(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in sorted(weights.keys()):
+                digest.update(name.encode())
+                for row in some_rows(weights, name):
+                    digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def some_rows(weights, name: str) -> list[Tensor]:
+    """The first row and the one in the middle; a number is its only row."""
+    part = weights.get_slice(name)
+    shape = part.get_shape()
+    if not shape:
+        return [weights.get_tensor(name)]
+    middle = shape[0] // 2
+    return [part[:1], part[middle : middle + 1]]
+
+
+def lasting(settings):
+    """A config's dict without what is written anew with every saving."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: lasting(value) for name, value in settings.items() if name not in OF_THE_SAVING}
+
+
+# ---- what can be opened --------------------------------------------------------------------------
 
 
 def refuse_naflex(config, name: str) -> None:
@@ -228,7 +282,7 @@ def add_bias(model, value: float) -> None:
 
 
 def saved_bias(path: str) -> float | None:
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted(adapter.local_folder(path).glob("*.safetensors")):
         with contextlib.suppress(OSError), safe_open(file, "pt") as weights:
             if "logit_bias" in weights.keys():  # noqa: SIM118 (no dict)
                 return float(weights.get_tensor("logit_bias"))

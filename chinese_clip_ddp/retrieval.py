@@ -84,31 +84,44 @@ def recalls(
     candidates: torch.Tensor,
     relevant: Sequence,
     ks: Sequence[int] = KS,
+    unusable: int = 0,
 ) -> dict:
     """Share of queries with a relevant candidate among the first K. [N, E], [M, E] -> figures.
 
     A query without any relevant candidate (its picture is missing) is a miss and is counted, so
-    that lost pictures never raise a recall.
+    that lost pictures never raise a recall. So are `unusable` further queries, which have no vector
+    (torn pictures).
     """
-    places = ranks(queries, candidates, relevant)
+    places = with_misses(ranks(queries, candidates, relevant), unusable)
     found = {f"R@{k}": _share(places <= k) for k in ks}
     return found | {
         "mean_recall": sum(found.values()) / len(found),
         "median_rank": float(places.float().median()) if len(places) else 0.0,
-        "queries": len(queries),
+        "queries": len(places),
         "candidates": len(candidates),
         "without_answer": sum(not len(numbers) for numbers in relevant),
     }
+
+
+def with_misses(places: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of queries, and those of `count` others that found nothing."""
+    return torch.cat([places, torch.full((count,), NEVER)])
 
 
 def _share(hits: torch.Tensor) -> float:
     return float(hits.double().mean()) if len(hits) else 0.0
 
 
-def both_ways(texts: torch.Tensor, images: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> dict:
+def both_ways(
+    texts: torch.Tensor,
+    images: torch.Tensor,
+    pairs: Sequence[tuple[int, int]],
+    unusable: int = 0,
+) -> dict:
     """{"text_to_image": recalls, "image_to_text": recalls, "mean_recall": of all six}.
 
-    texts [N, E] and images [M, E] stand once each; pairs: (text, image) that belong together.
+    texts [N, E] and images [M, E] stand once each; pairs: (text, image) that belong together;
+    unusable: pictures that are asked for as well and cannot be opened.
     """
     images_of = [set() for _ in range(len(texts))]
     texts_of = [set() for _ in range(len(images))]
@@ -116,7 +129,7 @@ def both_ways(texts: torch.Tensor, images: torch.Tensor, pairs: Sequence[tuple[i
         images_of[text].add(image)
         texts_of[image].add(text)
     to_image = recalls(texts, images, images_of)
-    to_text = recalls(images, texts, texts_of)
+    to_text = recalls(images, texts, texts_of, unusable=unusable)
     mean = (to_image["mean_recall"] + to_text["mean_recall"]) / 2
     return {"text_to_image": to_image, "image_to_text": to_text, "mean_recall": mean}
 
@@ -131,6 +144,12 @@ def number_pairs(texts: Sequence[Hashable], images: Sequence[Hashable]) -> tuple
     rows = zip(texts, images, strict=True)
     pairs = [(text_numbers[text], image_numbers[image]) for text, image in rows]
     return list(text_numbers), list(image_numbers), list(dict.fromkeys(pairs))
+
+
+def among(pairs: Sequence[tuple[int, int]], kept: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (text, image) of those images that are `kept`, by their places among these."""
+    number = {image: place for place, image in enumerate(kept)}
+    return [(text, number[image]) for text, image in pairs if image in number]
 
 
 # ---- zero-shot classification --------------------------------------------------------------------
@@ -166,25 +185,31 @@ def likeliest(
 
 
 def zero_shot(
-    images: torch.Tensor, classes: torch.Tensor, labels: Sequence[int], scale: float = 1.0
+    images: torch.Tensor,
+    classes: torch.Tensor,
+    labels: Sequence[int],
+    scale: float = 1.0,
+    unusable: Sequence[int] = (),
 ) -> dict:
     """Accuracy of the nearest class. [N, E], [C, E] -> {"top1", "top5", "per_class" (the mean of
     the classes' top1), "pictures", "classes", "largest_class" (what always naming it gives)}.
 
     classes [C, T, E]: the likeliest class over T templates, cosines times `scale` being logits.
+    unusable: labels of further pictures, which cannot be opened: misses.
     """
     if classes.dim() == 3:
         places = likeliest(images, classes, labels, scale)
     else:
         places = ranks(images, classes, [[label] for label in labels])
-    labels = torch.as_tensor(labels)
+    places = with_misses(places, len(unusable))
+    labels = torch.tensor([*labels, *unusable], dtype=torch.long)
     of_class = [_share(places[labels == label] <= 1) for label in labels.unique()]
     sizes = labels.unique(return_counts=True)[1]
     return {
         "top1": _share(places <= 1),
         "top5": _share(places <= 5),
         "per_class": sum(of_class) / len(of_class) if of_class else 0.0,
-        "pictures": len(images),
+        "pictures": len(labels),
         "classes": len(classes),
-        "largest_class": float(sizes.max()) / len(images) if len(images) else 0.0,
+        "largest_class": float(sizes.max()) / len(labels) if len(labels) else 0.0,
     }

@@ -173,10 +173,7 @@ def describe(stats: dict) -> str:
         lines.append("  texts are labels here: rows are split by their pictures alone")
     missing = stats["missing"]
     if missing["count"]:
-        lines.append(
-            f"  {missing['count']:,} pictures are missing, others stand in, e.g. "
-            f"{missing['first'][0]}"
-        )
+        lines.append(f"  {missing['count']:,} pictures are missing, e.g. {missing['first'][0]}")
     return "\n".join(lines)
 
 
@@ -188,7 +185,9 @@ def _load(path: Path, image_root, renames: dict[str, str], strict: bool, cache_d
     stamps = [_stamp(source) for source in sources]
     apart = [str(source.path) for source in sources if source.held_out]
     told = [(kind, str(file), stamp) for kind, file, stamp, _ in stamps]
-    key = json.dumps(["pairs", VERSION, root, renames, told, apart, str(path)])
+    # rows hold absolute places, and name their sources as they were typed
+    typed = [str(path), os.path.abspath(path)]
+    key = json.dumps(["pairs", VERSION, root, renames, told, apart, typed])
 
     def build(folder: Path) -> dict:
         stats = load.no_stats()
@@ -237,14 +236,14 @@ def _rows(
 def _row(pair: Found | BadRow, source: str, held_out: bool, seen: set[int]) -> dict:
     if isinstance(pair, BadRow):
         raise pair
-    text = " ".join(pair.text.replace("\0", "").split())
+    text = tidy(pair.text)
     if not text:
         raise BadRow("no text")
     try:
         (text + str(pair.place)).encode()
     except UnicodeEncodeError:
         raise BadRow("broken characters", "bytes of another encoding") from None
-    text_hash = load.prompt_key(shapes.normalise(text).casefold())
+    text_hash = text_key(text)
     picture_hash = load.prompt_key(pair.key)
     both = hash((text_hash, picture_hash))
     if both in seen:
@@ -258,6 +257,15 @@ def _row(pair: Found | BadRow, source: str, held_out: bool, seen: set[int]) -> d
         "picture_hash": picture_hash,
         "held_out": held_out,
     }
+
+
+def tidy(text: str) -> str:
+    return " ".join(text.replace("\0", "").split())
+
+
+def text_key(text: str) -> int:
+    """int64, the same for captions that say the same."""
+    return load.prompt_key(shapes.normalise(text).casefold())
 
 
 def _shown(name: str) -> str:
@@ -383,6 +391,8 @@ def _walk(path: Path) -> Iterator[Path]:
 
 
 def _kind_of(file: Path) -> str:
+    if not file.is_file():  # a pipe would wait for its writer
+        return ""
     if file.suffix.lower() == ".tar":
         return "tar"
     if file.name.endswith("_texts.jsonl"):
@@ -519,7 +529,7 @@ def _found(record: dict, text: str, picture: str, placed, stats: dict) -> list[F
             raise BadRow("several pictures in one conversation")
         texts = [_said_of_picture(record, text, stats)]
     else:
-        texts = _texts(record.get(text))
+        texts = texts_of(record.get(text))
     if not names:
         raise BadRow("no picture named", f"column {picture} is empty")
     places = [placed(name) for name in names]
@@ -538,7 +548,7 @@ def _opened(value):
     return value
 
 
-def _texts(value) -> list[str]:
+def texts_of(value) -> list[str]:
     """A text or several; Karpathy's sentences hold theirs in `raw`."""
     texts = [
         item.get("raw", item.get("caption")) if isinstance(item, dict) else item
@@ -632,7 +642,7 @@ def _captions_in(data: bytes, name: str, renames: dict[str, str]) -> list[str]:
     found = next((lower[key] for key in TEXTS if lower.get(key)), None)
     if found is None:
         raise BadRow("no text", f"its JSON has {', '.join(map(str, record))[:80]}")
-    return _texts(found)
+    return texts_of(found)
 
 
 def _with_place(file: Path, texts: list[str], base: Path, where: Where) -> list[Found]:
@@ -727,7 +737,7 @@ def _chinese_clip(source: Source, where: Where, stats: dict) -> Iterator:
         try:
             record = load.renamed(records.as_record(record), where.renames)
             names = [str(name) for name in turns.as_list(_opened(record.get("image_ids")))]
-            said = _texts(record.get("text"))
+            said = texts_of(record.get("text"))
         except BadRow as bad:
             yield f"{texts}:{number}", bad
             continue
@@ -744,6 +754,41 @@ def _chinese_clip(source: Source, where: Where, stats: dict) -> Iterator:
         note = "pictures that no text names"
         stats["changed"][note] = stats["changed"].get(note, 0) + len(unused)
         stats["examples"].setdefault(note, f"{pictures}: id {min(unused)}")
+
+
+def lost_texts(data_path, rows, column_map=None, only_held_out: bool = False) -> list[str]:
+    """Texts of Chinese-CLIP's files of which no picture is there, each once: load_pairs leaves them
+    out and counts them; for an evaluation they are misses.
+
+    rows: what load_pairs gave for this data_path; only_held_out: of the files that names set apart.
+    """
+    renames = load.column_renames(column_map)
+    seen = set(rows["text_hash"])
+    lost = []
+    sources = chain.from_iterable(_sources(path)[0] for path, _ in files.entries(data_path))
+    for source in sources:
+        if source.kind != "chinese-clip" or (only_held_out and not source.held_out):
+            continue
+        texts = source.files[0]
+        for _, record in files.records(texts, files.encoding_of(texts)):
+            for text in _named_texts(record, renames):
+                key = text_key(text)
+                if key not in seen:
+                    seen.add(key)
+                    lost.append(text)
+    return lost
+
+
+def _named_texts(record, renames: dict[str, str]) -> list[str]:
+    """Texts of a line of *_texts.jsonl that names pictures; none of one that cannot be read."""
+    try:
+        record = load.renamed(records.as_record(record), renames)
+        said = list(filter(None, map(tidy, texts_of(record.get("text")))))
+        for text in said:
+            text.encode()
+    except (BadRow, UnicodeEncodeError):
+        return []
+    return said if turns.as_list(_opened(record.get("image_ids"))) else []
 
 
 # ---- what a set says of itself -------------------------------------------------------------------

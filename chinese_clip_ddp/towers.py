@@ -345,9 +345,9 @@ def before_projection(model, part: str, features: Callable) -> Tensor:
     return seen[0]
 
 
-def has_projections(model) -> bool:
-    found = [getattr(model, name, None) for name in PROJECTIONS.values()]
-    return any(layer is not None and len(list(layer.parameters())) > 0 for layer in found)
+def has_projections(config) -> bool:
+    """Whether vectors of a model go through layers behind the towers: SigLIP's do not."""
+    return config.model_type != "siglip" and getattr(config, "projection", "") != "none"
 
 
 def project(model, part: str, value: Tensor) -> Tensor:

@@ -28,14 +28,21 @@ import assemble
 import clip_flags
 import towers
 from batches import PairDataset, PictureFaults, check_captions
-from common.convert import adapter, models
+from common.convert import models
 from common.data.split import describe_split, split_rows
 from common.runs import plan
 from common.runs.engine import load_dtype
 from common.runs.run_folder import open_output
 from contrastive import KINDS, MODES
 from feature_cache import Collator, Pairs
-from model import Embedder, load_preparation, open_model, refuse_other_models, whole_weights
+from model import (
+    Embedder,
+    fingerprint_of,
+    load_preparation,
+    open_model,
+    refuse_other_models,
+    whole_weights,
+)
 from modeling_two_towers import IMAGE_POOLINGS, POOLINGS, PROJECTIONS
 from rows import describe, load_pairs
 from tiny_base import tiny_model
@@ -138,11 +145,14 @@ DEFAULTS = dict(
     report_to=["tensorboard"],
     ddp_find_unused_parameters=False,
 )
-TINY = dict(  # sizes and steps only
-    num_train_epochs=25,
-    learning_rate=2e-3,
+# To the random towers all pictures are alike, and all captions. When they begin to tell them apart
+# gradients grow some hundred times: a rate that is high by then throws one run in two far off.
+TINY = dict(
+    num_train_epochs=30,
+    learning_rate=1e-3,
     weight_decay=0.1,
-    warmup_steps=0.1,
+    warmup_steps=0.3,
+    max_grad_norm=0.2,
     per_device_train_batch_size=64,
     logging_steps=20,
     eval_ratio=0.2,
@@ -160,13 +170,15 @@ def model_folder(args: Args, training: TrainingArguments, texts: list[str]) -> s
 def check_model(args: Args) -> None:
     """Fail on a wrong name before anything is read or replaced."""
     if args.text_model_name_or_path:
-        vision = assemble.plan(args).vision_config
+        config = assemble.plan(args)
     elif args.model_name_or_path == "tiny":
         return
     else:
-        config = models.check_model(args.model_name_or_path)
+        config = models.model_config(args.model_name_or_path)
         refuse_other_models(config, f"--model_name_or_path {args.model_name_or_path}")
-        vision = getattr(config, "vision_config", None)
+        models.check_model(args.model_name_or_path)
+    clip_flags.check_projections(args, config)
+    vision = config.vision_config
     if args.image_mask_ratio and not towers.can_drop_patches(vision):
         raise SystemExit(f"--image_mask_ratio: patches of a {vision.model_type} cannot be left out")
 
@@ -175,8 +187,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, preparation):
     """The model with what moves and what does not, its forward that of towers.for_training."""
     with whole_weights(training):  # ZeRO-3 spreads them when it begins
         model = open_model(path, dtype=load_dtype(training, trains_all=True))
-    if args.train == "projection" and not towers.has_projections(model):
-        raise SystemExit(f"--train projection: {path} has no projections")
+    model.config.caption_length = preparation.max_length  # for whoever opens the result
     is_fresh = args.model_name_or_path == "tiny" or bool(args.text_model_name_or_path)
     towers.settle_scale(model, args.loss, is_fresh)
     if args.use_lora:
@@ -250,7 +261,7 @@ def main() -> None:
 
     seed = training.seed
     pairs = Pairs(PairDataset(train_rows, preparation.image_processor, seed))
-    held_out = Pairs(PairDataset(eval_rows, preparation.image_processor, seed))
+    held_out = Pairs(PairDataset(eval_rows, preparation.image_processor, seed, replaces=False))
     faults = PictureFaults(args.bad_picture_limit, min(500, len(pairs)), cli.say)
     teacher = partial(load_teacher, args, training) if args.teacher_name_or_path else None
     factor = (args.lora_alpha or 2 * args.lora_r) / args.lora_r
@@ -266,7 +277,7 @@ def main() -> None:
         mode=args.cross_embedding,
         rates=towers.rates(args, training),
         faults=faults,
-        fingerprint=adapter.base_fingerprint(base),
+        fingerprint=fingerprint_of(base, config, preparation.image_processor),
         mask_duplicates=args.mask_duplicates,
         grad_cache_chunk=args.grad_cache_chunk,
         caches_features=args.cache_features,

@@ -29,7 +29,7 @@ from contrastive import (
 )
 from feature_cache import features_of
 from model import Embedder, Preparation, image_features
-from retrieval import both_ways, number_pairs
+from retrieval import among, both_ways, number_pairs
 from torch import Tensor
 from torch.nn import functional as F
 from towers import frozen_towers, make_plain, parameter_groups
@@ -96,6 +96,8 @@ class ContrastiveTrainer(RecipeTrainer):
         self.captions = torch.zeros(4)  # of batch_facts in the whole run, and the steps
         self.held_out: list[Tensor] = []  # embeddings and hashes of this rank's held-out pairs
         self.held_out_rows = None  # the data set that is being measured
+        self.held_out_faults: dict[str, str] = {}  # where -> reason, of this rank's pictures in it
+        self.told: set[str] = set()  # reasons of which an example was shown
         self.found: list[dict] = []  # what the last measurement found first for some captions
         self.add_callback(Steps(self))
 
@@ -172,6 +174,7 @@ class ContrastiveTrainer(RecipeTrainer):
         """Pairs of one optimizer step on this rank."""
         for batch in samples:
             self.faults.add(batch.pop("faults"), len(batch["row_ids"]))
+            batch.pop("is_faulty")
         return sum(len(batch["row_ids"]) for batch in samples)
 
     def loss_of(self, model, inputs, return_outputs, num_items_in_batch):
@@ -242,59 +245,87 @@ class ContrastiveTrainer(RecipeTrainer):
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", quiet=False
     ) -> dict[str, float]:
         """Loss among as many negatives as in training, and recall both ways over all held-out
-        pairs, each counted once. All ranks call it."""
+        pairs, each counted once; pictures that cannot be used are misses. All ranks call it."""
         self.held_out_rows = self.eval_dataset if eval_dataset is None else eval_dataset
         self.held_out = []
+        self.held_out_faults = {}
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, quiet)
 
     def eval_sums(self, model, inputs) -> Tensor:
         """Keeps the embeddings; there is nothing to sum before all are there."""
-        inputs.pop("faults")
+        self.held_out_faults |= {where: reason for reason, where in inputs.pop("faults")}
+        is_faulty = inputs.pop("is_faulty")[:, None].float()
         hashes = torch.stack([inputs.pop("text_hash"), inputs.pop("picture_hash")], 1)
         found = self.embed(model, inputs)
         self.scale_and_bias = (found.scale, found.bias)
         # the hashes as the bits of fp32, so that one exchange takes all
         bits = hashes.view(torch.float32)
-        self.held_out.append(torch.cat([found.images.float(), found.texts.float(), bits], 1))
+        parts = [found.images.float(), found.texts.float(), is_faulty, bits]
+        self.held_out.append(torch.cat(parts, 1))
         return torch.zeros(1, device=self.args.device)
 
     def eval_metrics(self, sums: list[float]) -> dict[str, float]:
-        images, texts, hashes = self.all_held_out(len(self.held_out_rows))
-        losses = []
+        images, texts, hashes, is_usable = self.all_held_out(len(self.held_out_rows))
+        self.share_held_out_faults()
+        if not is_usable.any():
+            where = next(iter(self.held_out_faults))
+            raise SystemExit(f"no held-out picture can be used, e.g. {where}")
+        captions, pictures = hashes.T.tolist()
+        *_, pairs = number_pairs(captions, pictures)
+        places = first_places(pictures)
+        kept = [number for number, place in enumerate(places) if is_usable[place]]
+        asked = texts[first_places(captions)]
+        shown = images[[places[number] for number in kept]]
+        found = both_ways(asked, shown, among(pairs, kept), len(places) - len(kept))
+        self.note_found(texts, images, is_usable)
+        loss = self.held_out_loss(images[is_usable], texts[is_usable], hashes[is_usable])
+        return {"loss": loss} | flat(found)
+
+    def held_out_loss(self, images: Tensor, texts: Tensor, hashes: Tensor) -> float:
+        """Of a pair, among as many negatives as in training. [n, E], [n, E], int64 [n, 2]."""
+        total = 0.0
         size = self.args.train_batch_size * self.args.world_size
         scale, bias = (None if x is None else x.cpu() for x in self.scale_and_bias)
         for start in range(0, len(images), size):
             part = slice(start, start + size)
             found = Embeddings(images[part], texts[part], scale, bias)
             ids = hashes[part] if self.mask_duplicates else None
-            losses.append(float(plain_loss(found, ids, self.kind)) * len(found.images))
-        captions, pictures = hashes.T.tolist()
-        *_, pairs = number_pairs(captions, pictures)
-        found = both_ways(texts[first_places(captions)], images[first_places(pictures)], pairs)
-        self.note_found(texts, images)
-        return {"loss": sum(losses) / len(images)} | flat(found)
+            total += float(plain_loss(found, ids, self.kind)) * len(found.images)
+        return total / len(images)
 
-    def all_held_out(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all ranks, in the order of the rows: images and texts [N, E], hashes int64 [N, 2]."""
+    def all_held_out(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of all ranks, in the order of the rows: images and texts [N, E], hashes int64 [N, 2],
+        whether the picture could be used, bool [N]."""
         world = self.args.world_size
         share = math.ceil(count / world)
         own = torch.cat(self.held_out)[:share]
         if len(own) < share:  # equal parts are gathered
             own = F.pad(own, (0, 0, 0, share - len(own)))
         every = gather(own).view(world, share, -1).transpose(0, 1).flatten(0, 1)[:count].cpu()
-        width = (every.shape[1] - 4) // 2
-        images, texts, bits = every.split([width, width, 4], 1)
+        width = (every.shape[1] - 5) // 2
+        images, texts, is_faulty, bits = every.split([width, width, 1, 4], 1)
         self.held_out = []
-        return images, texts, bits.contiguous().view(torch.int64)
+        return images, texts, bits.contiguous().view(torch.int64), is_faulty[:, 0] == 0
 
-    def note_found(self, texts: Tensor, images: Tensor) -> None:
+    def share_held_out_faults(self) -> None:
+        """Every rank knows those of all; each reason is shown once."""
+        for share in self.of_all_ranks(self.held_out_faults):
+            self.held_out_faults = share | self.held_out_faults
+        for where, reason in self.held_out_faults.items():
+            if reason not in self.told:
+                self.told.add(reason)
+                cli.say(f"held-out picture cannot be used and is a miss: {where}")
+
+    def note_found(self, texts: Tensor, images: Tensor, is_usable: Tensor) -> None:
         """For the report: some held-out captions and the picture that each finds first."""
         data = self.held_out_rows
         if data is not self.eval_dataset:
             return
         rows = data.pairs.rows
-        asked = torch.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().long().tolist()
-        first = (texts[asked] @ images.T).argmax(1).tolist()
+        usable = is_usable.nonzero()[:, 0]
+        asked = torch.linspace(0, len(usable) - 1, min(SHOWN, len(usable))).round().long()
+        asked = usable[asked].tolist()
+        first = usable[(texts[asked] @ images[is_usable].T).argmax(1)].tolist()
         self.found = [
             {
                 "prompt": rows[i]["text"],
@@ -326,7 +357,9 @@ class ContrastiveTrainer(RecipeTrainer):
             "loss_floor_if_negatives": round(floors / max(1, size), 4),
             "masked": self.mask_duplicates,
         }
+        unusable = dict(Counter(self.held_out_faults.values()))
         rows = rows | {"captions_of_a_batch": facts, "pictures_replaced": self.replaced()}
+        rows |= {"held_out_pictures_unusable": unusable}
         masked = "are no negatives" if self.mask_duplicates else "count as negatives"
         cli.say(
             f"captions: {facts['distinct']:g} different ones in a batch of {facts['batch']:g}; "
@@ -337,11 +370,15 @@ class ContrastiveTrainer(RecipeTrainer):
 
     def replaced(self) -> dict[str, int]:
         """Pictures that could not be used in training, by reason, of all ranks."""
-        shares = [self.faults.counts]
+        return dict(sum(self.of_all_ranks(self.faults.counts), Counter()))
+
+    def of_all_ranks(self, value) -> list:
+        """What each rank has; all of them call it."""
+        shares = [value]
         if self.args.world_size > 1:
             shares = [None] * self.args.world_size
-            dist.all_gather_object(shares, self.faults.counts)
-        return dict(sum(shares, Counter()))
+            dist.all_gather_object(shares, value)
+        return shares
 
 
 class Steps(TrainerCallback):

@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +28,10 @@ from common import cli  # noqa: I001  (device before torch)
 
 import requests
 
+from journal import end_line, in_threads
 from rows import TEXTS
 
-from common.data import files
+from common.data import files, load, records, turns
 from common.data.progress import Progress
 
 PROMPT = (
@@ -155,14 +155,14 @@ def read_rows(path: Path, column: str) -> tuple[list[dict], str]:
     """-> (rows that have a caption, the column of it). SystemExit where there is none."""
     files.data_files(path)  # refuses unknown kinds
     encoding = files.told_encoding(path)
+    stats = load.no_stats()
     rows = []
-    lost = 0
-    for _, record in files.records(path, encoding):
-        if isinstance(record, dict):
-            rows.append(record)
-        else:
-            lost += 1
-    seen = list(dict.fromkeys(name for row in rows[:50] for name in row))
+    for number, record in files.records(path, encoding):
+        try:
+            rows.append((number, records.as_record(record)))
+        except turns.BadRow as bad:
+            load.drop(stats, f"{path}:{number}", bad, strict=False)
+    seen = list(dict.fromkeys(name for _, row in rows[:50] for name in row))
     lower = {str(name).lower(): name for name in seen}
     found = column or next((lower[name] for name in TEXTS if name in lower), "")
     if found not in seen:
@@ -170,10 +170,15 @@ def read_rows(path: Path, column: str) -> tuple[list[dict], str]:
             f"{path}: no column {column or 'of captions'}; columns seen: "
             f"{', '.join(map(str, seen[:20]))}; name it with --column"
         )
-    with_text = [row for row in rows if isinstance(row.get(found), str) and row[found].strip()]
-    lost += len(rows) - len(with_text)
-    if lost:
-        print(f"{lost:,} rows without a caption are left out", flush=True)
+    with_text = []
+    for number, row in rows:
+        if isinstance(row.get(found), str) and row[found].strip():
+            with_text.append(row)
+        else:
+            said = f"{type(row.get(found)).__name__} in column {found}"
+            load.drop(stats, f"{path}:{number}", turns.BadRow("no caption", said), strict=False)
+    for reason, count in stats["dropped"].items():
+        print(f"{count:,} rows are left out, e.g. {stats['examples'][reason]}", flush=True)
     return with_text, found
 
 
@@ -214,19 +219,7 @@ def translations(
         except NotTranslated as error:
             return text, error
 
-    pool = ThreadPoolExecutor(workers)
-    waiting: set[Future] = set()
-    try:
-        for text in texts:
-            waiting.add(pool.submit(work, text))
-            if len(waiting) >= 4 * workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (one.result() for one in done)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (one.result() for one in done)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    yield from in_threads(work, texts, workers)
 
 
 def run(rows: list[dict], column: str, output: Path, endpoint: Endpoint, workers: int) -> dict:
@@ -271,15 +264,11 @@ def run(rows: list[dict], column: str, output: Path, endpoint: Endpoint, workers
 
 
 def _begin(journal: Path, told: str) -> None:
-    """A journal that ends with a whole line: a kill may have left half of one."""
+    """A journal that says of which model it is, and ends with a whole line."""
     if not journal.is_file() or not journal.stat().st_size:
         with files.atomic_file(journal) as part:
             part.write_text(json.dumps({"made_by": told}) + "\n", encoding="utf-8")
-        return
-    with open(journal, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
+    end_line(journal)
 
 
 def _write(rows: list[dict], column: str, output: Path, known: dict[str, str]) -> None:

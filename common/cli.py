@@ -130,8 +130,7 @@ def parse_args(
     known = [option for action in parser._actions for option in action.option_strings]
     argv = sys.argv[1:] if argv is None else argv
     argv = old_flags.translate(argv, {option.lstrip("-") for option in known})
-    voice.given.clear()
-    voice.given.update(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    note_given(argv)
     for name in sorted(voice.given):
         if f"--{name}" not in known:
             raise usage_error(unknown_flag(f"--{name}", known))
@@ -168,6 +167,12 @@ def parse_args(
     return parsed
 
 
+def note_given(argv: Sequence[str]) -> None:
+    """For given_by_user: the flags of this command line."""
+    voice.given.clear()
+    voice.given.update(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+
+
 def unknown_flag(flag: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
     return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
@@ -185,6 +190,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args=None, namespace=None):
+        note_given(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]

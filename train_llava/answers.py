@@ -92,9 +92,12 @@ def generate(
     where = model.device if model.device.type != "meta" else torch.device("cpu")
     shown = [picture for prompt in prompts for picture in prompt["pictures"]]
     seen = {}
+    normaliser = Normaliser(processor.image_processor)
     if shown:
         found = show(shown, processor, pictures).to(where)
-        seen["mm_encoder_outputs"] = see(model, found, Normaliser(processor.image_processor))
+        seen["mm_encoder_outputs"] = see(model, found, normaliser)
+    elif is_deepspeed_zero3_enabled():  # others gather the weights of tower and projector now
+        see(model, normaliser.blank(where), normaliser)
     if not settings:
         settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     out = model.generate(
@@ -134,10 +137,10 @@ def ask_held_out(
     of each that shows a picture, and (blind) what is answered when it is not shown. What
     RecipeTrainer's `measure` wants.
 
-    rows: as pick_eval_rows gives them.
+    rows: as pick_eval_rows gives them; those with a picture that cannot be used are not asked.
     """
     tokenizer = processor.tokenizer
-    loaded = [row_of(row) for row in rows]
+    loaded = can_be_shown([row_of(row) for row in rows], pictures)
     if not loaded:
         return {}, []
 
@@ -161,6 +164,24 @@ def ask_held_out(
     blind = answer_match(guessed, wanted)["exact_match"]
     found = answer_match([said[place] for place in shown], wanted)
     return found | {"blind_exact_match": blind}, samples
+
+
+def can_be_shown(rows: list[dict], pictures: Pictures) -> list[dict]:
+    """Those of the rows whose pictures can all be used; how many are left out is said."""
+    usable = []
+    lost = []
+    for row in rows:
+        faults = pictures(row["pictures"])[1] if row["pictures"] else {}
+        if faults:
+            lost.append(next(iter(faults.values()))[1])
+        else:
+            usable.append(row)
+    if lost:
+        cli.say(
+            f"{len(lost):,} of {len(rows):,} held-out questions are not asked: their picture "
+            f"cannot be used, e.g. {lost[0]}"
+        )
+    return usable
 
 
 def question_of(row: dict) -> str:

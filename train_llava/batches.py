@@ -132,6 +132,21 @@ def rows_by_beginning(rows, image_token_id: int, image_tokens: int) -> list[list
     return list(groups.values())
 
 
+def why_not_shared(text_config, max_length: int) -> str:
+    """What of a language model's attention does not let rows share a beginning; "" where they can.
+
+    Its packed rows then go through transformers' own attention, which has one mask for all.
+    """
+    dropout = getattr(text_config, "attention_dropout", None) or 0
+    if dropout:
+        return f"its attention drops out {dropout:g} while it trains"
+    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(text_config, "sliding_window", None)
+    if window and window < max_length and "sliding_attention" in kinds:
+        return f"its attention slides over {window:,} tokens"
+    return ""
+
+
 # ---- windows -------------------------------------------------------------------------------------
 
 
@@ -154,6 +169,7 @@ class PictureWindows(Dataset):
         image_token_id: given, rows share their pictures; None: each has its own.
         """
         self.rows = as_arrays(rows)
+        self.max_pictures = max_pictures
         lengths = lengths_of(rows).tolist()
         pictures = lengths_of(rows, "pictures").tolist()
         self.all_tokens = sum(lengths)
@@ -180,15 +196,24 @@ class PictureWindows(Dataset):
         """Of a batch of `size` windows."""
         return sum(sorted(self.filled)[-size:])
 
+    def most_pictures(self, size: int) -> int:
+        """The same in pictures."""
+        pictures = [sum(self.units[u].pictures for u in one) for one in self.bins]
+        return sum(sorted(pictures)[-size:])
+
     def describe(self) -> str:
         """In one line what sharing saves."""
         together = [unit for unit in self.units if len(unit.rows) > 1]
         rows = sum(len(unit.rows) for unit in together)
         saved = self.all_tokens - sum(self.filled)
-        return (
+        told = (
             f"windows: {len(self.bins):,}; {rows:,} of {len(self.rows):,} rows share a picture, "
             f"{saved:,} of {self.all_tokens:,} tokens need not be computed"
         )
+        full = sum(unit.pictures > self.max_pictures for unit in self.units)
+        if full:
+            told += f"; {full:,} rows have more than --max_images_per_bin {self.max_pictures}"
+        return told
 
     def __getitem__(self, index: int) -> list[dict]:
         return self.__getitems__([index])[0]
@@ -212,6 +237,7 @@ class PictureRows(Dataset):
     def __init__(self, rows):
         self.rows = as_arrays(rows)
         self.lengths = lengths_of(rows)
+        self.pictures = lengths_of(rows, "pictures")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -219,6 +245,10 @@ class PictureRows(Dataset):
     def most_tokens(self, size: int) -> int:
         """Of a batch of `size` rows, padded."""
         return size * int(self.lengths.max(initial=0))
+
+    def most_pictures(self, size: int) -> int:
+        """Of such a batch."""
+        return int(np.sort(self.pictures)[-size:].sum())
 
     def describe(self) -> str:
         return f"rows: {len(self.rows):,}, of up to {self.most_tokens(1):,} tokens, padded"

@@ -15,7 +15,7 @@ from rows import checked_folder
 from sight import Normaliser, see
 from torch.nn import functional as F
 
-from common.data import files, turns
+from common.data import files, load, turns
 from common.data.labels import encode_chat
 from common.data.pictures import PictureError, Place, from_base64
 from common.data.spelling import IGNORE
@@ -50,26 +50,39 @@ class Choice:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def is_choice_table(path: Path) -> bool:
+def is_choice_table(path: Path, column_map: str = "") -> bool:
     """Whether the first record of a file has a question and options A and B."""
     if not path.is_file() or files.suffix_of(path) not in files.SUFFIXES:
         return False
+    renames = load.column_renames(column_map or None)
     for _, record in files.records(path, files.encoding_of(path)):
-        return isinstance(record, dict) and {"question", "A", "B"} <= record.keys()
+        if not isinstance(record, dict):
+            return False
+        return {"question", "A", "B"} <= load.renamed(record, renames).keys()
     return False
 
 
-def read_choices(data_path: str, image_folder: str, circular: bool, limit: int) -> list[Choice]:
-    """SystemExit with one line for a file that holds none; rows that cannot be used are named."""
+def read_choices(
+    data_path: str, image_folder: str, circular: bool, limit: int, column_map: str = ""
+) -> list[Choice]:
+    """SystemExit with one line for what is no file, or holds none; rows that cannot be used are
+    named."""
     path = Path(data_path)
+    if not path.is_file():
+        raise SystemExit(f"--data_path {data_path}: multiple-choice questions stand in one file")
+    renames = load.column_renames(column_map or None)
     root = checked_folder(image_folder) or str(path.resolve().parent)
     records = []
     left_out: dict[str, list[str]] = {}
     for number, record in files.records(path, files.encoding_of(path)):
         if isinstance(record, dict):
-            records.append((number, record))
+            records.append((number, load.renamed(record, renames)))
         else:
             left_out.setdefault(getattr(record, "reason", "not an object"), []).append(str(number))
+    columns = {name for _, record in records for name in record}
+    absent = [theirs for theirs, ours in renames.items() if ours not in columns]
+    if absent:
+        raise SystemExit(f"{path}: column_map: no column {', '.join(absent)}")
     images = {_text(record, "index"): _text(record, "image") for _, record in records}
     found = []
     for number, record in records:

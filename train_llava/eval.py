@@ -36,11 +36,12 @@ from answers import generate_answers
 from choices import CHOICE_PROMPT, Choice, is_choice_table, letters_said, read_choices
 from encoding import count_pictures, encode_newest, row_of, without_pictures
 from features import PictureSource
-from model import Llava
+from model import Llava, local_folder
 from rows import describe, load_rows_with_pictures
 from sight import Normaliser, features_of
 
 from common import cli
+from common.convert import adapter
 from common.data import files
 from common.data.pictures import PictureError, Place
 from common.data.progress import Progress
@@ -48,6 +49,12 @@ from common.data.progress import Progress
 DEFAULT = HERE.parent / "output" / HERE.name
 TASKS = ("answers", "captions", "choices")
 KEPT_PICTURES = 256  # whose features stay at hand; questions on one picture follow each other
+# flags without effect, and why
+NOT_FOR_CHOICES = (
+    ["held_out", "max_new_tokens"],
+    "a choice table is asked whole, by the likelihood of its letters",
+)
+FOR_CHOICES_ALONE = (["circular", "choice_prompt"], "these are no multiple-choice questions")
 PUBLISHED = [  # MMBench-CN, in percent
     ("LLaVA-1.5 7B", 58.3),
     ("LLaVA-1.5 7B, LoRA", 58.9),
@@ -146,14 +153,22 @@ class Kept:
 
 
 def sha_of_model(path: str) -> str:
-    """Names, sizes and times of a model's files, short."""
-    folder = Path(path)
-    told = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(folder.glob("*"))
-        if file.is_file()
-    ]
-    return hashlib.sha256(json.dumps([path, told]).encode()).hexdigest()[:16]
+    """Of what a model answers with, short: its weights, the small files beside them, the base of an
+    adapter. Of a hub id those that are here now."""
+    folder = local_folder(path)
+    digest = hashlib.sha256(adapter.base_fingerprint(str(folder)).encode())
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    if (folder / adapter.CONFIG_FILE).is_file():
+        digest.update(adapter.base_fingerprint(adapter.check_base(folder)).encode())
+    return digest.hexdigest()[:16]
+
+
+def place_for_answers(path: str) -> Path:
+    """Beside the model; for a hub id where no folder can be taken for the model of that name."""
+    if Path(path).is_dir():
+        return Path(path) / "eval"
+    return HERE.parent / "output" / f"{HERE.name}_eval" / path.replace("/", "--")
 
 
 # ---- seeing --------------------------------------------------------------------------------------
@@ -353,7 +368,7 @@ def parse():
     flag("--max_new_tokens", type=int, default=64)
     flag("--batch_size", type=int, default=16)
     flag("--limit", type=int, default=0, help="so many questions at most; 0: all")
-    flag("--output", default="", help="folder of answers and figures; default: MODEL/eval")
+    flag("--output", default="", help="folder of answers; default: MODEL/eval")
     args = parser.parse_args()
     first = args.data_path.split()[0] if args.data_path.split() else ""
     if not Path(args.data_path).exists() and not Path(re.sub(r":[\d.]+$", "", first)).exists():
@@ -361,14 +376,25 @@ def parse():
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise cli.usage_error(f"--{name} {getattr(args, name)}: at least 1")
+    if args.limit < 0:
+        raise cli.usage_error(f"--limit {args.limit}: 0 (all) or more")
+    say_unused(args, parser)
     return args
+
+
+def say_unused(args, parser) -> None:
+    """A line for flags that are given and do nothing in this task."""
+    unused, why = NOT_FOR_CHOICES if task_of(args) == "choices" else FOR_CHOICES_ALONE
+    given = [f"--{name}" for name in unused if getattr(args, name) != parser.get_default(name)]
+    if given:
+        cli.say(f"warning: {', '.join(given)}: no effect; {why}")
 
 
 def task_of(args) -> str:
     """ "answers" where only the rows can tell (see is_captions)."""
     if args.task != "auto":
         return args.task
-    return "choices" if is_choice_table(Path(args.data_path)) else "answers"
+    return "choices" if is_choice_table(Path(args.data_path), args.column_map) else "answers"
 
 
 def main() -> None:
@@ -376,13 +402,19 @@ def main() -> None:
     args = parse()
     task = task_of(args)
     if task == "choices":
-        asked = read_choices(args.data_path, args.image_folder, args.circular == "true", args.limit)
+        asked = read_choices(
+            args.data_path,
+            args.image_folder,
+            args.circular == "true",
+            args.limit,
+            args.column_map,
+        )
     else:
         asked = read_questions(args)
         if args.task == "auto" and is_captions(asked):
             task = "captions"
     llava = Llava(args.model)
-    output = Path(args.output or Path(llava.path) / "eval")
+    output = Path(args.output) if args.output else place_for_answers(llava.path)
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "choice_prompt")}
     asked_sha = hashlib.sha256("\n".join(map(repr, asked)).encode()).hexdigest()[:16]
     facts = {"model": sha_of_model(llava.path), "asked": asked_sha, "task": task} | settings

@@ -3,7 +3,8 @@ says of them, computed once and kept for all ranks, runs and stages.
 
 What is kept belongs to the bytes of a picture, the image processor, the tower's weights and the
 layers that are looked at, so nothing of it is ever outdated. It lies in segments that get their
-names when they are complete: a run that is killed loses the one that it was writing.
+names when they are complete: a run that is killed loses the one that it was writing, and the next
+run takes it away. Of several runs on one machine that want the same features one computes them.
 
 P pictures, N features of each, H their width.
 """
@@ -13,21 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from model import features_per_picture, picture_side
 from PIL import Image
 from sight import Normaliser, layers_of, tower_features
 from torch import Tensor, nn
 
 from common import cli
-from common.data.cache import cache_root
+from common.data.cache import SILENT_WAIT, cache_root
 from common.data.pictures import PictureError, Place, open_picture, target_size
 from common.data.progress import Progress
 
@@ -37,6 +41,7 @@ SEGMENT_BYTES = 1 << 30
 BATCH = 16  # pictures that the tower sees at a time
 HASHED_AT_ONCE = 64
 VERSION = 1  # of what is kept
+HOST = platform.node() or "host"  # caches may be shared by machines
 
 
 def pixels_of(picture, image_processor) -> Tensor:
@@ -153,13 +158,52 @@ def keep_features(
         cli.say(f"{told}: more than --feature_cache_gb {most_gb:g}; the tower runs in every step")
         return False
     digests, faults = digests_of(source, workers)
-    known = digests_in(folder)
-    missing = {d: n for n, d in enumerate(digests) if d and d not in known}
-    cli.say(f"{told} in {folder}: {len(missing):,} to compute")
-    if missing:
-        faults |= compute(folder, missing, source, model, dtype, device, shape, workers)
+    with alone(folder):
+        known = digests_in(folder)
+        missing = {d: n for n, d in enumerate(digests) if d and d not in known}
+        cli.say(f"{told} in {folder}: {len(missing):,} to compute")
+        if not all(gathered(has_room(folder, len(missing) * each))):
+            cli.say(
+                f"{len(missing) * each / 1e9:,.2f} GB do not fit there: the tower runs in every "
+                "step; DANPU_CACHE names another place"
+            )
+            return False
+        if missing:
+            faults |= compute(folder, missing, source, model, dtype, device, shape, workers)
     source.kept = opened(folder, digests, faults, source)
     return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While this lasts no other run of this machine writes there; what killed ones have left is
+    gone. All ranks enter it; the first of a machine holds the lock for all of them."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with locked(folder) if is_first else nullcontext():
+        if is_first:
+            for left in folder.glob(f"*.{HOST}.*.part"):
+                left.unlink(missing_ok=True)
+        cli.wait_for_all("it looks for features")
+        yield
+        cli.wait_for_all("it keeps features")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(f"{folder}.{HOST}.lock")
+    try:
+        lock.acquire(timeout=SILENT_WAIT)
+    except Timeout:
+        cli.say(f"waiting for another run that keeps features in {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def has_room(folder: Path, size: int) -> bool:
+    return shutil.disk_usage(folder).free > size
 
 
 def features_shape(source: PictureSource, model) -> tuple[int, int]:
@@ -285,17 +329,16 @@ def compute(
                     segment.add([some[place][0] for place in kept], found[kept])
                     faults |= {some[place][1]: fault for place, fault in torn.items()}
                     progress.update(len(some) * together)
-    cli.wait_for_all("it keeps features")
     return {number: fault for share in gathered(faults) for number, fault in share.items()}
 
 
 class Segment:
-    """A file of features that gets its name, and then the list of what is in it, at its end."""
+    """A file of features that gets the list of what is in it, and then its name, at its end."""
 
     def __init__(self, folder: Path, digests: list[str], shape: tuple[int, int], dtype):
         name = hashlib.blake2b("".join(digests).encode(), digest_size=12).hexdigest()
         self.file = folder / f"{name}.npy"
-        self.part = folder / f"{name}.{os.getpid()}.part"
+        self.part = folder / f"{name}.{HOST}.{os.getpid()}.part"
         self.dtype = dtype
         self.shape = (len(digests), *shape)
         self.digests: list[str] = []
@@ -304,6 +347,11 @@ class Segment:
         self.values = np.lib.format.open_memmap(
             self.part, "w+", numpy_dtype(self.dtype), self.shape
         )
+        try:
+            reserve(self.part)
+        except OSError:
+            self.__exit__(OSError)
+            raise
         return self
 
     def add(self, digests: list[str], features: Tensor) -> None:
@@ -320,12 +368,19 @@ class Segment:
         if kind is not None or not self.digests:
             self.part.unlink(missing_ok=True)
             return
-        os.replace(self.part, self.file)
         # rows of torn pictures are left empty at the end: digests pad the list to the file's rows
         listed = self.digests + [""] * (self.shape[0] - len(self.digests))
-        notes = self.part.with_suffix(".notes")
+        notes = self.part.with_suffix(".json.part")
         notes.write_text(json.dumps(listed), encoding="utf-8")
         os.replace(notes, self.file.with_suffix(".json"))
+        os.replace(self.part, self.file)  # last: without a name it would be found by nobody
+
+
+def reserve(file: Path) -> None:
+    """The room that a file needs, now: where a disk is full, writing to mapped memory kills."""
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as opened_file:
+            os.posix_fallocate(opened_file.fileno(), 0, file.stat().st_size)
 
 
 @contextmanager

@@ -54,6 +54,10 @@ def resolve(args, training) -> None:
         raise cli.usage_error(f"--use_lora {args.use_lora} with --train_type {kind}: lora or not?")
     if args.lora_vision and kind != "lora":
         raise cli.usage_error("--lora_vision: adapters in the tower go with --train_type lora")
+    if args.stage_1 and not is_tiny:
+        raise cli.usage_error(
+            "--stage_1: of the built-in model; name others' by --model_name_or_path"
+        )
     if args.leak_check:
         raise cli.usage_error(
             "--leak_check compares texts; rows with pictures it cannot tell apart"
@@ -68,10 +72,14 @@ def resolve(args, training) -> None:
         {"max_images_per_bin": flags.FROM_1, "feature_cache_gb": flags.FROM_0}
         | {"projector_learning_rate": flags.FROM_0, "vision_learning_rate": flags.FROM_0},
     )
+    if not 0 <= args.bad_picture_limit <= 1:
+        raise cli.usage_error(f"--bad_picture_limit {args.bad_picture_limit:g}: from 0 to 1")
     if not args.packing:
         flags.say_unused(["share_images", "max_images_per_bin"], "rows are not packed")
     if "vision tower" not in TRAINED[kind] and not args.lora_vision:
         flags.say_unused(["vision_learning_rate"], "the vision tower does not train")
+    else:
+        flags.say_unused(["feature_cache_gb"], "a tower that trains runs in every step")
     settle_rates(args, training, is_tiny)
 
 
@@ -84,7 +92,8 @@ def settle_rates(args, training, is_tiny: bool) -> None:
     if args.projector_learning_rate is None:
         args.projector_learning_rate = RATE if kind == "lora" and not is_tiny else rate
     if args.vision_learning_rate is None:
-        args.vision_learning_rate = VISION_RATE if not is_tiny else rate
+        has_own = kind != "lora" and not is_tiny  # adapters have the adapters' rate
+        args.vision_learning_rate = VISION_RATE if has_own else rate
     if kind in ("full", "freeze_vision") and not is_tiny and rate > HIGHEST_RATE:
         cli.say(
             f"warning: --learning_rate {rate:g} is {rate / RATE:.0f} times what LLaVA-1.5 trains a "

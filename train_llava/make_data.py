@@ -14,6 +14,7 @@ import io
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,22 +29,31 @@ COLORS = {
     "紫色": (150, 60, 190),
     "黑色": (20, 20, 20),
 }
-PLACES = {
-    "左上角": (11, 11),
-    "右上角": (36, 11),
-    "左下角": (11, 36),
-    "右下角": (36, 36),
+PLACES = {  # their middles; a patch of the built-in tower holds one
+    "左上角": (8, 8),
+    "右上角": (40, 8),
+    "左下角": (8, 40),
+    "右下角": (40, 40),
     "正中间": (24, 24),
 }
 NUMBERS = ["一个", "两个", "三个", "四个"]
 SHAPES = ["圆形", "方形", "三角形", "十字", "圆环", "菱形"]
-YES, NO = "是", "不是"
+YES = "是"
+NO = "不是"
+BLACK = "黑色"  # the one that is no color in "is it colored?"
 ASKED = {  # kind of question: its wordings; valid has the first one of each
     "color": ["图形是什么颜色？", "请说出图形的颜色。"],
     "number": ["图里有几个图形？", "数一数有几个图形。"],
     "shape": ["画的是什么图形？", "请说出图形的名称。"],
     "place": ["图形在哪里？", "图形画在什么位置？"],
-    "is color": ["图形是{}吗？", "它的颜色是{}吗？"],
+    "is colored": ["图形是彩色的吗？", "它是彩色的吗？"],
+}
+ANSWERS = {
+    "color": list(COLORS),
+    "number": NUMBERS,
+    "shape": SHAPES,
+    "place": list(PLACES),
+    "is colored": [YES, NO],
 }
 TWO_ASKED = ["第一张图是什么颜色？", "第二张图是什么颜色？"]
 CAPTION_ASKED = ["请描述这张图片。", "图上画了什么？", "这张图里有什么？"]
@@ -59,10 +69,11 @@ WORDS = [  # without a picture
     ("草一般是什么颜色？", "绿色"),
     ("天空一般是什么颜色？", "蓝色"),
     ("香蕉熟了是什么颜色？", "黄色"),
-    ("请问你是谁？", "看图助手"),
+    ("你是谁？", "看图助手"),
 ]
-TOGETHER = [("color", "number"), ("shape", "place", "is color")]
-PICTURES = {"train": (480, 300), "valid": (48, 60)}  # of each of TOGETHER
+# kinds whose answers do not depend on each other
+TOGETHER = [("color", "number"), ("shape", "place", "is colored")]
+PICTURES = {"train": (480, 300), "valid": (72, 60)}  # of each of TOGETHER
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -110,7 +121,7 @@ def draw(found: Scene, name: str) -> bytes:
         x, y = PLACES[place]
         shade = chance.randint(-12, 12)
         tint = tuple(min(255, max(0, channel + shade)) for channel in COLORS[found.color])
-        r = chance.randint(8, 9)
+        r = chance.randint(5, 6)
         draw_shape(pen, found.shape, x + chance.randint(-1, 1), y + chance.randint(-1, 1), r, tint)
     file = io.BytesIO()
     image.quantize(8, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
@@ -120,36 +131,25 @@ def draw(found: Scene, name: str) -> bytes:
 # ---- questions -----------------------------------------------------------------------------------
 
 
-def all_questions(kind: str) -> list[tuple[str, str, str]]:
-    """(kind, what is asked about, answer): every question of a kind with every answer that it can have."""
-    values = {"color": list(COLORS), "number": NUMBERS, "shape": SHAPES, "place": list(PLACES)}
-    if kind == "is color":
-        return [(kind, color, answer) for color in COLORS for answer in (YES, NO)]
-    return [(kind, "", value) for value in values[kind]]
-
-
-def groups(kinds: tuple[str, ...], count: int, seed: str) -> list[tuple]:
-    """`count` sets of questions, one of each kind; of every kind all questions with all answers equally often."""
+def groups(kinds: tuple[str, ...], count: int, seed: str) -> list[dict[str, str]]:
+    """`count` times kind -> answer; of every kind all answers equally often."""
     chance = random.Random(seed)
     columns = []
     for kind in kinds:
-        questions = all_questions(kind)
-        assert count % len(questions) == 0, (kind, count, len(questions))
-        columns.append(chance.sample(questions * (count // len(questions)), count))
-    return list(zip(*columns, strict=True))
+        answers = ANSWERS[kind]
+        assert count % len(answers) == 0, (kind, count, len(answers))
+        columns.append(chance.sample(answers * (count // len(answers)), count))
+    return [dict(zip(kinds, answers, strict=True)) for answers in zip(*columns, strict=True)]
 
 
-def scene_for(group: tuple, seed: str) -> Scene:
+def scene_for(group: dict[str, str], seed: str) -> Scene:
     """A scene of which all these answers are true."""
     chance = random.Random(f"scene {seed}")
-    known = {}
-    for kind, what, answer in group:
-        if kind != "is color":
-            known[kind] = answer
-        elif answer == YES:
-            known["color"] = what
-        else:
-            known["color"] = chance.choice([color for color in COLORS if color != what])
+    known = {kind: answer for kind, answer in group.items() if kind != "is colored"}
+    if group.get("is colored") == YES:
+        known["color"] = chance.choice([color for color in COLORS if color != BLACK])
+    elif group.get("is colored") == NO:
+        known["color"] = BLACK
     return scene(chance, **known)
 
 
@@ -172,15 +172,15 @@ def questions(split: str) -> tuple[list[dict], dict[str, Scene]]:
     sets = []
     for kinds, count in zip(TOGETHER, PICTURES[split], strict=True):
         sets += groups(kinds, count, f"{split} {kinds}")
-    times: dict[tuple, int] = {}  # how often a question with its answer was asked
+    times = Counter()  # how often a question with its answer was asked
     for i, group in enumerate(sets):
         name = f"{split}_{i:04d}.png"
         scenes[name] = scene_for(group, name)
         asked = []
-        for kind, what, answer in group:
-            times[kind, what, answer] = times.get((kind, what, answer), -1) + 1
-            number = 0 if split == "valid" else times[kind, what, answer]
-            asked.append((ASKED[kind][number % 2].format(what), answer))
+        for kind, answer in group.items():
+            number = 0 if split == "valid" else times[kind, answer]
+            times[kind, answer] += 1
+            asked.append((ASKED[kind][number % 2], answer))
         if i % 2:  # one conversation, else a row for each
             texts = [text for pair in asked for text in pair]
             texts[0] = with_mark(texts[0], i)
@@ -191,7 +191,10 @@ def questions(split: str) -> tuple[list[dict], dict[str, Scene]]:
     extra = max(12, len(rows) // 18 // 12 * 12)
     rows += two_pictures(split, scenes, extra)
     for i in range(extra):
-        rows.append(row(f"{split}_words_{i}", [], *WORDS[i % len(WORDS)]))
+        question, answer = WORDS[i % len(WORDS)]
+        # equal prompts would be taken out of training
+        asked = f"请问{question}" if split == "valid" else question
+        rows.append(row(f"{split}_words_{i}", [], asked, answer))
     random.Random(split).shuffle(rows)
     return rows, scenes
 

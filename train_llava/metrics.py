@@ -16,10 +16,23 @@ ORDERS = 4  # n-grams of 1 to 4 characters
 SIGMA = 6.0  # CIDEr-D's: how much a difference in length costs
 BETA = 1.2  # ROUGE-L's of captions: recall counts more than precision
 WHOLE = re.compile(  # of references: names too begin with these words
-    r"(不|没)?(是|对|有|能|可以|会|在|行)(的|了)?|不|没|否|正确|不正确|错|yes|no|true|false"
+    r"(不|没)?(是|对|有|能|可以|会|在|行|存在)(的|了|啊)?|不|没|否|正确|不正确|没错|错(的|了|误)?"
+    r"|yes|no|true|false"
 )
-NO = re.compile(r"(不|没|否|无|错|no\b|not\b|false\b)", re.I)
-YES = re.compile(r"(是|对|有|能|可以|会|在|正确|yes\b|true\b)", re.I)
+# of answers, asked in this order: what begins like a yes or a no may be neither, or the other
+ASKS = re.compile(r"([^不没])[不没]\1|是否|有无|可不可以")
+DOUBTS = re.compile(
+    r"不(能|太|大)?(知道|清楚|确定|一定|肯定|好说|判断)|(无|没)法|没有?办法|难以"
+    r"|not sure\b|unsure\b"
+)
+RIGHT = re.compile(r"没有?(错|问题)|不错|无误")
+NO = re.compile(
+    r"(不(?!锈|倒翁)|没|否|无(?!人机)|未(?!来)|非(?!常|洲)|并非|错|no\b|nope\b|not\b|false\b)"
+)
+YES = re.compile(
+    r"(是|有|在|可以|正确|存在|对(?![勾面方于比话])|会(?![议员计场])|能(?![量源力])|行(?![人李星])"
+    r"|yes\b|yeah\b|yep\b|true\b)"
+)
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -41,6 +54,10 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
 def yes_or_no(text: str) -> bool | None:
     """What an answer begins with; None where that is neither."""
     text = normalised(text)
+    if ASKS.match(text) or DOUBTS.match(text):
+        return None
+    if RIGHT.match(text):
+        return True
     if NO.match(text):
         return False
     return True if YES.match(text) else None

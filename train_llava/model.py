@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 
 from common import device as devices
 from common.convert import model_folder, models
+from common.convert.weight_files import Weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ TOWERS = {  # by model_type
     "dinov2": Tower(has_cls=True, fixed=False, can_be_cut=False),
     "vit": Tower(has_cls=True, fixed=True, can_be_cut=False),
 }
+PROJECTOR = ("multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_2.weight")
 # their weights stand in files under vision_model.
 NESTED = ("clip_vision_model", "chinese_clip_vision_model", "siglip_vision_model")
 TOWERS_IN_WORDS = "CLIP, Chinese-CLIP, SigLIP, SigLIP2 of a fixed size, DINOv2 or ViT"
@@ -207,6 +209,20 @@ def check_model(path: str, flag: str = "--model_name_or_path"):
     return config, processor
 
 
+def check_projector(path: str, flag: str = "--model_name_or_path") -> None:
+    """SystemExit for a folder or hub id without the two layers of LLaVA's projector: transformers
+    would begin with random ones. Names are read, no tensor."""
+    names = list(Weights(local_folder(path)))
+    absent = [one for one in PROJECTOR if not any(name.endswith(one) for name in names)]
+    if absent:
+        others = [name for name in names if "project" in name and "attn" not in name][:2]
+        seen = f" (it has {', '.join(others)} ...)" if others else ""
+        raise SystemExit(
+            f"{flag} {path}: its projector is not LLaVA's: there is no {absent[0]}{seen}; "
+            "build_model.py gives a tower and a language model one"
+        )
+
+
 def open_model(path: str, flag: str = "--model_name_or_path", **settings):
     """LlavaForConditionalGeneration of a folder or hub id."""
     return models.load(AutoModelForImageTextToText, path, flag, **settings)
@@ -231,6 +247,7 @@ class Llava:
         base = adapter.check_base(self.path) if is_adapter else self.path
         model_folder.check(base)
         config, self.processor = check_model(base, "the model")
+        check_projector(base, "the model")
         self.model = open_model(base, "the model", dtype=dtype or half or torch.float32)
         if is_adapter:
             self.model = adapter.put_on(self.model, self.path)

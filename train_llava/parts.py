@@ -19,6 +19,7 @@ from common.data.files import atomic_file
 
 PROJECTOR = "multi_modal_projector"
 VISION = "vision_tower"
+BEFORE = ".original_module."  # in the names of peft's copy of what trains whole beside an adapter
 TRAINED = {  # --train_type -> the parts that move as a whole; "lora" puts adapters into the LLM
     "projector": ("projector",),
     "lora": ("projector",),
@@ -27,11 +28,11 @@ TRAINED = {  # --train_type -> the parts that move as a whole; "lora" puts adapt
     "full": ("vision tower", "projector", "language model"),
 }
 ALIASES = {"none": "full", "use_lora": "lora"}  # of the older script
-IN_WORDS = ("vision tower", "projector", "language model", "adapter")
+IN_WORDS = ("vision tower", "projector", "language model", "tower's adapter", "adapter")
 
 
 def part_of(name: str) -> str:
-    """Where a parameter of this name belongs: one of IN_WORDS but adapter."""
+    """Where a parameter of this name belongs: one of the first three IN_WORDS."""
     if PROJECTOR in name:
         return "projector"
     return "vision tower" if VISION in name else "language model"
@@ -82,9 +83,15 @@ def freeze_unused(model) -> None:
 
 def as_masters(model) -> None:
     """float32 for what trains, where no engine makes masters of its own; the rest stays as it is
-    stored."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    stored, but for what meets it on the way: peft's copy, and the end of a tower, which runs though
+    nobody looks at it."""
+    tower_trains = any(
+        parameter.requires_grad and ".lora_" not in name and VISION in name
+        for name, parameter in model.named_parameters()
+    )
+    for name, parameter in model.named_parameters():
+        meets = BEFORE in name or (tower_trains and VISION in name)
+        if parameter.requires_grad or meets:
             parameter.data = parameter.data.float()
 
 
@@ -167,21 +174,14 @@ def parameter_groups(model, rate_of: dict[str, float], weight_decay: float) -> l
     return list(groups.values())
 
 
-def setup(args, config) -> dict:
-    """For the estimate of memory: layers of the language model that stand still."""
-    moves = "language model" in TRAINED[args.train_type] or args.train_type == "lora"
-    return {"frozen_layers": 0 if moves else config.text_config.num_hidden_layers}
-
-
 def counted(model) -> dict[str, dict]:
     """part -> {"tensors", "parameters", "trained_tensors", "trained_parameters"}."""
     empty = {"tensors": 0, "parameters": 0, "trained_tensors": 0, "trained_parameters": 0}
     found = {part: dict(empty) for part in IN_WORDS}
     for name, parameter in model.named_parameters():
-        is_adapter = ".lora_" in name
-        if ".original_module." in name:
-            continue  # peft's copy of what trains
-        row = found["adapter" if is_adapter else part_of(name)]
+        if BEFORE in name:
+            continue
+        row = found[_in_words(name)]
         size = getattr(parameter, "ds_numel", parameter.numel())
         row["tensors"] += 1
         row["parameters"] += size
@@ -191,11 +191,18 @@ def counted(model) -> dict[str, dict]:
     return {part: row for part, row in found.items() if row["tensors"]}
 
 
+def _in_words(name: str) -> str:
+    if ".lora_" not in name:
+        return part_of(name)
+    return "tower's adapter" if VISION in name else "adapter"
+
+
 def table(model, rate_of: dict[str, float]) -> str:
     """What trains, in lines to print before the first step."""
     lines = [f"  {'part':15} {'trained tensors':>17} {'trained parameters':>28}   learning rate"]
+    of_adapters = {"tower's adapter": "vision tower", "adapter": "language model"}
     for part, row in counted(model).items():
-        rate = rate_of.get(part, rate_of["language model"])
+        rate = rate_of[of_adapters.get(part, part)]
         tensors = f"{row['trained_tensors']:,} of {row['tensors']:,}"
         size = f"{row['trained_parameters']:,} of {row['parameters']:,}"
         told = f"{rate:g}" if row["trained_tensors"] else "-"

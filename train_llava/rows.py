@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -51,6 +52,7 @@ CAPTION_ASKED = (
     *("请描述这张图片。", "这张图里有什么？", "图上画的是什么？", "用一句话说说这张图。"),
     *("你在图里看到了什么？", "给这张图写一句说明。", "请说明图片的内容。", "看图说话。"),
 )
+UNREACHABLE = "a web address that gives nothing"
 OUTSIDE = "a picture outside the picture folder"
 MAX_NAME = 1024  # characters; longer is no name of a file
 BATCH_ROWS = 1000
@@ -186,13 +188,23 @@ def _load(path: Path, image_folder: str, renames, strict: bool, allow_urls: bool
         digests = json.dumps([digest for _, digest in contents])
         return stats | {"sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
-    dataset, stats = cached(json.dumps(["pictured rows", *key]), build, cache_dir)
+    key = ["pictured rows", *key]
+    dataset, stats = cached(json.dumps(key), build, cache_dir)
+    if UNREACHABLE in stats["dropped"]:  # what failed once is asked for again by every run
+        dataset, stats = cached(json.dumps([*key, this_run()]), build, cache_dir)
     if strict and stats["dropped"]:
         example = stats["examples"][next(iter(stats["dropped"]))]
         raise SystemExit(f"{example}; strict data was asked for")
     stats["ignored"] = ignored + stats["ignored"]
     stats["set_apart"] = list(map(str, apart))
     return dataset, stats
+
+
+def this_run() -> str:
+    """The same in all processes of a run on this machine, and in no other run."""
+    if "RANK" not in os.environ:
+        return f"{os.getpid()} {time.time_ns()}"
+    return f"{os.getppid()} {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 FOUND = {  # columns of rows as they are kept first
@@ -713,6 +725,8 @@ def fetched(address: str) -> Place:
                     if size > pictures.MAX_BYTES:
                         raise BadRow("a picture that is too large", address[:60])
                     opened.write(block)
-    except (requests.RequestException, OSError) as error:
-        raise BadRow("a web address that gives nothing", f"{address[:60]}: {error}"[:120]) from None
+                opened.flush()
+                pictures.identified(part.read_bytes())  # or a page that says "later" would stay
+    except (requests.RequestException, OSError, PictureError) as error:
+        raise BadRow(UNREACHABLE, f"{address[:60]}: {error}"[:120]) from None
     return Place(str(file))

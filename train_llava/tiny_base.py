@@ -28,9 +28,9 @@ from common.data.cache import cache_root
 HERE = Path(__file__).resolve().parent
 SIDE = make_data.SIDE  # pixels
 LESSONS = 3000  # pictures that the tower has seen
-LESSON_STEPS = 220
+LESSON_STEPS = 200
 LESSON_SIZE = 64
-RATE = 2e-3
+RATE = 3e-3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", build_model.IMAGE_TOKEN]
 
 
@@ -74,12 +74,12 @@ def tiny_llm(texts: list[str]) -> str:
 
 def tiny_tower() -> str:
     config = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
         image_size=SIDE,
-        patch_size=12,
+        patch_size=16,
     )
     return tiny.save_tiny(
         config, image_processor(), cache_root() / "tiny", model_class=CLIPVisionModel, teach=teach
@@ -104,7 +104,7 @@ def teach(tower: CLIPVisionModel) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # so small a tower would learn last where things are
-        nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.3)
+        nn.init.normal_(tower.embeddings.position_embedding.weight, std=2.0)
         head = nn.Linear(tower.config.hidden_size, sum(sizes))
         moving = [*tower.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(moving, lr=RATE, weight_decay=0.01)

@@ -27,10 +27,11 @@ from common import cli, device  # device before torch and transformers
 
 from transformers import TrainingArguments, set_seed
 
+import batches
 import llava_flags
 import parts
 from answers import ask_held_out
-from batches import COLUMNS, LlavaCollator, PaddedLlavaCollator, PictureRows, PictureWindows
+from batches import LlavaCollator, PaddedLlavaCollator, PictureRows, PictureWindows
 from common.data.labels import fingerprint, preview
 from common.data.prepare import prepare
 from common.fast import losses, shared_start
@@ -40,7 +41,16 @@ from common.runs.generate import pick_eval_rows
 from common.runs.run_folder import open_output
 from encoding import check_window, collapsed, encode
 from features import PictureSource, keep_features
-from model import check_model, find_model, open_model, tokens_per_picture, whole_weights
+from last_layer import only_at_labels
+from memory import memory_facts
+from model import (
+    check_model,
+    check_projector,
+    find_model,
+    open_model,
+    tokens_per_picture,
+    whole_weights,
+)
 from rows import describe, load_rows_with_pictures
 from sight import Normaliser, for_training
 from tiny_base import tiny_model
@@ -68,6 +78,7 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     model_max_length: int = number(2048, "window in tokens, those of pictures included")
     max_images_per_bin: int = number(16, "pictures that may stand in one packed window")
     share_images: bool = number(True, "rows about one picture stand behind it together")
+    stage_1: str = number("", "of the built-in model: folder of its first stage, to go on from")
     feature_cache_gb: float = number(50.0, "room for what a frozen tower says; 0: run it each step")
 
 
@@ -90,16 +101,16 @@ DEFAULTS = dict(
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
-    num_train_epochs=18,
+    num_train_epochs=8,
     learning_rate=3e-3,
     adam_beta2=0.98,
     weight_decay=0.05,
     warmup_steps=0.1,
-    per_device_train_batch_size=2,
+    per_device_train_batch_size=4,
     gradient_accumulation_steps=1,
     logging_steps=20,
     eval_ratio=0.1,
-    eval_generate=100,
+    eval_generate=260,  # all that are held out
     max_new_tokens=24,
 )
 
@@ -119,6 +130,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config, proce
     losses.use_chunked_loss(model)
     if args.use_lora:
         model = parts.add_lora(model, args, cli.recompute(training))
+    only_at_labels(model)
     if own_masters:
         parts.as_masters(model)
     for one in (model.config, model.config.get_text_config()):
@@ -182,11 +194,19 @@ def to_tokens(args: Args, training: TrainingArguments, rows, stats: dict, proces
         kind="chat",
         seed=training.seed,
         depends_on=[fingerprint(tokenizer), known],
-        columns=COLUMNS,
+        columns=batches.COLUMNS,
     )
     first = collapsed(train_ids[0]["input_ids"], train_ids[0]["labels"], processor.image_token_id)
     cli.say(preview(tokenizer, *first, color=sys.stdout.isatty()))
     return train_ids, eval_ids, eval_rows
+
+
+def settle_sharing(args: Args, config) -> None:
+    """Without --share_images where the model's attention is not the packed one."""
+    why = batches.why_not_shared(config.get_text_config(), args.model_max_length)
+    if args.packing and args.share_images and why:
+        cli.say(f"note: every row has its picture for itself (--share_images false): {why}")
+        args.share_images = False
 
 
 def windows(args: Args, training: TrainingArguments, token_rows, processor):
@@ -214,9 +234,12 @@ def main() -> None:
     if not is_tiny:  # fail on a wrong name before anything is read or replaced
         args.model_name_or_path = find_model(args.model_name_or_path)
         check_model(args.model_name_or_path)
+        check_projector(args.model_name_or_path)
 
     rows, places, stats = load_data(args, training)
-    base = tiny_model(tiny_texts(rows)) if is_tiny else args.model_name_or_path
+    base = args.stage_1 or args.model_name_or_path
+    if base == "tiny":
+        base = tiny_model(tiny_texts(rows))
     config, processor = check_model(base)
     memory_check.recompute_large(args, training, config.text_config)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
@@ -225,10 +248,11 @@ def main() -> None:
 
     check_window(tokens_per_picture(processor), args.model_max_length)
     flags.check_window(args, config, tokenizer)
+    settle_sharing(args, config)
     train_ids, eval_ids, eval_rows = to_tokens(args, training, rows, stats, processor)
     train_windows = windows(args, training, train_ids, processor)
     cli.say(train_windows.describe())
-    more = parts.setup(args, config)
+    more = memory_facts(args, training, config, processor.image_processor, train_windows)
     memory_check.check(args, training, config.text_config, train_windows, **more)
 
     model = load_model(args, training, base, config, processor)

@@ -6,20 +6,18 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common/launch.sh"
 zero2=("$here/train.py" --deepspeed "$here/ds_zero2.json")
-tiny=(--model_max_length 256 --num_train_epochs 18 --learning_rate 3e-3 --adam_beta2 0.98 --weight_decay 0.05
-    --warmup_steps 0.1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --logging_steps 20
-    --eval_ratio 0.1 --eval_generate 100 --max_new_tokens 24)
 own=${MODEL:-}${DATA:-} out=${OUTPUT:-$root/output/$(basename "$here")} anew='' words=("$@")
 for i in "${!words[@]}"; do
-    case ${words[i]} in
-        --model_name_or_path* | --data_path* | --train_type*) own=1 ;;
-        --output_dir) out=${words[i + 1]:-$out} ;;
-        --output_dir=*) out=${words[i]#*=} ;;
-        --overwrite_output_dir*) anew=1 ;;
+    flag=${words[i]%%=*} value=${words[i]#*=}
+    if [[ ${words[i]} != *=* ]]; then value=${words[i + 1]:-}; fi
+    case ${flag//-/_} in
+        __model_name_or_path | __data_path | __data | __train_data | __train_type) own=1 ;;
+        __output_dir) out=$value ;;
+        __overwrite_output_dir) if [[ ! ${value,,} =~ ^(false|f|no|n|0)$ ]]; then anew=1; fi ;;
     esac
 done
 if [[ -n $own ]]; then launch "${zero2[@]}" "$@"; fi
 if [[ ! -d $out/stage1/final || -n $anew ]]; then
     (launch "${zero2[@]}" --train_type projector "$@" --output_dir "$out/stage1")
 fi
-OUTPUT=$out MODEL=$out/stage1/final launch "${zero2[@]}" "${tiny[@]}" "$@"
+OUTPUT=$out launch "${zero2[@]}" --stage_1 "$out/stage1/final" "$@"

@@ -36,9 +36,11 @@ class LlavaTrainer(RecipeTrainer):
         self.rates = rates
         self.base = base
         self.limit = bad_picture_limit
-        self.faults: Counter[str] = Counter()  # of this rank
-        self.fault_examples: dict[str, str] = {}
-        self.pictures_seen = 0
+        # of this rank: "where: what" of each picture that cannot be used -> its reason
+        self.faults: dict[str, str] = {}
+        self.held_out_faults: dict[str, str] = {}
+        self.shown = 0  # pictures of the steps so far, each as often as it stood in one
+        self.shown_in_vain = 0
         self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         cli.say(table(self.model, rates))
 
@@ -64,22 +66,25 @@ class LlavaTrainer(RecipeTrainer):
         return super().count_items(samples)
 
     def add_faults(self, faults: list[tuple[str, str]], shown: int) -> None:
-        self.pictures_seen += shown
-        for reason, where in faults:
-            self.faults[reason] += 1
-            if reason not in self.fault_examples:
-                self.fault_examples[reason] = where
-                cli.say(f"rows with a picture that cannot be used teach nothing: {where}")
-        bad = self.faults.total()
-        if self.pictures_seen >= 100 and bad > self.limit * self.pictures_seen:
+        self.shown += shown
+        self.shown_in_vain += len(faults)
+        self.remember(faults, self.faults, "rows with a picture that cannot be used teach nothing")
+        if self.shown >= 100 and self.shown_in_vain > self.limit * self.shown:
             raise SystemExit(
-                f"{bad:,} of {self.pictures_seen:,} pictures cannot be used, e.g. "
-                f"{next(iter(self.fault_examples.values()))}: repair the data, or raise "
-                "--bad_picture_limit"
+                f"{self.shown_in_vain:,} of {self.shown:,} pictures shown cannot be used, e.g. "
+                f"{next(iter(self.faults))}: repair the data, or raise --bad_picture_limit"
             )
 
+    def remember(self, faults: list[tuple[str, str]], known: dict[str, str], what: str) -> None:
+        """Each picture once, however often it is shown; the first of each reason is told."""
+        for reason, where in faults:
+            if reason not in known.values():
+                cli.say(f"{what}: {where}")
+            known[where] = reason
+
     def eval_sums(self, model, inputs) -> torch.Tensor:
-        inputs.pop("faults", None)
+        told = "held-out rows with a picture that cannot be used are not counted"
+        self.remember(inputs.pop("faults", []), self.held_out_faults, told)
         return super().eval_sums(model, inputs)
 
     # ---- checkpoints ----
@@ -110,14 +115,18 @@ class LlavaTrainer(RecipeTrainer):
         return final
 
     # ---- the end ----
-    def unusable(self) -> dict[str, int]:
-        """Pictures that could not be used in training, by reason, of all ranks."""
-        shares = [self.faults]
+    def unusable(self, known: dict[str, str]) -> dict[str, int]:
+        """Pictures by reason, of all ranks."""
+        shares = [known]
         if self.args.world_size > 1:
             shares = [None] * self.args.world_size
-            dist.all_gather_object(shares, self.faults)
-        return dict(sum(shares, Counter()))
+            dist.all_gather_object(shares, known)
+        together = {where: reason for share in shares for where, reason in share.items()}
+        return dict(Counter(together.values()))
 
     def report(self, recipe: str, model_name: str, rows: dict, after: dict) -> None:
-        rows = rows | {"pictures_unusable": self.unusable()}
+        rows = rows | {
+            "pictures_unusable": self.unusable(self.faults),
+            "held_out_pictures_unusable": self.unusable(self.held_out_faults),
+        }
         super().report(recipe, model_name, rows, after)

@@ -70,7 +70,7 @@ def base_fingerprint(model: str) -> str:
     Reads about 4 MiB of a file, not the whole model: two fine-tunes of one architecture differ in
     nearly every block.
     """
-    folder = _folder(model)
+    folder = local_folder(model)
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     if not files:
@@ -86,7 +86,8 @@ def base_fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def _folder(model: str) -> Path:
+def local_folder(model: str) -> Path:
+    """A model folder itself; of a hub id, where its files lie."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

@@ -161,6 +161,11 @@ def held_out_files(path: Path, files: list[Path]) -> list[Path]:
     return apart if len(apart) < len(files) else []
 
 
+def says_held_out(path: Path) -> bool:
+    """Whether the name of a file or folder says that it is for tests or validation."""
+    return _is_held_out(Path(path.name))
+
+
 def _is_held_out(name: Path) -> bool:
     """By the name of the file or, where that says nothing, by those of its folders."""
     words = re.split(r"[-_. ]+", name.name.split(".")[0])

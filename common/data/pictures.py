@@ -35,6 +35,8 @@ SUFFIXES = (
 )
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 << 20
+# of the part of a file that is one picture; base64 writes three bytes as four
+LARGEST = {"file": MAX_BYTES, "member": MAX_BYTES, "base64": 4 * MAX_BYTES // 3 + 4}
 MAX_RATIO = 200  # of the sides: one pixel by 60,000 would become 224 by 13 million
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {  # its values -> what brings the picture upright (EXIF 2.32, section 4.6.4)
@@ -99,6 +101,8 @@ class Place:
         """PictureError where there is nothing that can be read."""
         if self.root and not inside(self.path, self.root):
             raise PictureError("outside the picture folder", f"not in {self.root}")
+        if self.size > LARGEST[self.form]:
+            raise PictureError("too large", f"more than {MAX_BYTES >> 20} MiB")
         size = MAX_BYTES + 1 if self.form == "file" else self.size
         data = _read(self.path, self.offset, size)
         if self.form != "file" and len(data) < self.size:
@@ -114,8 +118,7 @@ def inside(path: str | Path, root: str | Path) -> bool:
 
 def _read(path: str, offset: int, size: int) -> bytes:
     try:
-        # a pipe would wait for its writer
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise PictureError("not a file")
             file.seek(offset)
@@ -128,6 +131,11 @@ def _read(path: str, offset: int, size: int) -> bytes:
         raise PictureError("not a file", "a folder") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
         raise PictureError("not readable", getattr(error, "strerror", "") or str(error)) from None
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """For open(): a pipe would wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def from_base64(data: bytes) -> bytes:
@@ -212,11 +220,15 @@ def find_places(path: str | Path, problems: list | None = None) -> Iterator[Plac
 def _places_in(file: Path, root: str, problems: list | None) -> Iterator[Place]:
     """The pictures of one file."""
     try:
-        if file.suffix.lower() == ".tar":
+        is_tar = file.suffix.lower() == ".tar"
+        is_tsv = file.name.endswith("_imgs.tsv")
+        if (is_tar or is_tsv) and not file.is_file():  # a pipe would wait for its writer
+            raise PictureError("not a file")
+        if is_tar:
             for name, offset, size in tar_members(file):
                 if name.lower().endswith(SUFFIXES):
                     yield Place(str(file), "member", offset, size, name, root)
-        elif file.name.endswith("_imgs.tsv"):
+        elif is_tsv:
             for _, name, offset, size in tsv_pictures(file):
                 if name:
                     yield Place(str(file), "base64", offset, size, name, root)

@@ -210,7 +210,7 @@ def remedies(args, training, facts: dict, how: Setup, adapter: dict) -> list[str
         changes[f"--model_max_length {window // 2}"] = replace(how, tokens=how.tokens // 2)
     if how.cards > 1 and not how.spreads_weights:
         changes["train_zero3.sh"] = replace(how, engine="zero-3")
-    if not how.adapter and not getattr(args, "from_config", ""):
+    if not how.stands_still and not getattr(args, "from_config", ""):
         changes["--use_lora true"] = replace(how, **adapter, frozen_layers=0)
     if how.adapter and not how.four_bit and hasattr(args, "load_in_4bit"):
         changes["--load_in_4bit true"] = replace(how, four_bit=True, recompute=True)

@@ -103,6 +103,21 @@ def adapted(shapes: dict[str, Sequence[int]], targets: str) -> dict[str, Sequenc
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a model has around its language model, a vision tower, say.
+
+    frozen: bytes of weights that stand still; trained: parameters that do not; kept: bytes that
+    these parts keep for the backward pass; before: bytes that they hold until the language model
+    begins.
+    """
+
+    frozen: float = 0
+    trained: float = 0
+    kept: float = 0
+    before: float = 0
+
+
+@dataclass(frozen=True)
 class Setup:
     """All of a run that its memory depends on.
 
@@ -113,7 +128,9 @@ class Setup:
     step; casts_once: under autocast a weight is cast once a step, and the input of a layer once
     for all its readers; compiles: device.compile_pays(); offload: "optimizer" and "weights" that
     lie in host memory; step_copies: float32 copies of the trained weights that the optimizer makes
-    at its step; references: frozen models beside the trained one.
+    at its step; references: frozen models beside the trained one; passes_through: the language
+    model itself stands still, and gradients go through it to what is beside it; stored: bytes of an
+    element of what stands still, 0: as it is computed with.
     """
 
     tokens: int  # of a micro-batch
@@ -133,6 +150,14 @@ class Setup:
     offload: frozenset[str] = frozenset()
     step_copies: int = 0
     references: int = 0
+    passes_through: bool = False
+    stored: int = 0
+    beside: Beside = Beside()
+
+    @property
+    def stands_still(self) -> bool:
+        """The language model's own weights, whatever trains on them or beside them."""
+        return bool(self.adapter) or self.passes_through
 
     @property
     def is_zero(self) -> bool:
@@ -150,7 +175,7 @@ class Setup:
     @property
     def masters_in_use(self) -> bool:
         """The float32 weights are those that the forward casts from."""
-        return self.autocasts and not self.adapter
+        return self.autocasts and (not self.stands_still or self.stored == 4)
 
 
 @dataclass(frozen=True)
@@ -180,10 +205,12 @@ def gib(size: float) -> str:
 def states(facts: dict, how: Setup) -> dict[str, float]:
     """weights, gradients, optimizer; copies: of weights in the half dtype during a forward;
     buffers: at all times; step: at the step only."""
-    frozen = facts["parameters"] if how.adapter else frozen_parameters(facts, how)
+    frozen = facts["parameters"] if how.stands_still else frozen_parameters(facts, how)
     trained = how.adapter or facts["parameters"] - frozen
-    stored = 2 if how.half and (how.adapter or how.is_zero) else 4
-    base = stored * frozen
+    trained += how.beside.trained
+    stored = 2 if how.half and (how.stands_still or how.is_zero) else 4
+    stored = how.stored or stored
+    base = stored * frozen + how.beside.frozen
     if how.four_bit:
         base -= (stored - FOUR_BIT) * facts["matrices"]
     base += how.references * (2 if how.half else 4) * facts["parameters"]
@@ -191,7 +218,9 @@ def states(facts: dict, how: Setup) -> dict[str, float]:
         return zero_states(how, base, trained, facts["parameters"])
     copies = 0
     if how.autocasts:
-        copies = 2 * (how.adapter or facts["matrices"] + table(facts))
+        copies = 2 * (how.adapter + how.beside.trained)
+        if how.masters_in_use:
+            copies += 2 * (facts["matrices"] + table(facts))
     return {
         "weights": base + 4 * trained,
         "gradients": 4 * trained,
@@ -266,8 +295,8 @@ def norm_bytes(facts: dict, how: Setup, readers: int) -> int:
     normed = 0  # before it is multiplied by the weight, which wants it where it is trained
     if not facts["layer_norm"]:
         given = 4  # computed in float32
-        normed = 0 if how.adapter else stream(how)
-    out = size
+        normed = 0 if how.stands_still else stream(how)
+    out = size if readers else 0
     if how.autocasts:  # each reader casts its own copy
         out *= min(readers, 1) if how.casts_once else readers
     return given + normed + out
@@ -282,15 +311,17 @@ def layer_bytes(facts: dict, how: Setup) -> float:
     f = feed_forward(facts)
     attention = size * (2 * q + 2 * k)  # queries, keys, values, and what comes out
     if facts["normed_queries"]:
-        attention += (4 if how.adapter else 4 + size) * (q + k)
+        attention += (4 if how.stands_still else 4 + size) * (q + k)
     if how.adapter and how.autocasts:
         attention += size * q  # the adapter's own copy
     mlp = size * f * (4 if facts["gated"] else 2)
-    if not how.adapts_mlp:
-        mlp -= size * f  # the input of a frozen matrix is not needed
+    readers = 1 if facts["fused_queries"] else 3
     mlp_readers = 2 if facts["gated"] else 1
-    norms = norm_bytes(facts, how, 1 if facts["fused_queries"] else 3) * h
-    norms += norm_bytes(facts, how, mlp_readers if how.adapts_mlp else 0) * h
+    if how.passes_through or not how.adapts_mlp:
+        mlp -= size * f  # the input of a frozen matrix is not needed
+        mlp_readers = 0
+    norms = norm_bytes(facts, how, 0 if how.passes_through else readers) * h
+    norms += norm_bytes(facts, how, mlp_readers) * h
     if facts["num_experts"] and facts["num_experts_per_tok"]:
         # tokens as they are sent to experts and come back
         norms += 2 * size * h * facts["num_experts_per_tok"]
@@ -319,7 +350,7 @@ def head_kept(facts: dict, how: Setup) -> float:
     head's weight, which are computed in the forward pass."""
     size = 2 if how.half else 4
     weight = 0
-    if not how.adapter:
+    if not how.stands_still:
         weight = (2 if how.half and how.is_zero else 4) * table(facts)
     return how.tokens * facts["hidden_size"] * (8 + 2 * size) + weight
 
@@ -359,7 +390,7 @@ def estimate(facts: dict, how: Setup) -> Need:
     if not has_shapes(facts):
         return need_of(parts, 0, max(always, at_step), host, how.cards)
 
-    body = kept(facts, how)
+    body = kept(facts, how) + how.beside.kept
     head = head_kept(facts, how)
     forward = body + head + parts["copies"] + head_work(facts, how)
     backward = body + head + how.tokens * backward_bytes(facts, how)
@@ -367,7 +398,7 @@ def estimate(facts: dict, how: Setup) -> Need:
         backward += how.tokens * layer_bytes(facts, how)
     if how.casts_once or not how.recompute:
         backward += parts["copies"]
-    activations = max(forward, backward)
+    activations = max(forward, backward, how.beside.before)
     peak = max(always + activations, at_step)
     return need_of(parts, activations, peak, host, how.cards)
 

@@ -567,8 +567,8 @@ def search_line(args, decay: float, rows: int, width: int) -> None:
     queries = spread(200, width, decay, seed=1).float()
     opened = index.Index(tempfile.mkdtemp())
     # what _append does with shards of a folder
-    opened.segments = [index.Segment([vectors.numpy()], 0, opened.dtype)]
-    opened.entries = range(rows)
+    segments = [index.Segment([vectors.numpy()], 0, opened.dtype)]
+    opened.view = opened.view._replace(segments=segments, entries=range(rows))
     exact = {}
     for batch in (1, 8):
         asked = queries[:batch]
@@ -579,7 +579,7 @@ def search_line(args, decay: float, rows: int, width: int) -> None:
     assert torch.equal(scores.sort().values, right[:8].sort().values)
     start = time.perf_counter()
     opened.two_stage = True
-    opened._reduce(opened.segments)
+    opened.view = opened.view._replace(axes=opened.reduce(segments, None))
     prepared = time.perf_counter() - start
     found = opened.search(queries)[1]
     kept = [len(set(a) & set(b)) for a, b in zip(right.tolist(), found.tolist(), strict=True)]

@@ -10,6 +10,8 @@ train: samples per CPU second of one thread. 43.9 M parameters: CLIP tower 6 x 3
 The upstream way: the processor and the tower in every step, padding on the left, all logits through the stock loss, fp32;
 LoRA by the plain names q, k, v, o, which stand in the tower too. Ours is train.py itself, with its flags; what a frozen tower
 says is computed before the first step and not timed, as it is once for all epochs (ours_*_live: the tower in every step).
+trl_*: TRL's SFTTrainer (pinned in requirements-dev.txt) with its chunked loss, LoRA in the language model only, as ours; it
+scores labelled positions only where Triton runs and all of them on a CPU: here it is told to leave the others out too.
 four: four questions a picture. Variants run in processes of their own, the rounds interleave them, the best counts.
 memory: the highest resident memory of a step above that before it, four rows a step, LoRA.
 page: from a question to its first token, CPU seconds, the second question about one picture; with what was kept, and without.
@@ -39,11 +41,13 @@ FREEZE = ["--train_type", "freeze_vision"]
 PROJECTOR = ["--train_type", "projector"]
 BF16 = ["--bf16", "true"]
 LIVE = ["--feature_cache_gb", "0"]
-VARIANTS = {  # name -> flags of train.py, or None for the upstream way
+VARIANTS = {  # name -> flags of train.py, or None for those of others
     "upstream_lora": None,
     "upstream_freeze": None,
     "upstream_projector": None,
     "upstream_four": None,
+    "trl_lora": None,
+    "trl_four": None,
     "ours_lora": LORA,
     "ours_lora_live": LORA + LIVE,
     "ours_lora_bf16": LORA + BF16,
@@ -64,6 +68,8 @@ BARS = {  # (variant, against): the least ratio
     ("ours_freeze_bf16", "upstream_freeze"): 4.0,
     ("ours_four", "upstream_four"): 8.0,
     ("ours_four_bf16", "upstream_four"): 12.0,
+    ("ours_lora", "trl_lora"): 1.3,
+    ("ours_four", "trl_four"): 1.3,
     ("ours_lora_live", "upstream_lora"): None,
     ("ours_four_live", "upstream_four"): None,
 }
@@ -95,8 +101,9 @@ def make_data(folder: Path, pictures: int, questions: int) -> None:
                 {"from": "gpt", "value": words(rng, rng.randint(16, 22))},
             ]
             rows.append({"image": f"{i:03d}.jpg", "conversations": turns})
-    name = "four.json" if questions > 1 else "one.json"
-    (folder / name).write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    (folder / name_of(questions > 1)).write_text(
+        json.dumps(rows, ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def make_model(folder: Path) -> None:
@@ -153,8 +160,7 @@ def upstream(folder: Path, what: str, batch: int) -> dict:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     image_tokens = llava.tokens_per_picture(processor)
-    name = "four.json" if what == "four" else "one.json"
-    rows = json.loads((folder / name).read_text(encoding="utf-8"))
+    rows = json.loads((folder / name_of(what == "four")).read_text(encoding="utf-8"))
 
     def step(rows) -> None:
         texts, prompts, pictures = [], [], []
@@ -185,6 +191,78 @@ def upstream(folder: Path, what: str, batch: int) -> dict:
     return {"samples": batch * STEPS, "cpu_s": marks[-1] - marks[0], "peak_mb": peak}
 
 
+# ---- TRL -----------------------------------------------------------------------------------------
+
+
+def by_trl(folder: Path, four: bool, batch: int) -> dict:
+    """Its SFT on prompts and completions; the tower runs in every step, rows are padded."""
+    import datasets
+    import torch
+    import transformers
+    from peft import LoraConfig
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer import utils
+
+    utils._use_triton = lambda device: True  # asked there only for this choice
+    rows = []
+    for row in json.loads((folder / name_of(four)).read_text(encoding="utf-8")):
+        question, answer = (turn["value"] for turn in row["conversations"])
+        asked = [{"role": "user", "content": question.removeprefix("<image>\n")}]
+        said = [{"role": "assistant", "content": answer}]
+        shown = [str(folder / row["image"])]
+        rows.append({"prompt": asked, "completion": said, "images": shown})
+    data = datasets.Dataset.from_list(rows)
+    data = data.cast_column("images", datasets.List(datasets.Image()))
+    output = folder / f"output-{os.getpid()}"
+    training = SFTConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=batch,
+        max_steps=STEPS + 1,
+        learning_rate=1e-4,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1000,
+    )
+    marks = []
+    found = {}
+
+    class Meter(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            found["base"] = forget_peak()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            marks.append(time.process_time())
+            found["peak_mb"] = memory_mb("VmHWM") - found["base"]
+
+    names = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    trainer = SFTTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32),
+        args=training,
+        train_dataset=data,
+        processing_class=AutoProcessor.from_pretrained(folder / "model", backend="pil"),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM",
+            r=16,
+            target_modules=names,
+            modules_to_save=["multi_modal_projector"],
+        ),
+        callbacks=[Meter],
+    )
+    trainer.train()
+    shutil.rmtree(output, ignore_errors=True)
+    samples = batch * (len(marks) - 1)
+    return {"samples": samples, "cpu_s": marks[-1] - marks[0], "peak_mb": found["peak_mb"]}
+
+
+def name_of(four: bool) -> str:
+    return "four.json" if four else "one.json"
+
+
 # ---- ours ----------------------------------------------------------------------------------------
 
 
@@ -206,7 +284,7 @@ def ours(folder: Path, flags: list[str], four: bool, batch: int) -> dict:
             found["peak_mb"] = memory_mb("VmHWM") - found["base"]
 
     DEFAULT_CALLBACKS.append(Meter)
-    data = folder / ("four.json" if four else "one.json")
+    data = folder / name_of(four)
     window = 1600 if four else 640 * batch
     output = folder / f"output-{os.getpid()}"
     settings = {
@@ -245,8 +323,10 @@ def child(args) -> None:
     torch.set_num_threads(1)
     folder = Path(args.folder)
     flags = VARIANTS[args.variant]
-    what = args.variant.split("_")[1]
-    if flags is None:
+    whose, what = args.variant.split("_")[:2]
+    if whose == "trl":
+        found = by_trl(folder, what == "four", args.batch)
+    elif whose == "upstream":
         found = upstream(folder, what, args.batch)
     else:
         found = ours(folder, flags, what == "four", args.batch)
@@ -259,7 +339,7 @@ def run(folder: str, variant: str, batch: int) -> dict:
     command = [sys.executable, __file__, "--variant", variant, "--folder", folder]
     command += ["--batch", str(batch)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "DANPU_CACHE": f"{folder}/cache"}
-    env["TRANSFORMERS_VERBOSITY"] = "error"
+    env |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, text=True, capture_output=True)
     if done.returncode:
         say(variant=variant, failed=(done.stderr.strip() or done.stdout.strip())[-600:])

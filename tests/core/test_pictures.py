@@ -188,6 +188,40 @@ def test_what_is_no_picture_has_a_reason(tmp_path):
         open_picture(b"\0\0\0\x18ftypheic")
 
 
+def test_what_cannot_be_opened_leaves_no_file_open(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        for source in (
+            tmp_path,
+            tmp_path / "pipe.jpg",
+            tmp_path / "none.jpg",
+            tmp_path / "torn.jpg",
+        ):
+            reason_of(source)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("form", ["member", "base64"])
+def test_a_part_of_a_file_is_as_large_as_a_file_may_be(tmp_path, monkeypatch, form):
+    """What a header says is asked before a byte is read: it may say terabytes."""
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
+    place = Place(str(tmp_path / "large"), form, 0, 1 << 39)
+    monkeypatch.setattr(pictures, "_read", lambda *_: pytest.fail("it was read"))
+    assert reason_of(place) == "too large"
+
+
+def test_a_pipe_with_the_name_of_a_tar_is_passed_over(tmp_path):
+    for name in ("pipe.tar", "pipe_imgs.tsv"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "a.png").write_bytes(encoded(photo()))
+    problems = []
+    assert [place.path for place in find_places(tmp_path, problems)] == [str(tmp_path / "a.png")]
+    assert len(problems) == 2 and all("not a file" in problem for problem in problems)
+
+
 def test_no_other_program_is_started_for_a_picture():
     """Pillow would run ghostscript for these."""
     assert reason_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n") == (

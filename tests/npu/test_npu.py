@@ -345,6 +345,12 @@ def test_an_overflow_on_one_rank_parts_nobody(npu):
     )
 
 
+def test_a_teachers_vectors_are_exchanged_on_the_device(npu, tmp_path):
+    """They come from the CPU, and HCCL takes nothing from there."""
+    said = check("features", tmp_path, env=npu(A2, 2), nproc=2)
+    assert said["values"] == [[i + 1, 1] for i in range(7)]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_sees_an_overflow_of_a_chip_that_saturates(npu, stage):
     config = ROOT / f"train_qwen/ds_zero{stage}.json"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -321,6 +323,26 @@ def test_rows_are_cached_and_read_anew_after_an_edit(drawn):
     assert moved[0]["prompt_key"] == load(copy / "t.csv")[0][0]["prompt_key"]
 
 
+def test_another_folder_of_the_same_relative_name_is_another_one(drawn, monkeypatch):
+    """The same files, times included, seen from two places: each row's picture lies beside it."""
+    (drawn / "data").mkdir()
+    (drawn / "data/t.csv").write_text("text,image\n红,../a.png\n", encoding="utf-8")
+    copy = drawn.parent / "copy"
+    shutil.copytree(drawn, copy)
+    for folder in (drawn, copy):
+        monkeypatch.chdir(folder)
+        for path in ("data", "data/t.csv"):
+            assert load(path)[0][0]["place"]["path"] == str(folder / "a.png")
+
+
+def test_pipes_beside_the_data_are_passed_over(drawn):
+    (drawn / "t.csv").write_text("text,image\n红,a.png\n", encoding="utf-8")
+    for name in ("x.tar", "x.csv", "x_imgs.tsv"):
+        os.mkfifo(drawn / name)
+    found, stats = load(drawn)
+    assert len(found) == 1 and sum("x" in name for name in stats["ignored"]) == 3
+
+
 def test_weights_are_kept(drawn):
     for name in "xy":
         text = "\n".join(f"{name}{i},{'abcd'[i % 4]}.png" for i in range(40))
@@ -419,6 +441,17 @@ def test_torn_pictures_are_replaced_and_batches_keep_their_shape(tmp_path, token
         *["torn"] * 2,
     ]
     assert all(f"t.jsonl:{i + 1}: {tmp_path}/{i}.png: " in reasons[i][1] for i in range(6))
+
+
+def test_held_out_rows_stay_where_their_picture_is_torn(tmp_path):
+    found = load(torn_set(tmp_path, 12, 3))[0]
+    data = batches.PairDataset(found, PROCESSOR, replaces=False)
+    batch = batches.PairCollator()([data[i] for i in range(12)])
+    assert batch["row_ids"] == list(range(12)) and batch["text_hash"].tolist() == found["text_hash"]
+    assert len(batch["faults"]) == batch["is_faulty"].sum() == 3
+    blank = pictures.pixels(batches.blank(), PROCESSOR)
+    for is_faulty, values in zip(batch["is_faulty"], batch["pixel_values"], strict=True):
+        assert torch.equal(values, blank) == bool(is_faulty)
 
 
 def test_the_substitute_is_drawn_by_seed_epoch_and_index(tmp_path):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -369,13 +370,29 @@ def test_what_is_no_list_is_one_line(tmp_path):
 
 def test_text_files_of_addresses(tmp_path):
     (tmp_path / "a.txt").write_text("http://a/1.jpg\n\nhttp://a/2.jpg\t一只猫\n", encoding="utf-8")
-    assert download_images.read_list(tmp_path / "a.txt") == [
+    assert download_images.read_list(tmp_path / "a.txt")[0] == [
         ("http://a/1.jpg", ""),
         ("http://a/2.jpg", "一只猫"),
     ]
     (tmp_path / "b.csv").write_bytes("链接,标题\nhttp://a/1,红色的\n".encode("gb18030") * 1)
-    found = download_images.read_list(tmp_path / "b.csv", "url=链接,text=标题")
+    found, _ = download_images.read_list(tmp_path / "b.csv", "url=链接,text=标题")
     assert found == [("http://a/1", "红色的")]
+    with pytest.raises(SystemExit, match="no column 题目; columns seen: 链接, 标题"):
+        download_images.read_list(tmp_path / "b.csv", "url=链接,text=题目")
+
+
+def test_rows_that_are_left_out_are_counted_and_named(tmp_path, capsys):
+    lines = ['{"url": "http://a/1", "text": ["红", "红色"]}', '{"url": "http://a/2", "te', "[1]"]
+    lines += ['{"url": ["http://a/3"], "text": "绿"}', '{"text": "蓝"}', '{"url": "http://a/4"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found, stats = download_images.read_list(tmp_path / "a.jsonl")
+    assert found == [("http://a/1", "红"), ("http://a/1", "红色"), ("http://a/4", "")]
+    assert stats["dropped"] == {"wrong JSON": 1, "not an object": 1, "no address": 2}
+    there = {"image": "x.png", "bytes": 1}
+    download_images.tell(found, stats, {"http://a/1": there, "http://a/4": there}, tmp_path)
+    said = capsys.readouterr().out
+    assert f"1 rows are left out, e.g. {tmp_path / 'a.jsonl'}:2: wrong JSON" in said
+    assert "2 rows are left out" in said and ":4: no address (list in its column)" in said
 
 
 def test_no_more_than_so_many_at_once(tmp_path):
@@ -385,7 +402,11 @@ def test_no_more_than_so_many_at_once(tmp_path):
 
     with served(dict.fromkeys((f"/{i}" for i in range(30)), slow)) as (site, url):
         lines = list(
-            download_images.download([f"{url}/{i}" for i in range(30)], tmp_path, LOCAL, workers=3)
+            download_images.in_threads(
+                partial(download_images.keep, folder=tmp_path, limits=LOCAL),
+                [f"{url}/{i}" for i in range(30)],
+                workers=3,
+            )
         )
     assert len(lines) == 30 and 1 < site.most_at_once <= 3
 

@@ -224,12 +224,66 @@ def test_chinese_clip_files_beside_the_published_numbers(
     # 红色, 绿色 and 绿的 find theirs; a torn and a missing picture leave two without an answer
     assert to_image["R@1"] == to_image["R@10"] == 3 / 5
     assert (to_image["queries"], to_image["candidates"], to_image["without_answer"]) == (5, 3, 2)
-    assert to_text["R@1"] == 1 and to_text["queries"] == 3
+    assert to_text["R@1"] == 3 / 4 and to_text["queries"] == 4, "the torn one is a miss"
     assert found["unusable"] == {"torn": 1}
-    assert "| **colours** | 60.0 | 60.0 | 60.0 | 60.0 | 100.0 |" in told
+    assert "| **colours** | 60.0 | 60.0 | 60.0 | 60.0 | 75.0 |" in told
+    assert "5 texts, 4 pictures" in told and "nothing is held out" not in told
     assert "| CN-CLIP H/14, fine-tuned, published | 68.9 | 88.7 | 93.1 | 83.6 | – |" in told
-    assert "2 texts have no usable picture and count as misses; unusable pictures: 1 torn" in told
+    assert (
+        "2 texts have no usable picture and count as misses; pictures that cannot be used and count as misses: 1 torn"
+        in told
+    )
     assert "warning: captions are strange" in told
+
+
+def test_texts_without_a_picture_are_misses_in_any_encoding_and_beside_torn_lines(
+    chinese_clip, monkeypatch, capsys, tmp_path
+):
+    """As Windows saves them; a line that a download has cut; a text twice; one in another file."""
+    texts = chinese_clip / "valid_texts.jsonl"
+    more = [{"text": text, "image_ids": [99]} for text in ("黑色", " 白色", "白色", "红色")]
+    more += [{"text": f"红色{i}", "image_ids": [0]} for i in range(6)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in more] + ['{"text": "紫色", "ima', "[1]"]
+    texts.write_bytes((texts.read_text("utf-8") + "\n".join(lines)).encode("gb18030"))
+    for name in ("train", "valid_2"):
+        (chinese_clip / f"{name}_imgs.tsv").write_text("9\tAAAA\n")
+        row = json.dumps({"text": f"{name}里的灰色图片", "image_ids": [100]}, ensure_ascii=False)
+        (chinese_clip / f"{name}_texts.jsonl").write_text(row, encoding="utf-8")
+    figures = tmp_path / "figures.json"
+    run(monkeypatch, capsys, "--data_path", chinese_clip, "--output", figures)
+    to_image = json.loads(figures.read_text())["retrieval"]["text_to_image"]
+    # 红色 is known; 黑色 and 白色 count once, and the text of the other held-out file
+    assert (to_image["queries"], to_image["without_answer"]) == (13, 4)
+    every = [*("--data_path", chinese_clip, "--output", figures), "--held_out", "false"]
+    run(monkeypatch, capsys, *every)
+    assert json.loads(figures.read_text())["retrieval"]["text_to_image"]["queries"] == 14
+
+
+def test_names_of_classes_in_gb18030(monkeypatch, capsys, tmp_path):
+    for number, colour in enumerate("红绿"):
+        draw(tmp_path / f"test/{number:03d}/0.png", colour)
+    (tmp_path / "label_cn.txt").write_bytes("红色的圆\n绿色的圆\n".encode("gb18030"))
+    (tmp_path / "templates_cn.txt").write_bytes("一张{}的图片\n".encode("gb18030"))
+    told = run(monkeypatch, capsys, "--data_path", tmp_path)
+    assert "| **colours** | 100.0 |" in told and "2 classes" in told
+
+
+def test_pairs_that_may_have_been_trained_on_are_told(monkeypatch, capsys, tmp_path):
+    draw(tmp_path / "a.png", "红")
+    for name, is_told in (("pairs.csv", True), ("test.csv", False)):
+        (tmp_path / name).write_text("text,image\n红色,a.png\n", encoding="utf-8")
+        told = run(monkeypatch, capsys, "--data_path", tmp_path / name)
+        assert ("nothing is held out by its name (valid, test): all 1 pairs" in told) == is_told
+
+
+def test_flags_that_change_nothing_are_named(chinese_clip, monkeypatch, capsys, tmp_path):
+    told = run(monkeypatch, capsys, "--data_path", chinese_clip, "--average", "probabilities")
+    assert "--average: no effect; nothing is classified" in told
+    draw(tmp_path / "colours/红/a.png", "红")
+    flags = ["--data_path", tmp_path / "colours", "--task", "classification"]
+    told = run(monkeypatch, capsys, *flags, "--held_out", "false", "--image_root", tmp_path)
+    assert "--held_out: no effect" in told and "--image_root: no effect" in told
+    assert "no effect" not in run(monkeypatch, capsys, *flags, "--templates", "{}色")
 
 
 def test_captions_as_coco_cn_publishes_them(monkeypatch, capsys, tmp_path):
@@ -239,8 +293,8 @@ def test_captions_as_coco_cn_publishes_them(monkeypatch, capsys, tmp_path):
     (tmp_path / "coco-cn_test.txt").write_text("\n".join(lines), encoding="utf-8")
     flags = ["--data_path", tmp_path / "coco-cn_test.txt", "--image_root", tmp_path / "pictures"]
     told = run(monkeypatch, capsys, *flags)
-    assert "4 texts, 2 pictures; 1 texts have no usable picture" in told
-    assert "unusable pictures: 1 missing" in told and "| 57.0 | 84.1 | 93.6 |" in told
+    assert "4 texts, 3 pictures; 1 texts have no usable picture" in told
+    assert "count as misses: 1 missing" in told and "| 57.0 | 84.1 | 93.6 |" in told
     (tmp_path / "coco-cn_test.txt").write_text("COCO_1 红色\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="coco-cn_test.txt:1: not of the form picture#zhc#0"):
         run(monkeypatch, capsys, *flags)
@@ -261,6 +315,8 @@ def test_elevater_folders(monkeypatch, capsys, tmp_path):
     found = json.loads((tmp_path / "figures.json").read_text())["classification"]
     assert found["pictures"] == 14 and found["classes"] == 3
     assert abs(found["top1"] - 12 / 14) < 1e-12, "a torn picture is a miss"
+    assert abs(found["per_class"] - (4 / 5 + 4 / 5 + 1) / 3) < 1e-12, "of its class as well"
+    assert found["largest_class"] == 5 / 14
     assert found["unusable"] == {"torn": 1}
     assert "| CN-CLIP B/16, published | 92.0 |" in told
     (folder / "test/007").mkdir()
@@ -311,11 +367,28 @@ def test_bad_input_is_one_line(monkeypatch, capsys, flags, said):
         run(monkeypatch, capsys, *flags)
 
 
-def test_the_benchmark_is_known_by_its_name():
-    assert evaluation.benchmark_of("", "data/Flickr30k-CN/test_imgs.tsv") == "flickr30k-cn"
-    assert evaluation.benchmark_of("", "elevater/cifar-100") == "cifar-100"
-    assert evaluation.benchmark_of("", "elevater/cifar-10") == "cifar-10"
+NAMED = {
+    "data/Flickr30k-CN/test_imgs.tsv": "flickr30k-cn",
+    "elevater/cifar-100": "cifar-100",
+    "elevater/cifar-10/test": "cifar-10",
+    "MUGE/valid_imgs.tsv": "muge",
+    "coco-cn_test.txt": "coco-cn",
+    "imagenet-1k": "imagenet",
+    "muge/photos/pairs/mine.csv": "",  # a folder somewhere above
+    "smuggled.csv": "",
+    "fashion-mnist": "",  # others' numbers
+    "imagenet-a/test": "",
+}
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_the_benchmark_is_known_by_the_last_parts_of_its_name(path):
+    assert evaluation.benchmark_of("", path) == NAMED[path]
+
+
+def test_the_benchmark_may_be_given(tmp_path):
     assert evaluation.benchmark_of("muge", "mine") == "muge"
-    assert evaluation.benchmark_of("", "mine") == ""
+    (tmp_path / "muge/photos").mkdir(parents=True)
+    assert evaluation.benchmark_of("", tmp_path / "muge/photos") == ""
     known = set(evaluation.RETRIEVAL) | set(evaluation.CLASSIFICATION)
     assert known == set(evaluation.NAMES)

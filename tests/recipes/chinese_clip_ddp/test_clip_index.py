@@ -18,7 +18,7 @@ from harness import ROOT, expect, finish, own_modules, start
 
 from common.data.pictures import Place
 
-(index,) = own_modules("chinese_clip_ddp", "index")
+index, build_index = own_modules("chinese_clip_ddp", "index", "build_index")
 WIDTH = 64
 MODEL = "a model"
 
@@ -294,7 +294,7 @@ def test_exact_search_is_exact_in_every_dtype(tmp_path, monkeypatch, dtype, data
 
 
 class ExactFaiss:
-    """What index.py uses of faiss, where faiss itself is not installed."""
+    """What index.py uses of faiss, in its place where it is not installed."""
 
     METRIC_INNER_PRODUCT = 0
 
@@ -319,6 +319,10 @@ class ExactFaiss:
 
 @pytest.mark.parametrize("two_stage", [False, True])
 def test_faiss_gives_the_same_where_it_is_installed(tmp_path, monkeypatch, two_stage):
+    try:
+        import faiss
+    except ImportError:
+        faiss = ExactFaiss
     vectors = spread(3000, 256, decay=0.6)
     queries = spread(20, 256, decay=0.6, seed=1)
     write_vectors(tmp_path / "index", vectors, shard_rows=1000)
@@ -326,7 +330,7 @@ def test_faiss_gives_the_same_where_it_is_installed(tmp_path, monkeypatch, two_s
     monkeypatch.setattr(index.device, "kind", lambda: "cpu")
     monkeypatch.setitem(sys.modules, "faiss", None)
     plain = index.Index(tmp_path / "index", MODEL, two_stage)
-    monkeypatch.setitem(sys.modules, "faiss", sys.modules.get("faiss") or ExactFaiss)
+    monkeypatch.setitem(sys.modules, "faiss", faiss)
     used = index.Index(tmp_path / "index", MODEL, two_stage)
     assert plain.segments[0].faiss is None and used.segments[0].matrix is None
     for _ in range(2):
@@ -402,7 +406,8 @@ def test_two_stages_that_lose_what_is_near_are_not_used(tmp_path):
 
 def test_two_stages_of_a_small_index_are_one(tmp_path):
     write_vectors(tmp_path / "index", spread(300, WIDTH), shard_rows=300)
-    assert index.Index(tmp_path / "index", MODEL, two_stage=True).axes is None
+    opened = index.Index(tmp_path / "index", MODEL, two_stage=True)
+    assert opened.axes is None and "every search is exact" in opened.note
 
 
 def test_searching_goes_on_while_the_index_grows(tmp_path):
@@ -430,7 +435,66 @@ def test_searching_goes_on_while_the_index_grows(tmp_path):
     assert len(opened) == 196 and len(opened.segments) <= 6
 
 
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_a_search_in_the_middle_of_taking_up_a_shard_sees_what_was_there(
+    tmp_path, monkeypatch, two_stage
+):
+    """With more asked for than was there, when rows have numbers already and no vectors yet; two
+    stages begin with the second part."""
+    folder = tmp_path / "index"
+    sizes = (500, 900) if two_stage else (5, 30)
+    write_vectors(folder, spread(sizes[0], 256, decay=1.0), 2048)
+    opened = index.Index(folder, MODEL, two_stage)
+    write_vectors(folder, spread(sizes[1], 256, decay=1.0, seed=1), 2048, first=sizes[0])
+    assert opened.axes is None
+    inside = []
+    names = ("_merged", "principal_axes") if two_stage else ("_merged",)
+    for name in names:
+        call = getattr(index, name)
+
+        def between(*args, call=call):
+            found = call(*args)
+            scores, rows = opened.search(torch.ones(1, 256), k=sum(sizes))
+            inside.append(tuple(rows.shape))
+            assert len(opened) == rows.shape[1] and rows.max() < sizes[0]
+            assert len(opened.nearest(torch.ones(256), k=sum(sizes))) == sizes[0]
+            return found
+
+        monkeypatch.setattr(index, name, between)
+    assert opened.refresh() and inside == [(1, sizes[0])] * len(names)
+    assert len(opened) == sum(sizes) and (opened.axes is not None) == two_stage
+
+
 def test_an_index_may_be_moved(made):
     folder, places = made
     moved = shutil.move(folder, folder.with_name("moved"))
     assert found_names(index.Index(moved, MODEL), b"picture 8")[0] == "00008.bin"
+
+
+# ---- the command ----------------------------------------------------------------------------------
+
+
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, words)])
+    return build_index.parse()
+
+
+def test_flags_that_change_nothing_are_named(made, monkeypatch, capsys):
+    folder = ["--index", made[0]]
+    for words, said in (
+        (["--delete", "x", "--shard_rows", 8], "--shard_rows: no effect; nothing is added"),
+        (["--delete", "x", "--two_stage", "true"], "--two_stage: no effect; there is no --query"),
+        (["--restore", "x", "--model", "m"], "--model: no effect"),
+    ):
+        parsed(monkeypatch, *folder, *words)
+        assert said in capsys.readouterr().out
+    parsed(monkeypatch, *folder, "--add", "x", "--shard_rows", 8, "--model", "m")
+    parsed(monkeypatch, *folder, "--query", "x", "--two_stage", "true", "--model", "m")
+    assert "no effect" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--delete", "--restore", "--query"])
+def test_an_index_that_is_not_there_is_one_line_and_stays_away(tmp_path, monkeypatch, flag):
+    with pytest.raises(SystemExit, match="no index there; --add makes one"):
+        parsed(monkeypatch, "--index", tmp_path / "typo", flag, "x")
+    assert not (tmp_path / "typo").exists()

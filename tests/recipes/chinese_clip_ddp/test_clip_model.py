@@ -171,6 +171,15 @@ def test_two_folders_become_one(parts):
     assert embedder.size == 24 and embedder.embed_text(TEXTS).shape == (3, 24)
 
 
+def test_another_processor_or_tokenizer_of_a_tower_makes_another_folder(parts):
+    args, training = flags(*parts), SimpleNamespace(seed=5, hf_deepspeed_config=None)
+    first = assemble.assemble(args, training, assemble.plan(args))
+    edited(parts[1], "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    second = assemble.assemble(args, training, assemble.plan(args))
+    assert second != first
+    assert list(model.load(second).image_processor.image_mean) == [0.1, 0.2, 0.3]
+
+
 def test_widths_that_differ_need_a_projection(parts, tmp_path):
     narrow = dict(VISION, hidden_size=16)
     transformers.ViTModel(transformers.ViTConfig(**narrow)).save_pretrained(tmp_path / "narrow")
@@ -218,6 +227,60 @@ def test_quotes_are_those_of_chinese_clips_training():
     prepared = model.Preparation(tokenizer(), processor(), 16, quotes=True)
     plain = prepared.tokens(['"猫"'])["input_ids"]
     assert torch.equal(prepared.tokens(["“猫”"])["input_ids"], plain)
+
+
+def edited(folder, name: str, **settings) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_the_fingerprint_is_of_weights_config_and_processor(tmp_path):
+    """Vectors of two folders may be compared where it is equal, and nowhere else."""
+    one = two_towers(pooling="cls")
+    saved(one, tmp_path)
+    first = model.load(tmp_path).fingerprint
+    edited(tmp_path, "config.json", transformers_version="0", dtype="bfloat16", caption_length=9)
+    assert model.load(tmp_path).fingerprint == first, "saved anew, nothing changed"
+    edited(tmp_path, "config.json", pooling="mean")
+    pooled = model.load(tmp_path).fingerprint
+    edited(tmp_path, "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    normalised = model.load(tmp_path).fingerprint
+    with torch.no_grad():
+        one.visual_projection.weight[12, 3] += 1
+    one.save_pretrained(tmp_path)
+    projected = model.load(tmp_path).fingerprint
+    assert len({first, pooled, normalised, projected}) == 4
+
+
+def test_a_weight_between_the_samples_of_a_large_file_is_seen(tmp_path, monkeypatch):
+    """As projections are that moved alone."""
+    monkeypatch.setattr(model.adapter, "SAMPLE_BYTES", 1)
+    monkeypatch.setattr(model.adapter, "SAMPLES", 1)
+    one = two_towers()
+    one.save_pretrained(tmp_path)
+    before = model.of_weights(str(tmp_path))
+    for name in ("text_projection", "visual_projection"):
+        with torch.no_grad():
+            getattr(one, name).weight.add_(0.1)
+        one.save_pretrained(tmp_path)
+        after = model.of_weights(str(tmp_path))
+        assert after != before, name
+        before = after
+
+
+@pytest.mark.parametrize("kind", ["ChineseCLIP", "CLIP", "Siglip", "two towers"])
+def test_the_window_of_captions_is_kept_with_the_model(tmp_path, kind):
+    one = two_towers() if kind == "two towers" else native(kind)
+    one.config.caption_length = 9
+    saved(one, tmp_path)
+    embedder = model.load(tmp_path)
+    assert embedder.preparation.max_length == (64 if kind == "Siglip" else 9)
+    long = "红" * 30
+    same = embedder.embed_text([long, long + "猫"])
+    assert torch.equal(same[0], same[1]) == (kind != "Siglip"), "what is beyond it is not seen"
+    config = model.models.model_config(str(tmp_path))
+    other = model.load_preparation(str(tmp_path), config, 12).max_length
+    assert other == (64 if kind == "Siglip" else 12), "a flag goes first"
 
 
 def test_what_is_no_text_image_model_is_one_line(tmp_path):

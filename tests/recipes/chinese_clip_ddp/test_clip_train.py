@@ -1,10 +1,11 @@
-"""chinese_clip_ddp's training, through train.py: engines, resume, frozen towers and their features, adapters, a
-teacher, torn pictures, flags that do not go together."""
+"""chinese_clip_ddp's training, through train.py: the default run, engines, resume, frozen towers and their features,
+adapters, a teacher, torn pictures, flags that do not go together."""
 
 import base64
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +18,22 @@ from harness import (
     largest_difference,
     own_modules,
     report,
+    shell,
     start,
     weights,
     weights_sha,
 )
+from torch.nn import functional as F
+from transformers import Siglip2VisionConfig
+
+from common import cli
 
 RECIPE = ROOT / "chinese_clip_ddp"
 TRAIN = RECIPE / "train.py"
-(model,) = own_modules(RECIPE.name, "model")
+model, clip_flags, contrastive, train, trainer = own_modules(
+    RECIPE.name, "model", "clip_flags", "contrastive", "train", "trainer"
+)
+WAYS_OF_ASKING = ("text_to_image", "image_to_text")
 SHORT = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none"]
 SHORT += ["--bf16", "false", "--max_eval_samples", 16, "--learning_rate", 5e-4]
 
@@ -50,6 +59,43 @@ def base(tmp_path_factory):
     rows, tiny_base = own_modules(RECIPE.name, "rows", "tiny_base")
     texts = rows.load_pairs(str(RECIPE / "data"))[0].filter(lambda row: not row["held_out"])["text"]
     return tiny_base.tiny_model(texts)
+
+
+# ---- the default run ---------------------------------------------------------------------------------------------
+
+RECALLS = ("text_to_image_R@1", "image_to_text_R@1")
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """What the first command of the README leaves."""
+    out = tmp_path_factory.mktemp("default") / "out"
+    expect(shell(RECIPE / "train_zero2.sh", OUTPUT=out, fork=True))
+    return out
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_pairs_that_it_never_saw(default_run, tmp_path):
+    """The held-out captions name things in colours that none of the trained ones has."""
+    before, after = (report(default_run)["metrics"][when] for when in ("before", "after"))
+    assert all(before[way] < 0.1 and after[way] >= 0.9 for way in RECALLS), after
+    figures = tmp_path / "figures.json"
+    asked = ["--model", default_run, "--output", figures]
+    expect(finish(start(["python", RECIPE / "eval.py", *asked])))
+    classes = json.loads(figures.read_text())["classification"]
+    assert classes["classes"] == 96 and classes["top1"] >= 0.9
+
+
+@pytest.mark.slow
+def test_a_third_of_torn_pictures_changes_little(default_run, torn, tmp_path):
+    flags = ["--data_path", torn, "--bad_picture_limit", 0.5, "--report_to", "none"]
+    two_ranks = ["python", ROOT / "common/launch.py", 2, TRAIN, "--output_dir", tmp_path]
+    expect(finish(start([*two_ranks, *flags])))
+    whole, found = (report(out) for out in (default_run, tmp_path))
+    share = found["rows"]["pictures_replaced"]["torn"] / (128 * max(history(tmp_path)))
+    assert 0.3 < share < 0.37
+    for way in RECALLS:
+        assert found["metrics"]["after"][way] >= whole["metrics"]["after"][way] - 0.03
 
 
 # ---- engines -----------------------------------------------------------------------------------------------------
@@ -169,24 +215,37 @@ def test_a_teacher_changes_what_is_learned_and_is_asked_once(plain, tmp_path):
 
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory):
-    """The samples with every third training picture cut in half."""
+    """The samples with every third training picture cut in half, others in each file."""
     folder = tmp_path_factory.mktemp("torn") / "data"
     shutil.copytree(RECIPE / "data", folder)
-    for file in folder.glob("train*_imgs.tsv"):
+    cut_in_half(folder.glob("train*_imgs.tsv"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torn_everywhere(torn, tmp_path_factory):
+    """The same with every third held-out picture too."""
+    folder = tmp_path_factory.mktemp("everywhere") / "data"
+    shutil.copytree(torn, folder)
+    cut_in_half(folder.glob("valid*_imgs.tsv"))
+    return folder
+
+
+def cut_in_half(files):
+    for first, file in enumerate(sorted(files)):
         lines = file.read_text().splitlines()
-        for number in range(0, len(lines), 3):
+        for number in range(first, len(lines), 3):
             name, _, text = lines[number].partition("\t")
             data = base64.urlsafe_b64decode(text)
             half = base64.urlsafe_b64encode(data[: len(data) // 2]).decode()
             lines[number] = f"{name}\t{half}"
         file.write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.mark.slow
-def test_torn_pictures_hang_nobody_and_are_counted(torn, tmp_path):
+def test_torn_pictures_hang_nobody_and_are_counted(torn_everywhere, tmp_path):
     """Two ranks, whose batches have different numbers of torn pictures, take the steps of one."""
-    flags = ["--data_path", torn, "--bad_picture_limit", 0.5]
+    flags = ["--data_path", torn_everywhere, "--bad_picture_limit", 0.5]
     one, two = tmp_path / "one", tmp_path / "two"
     done = run(one, *flags)
     run(two, *flags, nproc=2)
@@ -194,17 +253,75 @@ def test_torn_pictures_hang_nobody_and_are_counted(torn, tmp_path):
     counts = [report(out)["rows"]["pictures_replaced"] for out in (one, two)]
     assert counts[0] == counts[1] and 3 < counts[0]["torn"] < 20
     assert largest_difference(weights(one / "final"), weights(two / "final")) < 1e-6
+    assert_equal_misses(one, two)
+    assert "held-out picture cannot be used and is a miss" in done.stdout
+
+
+def assert_equal_misses(one, two):
+    """Of 16 held-out pictures those that are torn are misses, however they were computed."""
+    lost = [report(out)["rows"]["held_out_pictures_unusable"]["torn"] for out in (one, two)]
+    assert lost[0] == lost[1] and 1 < lost[0] < 14
+    metrics = [report(out)["metrics"]["after"] for out in (one, two)]
+    assert all(abs(metrics[0][name] - metrics[1][name]) < 1e-4 for name in metrics[0])
+    assert all(metrics[0][f"{way}_R@10"] <= 1 - lost[0] / 16 for way in WAYS_OF_ASKING)
 
 
 @pytest.mark.slow
-def test_a_frozen_image_tower_says_which_pictures_it_could_not_see(torn, tmp_path):
-    flags = ["--data_path", torn, "--bad_picture_limit", 0.5, "--train", "text"]
+def test_a_frozen_image_tower_says_which_pictures_it_could_not_see(torn_everywhere, tmp_path):
+    flags = ["--data_path", torn_everywhere, "--bad_picture_limit", 0.5, "--train", "text"]
     live, cached = tmp_path / "live", tmp_path / "cached"
     run(live, *flags, "--cache_features", "false")
     run(cached, *flags)
     counts = [report(out)["rows"]["pictures_replaced"] for out in (live, cached)]
     assert counts[0] == counts[1] and counts[0]["torn"] > 3
     assert largest_difference(weights(live / "final"), weights(cached / "final")) < 2e-6
+    assert_equal_misses(live, cached)
+
+
+class HeldOut(list):
+    """Rows, and themselves as the Pairs around them."""
+
+    @property
+    def pairs(self):
+        return SimpleNamespace(rows=self)
+
+
+def measured(rows, images, texts, is_faulty, world=1):
+    """-> (metrics, trainer) of held-out pairs whose vectors these are."""
+    one = object.__new__(trainer.ContrastiveTrainer)
+    hashes = torch.tensor([[row["text_hash"], row["picture_hash"]] for row in rows])
+    faulty = torch.tensor(is_faulty)[:, None].float()
+    one.__dict__ |= dict(
+        args=SimpleNamespace(world_size=world, train_batch_size=2),
+        kind="softmax", mask_duplicates=True, told=set(), found=[],
+        scale_and_bias=(torch.tensor(10.0), None),
+        held_out=[torch.cat([images, texts, faulty, hashes.view(torch.float32)], 1)],
+        held_out_faults={rows[i]["source"]: "torn" for i, wrong in enumerate(is_faulty) if wrong},
+        held_out_rows=rows, eval_dataset=rows,
+    )  # fmt: skip
+    return one.eval_metrics([]), one
+
+
+def test_held_out_pictures_that_are_torn_are_misses_and_nothing_else_stands_there(capsys):
+    """Five pairs, the first two of one picture, the fourth torn: its blank lies where all look."""
+    eye = torch.eye(5)
+    rows = HeldOut(
+        {"text": f"文{i}", "text_hash": i, "picture_hash": 7 if i < 2 else 10 + i,
+         "source": f"a.csv:{i}", "place": {"path": f"{i}.png"}}
+        for i in range(5)
+    )  # fmt: skip
+    images = torch.stack([eye[0], eye[0], eye[2], F.normalize(torch.ones(5), dim=0), eye[4]])
+    texts = F.normalize(torch.stack([eye[0], eye[0] + eye[1], eye[2], eye[3], eye[4]]), dim=1)
+    found, one = measured(rows, images, texts, [False, False, False, True, False])
+    assert found["text_to_image_R@1"] == 4 / 5 and found["image_to_text_R@1"] == 3 / 4
+    assert [(row["prompt"], row["answer"]) for row in one.found] == [
+        ("文0", "0.png"), ("文1", "0.png"), ("文2", "2.png"), ("文4", "4.png")
+    ]  # fmt: skip
+    assert "held-out picture cannot be used and is a miss: a.csv:3" in capsys.readouterr().out
+    whole, _ = measured(rows, images, texts, [False] * 5)
+    assert whole["text_to_image_R@1"] == 1 and whole["loss"] != found["loss"]
+    with pytest.raises(SystemExit, match="no held-out picture can be used, e.g. a.csv:0"):
+        measured(rows, images, texts, [True] * 5)
 
 
 @pytest.mark.slow
@@ -238,11 +355,82 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(tmp_path, what):
     assert "loading" not in done.stdout and not (tmp_path / "final").exists()
 
 
+TWO = {"text_model_name_or_path": "t", "image_model_name_or_path": "i"}
+TWO["model_name_or_path"] = clip_flags.TWO
+UNFIT = {  # flags -> what the line says
+    "adapters refused": ({"lora_towers": "text", "use_lora": False}, "--use_lora false"),
+    "three models": (TWO | {"model_name_or_path": "x"}, "either one model or two towers"),
+    "negative rate": ({"projection_learning_rate": -1.0}, "projection_learning_rate -1.0: 0 or more"),
+    "endless rate": ({"text_learning_rate": float("inf")}, "text_learning_rate inf: 0 or more"),
+}  # fmt: skip
+
+
+def resolved(values: dict, world: int = 2):
+    """Flags of a command line, as far as they need no model."""
+    cli.note_given([f"--{name}" for name in values])
+    args = train.Args(**values)
+    clip_flags.resolve(args, SimpleNamespace(gradient_accumulation_steps=1, world_size=world))
+    return args
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_flags_that_do_not_go_together_are_one_line(capsys, what):
+    values, words = UNFIT[what]
+    with pytest.raises(SystemExit, match="2"):
+        resolved(values)
+    assert words in capsys.readouterr().err
+
+
+def test_flags_that_change_nothing_are_named(capsys):
+    resolved(TWO | {"projection": "none", "projection_dim": 8})
+    assert "--projection_dim: no effect" in capsys.readouterr().out
+    resolved(TWO | {"projection": "mlp", "projection_dim": 8})
+    assert "no effect" not in capsys.readouterr().out
+    args = resolved({"lora_towers": "text, text", "use_lora": True})
+    assert args.lora_towers == "text"
+
+
+def test_a_naflex_tower_is_told_as_such_whatever_lies_beside_it(tmp_path):
+    """The config alone says it: a vision tower has no tokenizer."""
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    Siglip2VisionConfig(**size, patch_size=8, num_patches=16).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="NaFlex SigLIP2.*fixed size"):
+        train.check_model(resolved({"model_name_or_path": str(tmp_path)}))
+
+
+def test_projections_that_are_not_there_are_not_trained(capsys):
+    args = resolved({"projection_learning_rate": 0.1, "model_name_or_path": "x"})
+    config = SimpleNamespace(model_type="siglip")
+    clip_flags.check_projections(args, SimpleNamespace(model_type="clip"))
+    assert "no effect" not in capsys.readouterr().out
+    clip_flags.check_projections(args, config)
+    assert "--projection_learning_rate: no effect; x has no projections" in capsys.readouterr().out
+    args.train = "projection"
+    for bare in (config, SimpleNamespace(model_type="two_towers", projection="none")):
+        with pytest.raises(SystemExit, match="--train projection: x has no projections"):
+            clip_flags.check_projections(args, bare)
+
+
 @pytest.mark.parametrize("mode", ["custom", "gather", "base"])
-def test_a_mode_whose_gradient_is_another_one_says_so(tmp_path, mode):
-    flags = ["--cross_embedding", mode, "--per_device_train_batch_size", 7000]
-    done = finish(start(["python", TRAIN, "--output_dir", tmp_path, *SHORT, *flags]))
-    assert len(re.findall(f"warning: --cross_embedding {mode}: .*gradient", done.stdout)) == 1
+def test_a_mode_whose_gradient_is_another_one_says_so(capsys, mode):
+    warning = f"warning: --cross_embedding {mode}: .*gradient"
+    resolved({"cross_embedding": mode})
+    assert len(re.findall(warning, capsys.readouterr().out)) == 1
+    resolved({"cross_embedding": mode}, world=1)
+    said = capsys.readouterr().out
+    assert bool(re.search(warning, said)) == (mode == "gather")
+    assert ("one process has the whole batch" in said) == (mode != "gather")
+
+
+@pytest.mark.parametrize("mode", clip_flags.ALIKE_ALONE)
+def test_in_one_process_these_modes_are_the_exact_one(mode):
+    found = []
+    for one in (mode, "exact"):
+        x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        given = contrastive.Embeddings(*F.normalize(x, dim=-1), torch.tensor(5.0))
+        contrastive.contrastive_loss(given, mode=one).backward()
+        found.append(x.grad)
+    assert torch.allclose(*found, atol=1e-6)
 
 
 # ---- all modes side by side --------------------------------------------------------------------------------------
@@ -257,4 +445,5 @@ def test_all_modes_are_compared(plain, tmp_path):
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)", done.stdout, re.M)
     assert ("exact", "1.000", "1.000", "1.000") in rows
     assert ("custom", "0.500", "1.000", "1.000") in rows
+    assert "One process trained exact, custom" in done.stdout
     assert done.stdout.strip() and (tmp_path / "modes.md").read_text().count("\n|") == 4

@@ -264,6 +264,16 @@ def test_an_endpoint_that_is_not_there_is_one_line(tmp_path):
     assert "no answer" in error and "the same command goes on" in error
 
 
+def test_rows_that_are_left_out_are_counted_and_named(tmp_path, capsys):
+    lines = ['{"text": "a cat"}', '{"text": "a d', '{"text": 3}', '{"text": " "}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    rows, column = translate.read_rows(tmp_path / "a.jsonl", "")
+    assert (rows, column) == ([{"text": "a cat"}], "text")
+    said = capsys.readouterr().out
+    assert f"1 rows are left out, e.g. {tmp_path / 'a.jsonl'}:2: wrong JSON" in said
+    assert "2 rows are left out" in said and ":3: no caption (int in column text)" in said
+
+
 def test_what_a_user_has_to_repair_is_one_line(tmp_path):
     (tmp_path / "a.csv").write_text("image,words\n0.jpg,a cat\n", encoding="utf-8")
     (tmp_path / "theirs.jsonl").write_text("{}\n", encoding="utf-8")

@@ -370,7 +370,7 @@ def test_twenty_pictures_and_the_window(events, chat_model, photos, monkeypatch)
     assert len(history[0]["pictures"]) == 20 and len(looks[0][3]) == 20
     monkeypatch.setattr(chat_model, "window", 20 * chat_model.image_tokens)
     words = refusal(events.send, "一共几个？", [photos["红"]] * 20)
-    assert words == "20 张图片要 320 个词元（每张 16），模型的窗口只有 320 个。"
+    assert words == "20 张图片要 180 个词元（每张 9），模型的窗口只有 180 个。"
     assert "窗口放不下这个问题和它的图片" in refusal(events.send, "几个？", [photos["红"]] * 19)
     assert "一次最多 64 张" in refusal(events.send, "几个？", ["x"] * 65)
 
@@ -396,7 +396,9 @@ def test_what_people_type_is_text(events, chat_model, photos):
     assert prompt.count(chat_model.image_token_id) == chat_model.image_tokens
     ends = chat_model.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert [prompt.count(token) for token in ends] == [2, 1]
-    assert typed in chat_model.tokenizer.decode(prompt).replace("<image>" * 16, "", 1)
+    assert typed in chat_model.tokenizer.decode(prompt).replace(
+        "<image>" * chat_model.image_tokens, "", 1
+    )
     history, _ = events.send(typed)
     assert history[0]["pictures"] == [] and history[1]["note"]
     assert events.send("  ")[1] == [], "nothing was asked"

@@ -262,10 +262,31 @@ def test_a_llava_whose_halves_do_not_agree_is_refused(tmp_path):
     file = broken / "processor_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"num_additional_image_tokens": 0}))
-    with pytest.raises(SystemExit, match="15 image tokens .* 16 features"):
+    with pytest.raises(SystemExit, match="8 image tokens .* 9 features"):
         llava.check_model(str(broken))
     file.write_text(json.dumps(settings))
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"image_token_index": 7}))
     with pytest.raises(SystemExit, match="token 3 of the tokenizer, and the config says 7"):
         llava.check_model(str(broken))
+
+
+def test_a_projector_of_another_kind_is_refused(tmp_path):
+    """transformers would put a random one in its place."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out = tiny_base.tiny_model(TEXTS)
+    llava.check_projector(str(out))
+    other = Path(shutil.copytree(out, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    renamed = {
+        name.replace("multi_modal_projector.linear_1", "mm_projector.0"): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=r"no multi_modal_projector.linear_1.*mm_projector.0"):
+        llava.check_projector(str(other))
+    with pytest.raises(SystemExit, match="is not LLaVA's"):
+        llava.Llava(other, device="cpu")

@@ -447,15 +447,33 @@ def test_pictures_of_the_web_are_fetched_when_allowed(folder, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    data = [llava("<image>", f"{address}/{i}.png") for i in (1, 2, 77)]
+    later, page = folder / "pictures/77.png", folder / "pictures/88.png"
+    page.write_text("<html>come again later")
+    data = [llava("<image>", f"{address}/{i}.png") for i in (1, 2, 3, 77, 88)]
     try:
         found, pictures, stats = read(put(folder, "a.json", data), allow_urls=True)
+        assert stats["dropped"] == {"a web address that gives nothing": 2}
+        assert [open_picture(place).getpixel((0, 0))[0] for place in pictures] == [40, 80, 120]
+        assert all(str(tmp_path / "cache") in place.path for place in pictures)
+        # what failed is asked for again by the next run, of which all ranks read the same
+        for file in (later, page):
+            Image.new("RGB", (8, 8), (200, 0, 0)).save(file)
+        _, pictures, stats = read(put(folder, "a.json", data), allow_urls=True)
+        assert not stats["dropped"] and len(pictures) == 5
     finally:
         server.shutdown()
         server.server_close()
-    assert stats["dropped"] == {"a web address that gives nothing": 1}
-    assert [open_picture(place).getpixel((0, 0))[0] for place in pictures] == [40, 80]
-    assert all(str(tmp_path / "cache") in place.path for place in pictures)
+
+
+def test_ranks_of_a_run_are_one_run(monkeypatch):
+    assert rows.this_run() != rows.this_run()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    first = rows.this_run()
+    monkeypatch.setenv("RANK", "1")
+    assert rows.this_run() == first
+    monkeypatch.setenv("MASTER_PORT", "1235")
+    assert rows.this_run() != first
 
 
 # ---- the samples ---------------------------------------------------------------------------------

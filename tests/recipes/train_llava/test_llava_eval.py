@@ -66,10 +66,30 @@ def test_yes_and_no():
     assert found["questions"] == 6 and found["accuracy"] == 3 / 6
     assert found["precision"] == 2 / 3 and found["recall"] == 2 / 4
     assert metrics.yes_no(["红色"], ["红色"]) == {}
-    assert all(map(metrics.is_yes_or_no, ["是的。", "不是", "没有", "有", "No", "可以", "不对"]))
-    assert not any(
-        map(metrics.is_yes_or_no, ["有三个红色的圆形", "会议", "不倒翁", "对勾", "错误"])
-    )
+
+
+SAYS = {  # of an answer
+    True: "是 是的 是啊 对 对的， 有 有的 有两个 能 可以 会 会飞 在桌子上 行 正确 存在 没错 没有错 不错 没问题 yes Yes,it True",
+    False: "不 不是 不是的 不对 没 没有 没有的 错 错了 错误 否 不正确 不存在 不能 不可以 不会 不行 不在 未见 并非如此 不不不 no No. "
+    "not,it false",
+    None: "是不是 有没有 对不对 能不能 可不可以 是否 有无 不知道 不清楚 不确定 不一定 不能确定 无法判断 没办法看清 红色 会议室 对勾 "
+    "能量棒 行人 非常红 不锈钢 无人机 nothing norway yesterday",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", SAYS)
+def test_what_an_answer_says(said):
+    wrong = [text for text in SAYS[said].split() if metrics.yes_or_no(text) is not said]
+    assert not wrong
+
+
+def test_which_references_are_yes_or_no():
+    are = "是 是的。 不是 不是的 没有 没有的 有 No yes 可以 不可以 不对 对了 错 错的 错了 错误 正确 不正确 没错 否 没 不 存在 不存在"
+    others = "有三个红色的圆形 会议 不倒翁 对勾 是不是 有没有 是否 错落 不知道 无法判断 在左边 noon"
+    assert [text for text in are.split() if not metrics.is_yes_or_no(text)] == []
+    assert [text for text in others.split() if metrics.is_yes_or_no(text)] == []
+    for text in are.split():
+        assert metrics.yes_or_no(text) is not None, text
 
 
 def test_circular_counts_questions_that_are_right_in_every_order():
@@ -269,6 +289,20 @@ def test_mmbenchs_table_is_read_as_it_is(folder, capsys):
     assert one.pictures[0].path.endswith("0.png") and one.pictures[0].root == str(folder)
 
 
+def test_a_choice_table_with_other_names_and_what_is_none(folder):
+    row = {"问": "?", "A": "1", "B": "2", "answer": "B"}
+    (folder / "q.jsonl").write_text(json.dumps(row))
+    names = "question=问"
+    assert not choices.is_choice_table(folder / "q.jsonl")
+    assert choices.is_choice_table(folder / "q.jsonl", names)
+    one = choices.read_choices(str(folder / "q.jsonl"), "", False, 0, names)[0]
+    assert one.question == "?" and one.answer == "B"
+    with pytest.raises(SystemExit, match="no column 答"):
+        choices.read_choices(str(folder / "q.jsonl"), "", False, 0, "answer=答")
+    with pytest.raises(SystemExit, match="stand in one file"):
+        choices.read_choices(str(folder), "", False, 0)
+
+
 def test_all_orders_keep_the_right_option():
     one = choices.Choice("7", "?", ["甲", "乙", "丙"], "B", [])
     turned = choices.all_orders(one)
@@ -347,11 +381,51 @@ def test_eval_of_choices_prints_published_numbers(llava, folder, monkeypatch, ca
     }
 
 
+def test_flags_that_do_nothing_in_a_task_are_told(llava, folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "Llava", lambda path: llava)
+    more = ["--output", folder / "out", "--limit", "1", "--blind", "false"]
+    both = ["--held_out", "false", "--circular", "true", "--max_new_tokens", "2"]
+    run(monkeypatch, "--data_path", mmbench(folder), *more, *both)
+    assert "warning: --held_out, --max_new_tokens: no effect" in capsys.readouterr().out
+    run(monkeypatch, "--data_path", write_rows(folder), *more, *both)
+    assert "warning: --circular: no effect" in capsys.readouterr().out
+
+
+def test_answers_belong_to_the_weights_and_never_take_a_hub_ids_place(
+    folder, monkeypatch, tmp_path
+):
+    """org/name would be a local folder from then on."""
+    from safetensors.torch import save_file
+
+    hub = tmp_path / "snapshot"
+    hub.mkdir()
+    save_file({"a": torch.zeros(3)}, hub / "model.safetensors")
+    (hub / "config.json").write_text("{}")
+    stock = evaluation.local_folder
+
+    def place(path: str):
+        return hub if path == "org/name" else stock(path)
+
+    monkeypatch.setattr(evaluation, "local_folder", place)
+    first = evaluation.sha_of_model("org/name")
+    assert first == evaluation.sha_of_model(str(hub)) == evaluation.sha_of_model("org/name")
+    save_file({"a": torch.ones(3)}, hub / "model.safetensors")
+    other = evaluation.sha_of_model("org/name")
+    (hub / "config.json").write_text('{"x": 1}')
+    assert len({first, other, evaluation.sha_of_model("org/name")}) == 3
+    monkeypatch.chdir(tmp_path)
+    place = evaluation.place_for_answers("org/name")
+    assert place.parent.parent == evaluation.HERE.parent / "output" and place.name == "org--name"
+    assert evaluation.place_for_answers(str(hub)) == hub / "eval"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["--data_path", "/no/such"], "no such file"),
         (["--batch_size", "0"], "at least 1"),
+        (["--limit", "-1"], "--limit -1: 0 (all) or more"),
+        (["--task", "choices", "--data_path", "{folder}"], "stand in one file"),
         (["--image_folder", "/no/such"], "no folder, tar"),
         (["--blnd", "true"], "did you mean --blind"),
         (["--model", "{folder}"], "no trained model here"),

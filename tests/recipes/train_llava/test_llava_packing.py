@@ -2,6 +2,9 @@
 kept features, cut tower, head only at labels."""
 
 import copy
+import fcntl
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_llava_build import LLMS, make_llm, make_tower
+from transformers import LlavaForConditionalGeneration, Qwen3Config
 
 from common.fast import losses, shared_start
 
-build_model, llava, batches, features, sight, parts = own_modules(
-    "train_llava", "build_model", "model", "batches", "features", "sight", "parts"
+build_model, llava, batches, features, sight, parts, last_layer = own_modules(
+    "train_llava", "build_model", "model", "batches", "features", "sight", "parts", "last_layer"
 )
 
 IMAGE = 7  # tokens per picture in tests of the layout alone
@@ -94,6 +98,7 @@ def ours(made: Made, rows, trains: str = "full", keep=False, folder=None, packed
     parts.choose_trained(model, trains)
     sight.for_training(model, sight.Normaliser(made.processor.image_processor))
     losses.use_chunked_loss(model)
+    assert last_layer.only_at_labels(model)
     source = features.PictureSource(PICTURES, made.processor.image_processor)
     if keep:
         assert features.keep_features(source, model, torch.float32, torch.device("cpu"), 1.0)
@@ -120,10 +125,11 @@ def assert_same(found: tuple[float, dict], wanted: tuple[float, dict]):
         assert (gradient - expected).abs().max() < 1e-5 * max(1, expected.abs().max()), name
 
 
-@pytest.fixture(scope="module", params=[
-    ("qwen3", True, "clip"), ("qwen2", False, "siglip"), ("llama", True, "siglip"), ("qwen3", False, "clip"),
-    ("llama", False, "clip"), ("qwen2", True, "clip"),
-], ids=str)  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=product(("qwen3", "qwen2", "llama"), (True, False), ("clip", "siglip")),
+    ids=lambda one: f"{one[0]}-{'tied' if one[1] else 'untied'}-{one[2]}",
+)
 def made(request, tmp_path_factory):
     return Made(tmp_path_factory.mktemp("llava"), *request.param)
 
@@ -152,6 +158,52 @@ def test_every_batch_equals_single_rows(made, tmp_path, monkeypatch):
     only = ours(made, rows, "projector", keep=True)
     assert_same(only, wanted)
     assert all("multi_modal_projector" in name for name in only[1]) and len(only[1]) == 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_last_layer_is_computed_where_labels_are(tmp_path, recompute):
+    """With an adapter in it, with checkpointing, and not in a call without labels."""
+    one = Made(tmp_path)
+    data = batches.PictureWindows(one.rows(), 400, 40, 0, one.image, one.count)
+    collate = batches.LlavaCollator(one.source, one.image, one.count)
+    batch = collate([data[i] for i in range(len(data))])
+    batch = {k: v for k, v in batch.items() if k not in ("row_ids", "faults")}
+
+    def step(only: bool) -> tuple[dict, set, torch.Tensor]:
+        """-> gradients, positions that the last layer saw, an answer."""
+        model = with_adapter(one, recompute)
+        assert not only or last_layer.only_at_labels(model)
+        seen = set()
+        last = losses.without_adapter(model).model.language_model.layers[-1]
+        last.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+        model(**batch).loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        positions = set(seen)
+        prompt = torch.tensor([[9, 6, 5, 11, 12]])
+        said = model.eval().generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
+        return gradients, positions, said
+
+    wanted, every, plain = step(only=False)
+    gradients, chosen, said = step(only=True)
+    assert every == {batch["input_ids"].numel()}
+    assert chosen == {int((batch["labels"] != -100).sum())}
+    assert gradients.keys() == wanted.keys() and torch.equal(said, plain)
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).abs().max() < 1e-6, name
+
+
+def with_adapter(one: Made, recompute: bool):
+    torch.manual_seed(0)
+    model = one.open(attn_implementation=shared_start.register())
+    parts.choose_trained(model, "lora")
+    sight.for_training(model, sight.Normaliser(one.processor.image_processor))
+    losses.use_chunked_loss(model)
+    flags = SimpleNamespace(lora_r=2, lora_alpha=4, lora_dropout=0.0, target_modules="all-linear")
+    flags.lora_vision = False
+    model = parts.add_lora(model, flags, recompute)
+    if recompute:
+        model.gradient_checkpointing_enable()
+    return model.train()
 
 
 @pytest.mark.parametrize("tower, layers", [("clip", [-2, -3]), ("siglip", -3), ("dinov2", -2)])
@@ -218,6 +270,35 @@ def test_pixels_are_the_processors(made):
     pixels, faults = made.source([0, 1, 2])
     assert pixels.dtype == torch.uint8 and not faults
     assert (normaliser(pixels, torch.float32) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", [*parts.TRAINED, "lora with the tower"])
+def test_a_base_stored_in_half_precision_trains(tmp_path, kind, half):
+    """What trains gets float32 masters, the rest stays bf16: they meet in every kind of run."""
+    one = Made(tmp_path, dtype=torch.bfloat16)
+    in_tower = kind == "lora with the tower"
+    kind = kind.partition(" ")[0]
+    model = llava.open_model(one.path, dtype="auto", attn_implementation=shared_start.register())
+    parts.choose_trained(model, kind, in_tower)
+    sight.for_training(model, sight.Normaliser(one.processor.image_processor))
+    losses.use_chunked_loss(model)
+    if kind == "lora":
+        flags = SimpleNamespace(lora_r=4, lora_alpha=None, lora_dropout=0.0, lora_vision=in_tower)
+        flags.target_modules = "all-linear"
+        model = parts.add_lora(model, flags, recompute=False)
+    parts.as_masters(model)
+    data = batches.PictureWindows(one.rows(), 400, 40, 0, one.image, one.count)
+    collate = batches.LlavaCollator(one.source, one.image, one.count)
+    batch = collate([data[i] for i in range(len(data))])
+    batch = {k: v for k, v in batch.items() if k not in ("row_ids", "faults")}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        loss = model(**batch, num_items_in_batch=torch.tensor(10)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32 and parameter.grad is not None, name
 
 
 # ---- kept features --------------------------------------------------------------------------------
@@ -287,6 +368,62 @@ def a_file(folder):
     file = folder / "fine.png"
     PICTURES[1].save(file)
     return file
+
+
+def test_features_that_do_not_fit_the_disk_are_not_kept(tmp_path, monkeypatch, capsys):
+    one = Made(tmp_path)
+    disk = SimpleNamespace(free=1000)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: disk)
+    source, took, _ = kept_source(one, tmp_path / "cache", monkeypatch)
+    assert not took and source([0])[0].dtype == torch.uint8
+    assert "do not fit there: the tower runs in every step" in capsys.readouterr().out
+
+
+def test_a_segment_has_its_room_before_it_is_written(tmp_path):
+    """Else a disk that fills up kills the run with SIGBUS."""
+    with features.Segment(tmp_path, ["a", "b"], (300, 1000), torch.bfloat16) as segment:
+        held = segment.part.stat().st_blocks * 512
+        assert held >= 2 * 300 * 1000 * 2
+        segment.add(["a"], torch.ones(1, 300, 1000))
+    assert features.digests_in(tmp_path) == {"a": (segment.file.stem, 0)}
+
+
+def test_no_room_for_a_segment_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        features.Segment(tmp_path, ["a"], (3, 10), torch.float32),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_runs_left_is_taken_away_and_others_wait(tmp_path, monkeypatch):
+    one = Made(tmp_path)
+    cache = tmp_path / "cache"
+    source, _, model = kept_source(one, cache, monkeypatch, PICTURES[:1])
+    (folder,) = (path for path in (cache / "pictures").iterdir() if path.is_dir())
+    left = folder / f"abc.{features.HOST}.77.part"
+    of_others = folder / "abc.elsewhere.77.part"
+    for file in (left, of_others):
+        file.write_bytes(b"half")
+    monkeypatch.setattr(features, "SILENT_WAIT", 0.05)
+    said = []
+    with open(f"{folder}.{features.HOST}.lock", "w") as other_run:
+        fcntl.flock(other_run, fcntl.LOCK_EX)
+
+        def ends(words: str) -> None:
+            said.append(words)
+            if "waiting" in words:
+                fcntl.flock(other_run, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(features.cli, "say", ends)
+        kept_source(one, cache, monkeypatch, PICTURES)
+    assert any("waiting for another run" in words for words in said)
+    assert not left.exists() and of_others.exists()
 
 
 # ---- layout ---------------------------------------------------------------------------------------
@@ -362,6 +499,37 @@ def test_sharing_saves_what_it_says():
     deep = copy.deepcopy(rows)
     deep[2]["pictures"] = [6]  # another picture with equal words
     assert batches.PictureWindows(deep, 2000, 8, 0, 1, 300).filled == [311 + 2 * 10 + 311]
+
+
+@pytest.mark.parametrize("settings, why", [
+    ({}, ""),
+    ({"attention_dropout": 0.1}, "drops out 0.1"),
+    ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "slides over 32"),
+    ({"use_sliding_window": True, "sliding_window": 400, "max_window_layers": 1}, ""),
+    ({"use_sliding_window": False, "sliding_window": 32}, ""),
+])  # fmt: skip
+def test_attention_that_cannot_share_is_known_by_its_config(tmp_path, settings, why):
+    """And where it can, it does: the forward refuses what it cannot compute."""
+    one = Made(tmp_path)
+    text = one.config.text_config.to_dict()
+    for made_anew in ("layer_types", "model_type"):
+        text.pop(made_anew)
+    told = batches.why_not_shared(Qwen3Config(**text | settings), 200)
+    assert (why in told) if why else not told
+    one.config.text_config = Qwen3Config(**text | settings)
+    model = LlavaForConditionalGeneration._from_config(
+        one.config, attn_implementation=shared_start.register()
+    ).train()
+    sight.for_training(model, sight.Normaliser(one.processor.image_processor))
+    losses.use_chunked_loss(model)
+    shared = None if told else one.image
+    data = batches.PictureWindows(one.rows(), 200, 40, 0, shared, one.count)
+    collate = batches.LlavaCollator(one.source, one.image, one.count)
+    for i in range(len(data)):
+        batch = collate([data[i]])
+        assert "kv_index" not in batch or not told
+        batch = {k: v for k, v in batch.items() if k not in ("row_ids", "faults")}
+        assert torch.isfinite(model(**batch, use_cache=False).loss)
 
 
 def test_the_kinds_of_models_are_those_of_the_recipe():

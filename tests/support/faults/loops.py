@@ -76,6 +76,7 @@ LOOPS = {
     "baichuan2_dpo": of_trainer("baichuan2_dpo", "service.jsonl"),
     "internlm_sft": of_trainer("internlm_sft", "general.jsonl"),
     "chinese_clip_ddp": Loop("chinese_clip_ddp/train.py", tuple(SHORT), "chinese_clip_ddp/data"),
+    "train_llava": of_trainer("train_llava", "captions", "--train_type", "projector"),
     **{f"minimind_npu-{stage}": of_stage(stage) for stage in STAGES},
     "minimind_npu-quickstart": Loop(
         "minimind_npu/quickstart/quickstart.py",

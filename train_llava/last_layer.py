@@ -1,0 +1,80 @@
+"""The last layer of the language model, computed where a label is predicted and nowhere else: no
+loss depends on what it says at the other positions, only on their keys and values.
+
+With 576 tokens of a picture and an answer of 20 that is nearly the whole layer. Exact; calls
+without labels (generation, logits) are untouched.
+
+B rows, T tokens, N positions that predict a label, D width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from common.data.counts import label_index
+from common.fast.losses import without_adapter
+
+BY_POSITION = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # that see one position at a time
+
+
+class Positions:
+    """Where the call that is being computed has labels. Kept until the next call: a backward with
+    checkpointing computes the layer again."""
+
+    def __init__(self):
+        self.index: Tensor | None = None  # [N] places in the flattened [B, T]
+        self.count = 0  # B * T
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook."""
+        labels = kwargs.get("labels")
+        self.index = None
+        if labels is None or kwargs.get("shift_labels") is not None:
+            return
+        index = kwargs.get("label_index")
+        self.index = label_index(labels) if index is None else index
+        self.count = labels.numel()
+
+
+def only_at_labels(model: nn.Module) -> bool:
+    """From here on the last layer leaves out what no label needs; False for a language model whose
+    layers are built another way.
+
+    model: a LlavaForConditionalGeneration under losses.use_chunked_loss, its adapter on it.
+    """
+    inner = without_adapter(model)
+    language_model = inner.model.language_model
+    config = language_model.config
+    layers = getattr(language_model, "layers", None)
+    is_mixture = hasattr(config, "router_aux_loss_coef")  # whose balance is that of all tokens
+    if not layers or is_mixture:
+        return False
+    found = [_child(layers[-1], name) for name in BY_POSITION]
+    if None in found:
+        return False
+    positions = Positions()
+    for module in found:
+        module.forward = partial(_at_labels, module.forward, positions)
+    # an adapter calls the forward of what it stands on, without its hooks; generate calls that
+    for called in {id(one): one for one in (model, inner)}.values():
+        called.register_forward_pre_hook(positions.note, with_kwargs=True)
+    return True
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def _at_labels(stock, positions: Positions, hidden: Tensor) -> Tensor:
+    """[B, T, D] -> [B, T, width of the module], 0 where nothing is predicted."""
+    rows = hidden.flatten(0, -2)
+    if positions.index is None or len(rows) != positions.count:
+        return stock(hidden)
+    index = positions.index.to(hidden.device)
+    said = stock(rows.index_select(0, index)[None])[0]
+    out = said.new_zeros(len(rows), said.shape[-1]).index_copy(0, index, said)
+    return out.view(*hidden.shape[:-1], -1)
