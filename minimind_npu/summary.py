@@ -46,6 +46,22 @@ def rows(stage: str, facts: dict) -> list[str]:
     return lines
 
 
+def tools(root: Path) -> list[str]:
+    """How the model used tools before it was trained on them, and after."""
+    found = []
+    for when in ("before", "after"):
+        file = root / "eval_toolcall" / when / "eval_toolcall.json"
+        if not file.is_file():
+            return []
+        found.append(json.loads(file.read_text(encoding="utf-8"))["figures"])
+    lines = ["", "| tools | before | after | of |", "|---|---:|---:|---:|"]
+    for name, after in found[1].items():
+        shares = [figures[name]["share"] for figures in found]
+        shown = ["-" if share is None else f"{share:.1%}" for share in shares]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(shown)} | {after['of']:,} |")
+    return lines
+
+
 def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise cli.usage_error(f"python {sys.argv[0]} FOLDER, the output folder of run_all.sh")
@@ -56,7 +72,7 @@ def main() -> None:
     evaluation = root / "eval" / "eval.md"
     if evaluation.is_file():
         lines += ["", evaluation.read_text(encoding="utf-8")]
-    text = "\n".join(lines)
+    text = "\n".join(lines + tools(root))
     (root / "summary.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nsummary {root / 'summary.md'}")
 

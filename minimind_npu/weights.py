@@ -76,7 +76,9 @@ def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCaus
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
     tokens = training.per_device_train_batch_size * args.model_max_length
     memory_check.check_tokens(args, training, model.config, tokens, **memory_facts(args, training))
-    if device.train_dtype(training) is torch.float32:
+    # rollouts have other shapes in each step, and oneDNN would keep kernels for all of them
+    same_shapes = args.stage != "rl"
+    if same_shapes and device.train_dtype(training) is torch.float32:
         fast_float32(product_shapes(model, tokens))
     losses.use_chunked_loss(model)  # its logits are counts from here on: losses.loss_counts
     model.config.use_cache = False

@@ -182,14 +182,18 @@ def write_plain(out: str | Path, settings: dict, tensors: dict, base: str) -> li
     return kinds
 
 
-def put_on(model, folder: str | Path):
-    """A base model -> the PeftModel with the adapter in `folder`; SystemExit with one line where it
-    does not fit or its weights are more than tensors."""
+def put_on(model, folder: str | Path, name: str = "default"):
+    """A base model (or a PeftModel that gets one adapter more) -> the PeftModel with the adapter in
+    `folder` as `name`; SystemExit with one line where it does not fit or its weights are more than
+    tensors."""
     import torch
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, folder)
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, folder, adapter_name=name)
+        model.load_adapter(folder, name)
+        return model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # many kinds, as in models.load

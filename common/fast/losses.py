@@ -330,19 +330,18 @@ def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tens
     most likely token."""
     if type(head) is not nn.Linear:
         return _loss_of_any_head(head, rows, call)
+    num_items = _num_items(call)
+    if call.per_token:
+        log_probs = head_logprobs(head, rows, call.targets)
+        call.loss = -log_probs.sum() / num_items
+        return log_probs, None
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    num_items = _num_items(call)
     weight = head.weight
     bias = head.bias
     if not torch.is_grad_enabled():  # a trained weight asks for its gradient even then
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
-    if call.per_token:
-        with torch.autocast(kind, enabled=False):
-            log_probs = _HeadLogProbs.apply(rows, weight, bias, call.targets, dtype)
-        call.loss = -log_probs.sum() / num_items
-        return log_probs, None
     # on CPU reading the count is free, and a gradient that is scaled while computed saves a pass
     # over [V, D]
     scale = 1 / max(1, float(num_items)) if kind == "cpu" else 1.0
@@ -450,6 +449,23 @@ def loss_counts(output) -> Tensor:
     output: what the model returned; its `logits` hold these instead of logits.
     """
     return output.logits[:3].detach()
+
+
+def head_logprobs(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target [N] from the hidden states before it [N, D]: fp32 [N], each
+    with a gradient, without full logits; for losses that need more of a model than its labels.
+
+    head: the output head of a causal language model, a plain Linear.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    weight = head.weight
+    bias = head.bias
+    if not torch.is_grad_enabled():  # a trained weight asks for its gradient even then
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
+    with torch.autocast(kind, enabled=False):
+        return _HeadLogProbs.apply(hidden, weight, bias, targets, dtype)
 
 
 def answer_logprobs(

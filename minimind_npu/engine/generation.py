@@ -10,8 +10,9 @@ soon as a row ends.
 
 A step is one forward pass over one row without padding: what stands before the last token of the
 prompts that have just been given a slot (attention of a packed row), then one token of every slot
-(attention over what its slot holds). It works with any causal language model whose attention goes
-through transformers' attention interface.
+(attention over what its slot holds). What several prompts begin with alike is computed once: the
+others copy its keys and values, also from answers that have ended. It works with any causal
+language model whose attention goes through transformers' attention interface.
 
 A active slots, N tokens of a step, H heads, K key/value heads, d size of a head, W columns in use,
 V vocabulary.
@@ -21,10 +22,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -41,7 +41,19 @@ from common.runs.generate import end_token_ids
 
 HERE = Path(__file__).resolve().parents[1]
 OUTPUT = HERE.parent / "output" / HERE.name
-CHATS = ("reason", "dpo", "lora", "sft", "distill")  # stages that leave a model that answers
+CHATS = (
+    "toolcall",
+    "reason",
+    "dpo",
+    "lora",
+    "sft",
+    "distill",
+    "grpo",
+    "ppo",
+    "spo",
+    "cispo",
+    "reinforce",
+)  # stages that leave a model that answers
 NAME = "slots"
 # the columns in use are a multiple: oneDNN compiles a kernel for every new shape in half precision
 STEP = 64
@@ -51,6 +63,7 @@ FIRST = 256  # columns of a new cache; it doubles when a row gets longer
 EXPLICIT = 512
 # tokens of new prompts in one step, so that many long ones do not stop the others for long
 PREFILL = 2048
+WORTH = 16  # tokens of a common beginning from which a copy pays
 NUCLEUS = 256  # candidates looked at before the whole vocabulary is sorted
 
 
@@ -62,7 +75,9 @@ class Sampling:
     """How a request is answered.
 
     temperature 0: always the likeliest token; top_k 0: among all; ends: token ids that end an
-    answer, None: those of the model's generation config.
+    answer, None: those of the model's generation config; log_probs: whether Request.log_probs is
+    filled; top_log_probs: how many of the likeliest tokens Request.top_log_probs has beside each
+    chosen one, None: it stays empty.
     """
 
     max_new_tokens: int = 256
@@ -72,6 +87,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | str = 0
     ends: frozenset[int] | None = None
+    log_probs: bool = False
+    top_log_probs: int | None = None
 
     def __post_init__(self):
         makes_sense = {
@@ -91,20 +108,31 @@ class Request:
     """A prompt and what has been generated for it.
 
     tokens: the end token is among them.
+    log_probs: of each token, under the very distribution that it was drawn from (0 where the
+        likeliest is taken); empty unless its Sampling asks for them.
     finished: "" while it runs, then "stop", "length" or "cancelled".
     on_token: called with each new token; what it returns is not looked at.
+    constraint: what may come next, for answers that follow a grammar: allowed() -> bool [V] on the
+        CPU, take(token), and done.
+    top_log_probs: (log-probability of the token, [(another, its own), ...]) of each token, of the
+        model itself: before penalty, temperature and constraint.
     """
 
     prompt: list[int]
     sampling: Sampling
     on_token: Callable[[int], object] | None = None
+    constraint: object = None
     tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    top_log_probs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     finished: str = ""
     seen: Tensor | None = None  # bool [V]: tokens of prompt and answer, where they are penalised
 
     def __post_init__(self):
         # of its own: an answer is the same whoever is answered beside it
         self.numbers = random.Random(f"{self.sampling.seed}")
+        self.key = tuple(self.prompt)
+        self.held = 0  # tokens of the prompt that its slot held before it came
 
     @property
     def place(self) -> int:
@@ -114,11 +142,15 @@ class Request:
     def cancel(self) -> None:
         self.finished = self.finished or "cancelled"
 
-    def take(self, token: int, ends: frozenset[int], limit: int) -> None:
+    def take(self, token: int, log_prob: float, ends: frozenset[int], limit: int) -> None:
         self.tokens.append(token)
+        if self.sampling.log_probs:
+            self.log_probs.append(log_prob)
         if self.seen is not None:
             self.seen[token] = True
-        if token in ends:
+        if self.constraint:
+            self.constraint.take(token)
+        if token in ends or (self.constraint and self.constraint.done):
             self.finished = "stop"
         elif len(self.tokens) >= self.sampling.max_new_tokens or self.place + 1 >= limit:
             self.finished = "length"
@@ -126,7 +158,24 @@ class Request:
             self.on_token(token)
 
 
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two of them begin with alike."""
+    most = min(len(one), len(other))
+    return next((i for i in range(most) if one[i] != other[i]), most)
+
+
 # ---- the cache -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Document:
+    """The part of a prompt that a step computes: tokens [start, end) of the step, in `slot`, which
+    already `held` so many columns before them."""
+
+    start: int
+    end: int
+    slot: int
+    held: int
 
 
 class SlotCache(Cache):
@@ -141,10 +190,20 @@ class SlotCache(Cache):
         self.values: list[Tensor] = []
 
     def begin(
-        self, rows: Tensor, columns: Tensor, active: int, width: int, cu_seqlens: list[int], dtype
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        active: int,
+        width: int,
+        documents: list[Document],
+        dtype,
+        copies: list[tuple[int, int, int]],
     ) -> None:
         """A step: its tokens go to (rows, columns) [N]; the last `active` of them look at `width`
-        columns, those before them are documents with boundaries `cu_seqlens`."""
+        columns, those before them are `documents`.
+
+        copies: (slot, another, length): what a slot gets in this step goes to another one too.
+        """
         width = -(-width // STEP) * STEP
         while self.columns < width:
             self.columns *= 2
@@ -154,10 +213,12 @@ class SlotCache(Cache):
                     kept[i] = F.pad(old, (0, 0, 0, self.columns - old.shape[2]))
         self.rows = rows
         self.places = columns
+        self.copies = copies
         self.active = active
         self.width = width
-        self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=rows.device)
-        self.documents = list(pairwise(cu_seqlens))
+        self.documents = documents
+        ends = [0, *(document.end for document in documents)]
+        self.cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=rows.device)
         not_yet = torch.arange(width, device=rows.device) > columns[-active:, None]
         bias = torch.zeros(not_yet.shape, dtype=dtype, device=rows.device)
         self.bias = bias.masked_fill_(not_yet, -torch.inf)[:, None, None]  # [A, 1, 1, W]
@@ -169,11 +230,19 @@ class SlotCache(Cache):
             for kept in (self.keys, self.values):
                 kept.append(key.new_zeros(size))  # zeros: what is masked still is a factor
         for kept, new in ((self.keys, key), (self.values, value)):
-            kept[layer_idx][self.rows, :, self.places] = new[0].transpose(0, 1)
+            layer = kept[layer_idx]
+            layer[self.rows, :, self.places] = new[0].transpose(0, 1)
+            for start, goal, length in self.copies:
+                layer[goal, :, :length] = layer[start, :, :length]
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+    def exchange(self, one: int, other: int, length: int) -> None:
+        """The first `length` columns of two slots change places."""
+        for tensor in (*self.keys, *self.values):
+            tensor[[one, other], :, :length] = tensor[[other, one], :, :length]
 
     def move(self, start: int, goal: int, length: int) -> None:
         """The first `length` columns of slot `start` to slot `goal`."""
@@ -198,7 +267,7 @@ def _attention(
     out = out.reshape(1, active, heads, size)
     if begun:
         prompts = (x[0, :, :begun] for x in (query, key, value))
-        out = torch.cat([_documents(*prompts, slots, scale)[None], out], 1)
+        out = torch.cat([_documents(*prompts, slots, module.layer_idx, scale)[None], out], 1)
     return out, None
 
 
@@ -210,18 +279,28 @@ def _looked_up(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: f
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
-def _documents(query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, scale: float) -> Tensor:
+def _documents(
+    query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, layer: int, scale: float
+) -> Tensor:
     """query [H, T, d], key and value [K, T, d] of documents side by side -> [T, H, d]."""
     kernel = varlen_kernel(query)
-    if kernel:
-        max_seqlen = max(end - start for start, end in slots.documents)
+    if kernel and not any(document.held for document in slots.documents):
+        max_seqlen = max(document.end - document.start for document in slots.documents)
         return kernel(query, key, value, slots.cu_seqlens, max_seqlen, scale)
     grouped = len(query) != len(key)
     found = []
-    for start, end in slots.documents:
-        q, k, v = (x[None, :, start:end] for x in (query, key, value))
+    for document in slots.documents:
+        q, k, v = (x[None, :, document.start : document.end] for x in (query, key, value))
+        mask = None
+        if document.held:
+            whole = document.held + document.end - document.start
+            k = slots.keys[layer][document.slot, None, :, :whole]
+            v = slots.values[layer][document.slot, None, :, :whole]
+            ones = torch.ones(q.shape[2], whole, dtype=torch.bool, device=q.device)
+            mask = ones.tril(document.held)
         attend = F.scaled_dot_product_attention
-        found.append(attend(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)[0])
+        causal = mask is None
+        found.append(attend(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)[0])
     return torch.cat(found, 1).transpose(0, 1)
 
 
@@ -247,11 +326,19 @@ class Engine:
         self.cache = SlotCache(slots)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # number i has slot i; there are no gaps in a step
+        # tokens whose keys and values each slot holds, also of what has ended
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.used = [0] * slots  # the step in which each was used last
+        self.steps = 0
 
     # ---- asking ----
 
     def submit(
-        self, prompt: list[int], sampling: Sampling, on_token: Callable | None = None
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        on_token: Callable | None = None,
+        constraint: object = None,
     ) -> Request:
         """Put a prompt in the queue. ValueError when it is empty or leaves no room for an
         answer."""
@@ -263,7 +350,7 @@ class Engine:
             )
         if sampling.ends is None:
             sampling = replace(sampling, ends=self.ends)
-        request = Request(list(prompt), sampling, on_token)
+        request = Request(list(prompt), sampling, on_token, constraint)
         self.waiting.append(request)
         return request
 
@@ -305,30 +392,95 @@ class Engine:
     def step(self) -> list[tuple[Request, int]]:
         """One forward pass: a new token of every request that has a slot; [] when there is nothing
         to do."""
-        fresh = self._fill_slots()
+        fresh, copies = self._fill_slots()
         self._close_gaps()
         if not self.running:
             return []
-        tokens = choose(self._logits(fresh), self.running).tolist()  # the only wait for the device
-        done = list(zip(self.running, tokens, strict=True))
-        for request, token in done:
-            request.take(token, request.sampling.ends, self.max_length)
-        return done
+        logits = self._logits(fresh, copies).float()
+        curious = [i for i, r in enumerate(self.running) if r.sampling.top_log_probs is not None]
+        own = logits[curious].log_softmax(-1)  # before what follows changes them
+        tokens, log_probs = choose(constrained(logits, self.running), self.running)
+        if curious:
+            note_top(own, tokens[curious], [self.running[i] for i in curious])
+        tokens = tokens.tolist()  # the wait for the device
+        if any(request.sampling.log_probs for request in self.running):
+            log_probs = log_probs.tolist()
+        else:
+            log_probs = [0.0] * len(tokens)
+        for request, token, log_prob in zip(self.running, tokens, log_probs, strict=True):
+            request.take(token, log_prob, request.sampling.ends, self.max_length)
+        return list(zip(self.running, tokens, strict=True))
 
-    def _fill_slots(self) -> list[int]:
-        """Give the slots of what has ended to waiting requests; -> slots that begin now."""
+    def _fill_slots(self) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Give the slots of what has ended to waiting requests; -> slots whose prompt has to be
+        computed in this step, and copies: see SlotCache.begin.
+
+        What a slot holds of a prompt's beginning (the same instructions, an earlier turn of the
+        conversation) is copied, and the rest computed.
+        """
         self.waiting = deque(request for request in self.waiting if not request.finished)
-        fresh = []
+        free = self._free_slots() if self.waiting else []
+        begun: dict[tuple, int] = {}  # prompts that this step computes
+        copies = []
         room = PREFILL
-        for slot in range(self.slots):
-            busy = slot < len(self.running) and not self.running[slot].finished
-            if busy or not self.waiting or (fresh and len(self.waiting[0].prompt) > room):
-                continue
-            request = self.waiting.popleft()
+        while free and self.waiting:
+            request = self.waiting[0]
+            source, held = self._longest(request.prompt)
+            if request.key in begun:
+                slot = self._take_slot(free, source, 0)
+                copies.append((begun[request.key], slot, len(request.prompt) - 1))
+            elif any(common(request.prompt, key) > held + WORTH for key in begun):
+                break  # one step later it finds more
+            elif begun and len(request.prompt) - held > room:
+                break
+            else:
+                slot = self._take_slot(free, source, held)
+                request.held = held
+                if held < len(request.prompt) - 1:
+                    begun[request.key] = slot
+                    room -= len(request.prompt) - held
+            self.waiting.popleft()
             self.running[slot : slot + 1] = [request]
-            room -= len(request.prompt)
-            fresh.append(slot)
-        return fresh
+        return list(begun.values()), copies
+
+    def _free_slots(self) -> list[int]:
+        running = self.running
+        return [i for i in range(self.slots) if i >= len(running) or running[i].finished]
+
+    def _longest(self, prompt: list[int]) -> tuple[int, int]:
+        """The slot that holds the most of the beginning of a prompt, and how many tokens: all but
+        the last at most, none where it is too little to be worth a copy."""
+        lengths = [common(prompt[:-1], held) for held in self.held]
+        source = max(range(self.slots), key=lengths.__getitem__)
+        whole = lengths[source] == len(prompt) - 1
+        return source, lengths[source] if whole or lengths[source] >= WORTH else 0
+
+    def _take_slot(self, free: list[int], source: int, held: int) -> int:
+        """Take the first of the free slots; it then holds the first `held` tokens of `source`.
+
+        What it held before stays in another free slot: lost is what was used longest ago, or what
+        the request goes on from.
+        """
+        slot = free[0]
+        goes_on = held > len(self.held[source]) // 2
+        lost = min(free, key=self.used.__getitem__)
+        if goes_on and source in free:
+            lost = source
+        self._exchange(slot, lost)
+        source = {slot: lost, lost: slot}.get(source, source)
+        if held and source != slot:
+            self.cache.move(source, slot, held)
+            self.held[slot] = self.held[source]
+        self.held[slot] = self.held[slot][:held]
+        return free.pop(0)
+
+    def _exchange(self, slot: int, other: int) -> None:
+        """Two slots change places, with all they hold."""
+        if slot == other:
+            return
+        self.cache.exchange(slot, other, max(len(self.held[slot]), len(self.held[other])))
+        for facts in (self.held, self.used):
+            facts[slot], facts[other] = facts[other], facts[slot]
 
     def _close_gaps(self) -> None:
         """Requests in the last slots move to those that are free; those that begin now stand before
@@ -337,30 +489,37 @@ class Engine:
             if self.running[slot].finished:
                 last = self.running.pop()
                 if slot < len(self.running):
-                    self.cache.move(len(self.running), slot, last.place)
+                    self._exchange(slot, len(self.running))
                     self.running[slot] = last
 
-    def _logits(self, fresh: list[int]) -> Tensor:
-        """Logits after the newest token of every slot, [A, V]."""
+    def _logits(self, fresh: list[int], copies: list[tuple[int, int, int]]) -> Tensor:
+        """Logits after the newest token of every slot, [A, V]; `fresh`, `copies`: see
+        _fill_slots."""
         ids = []
         columns = []
         rows = []
-        cu_seqlens = [0]
+        documents = []
         for slot in fresh:
-            begun = self.running[slot].prompt[:-1]
+            request = self.running[slot]
+            begun = request.prompt[request.held : -1]
+            documents.append(Document(len(ids), len(ids) + len(begun), slot, request.held))
             ids += begun
-            columns += range(len(begun))
+            columns += range(request.held, request.held + len(begun))
             rows += [slot] * len(begun)
-            if begun:
-                cu_seqlens.append(len(ids))
         for slot, request in enumerate(self.running):
-            ids.append((request.tokens or request.prompt)[-1])
+            newest = (request.tokens or request.prompt)[-1]
+            ids.append(newest)
+            if not request.tokens:
+                self.held[slot] = request.prompt[:-1]
+            self.held[slot].append(newest)
+            self.used[slot] = self.steps
             columns.append(request.place)
             rows.append(slot)
+        self.steps += 1
         active = len(self.running)
         width = 1 + max(request.place for request in self.running)
         ids, columns, rows = torch.tensor([ids, columns, rows]).to(self.model.device)
-        self.cache.begin(rows, columns, active, width, cu_seqlens, self.model.dtype)
+        self.cache.begin(rows, columns, active, width, documents, self.model.dtype, copies)
         with self._attending():
             out = self.model(
                 input_ids=ids[None],
@@ -393,18 +552,45 @@ class Engine:
 # ---- choosing a token ----------------------------------------------------------------------------
 
 
-def choose(logits: Tensor, requests: list[Request]) -> Tensor:
-    """logits [A, V] -> the next token of each request, [A]."""
+def constrained(logits: Tensor, requests: list[Request]) -> Tensor:
+    """logits [A, V] -> the same, -inf where a request's constraint forbids a token."""
+    rows = [i for i, request in enumerate(requests) if request.constraint]
+    if not rows:
+        return logits
+    allowed = torch.stack([requests[row].constraint.allowed() for row in rows])
+    logits = logits.clone()
+    logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), -torch.inf)
+    return logits
+
+
+def note_top(log_probs: Tensor, tokens: Tensor, requests: list[Request]) -> None:
+    """Write down the likeliest of log_probs [R, V] beside the chosen tokens [R] of requests that
+    want it."""
+    own = log_probs.gather(1, tokens[:, None])[:, 0].tolist()
+    most = max(request.sampling.top_log_probs for request in requests)
+    values, ids = log_probs.topk(most)
+    for i, request in enumerate(requests):
+        wanted = request.sampling.top_log_probs
+        top = zip(ids[i, :wanted].tolist(), values[i, :wanted].tolist(), strict=True)
+        request.top_log_probs.append((own[i], list(top)))
+
+
+def choose(logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
+    """logits [A, V] -> the next token of each request, [A], and its log-prob under the distribution
+    that it was drawn from, [A]."""
     logits = _penalised(logits.float(), requests)
     tokens = logits.argmax(-1)
+    log_probs = logits.new_zeros(len(logits))
     # each kind is drawn apart, so that a draw is the same whoever is in the batch
     kinds: dict[str, list[int]] = {}
     for row, request in enumerate(requests):
         if request.sampling.temperature > 0:
             kinds.setdefault(_kind(request.sampling), []).append(row)
     for kind, rows in kinds.items():
-        tokens[rows] = _drawn(logits[rows], [requests[row] for row in rows], kind)
-    return tokens
+        # one kind for all, as in a rollout: no copy of the logits
+        some = logits if len(rows) == len(logits) else logits[rows]
+        tokens[rows], log_probs[rows] = _drawn(some, [requests[row] for row in rows], kind)
+    return tokens, log_probs
 
 
 def _kind(sampling: Sampling) -> str:
@@ -438,9 +624,10 @@ def _column(name: str, requests: list[Request], like: Tensor) -> Tensor:
     return like.new_tensor([getattr(request.sampling, name) for request in requests])[:, None]
 
 
-def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
+def _drawn(logits: Tensor, requests: list[Request], kind: str) -> tuple[Tensor, Tensor]:
     """One token for each row of logits [R, V]: temperature, top_k, top_p, then a random number of
-    the request's own. kind: see _kind; all requests are of it."""
+    the request's own; and its log-prob under what they leave. kind: see _kind; all requests are of
+    it."""
     logits = logits / _column("temperature", requests, logits)
     top_p = _column("top_p", requests, logits)
     order = None  # token of each column, where they are no longer in the vocabulary's order
@@ -460,9 +647,10 @@ def _drawn(logits: Tensor, requests: list[Request], kind: str) -> Tensor:
     numbers = [request.numbers.getrandbits(24) / 2**24 for request in requests]
     drawn = sums.new_tensor(numbers)[:, None] * sums[:, -1:]
     place = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+    log_probs = (chances.gather(1, place) / sums[:, -1:]).log()
     if order is not None:
         place = order.gather(1, place)
-    return place[:, 0]
+    return place[:, 0], log_probs[:, 0]
 
 
 def _likeliest(chances: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

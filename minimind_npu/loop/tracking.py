@@ -34,13 +34,24 @@ class Run:
     progress: see state.new_progress; what a checkpoint keeps.
     plan: has describe(), total_steps() (None where the clock ends the run) and fraction_done().
     settings: for the trackers.
+    plots: of the report, see report.write_report.
     """
 
-    def __init__(self, training, progress: dict, model: nn.Module, dtype, plan, settings: dict):
+    def __init__(
+        self,
+        training,
+        progress: dict,
+        model: nn.Module,
+        dtype,
+        plan,
+        settings: dict,
+        plots: dict = report.PLOTS,
+    ):
         self.training = training
         self.progress = progress
         self.model = model
         self.plan = plan
+        self.plots = plots
         self.out = Path(training.output_dir)
         self.stopped = False
 
@@ -66,19 +77,23 @@ class Run:
         names = [] if training.report_to == ["none"] else list(training.report_to)
         self.trackers = Trackers(names, self.out, settings, progress["trackers"], progress["step"])
 
-    def count(self, loss: float, lr: float, seconds: float, tokens: int, label_tokens: int) -> None:
-        """Book the step that progress["step"] names."""
+    def count(
+        self, loss: float, lr: float, seconds: float, tokens: int, label_tokens: int, **more: float
+    ) -> None:
+        """Book the step that progress["step"] names; `more` goes into the history and to the
+        trackers."""
         now = self.progress
         now["tokens"] += tokens
         now["label_tokens"] += label_tokens
         now["seconds"] += seconds
-        now["history"].append({"step": now["step"], "loss": loss, "learning_rate": lr})
+        entry = {"step": now["step"], "loss": loss, "learning_rate": lr}
+        now["history"].append(entry | more)
         self.recent.append(loss)
         last = self.plan.fraction_done() >= 1
         if now["step"] == 1 or last or self.is_due(self.training.logging_steps):
-            self.show(lr)
+            self.show(lr, more)
 
-    def show(self, lr: float) -> None:
+    def show(self, lr: float, more: dict) -> None:
         now = self.progress
         before = self.at_last_line
         seconds = max(1e-9, now["seconds"] - before["seconds"])
@@ -101,8 +116,10 @@ class Run:
             fraction = self.plan.fraction_done()
             total = self.plan.total_steps()
             step = f"{now['step']}/{total}" if total else f"{now['step']}"
-            cli.say(f"step {step} {min(1.0, fraction):4.0%} | {text} | left {self.time_left()}")
-        self.trackers.log(now["step"], values)
+            told = "".join(f"{name.replace('_', ' ')} {more[name]:.3g} | " for name in more)
+            done = f"step {step} {min(1.0, fraction):4.0%}"
+            cli.say(f"{done} | {told}{text} | left {self.time_left()}")
+        self.trackers.log(now["step"], values | more)
         self.recent = []
         self.at_last_line = dict(now)
 
@@ -175,7 +192,7 @@ class Run:
         speed = now["tokens"] / max(now["seconds"], 1e-9)
         facts["mfu"] = round(speed * self.flops / self.peak, 4)
         samples = report.before_and_after(now["before"]["samples"], after["samples"])
-        table = report.write_report(self.out, facts | more, self.curve(after), samples)
+        table = report.write_report(self.out, facts | more, self.curve(after), samples, self.plots)
 
         state = json.dumps({"log_history": now["history"]}, indent=1)
         (self.out / "trainer_state.json").write_text(state, encoding="utf-8")
@@ -188,7 +205,7 @@ class Run:
         now = self.progress
         ends = []
         for step, metrics in ((0, now["before"]["metrics"]), (now["step"], after["metrics"])):
-            values = {f"eval_{name}": metrics[name] for name in report.PLOTS if name in metrics}
+            values = {f"eval_{name}": metrics[name] for name in self.plots if name in metrics}
             ends.append({"step": step} | values)
         return [*ends, *now["history"]]
 

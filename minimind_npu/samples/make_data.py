@@ -9,8 +9,10 @@
     reason.jsonl        {"conversations"} whose answers think first:
                         <think>…</think>\\n<answer>…</answer>
     lora_identity.jsonl, lora_plants.jsonl      another name; a small subject of its own
-    eval/               held_out.txt, ceval/*_val.csv, choice.jsonl, gsm.jsonl: nothing of it stands
-                        in the files above
+    rl/sums.jsonl       {"question", "answer"}: sums asked in ways that stand nowhere else, for
+                        train_rl.py
+    eval/               held_out.txt, ceval/*_val.csv, choice.jsonl, gsm.jsonl, toolcall.jsonl
+                        (tool_rows.py): nothing of it stands in the files above
 
 Everything is true or made up by us. A fact is said in several ways in pretrain/ and asked in other
 ways in sft/, so that a question that was held out can be answered from the others. All sentences
@@ -29,6 +31,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE)]
+from samples import tool_rows
 from samples.sample_facts import (
     ACTS,
     CARE,
@@ -56,6 +59,8 @@ from samples.sample_facts import (
     WEEK,
     WHO,
     Kind,
+    additions,
+    differences,
     in_words,
     lines,
 )
@@ -709,6 +714,24 @@ def gsm(number: int = 60) -> list[dict]:
     return rows
 
 
+UNUSUAL = {  # a model that was tuned on sft/ takes most of them for something else
+    "加": ["把{x}和{y}加在一起是几？", "{x}添上{y}后有多少？", "{x}往上数{y}个数是几？", "比{x}大{y}的数是几？",
+          "先有{x}，又来{y}，共多少？"],
+    "减": ["比{x}小{y}的数是几？", "{x}和{y}差多少？", "{x}与{y}的差是几？", "{x}用掉{y}还有几？", "{x}扣除{y}剩多少？",
+          "{x}往下数{y}个数是几？"],
+}  # fmt: skip
+
+
+def unusual_sums() -> list[dict]:
+    """GSM8K's columns."""
+    rows = []
+    for sign, facts in (("加", additions(str)), ("减", differences(str))):
+        for fact, ask in product(facts, UNUSUAL[sign]):
+            said = "{x}{sign}{y}等于{z}。\n#### {z}".format(sign=sign, **fact)
+            rows.append({"question": ask.format(**fact), "answer": said})
+    return rows
+
+
 def held_out(number: int = 60) -> list[str]:
     """Documents that pretrain/ does not have, line breaks as spaces."""
     known = {row["text"] for name in PRETRAIN for row in documents(name)}
@@ -764,6 +787,8 @@ def main(folder: Path) -> None:
         write(folder / "eval" / "ceval" / f"{subject}_val.csv", ceval(subject))
     write(folder / "eval" / "choice.jsonl", arc())
     write(folder / "eval" / "gsm.jsonl", gsm())
+    write(folder / "rl" / "sums.jsonl", unusual_sums())
+    write(folder / "eval" / "toolcall.jsonl", tool_rows.questions())
 
 
 if __name__ == "__main__":

@@ -617,3 +617,48 @@ def test_minimind_cuts_a_step_into_what_the_card_holds(npu, tmp_path):
         assert f" 4 a step ({cut}), 3 steps" in done.stdout
         found[name] = history(tmp_path / name)
     assert found["small"] == pytest.approx(found["large"], rel=1e-3) and len(found["large"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip, cards, algorithm", [(A2, 2, "ppo"), (FIRST, 1, "grpo")])
+def test_minimind_learns_from_rewards(npu, tmp_path, chip, cards, algorithm):
+    """bf16 on two cards over HCCL, fp16 with its scaler on one; what is sampled there is what is trained."""
+    flags = [
+        "--size",
+        "tiny",
+        "--hidden_size",
+        32,
+        "--num_hidden_layers",
+        2,
+        "--max_steps",
+        2,
+        "--algorithm",
+        algorithm,
+    ]
+    flags += [
+        "--prompts_per_step",
+        4,
+        "--max_new_tokens",
+        8,
+        "--rewards",
+        "repetition:1 length:1",
+        "--report_to",
+        "none",
+    ]
+    flags += [
+        "--length_range",
+        "3,5",
+        "--max_eval_samples",
+        4,
+        "--save_steps",
+        1,
+        "--output_dir",
+        tmp_path,
+    ]
+    launch = ["python", ROOT / "common/launch.py", cards, ROOT / "minimind_npu/train_rl.py"]
+    done = expect(finish(start([*launch, *flags], **npu(chip, 2))))
+    assert BANNER in done.stderr and "fall back to run on the CPU" not in done.stderr
+    assert "sampler and policy differ by" in done.stdout and set(history(tmp_path)) == {1, 2}
+    facts = report(tmp_path)
+    assert (facts["device"], facts["world_size"]) == (chip, cards)
+    assert facts["dtype"] == ("bfloat16" if chip == A2 else "float16")

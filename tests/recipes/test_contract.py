@@ -48,11 +48,14 @@ def in_recipe(recipe: str, code: str, **env) -> str:
 
 
 def flags_of(recipe: str) -> set[str]:
+    scripts = [file.stem for file in (ROOT / recipe).glob("train*.py")]
     code = (
-        "import train\n"
         "from dataclasses import fields\n"
+        "from importlib import import_module\n"
         "from transformers import TrainingArguments\n"
-        "print(*(field.name for kind in (train.Args, TrainingArguments) for field in fields(kind)))"
+        f"modules = [import_module(name) for name in {scripts}]\n"
+        "kinds = [module.Args for module in modules if hasattr(module, 'Args')]\n"
+        "print(*(field.name for kind in (*kinds, TrainingArguments) for field in fields(kind)))"
     )
     return set(in_recipe(recipe, code).split())
 
@@ -63,7 +66,9 @@ def test_flags_named_in_readme_commands_exist(recipe):
     known = flags_of(recipe) | {"size", "from_weight"} | set(old_flags.RENAMED_QUIETLY)
     blocks = "\n".join(commands(ROOT / recipe / "README.md")).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in blocks.splitlines()]
-    lines = [line for line in lines if re.search(r"/(train(_\w+)?|pretrain)\.sh|/train\.py", line)]
+    lines = [
+        line for line in lines if re.search(r"/(train(_\w+)?|pretrain)\.sh|/train(_rl)?\.py", line)
+    ]
     assert lines
     for line in lines:
         for flag in re.findall(r" --(\w+)", line.split(".sh")[-1].split("train.py")[-1]):

@@ -25,7 +25,7 @@ import torch
 from harness import ROOT, environment
 
 from common.data.labels import encode_chat, encode_prompt
-from common.demo import serve
+from common.demo import openai_server, serve
 
 RECIPE = ROOT / "chatglm_lora"
 KEY, ORIGIN, WINDOW, WAITING = "sk-geheim-1", "https://ok.example", 1 << 16, 2
@@ -454,7 +454,7 @@ def test_harmless_fields_are_accepted(server):
 
 
 def test_values_that_change_nothing_are_accepted_of_every_field(api, server):
-    import openai_fields
+    from common.demo import openai_fields
 
     usage = post(server, GOOD)[2]["usage"]
     for pick in (0, -1):
@@ -776,7 +776,7 @@ def call(api, desk, body: dict):
     scope = {
         "type": "http",
         "method": "POST",
-        "path": api.PATHS[0],
+        "path": api.COMPLETIONS,
         "headers": [],
         "state": {},
         "query_string": b"",
@@ -868,7 +868,7 @@ def test_a_client_that_does_not_read_gives_his_place_back(api):
     limits = serve.Limits(body_seconds=0.5, unread_seconds=0.5)
     app = api.build_app(desk_of(api, speak), {"m": True}, dict(api.NEUTRAL), 10)
     body = json.dumps({"model": "m", "messages": user("你好"), "stream": True}).encode()
-    with serving.served(api.Front(app, set(), [], limits), limits) as running:
+    with serving.served(openai_server.Front(app, set(), [], limits), limits) as running:
         begun = serving.head(running.port, "POST", api.COMPLETIONS, content_length=len(body))
         with serving.connect(running.port) as reader, serving.connect(running.port) as writer:
             reader.sendall(begun + body)
@@ -898,24 +898,24 @@ def test_pieces_add_up_to_the_whole_text(api, run):
 
 def test_model_ids(api, tmp_path):
     (tmp_path / "run" / "final").mkdir(parents=True)
-    assert api.model_ids(str(tmp_path / "run"), None, False) == {"run": True}
-    assert api.model_ids(str(tmp_path / "run" / "final"), None, True) == {
+    assert openai_server.model_ids(str(tmp_path / "run"), None, False) == {"run": True}
+    assert openai_server.model_ids(str(tmp_path / "run" / "final"), None, True) == {
         "run": True,
         "base": False,
     }
-    assert api.model_ids("org/name", None, False) == {"org/name": True}
-    assert api.model_ids(str(tmp_path / "run"), "mine", False) == {"mine": True}
+    assert openai_server.model_ids("org/name", None, False) == {"org/name": True}
+    assert openai_server.model_ids(str(tmp_path / "run"), "mine", False) == {"mine": True}
     with pytest.raises(SystemExit, match="--name"):
-        api.model_ids(str(tmp_path), "base", True)
+        openai_server.model_ids(str(tmp_path), "base", True)
 
 
 def test_mistakes_at_the_start_are_one_line(api, server, monkeypatch, capsys):
     with pytest.raises(
         SystemExit, match=f"{server.port}: Address already in use; choose another --port"
     ):
-        api.bind(server.host, server.port)
+        openai_server.bind(server.host, server.port)
     with pytest.raises(SystemExit, match="cannot serve on no.such.host.invalid"):
-        api.bind("no.such.host.invalid", 8000)
+        openai_server.bind("no.such.host.invalid", 8000)
     for flags in (
         ["--port", "65536"],
         ["--api_key", ""],

@@ -190,7 +190,8 @@ def test_rows_keep_everything_and_their_source(tmp_path):
     with endpoint() as (asked, _, address):
         done = expect(finish(start(command(tmp_path / "a.jsonl", tmp_path / "b.jsonl", address))))
     assert asked == {"a cat": 1, "a dog": 1}
-    assert "1 rows without a caption" in done.stdout and "1 Chinese already" in done.stdout
+    assert "1 rows are left out" in done.stdout and "a.jsonl:4: no caption" in done.stdout
+    assert "1 Chinese already" in done.stdout
     cat, dog = ({"caption": chinese(t), "caption_source": t} for t in ("a cat", "a dog"))
     assert lines_of(tmp_path / "b.jsonl") == [
         rows[0] | cat,

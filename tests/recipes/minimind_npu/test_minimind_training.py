@@ -396,7 +396,8 @@ def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
     settings = {
         "OUTPUT": tmp_path,
         "NPROC": 1,
-        "STAGES": "tokenizer pretrain sft lora dpo distill reason eval chat",
+        "STAGES": "tokenizer pretrain sft lora dpo distill reason toolcall eval chat",
+        "EVAL_TOOLS": "--num_rows 4 --max_new_tokens 8",
         "EVAL": "--choice " + str(RECIPE / "data/eval/choice.jsonl") + " --num_rows 8",
     }
     done = expect(shell(RECIPE / "run_all.sh", *flags, **settings, fork=True))
@@ -418,3 +419,4 @@ def test_run_all_goes_from_nothing_to_a_chat(tmp_path):
         "|"
     ) > 60 and "你" in done.stdout
     assert (tmp_path / "dpo/dpo_128.safetensors").is_file()
+    assert report(tmp_path / "toolcall")["steps"] == 3 and "| right tool | " in done.stdout

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def test_half_precision_looks_up_long_rows_the_other_way():
 def draws(logits, count=3000, **how):
     """Share of each token in `count` draws from logits [V]."""
     asked = [Request([5], Sampling(seed=i, **how)) for i in range(count)]
-    tokens = generation.choose(logits.repeat(count, 1), asked)
+    tokens, _ = generation.choose(logits.repeat(count, 1), asked)
     return torch.bincount(tokens, minlength=len(logits)) / count
 
 
@@ -347,6 +348,63 @@ def test_the_model_is_left_as_it_was():
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_prompts_begin_with_alike_is_computed_once(seed, monkeypatch):
+    """Conversations that branch, in few slots, at random times: each answer is transformers' own."""
+    model = build(seed=seed)
+    monkeypatch.setattr(generation, "WORTH", 4)
+    computed = counted(model, monkeypatch)
+    engine = Engine(model, 3)
+    draw = random.Random(seed)
+    begun = [[draw.randrange(3, 60) for _ in range(draw.randrange(20, 40))] for _ in range(3)]
+    asked: list = []
+    while len(asked) < 24 or any(not request.finished for request in asked):
+        if len(asked) < 24 and draw.random() < 0.6:
+            ended = [one for one in asked if one.finished and len(one.prompt) < 90]
+            start = draw.choice(begun)
+            if ended and draw.random() < 0.5:  # a further turn
+                start = (one := draw.choice(ended)).prompt + one.tokens
+            prompt = start[: draw.randrange(len(start) // 2, len(start) + 1)]
+            prompt = prompt + [draw.randrange(3, 60) for _ in range(draw.randrange(1, 9))]
+            asked.append(engine.submit(prompt, Sampling(draw.randrange(1, 9), ends=frozenset([2]))))
+        engine.step()
+    for request in asked:
+        assert request.tokens == alone(model, request.prompt, request.sampling.max_new_tokens)
+    of_prompts = sum(computed) - sum(len(request.tokens) for request in asked)
+    assert of_prompts < 0.7 * sum(len(request.prompt) - 1 for request in asked)
+
+
+def counted(model, monkeypatch) -> list[int]:
+    """-> a list that gets the number of tokens of each forward pass of the engine."""
+    computed = []
+    forward = model.forward
+
+    def forwarded(*args, **kwargs):
+        if "slots" in kwargs:
+            computed.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forwarded)
+    return computed
+
+
+def test_a_conversation_goes_on_where_it_was_though_others_came_between(monkeypatch):
+    model = build()
+    computed = counted(model, monkeypatch)
+    engine = Engine(model, 3)
+    talks = [random.Random(i).choices(range(3, 60), k=30) for i in range(3)]
+    how = Sampling(4, ends=frozenset())
+    for turn in range(3):
+        for i, talk in enumerate(talks):
+            computed.clear()
+            request = engine.submit(talk, how)
+            while not request.finished:
+                engine.step()
+            if turn:  # the newest token of before, and what is new
+                assert computed[0] <= 6
+            talks[i] = talk + request.tokens + [7, 8, 9, 10]
 
 
 @pytest.fixture

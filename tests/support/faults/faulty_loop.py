@@ -10,6 +10,8 @@ that a file or folder is opened for writing, made, or begun to be evaluated whos
     kill-in-file@NAME:N     SIGKILL with half of the N-th file of that name that torch or safetensors
                             write
     kill-in-rotation@N      SIGKILL in the N-th removal of an older checkpoint, one file of it gone
+    kill-call@MODULE:NAME:N     SIGKILL of the last rank in the N-th call of a function of the script's, or
+                            of a class's method (NAME: Class.method)
     kill-all@SECONDS        SIGKILL of all ranks, so long after the first checkpoint of this start began
     full-disk@PLACE         the output's file system is full from there on: "filler" beside OUTPUT
     signal@PLACE            SIGTERM there
@@ -18,6 +20,7 @@ that a file or folder is opened for writing, made, or begun to be evaluated whos
     other-template@         a comment more in every chat template
 """
 
+import importlib
 import os
 import re
 import runpy
@@ -148,6 +151,25 @@ def kill_in_rotation(number: int) -> None:
     sys.addaudithook(hook)
 
 
+def kill_in_call(place: str) -> None:
+    module, name, number = place.split(":")
+    owner = importlib.import_module(module)
+    *outer, name = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    stock = getattr(owner, name)
+    left = int(number)
+
+    def patched(*args, **settings):
+        nonlocal left
+        left -= 1
+        if left == 0 and RANK == WORLD - 1:
+            die()
+        return stock(*args, **settings)
+
+    setattr(owner, name, patched)
+
+
 def kill_all(seconds: float) -> None:
     """By a process of its own, which no rank can hold up."""
     pids = OUTPUT.parent / f"{OUTPUT.name}.pids"
@@ -224,6 +246,8 @@ elif kind == "kill-in-file":
     kill_in_file(when.partition(":")[0], int(when.partition(":")[2] or 1))
 elif kind == "kill-in-rotation":
     kill_in_rotation(int(when))
+elif kind == "kill-call":
+    kill_in_call(when)
 elif kind == "kill-all":
     kill_all(float(when))
 elif kind == "full-disk":

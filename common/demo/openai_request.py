@@ -6,9 +6,10 @@ import json
 import re
 from typing import Annotated, Literal
 
-from openai_fields import HARMLESS, IN_A_MESSAGE, INSTEAD, NO_VARIABLES, ONLY
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from starlette.responses import JSONResponse
+
+from common.demo.openai_fields import HARMLESS, IN_A_MESSAGE, INSTEAD, NO_VARIABLES, ONLY
 
 PLAIN = re.compile(r"\w{1,40}", re.ASCII)  # names of fields; anything else is the client's text
 COLDEST = 0.01  # temperatures below it are greedy: logits divided by less overflow
@@ -84,15 +85,13 @@ class StreamOptions(BaseModel):
 StopString = Annotated[str, Field(min_length=1)]
 
 
-class Ask(BaseModel):
-    """Body of POST /v1/chat/completions; fields that are neither here nor in ONLY are ignored, and
-    named in the log."""
+class Sampled(BaseModel):
+    """What every request for an answer may say; fields that are neither here nor in ONLY are
+    ignored, and named in the log."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str
-    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -101,11 +100,6 @@ class Ask(BaseModel):
     stop: Annotated[list[StopString], BeforeValidator(listed)] = Field([], max_length=4)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    chat_template_kwargs: dict[str, JsonValue] | None = None
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     @property
     def wants_usage(self) -> bool:
@@ -115,8 +109,7 @@ class Ask(BaseModel):
     def ignored(self) -> list[str]:
         """Names of the fields that nobody here knows."""
         unknown = self.model_extra.keys() - ONLY.keys() - set(HARMLESS)
-        named = {"name"} if any(one.model_extra.get("name") for one in self.messages) else set()
-        return sorted(named | {name for name in unknown if self.model_extra[name] is not None})
+        return sorted(name for name in unknown if self.model_extra[name] is not None)
 
     def sampling(self, defaults: dict) -> dict:
         """The arguments of generation: what the request says, else `defaults`."""
@@ -127,14 +120,31 @@ class Ask(BaseModel):
         return chosen
 
 
-def parse(body: bytes) -> Ask:
-    """The body of a request; Refusal 400 names every bad field."""
+class Ask(Sampled):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def ignored(self) -> list[str]:
+        named = {"name"} if any(one.model_extra.get("name") for one in self.messages) else set()
+        return sorted(named.union(super().ignored))
+
+
+def parse(body: bytes, kind: type[Sampled] = Ask) -> Sampled:
+    """The body of a request, a `kind`; Refusal 400 names every bad field."""
     try:
-        ask = Ask.model_validate_json(body)
+        ask = kind.model_validate_json(body)
     except ValidationError as error:
         raise refusal_of(error) from None
     check_neutral(ask.model_extra, ONLY)
-    for number, message in enumerate(ask.messages):
+    for number, message in enumerate(getattr(ask, "messages", ())):
         check_neutral(message.model_extra, IN_A_MESSAGE, f"messages[{number}].")
     if ask.wants_usage and not ask.stream:
         told = "stream_options: only allowed when stream is true"

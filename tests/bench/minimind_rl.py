@@ -1,0 +1,303 @@
+"""minimind_npu's GRPO beside TRL's GRPOTrainer and a plain re-statement of MiniMind's loop: JSON lines, ratios.
+
+    OMP_NUM_THREADS=1 python tests/bench/minimind_rl.py                 # 26M, groups of 8, 64 new tokens
+    OMP_NUM_THREADS=1 python tests/bench/minimind_rl.py --only ours trl --steps 2 --prompts 2      # a quick look
+
+The same weights (for the others as a Llama of transformers), prompts and reward for all, one update a rollout, fp32
+unless the side ends in _half (bf16). `trl` has no reference model (its default); neither have `ours` and `ours_half`.
+`restated` is MiniMind's train_grpo.py as it runs on a CPU: prompts two at a time, transformers' generate() with top_p
+and top_k, full logits of policy, old policy and reference; `ours_kl` computes the same losses with a reference.
+
+Every side runs in a process of its own with one thread. answers_per_cpu_s: over whole steps, the first left out;
+generation: new tokens per CPU second of the rollout alone; memory: what a side needs above its loaded weights.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from measured import forget_peak, memory_mb, say
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "minimind_npu")]
+SIDES = ("ours", "ours_half", "ours_kl", "trl", "trl_half", "restated")
+RATIOS = (("ours", "trl"), ("ours_half", "trl_half"), ("ours_half", "trl"), ("ours_kl", "restated"))
+RATE = 1e-6
+
+
+def prompts_of(tokenizer, count: int, tokens: int) -> list[str]:
+    """Questions of the sample data one after another, cut at so many tokens."""
+    rows = (ROOT / "minimind_npu/data/sft/sums.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(row)["conversations"][0]["content"] for row in rows]
+    rng = random.Random(0)
+    found = []
+    for _ in range(count):
+        ids = tokenizer("".join(rng.choices(asked, k=tokens)), add_special_tokens=False).input_ids
+        found.append(tokenizer.decode(ids[: rng.randint(tokens // 2, tokens)]))
+    return found
+
+
+def reward(text: str) -> float:
+    return sum(text.encode()) % 11 / 10
+
+
+class Clock:
+    """CPU seconds of steps and, within them, of generation."""
+
+    def __init__(self):
+        self.steps = []
+        self.generation = 0.0
+        self.tokens = 0
+
+    def around(self, generate):
+        def timed(*args, **settings):
+            began = time.process_time()
+            out = generate(*args, **settings)
+            self.generation += time.process_time() - began
+            return out
+
+        return timed
+
+    def step(self) -> None:
+        self.steps.append((time.process_time(), self.generation, self.tokens))
+
+    def told(self, answers: int) -> dict:
+        """answers: of a step. The first step is left out."""
+        (began, made, counted), (ended, made_all, counted_all) = self.steps[1], self.steps[-1]
+        steps = len(self.steps) - 2
+        return {
+            "answers_per_cpu_s": steps * answers / (ended - began),
+            "generated_tokens_per_cpu_s": (counted_all - counted) / max(1e-9, made_all - made),
+        }
+
+
+# ---- ours -----------------------------------------------------------------------------------------------------------
+
+
+def ours(args, tokenizer, folder: str, half: bool, kl: float) -> dict:
+    import torch
+    import train_rl
+    from model import MiniMindForCausalLM
+    from rl import learner as learners
+    from rl.prompts import Prompt
+    from rl.rewards import Rewards
+    from rl.rollout import Sampler
+
+    from common.fast import losses, shared_start
+
+    name = shared_start.register()
+    model = MiniMindForCausalLM.from_pretrained(f"{folder}/own", attn_implementation=name)
+    losses.use_chunked_loss(model)
+    model.config.use_cache = False
+    model.generation_config.eos_token_id = None
+    dtype = torch.bfloat16 if half else torch.float32
+    settings = SimpleNamespace(
+        algorithm="grpo", temperature=1.0, kl_coef=kl, group_size=args.group, slots=256, model_max_length=256,
+        max_new_tokens=args.new, mini_batches=1, num_iterations=1, clip_low=0.2, clip_high=0.2, target_kl=0,
+        no_std=False, mask_cut=False, prompts_per_step=args.prompts,
+    )  # fmt: skip
+    training = SimpleNamespace(
+        per_device_train_batch_size=8, world_size=1, process_index=0, device=torch.device("cpu"), seed=0,
+        learning_rate=RATE, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", deepspeed=None,
+        bf16=half, fp16=False,
+    )  # fmt: skip
+    before = forget_peak()
+    learner = learners.make_learner(settings, training, model, None, 0)
+    learner.policy.train()
+    sampler = Sampler(model, tokenizer, settings, dtype, 0)
+    sampler.ends = frozenset()
+    rewards = Rewards()
+    rewards.parts["bytes"] = (1.0, lambda answers: [reward(one.text) for one in answers])
+    clock = Clock()
+    sampler.play = clock.around(sampler.play)
+    asked = {}
+    for place, text in enumerate(prompts_of(tokenizer, args.prompts, args.prompt)):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        asked[place] = Prompt(place, ids, "", "", "", "bench")
+    clock.step()
+    for step in range(args.steps + 1):
+        answers, total, seen = train_rl.roll_out(settings, training, sampler, rewards, asked, step)
+        experiences = learners.make_experiences(learner, answers)
+        train_rl.set_advantages(settings, training, experiences, total, None)
+        train_rl.learn(learner, experiences, step)
+        clock.tokens += int(seen["tokens"])
+        clock.step()
+    return clock.told(args.prompts * args.group) | {"memory_mb": memory_mb("VmHWM") - before}
+
+
+# ---- TRL ------------------------------------------------------------------------------------------------------------
+
+
+def trl(args, tokenizer, folder: str, half: bool) -> dict:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/native")
+    before = forget_peak()
+    asked = prompts_of(tokenizer, args.prompts, args.prompt)
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=half, report_to="none", max_steps=args.steps + 1,
+        num_generations=args.group, per_device_train_batch_size=args.prompts * args.group, steps_per_generation=1,
+        gradient_accumulation_steps=1, max_completion_length=args.new, learning_rate=RATE, save_strategy="no",
+        logging_steps=1, temperature=1.0, gradient_checkpointing=False,
+    )  # fmt: skip
+    clock = Clock()
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.step()
+
+        def on_step_end(self, *_, **__):
+            clock.tokens += args.prompts * args.group * args.new
+            clock.step()
+
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [reward(text) for text in completions],
+        args=settings,
+        train_dataset=Dataset.from_dict({"prompt": asked}),
+        processing_class=tokenizer,
+        callbacks=[Steps()],
+    )
+    model.generate = clock.around(model.generate)
+    trainer.train()
+    return clock.told(args.prompts * args.group) | {"memory_mb": memory_mb("VmHWM") - before}
+
+
+# ---- MiniMind's loop, stated again ----------------------------------------------------------------------------------
+
+
+def restated(args, tokenizer, folder: str) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/native")
+    before = forget_peak()
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    asked = prompts_of(tokenizer, args.prompts, args.prompt)
+    tokenizer.padding_side = "left"
+    clock = Clock()
+    generate = clock.around(model.generate)
+
+    def log_probs(net, ids, mask):
+        logits = net(ids, attention_mask=mask).logits[:, :-1]
+        every = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return every[:, -args.new :]
+
+    clock.step()
+    for _ in range(args.steps + 1):
+        for start in range(0, len(asked), 2):
+            batch = tokenizer(
+                asked[start : start + 2],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=False,
+            )
+            with torch.no_grad():
+                ids = generate(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=args.new,
+                    min_new_tokens=args.new, do_sample=True, temperature=0.8, top_p=0.85, top_k=50,
+                    num_return_sequences=args.group, pad_token_id=0,
+                )  # fmt: skip
+            mask = torch.cat([
+                batch.attention_mask.repeat_interleave(args.group, 0),
+                torch.ones(len(ids), args.new, dtype=torch.long),
+            ], 1)  # fmt: skip
+            clock.tokens += len(ids) * args.new
+            with torch.no_grad():
+                old = log_probs(model, ids, mask)
+                distance = log_probs(reference, ids, mask)
+            texts = tokenizer.batch_decode(ids[:, -args.new :], skip_special_tokens=True)
+            given = torch.tensor([reward(text) for text in texts]).view(-1, args.group)
+            gained = (given - given.mean(1, keepdim=True)) / (given.std(1, keepdim=True) + 1e-4)
+            new = log_probs(model, ids, mask)
+            ratio = (new - old).exp()
+            gained = gained.view(-1, 1)
+            kl = (distance - new).exp() - (distance - new) - 1
+            each = -torch.min(ratio * gained, ratio.clamp(0.8, 1.2) * gained) + 0.1 * kl
+            each.mean(1).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.step()
+    return clock.told(args.prompts * args.group) | {"memory_mb": memory_mb("VmHWM") - before}
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def measure(args) -> dict:
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(f"{args.folder}/own")
+    if args.side.startswith("trl"):
+        return trl(args, tokenizer, args.folder, args.side == "trl_half")
+    if args.side == "restated":
+        return restated(args, tokenizer, args.folder)
+    return ours(
+        args, tokenizer, args.folder, args.side == "ours_half", 0.1 * (args.side == "ours_kl")
+    )
+
+
+def write_models(size: str, folder: str) -> None:
+    import torch
+    from export import write_native
+    from model import build
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "minimind_npu/tokenizer")
+    model = build(size, len(tokenizer))
+    model.save_pretrained(f"{folder}/own")
+    tokenizer.save_pretrained(f"{folder}/own")
+    write_native(model, tokenizer, f"{folder}/native")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=SIDES, nargs="+", default=SIDES)
+    parser.add_argument("--size", default="26m")
+    parser.add_argument("--prompts", type=int, default=4, help="of a step")
+    parser.add_argument("--prompt", type=int, default=64, help="longest prompt, tokens")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--side", choices=SIDES, help="what a process of its own measures")
+    parser.add_argument("--folder")
+    args = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if args.side:
+        say(side=args.side, **measure(args))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(args.size, folder)
+        for side in args.only:
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{side}: {done.stderr[-3000:]}")
+            line = done.stdout.strip().splitlines()[-1]
+            print(line, flush=True)
+            found[side] = json.loads(line)
+    for one, other in RATIOS:
+        if one in found and other in found:
+            names = ("answers_per_cpu_s", "generated_tokens_per_cpu_s", "memory_mb")
+            ratios = {name: found[one][name] / found[other][name] for name in names}
+            say(ratio=f"{one} / {other}", **ratios)
+
+
+if __name__ == "__main__":
+    main()
