@@ -1,12 +1,13 @@
 """A sentencepiece BPE -> the parts of a fast tokenizer with the same ids; each recipe adds what is
 its model's own."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tokenizers import models
 
 from common.convert import model_folder
 
@@ -63,13 +64,28 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in pairs]
 
 
+def bpe(proto: model_pb2.ModelProto, renamed: Mapping[str, str] | None = None) -> models.BPE:
+    """The pieces and what joins them; renamed: {piece that is never joined: its name here}."""
+    renamed = renamed or {}
+    vocabulary = {renamed.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
+    normal = [p for p in proto.pieces if p.type == p.NORMAL and p.piece not in renamed]
+    return models.BPE(
+        vocabulary,
+        merges({p.piece: p.score for p in normal}),
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
 def compare(
     tokenizer, original: sentencepiece.SentencePieceProcessor, pieces: Iterable[str]
 ) -> None:
     """SystemExit when the two give different ids for the pieces, alone and in rows."""
     texts = [piece.replace(SPACE, " ") for piece in pieces]
     texts += ["".join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    ids = tokenizer(texts, **settings)["input_ids"]
     for text, found in zip(texts, ids, strict=True):
         if found != original.encode(text):
             raise SystemExit(
