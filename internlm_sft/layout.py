@@ -52,8 +52,8 @@ def split_wqkv(tensor: Tensor, heads: int, groups: int) -> list[Tensor]:
     size = len(tensor) // (heads + 2 * groups)
     queries = heads // groups
     rows = tensor.view(groups, queries + 2, size, *tensor.shape[1:])
-    parts = (rows[:, :queries], rows[:, queries], rows[:, queries + 1])
-    return [part.reshape(-1, *tensor.shape[1:]).clone() for part in parts]
+    parts = (rows[:, :queries], rows[:, queries : queries + 1], rows[:, queries + 1 :])
+    return [part.clone(memory_format=torch.contiguous_format).flatten(0, 2) for part in parts]
 
 
 def join_wqkv(query: Tensor, key: Tensor, value: Tensor, groups: int) -> Tensor:
