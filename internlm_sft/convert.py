@@ -57,6 +57,19 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
 
+def read_json(path: Path) -> dict:
+    """The object in a file; {} where there is none, SystemExit where it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path} cannot be read ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path} holds no JSON object; fetch it again")
+    return content
+
+
 # ---- config --------------------------------------------------------------------------------------
 
 
@@ -144,7 +157,7 @@ def to_native(
     dtype: of the written weights, one of DTYPES; chat: one of CHATS, default by the folder's files;
     shard_gb: GB in one file of weights.
     """
-    old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    old = read_json(folder / "config.json")
     weights = Weights(folder)
     fused = any(FUSED.search(name) for name in weights)
     config = native_config(old, fused)
@@ -255,15 +268,17 @@ def make_tokenizer(folder: Path, config: LlamaConfig, chat: str | None):
 
 
 def tokenizer_settings(folder: Path) -> dict:
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The published tokenizer_config.json, with the tokens that older programs wrote beside it."""
+    settings = read_json(folder / "tokenizer_config.json")
+    added = read_json(folder / "added_tokens.json")
+    tokens = {str(i): {"content": name} for name, i in added.items()}
+    return settings | {"added_tokens_decoder": tokens | settings.get("added_tokens_decoder", {})}
 
 
 def generation_config(folder: Path, config: LlamaConfig, tokenizer) -> GenerationConfig:
     """The token ids of `config`, the end of an answer beside </s>, and how the published
     generation_config.json samples."""
-    path = folder / "generation_config.json"
-    published = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    published = read_json(folder / "generation_config.json")
     settings = {name: published[name] for name in SAMPLING if name in published}
     settings |= {name: getattr(config, name) for name in TOKEN_IDS}
     if tokenizer is not None:
@@ -313,6 +328,15 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
 # ---- command line --------------------------------------------------------------------------------
 
 
+def check_flags(parser, args, is_adapter: bool) -> None:
+    """A usage error for flags that would change nothing."""
+    idle = ("dtype", "chat", "max_shard_size") if is_adapter else ("base",)
+    given = [f"--{name}" for name in idle if getattr(args, name) != parser.get_default(name)]
+    if given:
+        kind = "an adapter" if is_adapter else "a checkpoint, not an adapter"
+        raise cli.usage_error(f"{', '.join(given)} changes nothing: {args.model} is {kind}")
+
+
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument(
@@ -329,7 +353,9 @@ def main() -> None:
     folder = Path(args.model)
     out = Path(args.output_dir)
     check_empty(out)  # fails at once where something stands
-    if (folder / "adapter_config.json").is_file():
+    is_adapter = (folder / "adapter_config.json").is_file()
+    check_flags(parser, args, is_adapter)
+    if is_adapter:
         return to_native_adapter(folder, out, args.base)
     if not (folder / "config.json").is_file():
         raise SystemExit(

@@ -84,10 +84,11 @@ def special_names(proto: model_pb2.ModelProto, settings: dict, path: Path) -> di
     settings: those of the published tokenizer_config.json; SystemExit where they name other pieces
     than placeholders.
     """
-    pieces = [piece.piece for piece in proto.pieces]
     given = {
         int(i): token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()
     }
+    pieces = [piece.piece for piece in proto.pieces]
+    _check_names(given, pieces, path)
     taken = set(given.values())
     found = {}
     for i, piece in enumerate(proto.pieces):
@@ -95,6 +96,15 @@ def special_names(proto: model_pb2.ModelProto, settings: dict, path: Path) -> di
         is_control = piece.type in (piece.CONTROL, piece.UNKNOWN)
         if (is_control or name in CHATML + ENDS) and name not in taken:
             found[i] = name
+    found |= given
+    names = list(found.values()) + [piece for i, piece in enumerate(pieces) if i not in found]
+    twice = sorted(name for name in set(found.values()) if names.count(name) > 1)
+    if twice:
+        raise SystemExit(f"{path}: {', '.join(twice)} stands in it twice")
+    return found
+
+
+def _check_names(given: dict[int, str], pieces: list[str], path: Path) -> None:
     for i, name in given.items():
         if i >= len(pieces):
             raise SystemExit(
@@ -106,12 +116,6 @@ def special_names(proto: model_pb2.ModelProto, settings: dict, path: Path) -> di
                 f"{path}: tokenizer_config.json calls piece {i} {name}; here it is {pieces[i]!r} "
                 "and no placeholder: a file of another layout"
             )
-    found |= given
-    others = {piece for i, piece in enumerate(pieces) if i not in found}
-    twice = sorted(others & set(found.values()))
-    if twice or len(set(found.values())) < len(found):
-        raise SystemExit(f"{path}: {twice or 'a special token'} stands in it twice")
-    return found
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------

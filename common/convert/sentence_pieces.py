@@ -12,7 +12,7 @@ from tokenizers import models
 from common.convert import model_folder
 
 SPACE = "▁"
-AT_ONCE = 1000  # texts that are compared; memory holds what the two make of them
+AT_ONCE = 250  # texts that are compared; memory holds what the two make of them
 
 
 def read_model(
@@ -54,25 +54,26 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     Of two pairs with one result the one with the longer left part comes first: where they overlap
     it begins further left, and sentencepiece takes the leftmost.
     """
-    pairs = []
+    cuts = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
-            left = piece[:cut]
-            right = piece[cut:]
-            if left in scores and right in scores:
-                pairs.append((-score, -cut, left, right))
-    pairs.sort()
-    return [(left, right) for _, _, left, right in pairs]
+            if piece[:cut] in scores and piece[cut:] in scores:
+                cuts.append((-score, -cut, piece))
+    cuts.sort()
+    return [(piece[:-cut], piece[-cut:]) for _, cut, piece in cuts]
 
 
 def bpe(proto: model_pb2.ModelProto, renamed: Mapping[str, str] | None = None) -> models.BPE:
     """The pieces and what joins them; renamed: {piece that is never joined: its name here}."""
     renamed = renamed or {}
-    vocabulary = {renamed.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
-    normal = [p for p in proto.pieces if p.type == p.NORMAL and p.piece not in renamed]
+    names = [p.piece for p in proto.pieces]  # each look at a piece makes a string of its own
+    scores = {}
+    for name, piece in zip(names, proto.pieces, strict=True):
+        if piece.type == piece.NORMAL and name not in renamed:
+            scores[name] = piece.score
     return models.BPE(
-        vocabulary,
-        merges({p.piece: p.score for p in normal}),
+        {renamed.get(name, name): i for i, name in enumerate(names)},
+        merges(scores),
         unk_token="<unk>",
         fuse_unk=True,
         byte_fallback=proto.trainer_spec.byte_fallback,

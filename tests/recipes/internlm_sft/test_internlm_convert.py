@@ -275,6 +275,19 @@ def test_the_command(tmp_path):
     assert (told.do_sample, told.temperature, told.top_p) == (True, 0.8, 0.7)
     assert not list((tmp_path / "out").glob("*.py"))
     assert "not empty" in error_line(run("convert.py", *flags), 1)
+    flags = ["--model", folder, "--output_dir", tmp_path / "new", "--base", tmp_path / "out"]
+    assert "--base changes nothing" in error_line(run("convert.py", *flags), 2)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content, words", [("{", "cannot be read"), ("[]", "no JSON object")])
+def test_broken_settings_are_one_line(tmp_path, file, content, words):
+    folder = tmp_path / "in"
+    tiny_base.write_original(folder, {"num_hidden_layers": 1}, 0, TEXTS)
+    (folder / file).write_text(content)
+    with pytest.raises(SystemExit, match=words):
+        convert.to_native(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_git_pointers_are_told(tmp_path):

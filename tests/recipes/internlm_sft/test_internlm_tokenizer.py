@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common.data.labels import encode_chat, encode_prompt
+from common.data.turns import role_of
 
 RECIPE = ROOT / "internlm_sft"
 convert, fast_tokenizer, tiny_base = own_modules(
@@ -303,6 +304,18 @@ def test_how_the_first_internlm_is_asked(first, tmp_path, capsys, fields, files,
         convert.to_native(tmp_path / "in", tmp_path / "none", chat="internlm2")
 
 
+def test_tokens_that_older_programs_added_are_not_dropped(second, tmp_path):
+    """added_tokens.json: inside the vocabulary they are names of placeholders, behind it they are refused."""
+    folder = folder_of(tmp_path / "in", second[0])
+    place = next(i for i, p in enumerate(second[0].pieces) if p.piece == "[UNUSED_TOKEN_7]")
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": place}))
+    convert.to_native(folder, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").tokenize("<image>") == ["<image>"]
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": len(second[0].pieces)}))
+    with pytest.raises(SystemExit, match="gives <image> the id"):
+        convert.to_native(folder, tmp_path / "none")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(second, tmp_path):
     folder = folder_of(tmp_path / "in", second[0])
     more = trained(*PLACES, "<extra>")
@@ -421,6 +434,8 @@ def test_turns_of_tools_and_of_an_environment(second, name):
     assert tokenizer.apply_chat_template(spelt, tokenize=False) == wanted
     as_tool = [*system, *asked, call, said("tool", '{"t": 22}'), answer[1]]
     assert tokenizer.apply_chat_template(as_tool, tools=tools, tokenize=False) == wanted
+
+    assert role_of(answer[0]) == "tool", "rows with an environment are read as rows with a tool"
 
     row = encode_chat(tokenizer, messages, 10_000, tools=tools)
     plugin, start, end = tokenizer.convert_tokens_to_ids(
