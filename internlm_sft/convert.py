@@ -31,6 +31,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import fast_tokenizer
 import layout
+import published  # noqa: F401  (a base that is not converted yet gets the command for it)
 from common.convert import adapter, model_folder, models
 from common.convert.older_readers import save_tokenizer
 from common.convert.weight_files import SHARD_GB, Weights, check_shape, save_sharded
@@ -278,8 +279,8 @@ def tokenizer_settings(folder: Path) -> dict:
 def generation_config(folder: Path, config: LlamaConfig, tokenizer) -> GenerationConfig:
     """The token ids of `config`, the end of an answer beside </s>, and how the published
     generation_config.json samples."""
-    published = read_json(folder / "generation_config.json")
-    settings = {name: published[name] for name in SAMPLING if name in published}
+    said = read_json(folder / "generation_config.json")
+    settings = {name: said[name] for name in SAMPLING if name in said}
     settings |= {name: getattr(config, name) for name in TOKEN_IDS}
     if tokenizer is not None:
         settings["eos_token_id"] = [config.eos_token_id, *turn_end_ids(tokenizer)]
@@ -297,7 +298,7 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     """
     if base is None:
         raise SystemExit("an adapter needs --base, the folder of its converted base model")
-    settings, published = adapter.read_plain(folder)
+    settings, lora = adapter.read_plain(folder)
     config = models.model_config(base, "--base")
     if not isinstance(config, LlamaConfig):
         raise SystemExit(f"--base {base} is not a converted InternLM")
@@ -306,7 +307,7 @@ def to_native_adapter(folder: Path, out: Path, base: str | None) -> None:
     # of InternLM2, and of the first InternLM, whose names are the native ones
     names = layout.native_names(shapes) | {name: [name] for name in shapes}
     tensors = {}
-    for name, tensor in published.items():
+    for name, tensor in lora.items():
         path = name.removeprefix("base_model.model.").removesuffix(".weight")
         module, _, matrix = path.rpartition(".")
         if module not in names or matrix not in ("lora_A", "lora_B"):

@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this file
 from common import cli  # noqa: I001  (before torch and transformers: it brings the device)
 
+import published  # noqa: F401  (a base that is not converted yet gets the command for it)
 from common.convert import adapter
 
 

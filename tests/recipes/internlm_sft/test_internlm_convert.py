@@ -437,7 +437,12 @@ def test_adapters_that_cannot_be_converted_are_refused(tmp_path, change, words):
 
 
 def test_an_adapter_of_another_model_has_no_place(tmp_path):
-    convert.to_native(original(tmp_path / "in"), tmp_path / "base")
+    folder = original(tmp_path / "in")
+    convert.to_native(folder, tmp_path / "base")
     old_adapter(tmp_path / "old", {"transformer.h.0.c_attn.weight": torch.zeros(9, 3)}, ("c_attn",))
     with pytest.raises(SystemExit, match="c_attn.lora_A.weight has no place in InternLM"):
         convert.to_native_adapter(tmp_path / "old", tmp_path / "new", str(tmp_path / "base"))
+    with pytest.raises(
+        SystemExit, match="--base .* published layout of InternLM; python .*convert.py"
+    ):
+        convert.to_native_adapter(tmp_path / "old", tmp_path / "new", str(folder))
