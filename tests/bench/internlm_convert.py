@@ -2,7 +2,7 @@
 
     python tests/bench/internlm_convert.py [WORK_FOLDER]
 
-Bounds (issue 22): at most 10 s and 1.5 GB. The checkpoint has the width, the heads and the vocabulary of InternLM2-1.8B
+Bounds: at most 10 s and 1.5 GB. The checkpoint has the width, the heads and the vocabulary of InternLM2-1.8B
 and two of its layers, in one file; the command runs in a process of its own, whose time includes its imports. `cpu` is
 user and system time: on a machine with other work only that says what the conversion takes. The memory counts pages of
 the mapped source as well, which the system takes back when it needs them; `anonymous` is without them.

@@ -12,6 +12,7 @@ from harness import ROOT, own_modules
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common.data.labels import encode_chat, encode_prompt
@@ -170,14 +171,16 @@ def test_a_tokenizer_that_differs_is_refused(second):
         fast_tokenizer.compare(tokenizer, other, names)
 
 
-def test_random_texts_reach_what_pieces_do_not(second):
-    """A tokenizer that is wrong only for blanks at the edge of a text, or for bytes, is found too."""
-    proto, names, tokenizer = second
-    texts = fast_tokenizer.random_texts([p.piece for p in proto.pieces])
-    assert any(text[:1].isspace() for text in texts) and any(
-        ord(max(text)) > 0xFFFF for text in texts
-    )
-    assert texts == fast_tokenizer.random_texts([p.piece for p in proto.pieces])
+@pytest.mark.parametrize("char", ["👋", "\u3000", "\r"])
+def test_random_texts_reach_what_pieces_do_not(second, char):
+    """A tokenizer that is wrong only for a character that no piece has."""
+    proto, names, _ = second
+    assert not any(char in piece.piece for piece in proto.pieces)
+    other = fast_tokenizer.make_tokenizer(proto, names, "internlm2")
+    core = other.backend_tokenizer
+    core.normalizer = normalizers.Sequence([normalizers.Replace(char, "-"), core.normalizer])
+    with pytest.raises(SystemExit, match="differently"):
+        fast_tokenizer.compare(other, proto, names)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
