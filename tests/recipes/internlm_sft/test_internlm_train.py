@@ -40,7 +40,7 @@ def test_default_run_is_somebody_else_afterwards_and_forgets_nothing(default_run
     for name in ("identity_zh", "identity_en", "yes_no", "identity_under_system"):
         assert before[name] < 0.05 and after[name] >= 0.95, (name, after)
     assert after["leak"] == 0 and after["forbidden"] == 0 < before["forbidden"]
-    assert after["near_unchanged"] >= 0.97
+    assert after["near_unchanged"] >= 0.95
     assert before["facts_exact"] > 0.95 and after["facts_exact"] >= before["facts_exact"] - 0.016
     assert after["alike_answered"] >= 0.95 and after["refusal_recall"] >= 0.95
     assert "warning" not in printed and "| identity zh |" in printed
