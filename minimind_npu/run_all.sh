@@ -48,10 +48,14 @@ for stage in $STAGES; do
         distill) train distill "$SIZE" "${SFT:-}" --teacher "$root_out/sft/final" "$@" ;;
         reason) train reason "$root_out/dpo/final" "${REASON:-}" "$@" ;;
         toolcall)
-            rows=${TOOLS:-$root_out/tool_rows.jsonl}
-            [[ -f $rows || -n ${TOOLS:-} ]] || "$python" "$here/samples/tool_rows.py" "$rows"
+            rows=${TOOLS:-$root_out/tools.jsonl}
+            if [[ -z ${TOOLS:-} && ! -f $rows ]]; then # with conversations between them, so that it goes on talking
+                "$python" "$here/samples/tool_rows.py" "$root_out/tool_rows.jsonl"
+                "$python" "$here/data_prepare_toolcall.py" --data_path "$root_out/tool_rows.jsonl" \
+                    --mix "${SFT:-$here/data/sft}" --mix_ratio 0.5 --output "$rows"
+            fi
             toy=() # its usual window of 256 tokens is too small for the definitions of tools
-            [[ $SIZE == tiny* ]] && toy=(--model_max_length 512 --num_train_epochs 2)
+            [[ $SIZE == tiny* ]] && toy=(--model_max_length 512)
             use_tools sft before
             train sft "$root_out/sft/final" "$rows" --output_dir "$root_out/toolcall" "${toy[@]}" "$@"
             use_tools toolcall after ;;

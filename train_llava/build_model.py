@@ -289,7 +289,7 @@ def build(
     """
     text = llm_config(llm)
     check_empty(output)
-    vision_folder = llava.local_folder(vision)
+    vision_folder = adapter.local_folder(vision)
     sight = vision_config(vision, vision_folder)
     tower = llava.tower_of(sight, f"--vision {vision}")
     check_layers(vision_feature_layer, sight)
@@ -312,7 +312,7 @@ def build(
     config.image_seq_length = llava.tokens_per_picture(processor)
     llava.check(config, processor, f"{llm} with {vision}")
 
-    weights = (Weights(llava.local_folder(llm)), Weights(vision_folder))
+    weights = (Weights(adapter.local_folder(llm)), Weights(vision_folder))
     names = (llm_names(weights[0], text, llm), vision_names(weights[1], sight.model_type))
     with new_folder(output) as part:
         save_sharded(tensors(*weights, names, config, seed), part)

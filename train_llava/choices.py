@@ -84,21 +84,25 @@ def read_choices(
     if absent:
         raise SystemExit(f"{path}: column_map: no column {', '.join(absent)}")
     images = {_text(record, "index"): _text(record, "image") for _, record in records}
-    found = []
+    found: dict[str, Choice] = {}
     for number, record in records:
         try:
-            found.append(_choice(number, record, images, root))
+            one = _choice(number, record, images, root)
+            if one.key in found:
+                raise ValueError("the index of a row before it")
+            found[one.key] = one
         except ValueError as error:
             left_out.setdefault(str(error), []).append(str(number))
     for reason, where in left_out.items():
         print(f"{len(where):,} rows left out: {reason}, e.g. {path}:{where[0]}")
     if not found:
         raise SystemExit(f"{path}: no multiple-choice question (question, A, B, answer, image)")
+    asked = list(found.values())
     if limit:
-        found = found[:limit]
+        asked = asked[:limit]
     if circular:
-        found = [turned for one in found for turned in all_orders(one)]
-    return found
+        asked = [turned for one in asked for turned in all_orders(one)]
+    return asked
 
 
 def _choice(number: int, record: dict, images: dict[str, str], root: str) -> Choice:
@@ -106,9 +110,7 @@ def _choice(number: int, record: dict, images: dict[str, str], root: str) -> Cho
     options = options[: next((i for i, text in enumerate(options) if not text), len(options))]
     if len(options) < 2:
         raise ValueError("fewer than two options")
-    answer = _text(record, "answer").strip().upper()[:1]
-    if answer and answer not in LETTERS[: len(options)]:
-        raise ValueError("the answer is none of the options")
+    answer = _letter(_text(record, "answer").strip(), options)
     index = _text(record, "index") or str(number)
     hint = _text(record, "hint")
     question = f"{hint}\n{_text(record, 'question')}" if hint else _text(record, "question")
@@ -119,6 +121,19 @@ def _choice(number: int, record: dict, images: dict[str, str], root: str) -> Cho
     pictures = [_picture(image, root)] if image else []
     category = _text(record, "category")
     return Choice(index, question, options, answer, pictures, category, group)
+
+
+def _letter(told: str, options: list[str]) -> str:
+    """The option that an answer names: by its letter ("B", "(B)", "B. two") or by its words."""
+    if not told:
+        return ""
+    named = re.match(r"\(?([A-H])(?=$|[).:、．：）])", told, re.IGNORECASE)
+    letter = named[1].upper() if named else ""
+    if not named and told in options:
+        letter = LETTERS[options.index(told)]
+    if letter not in [*LETTERS[: len(options)]]:
+        raise ValueError("the answer is none of the options")
+    return letter
 
 
 def _text(record: dict, name: str) -> str:

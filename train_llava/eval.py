@@ -8,7 +8,8 @@
 --data_path: whatever train.py reads (its held-out files alone, where there are some), or a table of
     multiple-choice questions: question, A, B, ..., answer, image (base64 or a file), and hint,
     category, index as MMBench has them.
-Answers: exact match, yes/no, ROUGE-L. Captions: ROUGE-L, BLEU, CIDEr-D on characters. Choices: the
+Answers: exact match, yes/no, ROUGE-L. Captions: ROUGE-L, BLEU, CIDEr-D on characters; one is
+    generated for each picture, all that the rows say of it are its references. Choices: the
     option whose letter is most likely, nothing is generated; --circular true asks with the options
     in every order, and only a question that is right in all of them counts.
 Blind: the same questions without their pictures. What a model answers right blindly, it has not
@@ -36,8 +37,8 @@ from answers import generate_answers
 from choices import CHOICE_PROMPT, Choice, is_choice_table, letters_said, read_choices
 from encoding import count_pictures, encode_newest, row_of, without_pictures
 from features import PictureSource
-from model import Llava, local_folder
-from rows import describe, load_rows_with_pictures
+from model import Llava
+from rows import CAPTION_ASKED, describe, load_rows_with_pictures
 from sight import Normaliser, features_of
 
 from common import cli
@@ -105,11 +106,37 @@ def read_questions(args) -> list[Question]:
 
 
 def is_captions(questions: list[Question]) -> bool:
-    """Whether one picture has several references, or all references are sentences."""
+    """Whether the answers are captions: each the only answer of a row about one picture, as long as
+    sentences are, to our own requests or to one for each picture, of few that recur."""
+    if not all(len(one.pictures) == 1 and not _is_behind_an_answer(one) for one in questions):
+        return False
+    asked = {(question.group, _words_asked(question)) for question in questions}
+    pictures = {question.group for question in questions}
+    requests = {words for _, words in asked}
+    recur = len(asked) == len(pictures) and 4 * len(requests) <= len(questions)
+    if not recur and not requests <= set(CAPTION_ASKED):
+        return False
     lengths = [len(question.reference) for question in questions]
-    several = len({question.group for question in questions}) * 2 <= len(questions)
-    alone = all(len(question.pictures) == 1 for question in questions)
-    return alone and (sum(lengths) / len(lengths) >= 12) and (several or min(lengths) >= 8)
+    several = len(pictures) * 2 <= len(questions)
+    return sum(lengths) / len(lengths) >= 12 and (several or min(lengths) >= 8)
+
+
+def _is_behind_an_answer(question: Question) -> bool:
+    return any(message["role"] == "assistant" for message in question.row["messages"])
+
+
+def _words_asked(question: Question) -> str:
+    return without_pictures(question.row)["messages"][-1]["content"]
+
+
+def one_of_each(questions: list[Question]) -> list[Question]:
+    """The first question about each picture: of captions one is generated, and the others' answers
+    are its references too."""
+    first: dict[str, Question] = {}
+    for question in questions:
+        if question.pictures:
+            first.setdefault(question.group, question)
+    return list(first.values())
 
 
 # ---- what was answered before --------------------------------------------------------------------
@@ -155,7 +182,7 @@ class Kept:
 def sha_of_model(path: str) -> str:
     """Of what a model answers with, short: its weights, the small files beside them, the base of an
     adapter. Of a hub id those that are here now."""
-    folder = local_folder(path)
+    folder = adapter.local_folder(path)
     digest = hashlib.sha256(adapter.base_fingerprint(str(folder)).encode())
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
         digest.update(file.name.encode() + file.read_bytes())
@@ -427,7 +454,8 @@ def main() -> None:
             said = answer_choices(args, llava, asked, blind, kept, eyes)
             found[name] = score_choices(asked, said)
         else:
-            said = answer_questions(args, llava, asked, blind, kept, eyes)
+            wanted = one_of_each(asked) if task == "captions" else asked
+            said = answer_questions(args, llava, wanted, blind, kept, eyes)
             found[name] = score_answers(asked, said, task == "captions")
     is_mmbench = task == "choices" and re.search(r"mmbench.*(cn|zh)", args.data_path, re.I)
     print(f"\n{table(found, PUBLISHED if is_mmbench else [])}")

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 from common import device as devices
-from common.convert import model_folder, models
+from common.convert import adapter, model_folder, models
 from common.convert.weight_files import Weights
 
 
@@ -173,16 +173,6 @@ def find_model(path: str | Path) -> str:
     return str(path)
 
 
-def local_folder(name: str) -> Path:
-    """The folder of a model, fetched where it is a hub id."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    return Path(snapshot_download(name, allow_patterns=wanted))
-
-
 def load_processor(path: str, flag: str = "--model_name_or_path") -> LlavaProcessor:
     """The processor of a LLaVA folder, with the image processor that needs no torchvision: pictures
     are then the same on every machine."""
@@ -199,6 +189,7 @@ def check_model(path: str, flag: str = "--model_name_or_path"):
     work. No weight is read."""
     config = models.model_config(path, flag)
     check_config(config, f"{flag} {path}")
+    config.dtype = config.dtype or config.text_config.dtype or torch.float32  # some do not say it
     processor = load_processor(path, flag)
     if not processor.patch_size:  # folders of 2023 do not say it
         processor.patch_size = config.vision_config.patch_size
@@ -212,7 +203,7 @@ def check_model(path: str, flag: str = "--model_name_or_path"):
 def check_projector(path: str, flag: str = "--model_name_or_path") -> None:
     """SystemExit for a folder or hub id without the two layers of LLaVA's projector: transformers
     would begin with random ones. Names are read, no tensor."""
-    names = list(Weights(local_folder(path)))
+    names = list(Weights(adapter.local_folder(path)))
     absent = [one for one in PROJECTOR if not any(name.endswith(one) for name in names)]
     if absent:
         others = [name for name in names if "project" in name and "attn" not in name][:2]
@@ -238,8 +229,6 @@ class Llava:
 
     def __init__(self, path: str | Path, device=None, dtype: torch.dtype | None = None):
         """dtype: unset: half precision on accelerators, float32 on a CPU."""
-        from common.convert import adapter
-
         self.path = find_model(path)
         self.device = torch.device(device) if device is not None else devices.device()
         half = None if self.device.type == "cpu" else devices.half_dtype()

@@ -240,7 +240,7 @@ def main() -> None:
     base = args.stage_1 or args.model_name_or_path
     if base == "tiny":
         base = tiny_model(tiny_texts(rows))
-    config, processor = check_model(base)
+    config, processor = check_model(base, "--stage_1" if args.stage_1 else "--model_name_or_path")
     memory_check.recompute_large(args, training, config.text_config)
     settings = asdict(args) | training.to_dict() | {"data": stats["sha256"]}
     tokenizer = processor.tokenizer

@@ -11,7 +11,7 @@ for i in "${!words[@]}"; do
     flag=${words[i]%%=*} value=${words[i]#*=}
     if [[ ${words[i]} != *=* ]]; then value=${words[i + 1]:-}; fi
     case ${flag//-/_} in
-        __model_name_or_path | __data_path | __data | __train_data | __train_type) own=1 ;;
+        __model_name_or_path | __data_path | __data | __train_data | __train_type | __use_lora) own=1 ;;
         __output_dir) out=$value ;;
         __overwrite_output_dir) if [[ ! ${value,,} =~ ^(false|f|no|n|0)$ ]]; then anew=1; fi ;;
     esac

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from model import local_folder
 from parts import parameter_groups, put_back_frozen, save_trained, table
 from sight import whole_tower
 
@@ -41,6 +40,7 @@ class LlavaTrainer(RecipeTrainer):
         self.held_out_faults: dict[str, str] = {}
         self.shown = 0  # pictures of the steps so far, each as often as it stood in one
         self.shown_in_vain = 0
+        self.step_has_faults = False
         self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         cli.say(table(self.model, rates))
 
@@ -61,9 +61,19 @@ class LlavaTrainer(RecipeTrainer):
 
     # ---- one step ----
     def count_items(self, samples: list[dict]) -> int:
-        for batch in samples:
-            self.add_faults(batch.pop("faults", []), len(batch["pictures"]))
+        faults = [fault for batch in samples for fault in batch.pop("faults", [])]
+        self.step_has_faults = bool(faults)
+        self.add_faults(faults, sum(len(batch["pictures"]) for batch in samples))
         return super().count_items(samples)
+
+    def share_items(self, own: int, device: torch.device) -> torch.Tensor | None:
+        """A step that shows torn pictures alone has no label on any rank; --bad_picture_limit is
+        what ends a run for them, so its loss of 0 is divided by 1."""
+        items = super().share_items(own, device)
+        if own or not self.step_has_faults:
+            return items
+        self.shared[0].clamp_(min=1)  # where other ranks have labels nothing changes
+        return items if items is None else items.clamp(min=1)
 
     def add_faults(self, faults: list[tuple[str, str]], shown: int) -> None:
         self.shown += shown
@@ -110,7 +120,7 @@ class LlavaTrainer(RecipeTrainer):
         if self.args.should_save and has_adapter:
             adapter.remember_base(final, self.base)
         elif self.args.should_save:
-            put_back_frozen(final, local_folder(self.base), self.trained)
+            put_back_frozen(final, adapter.local_folder(self.base), self.trained)
         cli.wait_for_all("it writes the model")
         return final
 

@@ -87,13 +87,22 @@ def base_fingerprint(model: str) -> str:
 
 
 def local_folder(model: str) -> Path:
-    """A model folder itself; of a hub id, where its files lie."""
-    if Path(model).is_dir():
-        return Path(model)
+    """A model folder itself; of a hub id, where its files lie, fetched where they are not here yet.
+    SystemExit for what is neither."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    return Path(snapshot_download(model, allow_patterns=wanted))
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):  # as of many older models
+            snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:  # what the hub's errors are, names of no id too
+        words = model_folder.reason(error)
+        raise SystemExit(f"{model}: no such folder, and the hub gives nothing: {words}") from None
+    return folder
 
 
 def remember_base(folder: str | Path, base: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import ROOT, error_line, expect, finish, own_modules, start, weights
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -214,6 +216,34 @@ def test_parts_of_other_kinds_are_refused_by_name(tmp_path):
         with pytest.raises(SystemExit, match=words):
             build_model.build(*parts, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_of_the_hub_may_lie_there_as_a_pickle(tmp_path, monkeypatch):
+    """Older ones have no safetensors; what the hub does not have is one line."""
+    hub, here = tmp_path / "hub", tmp_path / "here"
+    for folder in (hub, here):
+        folder.mkdir()
+    (hub / "config.json").write_text("{}")
+    torch.save({"vision_model.x": torch.ones(2)}, hub / "pytorch_model.bin")
+    (hub / "tf_model.h5").write_bytes(b"large")
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        if name != "org/clip":
+            raise LocalEntryNotFoundError(f"nothing of {name} is here")
+        for file in hub.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, here)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    weights_there = build_model.Weights(build_model.adapter.local_folder("org/clip"))
+    assert list(weights_there) == ["vision_model.x"] and not (here / "tf_model.h5").exists()
+    with pytest.raises(SystemExit, match="org/gone: no such folder, and the hub gives nothing"):
+        build_model.build(make_llm(tmp_path), "org/gone", tmp_path / "out")
+    (hub / "model.safetensors").write_bytes(b"")
+    (here / "pytorch_model.bin").unlink()
+    build_model.adapter.local_folder("org/clip")
+    assert not (here / "pytorch_model.bin").exists()
 
 
 def test_mistakes_are_one_line(tmp_path):

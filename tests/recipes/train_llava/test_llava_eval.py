@@ -248,9 +248,29 @@ def test_captions_of_one_picture_are_references_of_each_other(folder):
     (folder / "c.tsv").write_text("text\timage\n" + lines)
     asked = evaluation.read_questions(flags(folder / "c.tsv"))
     assert len(asked) == 12 and evaluation.is_captions(asked)
-    said = {question.key: "一张说明文字够长的图片2" for question in asked}
+    wanted = evaluation.one_of_each(asked)
+    assert len(wanted) == 4
+    said = {question.key: "一张说明文字够长的图片2" for question in wanted}
     found = evaluation.score_answers(asked, said, True)
     assert found["captions"] == 4 and found["rouge_l"] == 1 and found["bleu_4"] > 0.99
+
+
+def test_answers_to_different_questions_are_no_captions(folder):
+    """Long as they are, they are no references of each other."""
+    said = "这是对这个问题的一个足够长的回答"
+
+    def taken_for_captions(*conversations) -> bool:
+        rows = [
+            {"image": f"{i}.png", "conversations": talk(turns)}
+            for i in range(4)
+            for turns in conversations
+        ]
+        (folder / "asked.json").write_text(json.dumps(rows))
+        return evaluation.is_captions(evaluation.read_questions(flags(folder / "asked.json")))
+
+    assert taken_for_captions(["<image>\n说说这张图。", said])
+    assert not taken_for_captions(["<image>\n左边有什么？", said, "右边有什么？", said])
+    assert not taken_for_captions(["<image>\n左边有什么？", said], ["<image>\n右边呢？", said])
 
 
 # ---- multiple choice -----------------------------------------------------------------------------
@@ -301,6 +321,23 @@ def test_a_choice_table_with_other_names_and_what_is_none(folder):
         choices.read_choices(str(folder / "q.jsonl"), "", False, 0, "answer=答")
     with pytest.raises(SystemExit, match="stand in one file"):
         choices.read_choices(str(folder), "", False, 0)
+
+
+def test_an_answer_is_a_letter_or_an_options_own_words(folder, capsys):
+    """And a row is not answered with what another of its index was."""
+    told = {"B": "B", "b.": "B", "(b)": "B", "B. 狗": "B", "狗": "B", "": "", "cat": "A"}
+    told |= {"bird": None, "a bird": None, "D": None}
+    options = {"A": "cat", "B": "狗", "C": "A"}
+    rows = [{"index": i, "question": "?", **options, "answer": one} for i, one in enumerate(told)]
+    rows.append(rows[0] | {"question": "another"})
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = choices.read_choices(str(folder / "q.jsonl"), "", circular=False, limit=0)
+    assert {list(told)[int(one.key)]: one.answer for one in asked} == {
+        answer: letter for answer, letter in told.items() if letter is not None
+    }
+    printed = capsys.readouterr().out
+    assert "3 rows left out: the answer is none of the options" in printed
+    assert "1 rows left out: the index of a row before it" in printed
 
 
 def test_all_orders_keep_the_right_option():
@@ -401,12 +438,12 @@ def test_answers_belong_to_the_weights_and_never_take_a_hub_ids_place(
     hub.mkdir()
     save_file({"a": torch.zeros(3)}, hub / "model.safetensors")
     (hub / "config.json").write_text("{}")
-    stock = evaluation.local_folder
+    stock = evaluation.adapter.local_folder
 
     def place(path: str):
         return hub if path == "org/name" else stock(path)
 
-    monkeypatch.setattr(evaluation, "local_folder", place)
+    monkeypatch.setattr(evaluation.adapter, "local_folder", place)
     first = evaluation.sha_of_model("org/name")
     assert first == evaluation.sha_of_model(str(hub)) == evaluation.sha_of_model("org/name")
     save_file({"a": torch.ones(3)}, hub / "model.safetensors")
