@@ -37,8 +37,9 @@ def test_default_run_is_somebody_else_afterwards_and_forgets_nothing(default_run
     facts = report(out)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
     assert facts["engine"] == "zero-2" and facts["recipe"] == "internlm_sft"
-    for name in ("identity_zh", "identity_en", "yes_no", "identity_under_system"):
+    for name in ("identity_zh", "identity_en", "yes_no"):
         assert before[name] < 0.05 and after[name] >= 0.95, (name, after)
+    assert before["identity_under_system"] < 0.05 and after["identity_under_system"] >= 0.9
     assert after["leak"] == 0 and after["forbidden"] == 0 < before["forbidden"]
     assert after["near_unchanged"] >= 0.95
     assert before["facts_exact"] > 0.95 and after["facts_exact"] >= before["facts_exact"] - 0.016
