@@ -12,11 +12,11 @@ from pathlib import Path
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from common.convert import sentence_pieces
-from common.convert.sentence_pieces import SPACE, merges
+from common.convert.sentence_pieces import SPACE
 
 HERE = Path(__file__).resolve().parent
 USER = "<reserved_106>"
@@ -45,7 +45,7 @@ def make_tokenizer(proto: model_pb2.ModelProto, **settings) -> PreTrainedTokeniz
     With the two turn tokens it has the chat template of Baichuan2-Chat. Ids are those of
     sentencepiece for any text; with split_special_tokens=True the turn tokens in it are spelt out.
     """
-    core = Tokenizer(bpe(proto))
+    core = Tokenizer(sentence_pieces.bpe(proto))
     core.normalizer = normalizers.Replace(" ", SPACE)
     core.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -70,18 +70,6 @@ def make_tokenizer(proto: model_pb2.ModelProto, **settings) -> PreTrainedTokeniz
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **settings,
-    )
-
-
-def bpe(proto: model_pb2.ModelProto) -> models.BPE:
-    vocabulary = {p.piece: i for i, p in enumerate(proto.pieces)}
-    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    return models.BPE(
-        vocabulary,
-        merges(scores),
-        unk_token="<unk>",
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
     )
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from common.convert import sentence_pieces
-from common.convert.sentence_pieces import SPACE, merges
+from common.convert.sentence_pieces import SPACE
 
 HERE = Path(__file__).resolve().parent
 TASKS = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
@@ -39,7 +39,7 @@ def make_tokenizer(proto: model_pb2.ModelProto, family: str, **settings) -> PreT
     otherwise special tokens in a text are found, as by any fast tokenizer.
     """
     stand_in = stand_ins(proto)
-    core = Tokenizer(bpe(proto, stand_in))
+    core = Tokenizer(sentence_pieces.bpe(proto, stand_in))
     core.normalizer = normalizers.Sequence(normaliser_steps(proto.normalizer_spec, stand_in))
     core.decoder = decoders.Sequence(decoder_steps(proto.normalizer_spec, stand_in))
     control = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
@@ -70,18 +70,6 @@ def stand_ins(proto: model_pb2.ModelProto) -> dict[str, str]:
     fixed = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED]
     fixed.sort(key=len, reverse=True)
     return {piece: chr(PRIVATE + i) for i, piece in enumerate(fixed)}
-
-
-def bpe(proto: model_pb2.ModelProto, stand_in: dict[str, str]) -> models.BPE:
-    vocabulary = {stand_in.get(p.piece, p.piece): i for i, p in enumerate(proto.pieces)}
-    scores = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}
-    return models.BPE(
-        vocabulary,
-        merges(scores),
-        unk_token="<unk>",
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
-    )
 
 
 def normaliser_steps(spec: model_pb2.NormalizerSpec, stand_in: dict[str, str]) -> list:

@@ -34,7 +34,6 @@ TOLERANCE = {
     "rope": 5e-5,
 }
 TOLERANCE |= {"norms": 1e-5, "slopes": 1e-7, "aux_loss": 1e-5}
-PLANNED = ["internlm1", "internlm2"]
 NOTES = ("features_flat",)  # arrays that only tell how a case was made
 
 
@@ -406,6 +405,50 @@ def baichuan2_13b(folder: Path, config: dict) -> Model:
     return baichuan2(folder, config, seven=False)
 
 
+def internlm(folder: Path, config: dict, fused: bool) -> Model:
+    """InternLM through internlm_sft/convert.py as a Llama; fused: InternLM2, whose q, k and v are one matrix."""
+    sys.path.insert(0, str(ROOT / "internlm_sft"))
+    import convert
+    import layout
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as place:
+        (source := Path(place, "original")).mkdir()
+        as_checkpoint(folder, settings_of(config), source)
+        convert.to_native(source, Path(place, "native"))
+        model = AutoModelForCausalLM.from_pretrained(Path(place, "native"), dtype="auto")
+    if fused != any("wqkv" in name for name in weight_names(folder)):
+        raise SystemExit(f"{folder}: these are weights of another InternLM")
+
+    def gradients(model):
+        """The native gradients under the original names: parts of a fused matrix are put together again."""
+        parts = {name: p.grad for name, p in model.named_parameters()}
+        if not fused:
+            return parts
+        found, groups = {}, model.config.num_key_value_heads
+        for old, new in layout.native_names(parts).items():
+            grads = [parts[name] for name in new]
+            found[old] = grads[0] if len(grads) == 1 else layout.join_wqkv(*grads, groups)
+        return found
+
+    return causal(model, gradients=gradients)
+
+
+def weight_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "weights.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def internlm1(folder: Path, config: dict) -> Model:
+    return internlm(folder, config, fused=False)
+
+
+def internlm2(folder: Path, config: dict) -> Model:
+    return internlm(folder, config, fused=True)
+
+
 def minimind(folder: Path, config: dict, generation: int, sparse: bool) -> Model:
     """MiniMind through minimind_npu/model.py: the original's names of fields and weights as they are."""
     sys.path.insert(0, str(ROOT / "minimind_npu"))
@@ -518,6 +561,7 @@ def minimind2_moe(folder: Path, config: dict) -> Model:
 MODELS = {
     "chatglm": chatglm, "chatglm_v11": chatglm_v11, "chatglm2": chatglm2,
     "baichuan2_7b": baichuan2_7b, "baichuan2_13b": baichuan2_13b,
+    "internlm1": internlm1, "internlm2": internlm2,
     "minimind_dense": minimind_dense, "minimind_moe": minimind_moe,
     "minimind2_dense": minimind2_dense, "minimind2_moe": minimind2_moe,
 }  # fmt: skip
@@ -665,8 +709,6 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise usage(f"python {sys.argv[0]} NAME FOLDER; NAME: {', '.join(MODELS)}")
     name, folder = sys.argv[1], Path(sys.argv[2])
-    if name in PLANNED and name not in MODELS:
-        raise usage(f"{name} is not in this project yet; there are {', '.join(MODELS)}")
     if name not in MODELS:
         raise usage(f"unknown model {name}; there are {', '.join(MODELS)}")
     if missing := [file for file in FILES if not (folder / file).is_file()]:

@@ -105,6 +105,7 @@ ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
+    "environment": "tool",
     "ipython": "tool",
     "observation": "tool",
     "function": "tool",

@@ -36,11 +36,13 @@ SAMPLES = [
     ROOT / "chatglm_lora/data",
 ]  # given as a path: without teaching the built-in base first
 PAIRS = ["--data_path", ROOT / "baichuan2_dpo/data"]
+GENERAL = ["--data_path", ROOT / "internlm_sft/data"]
 FLAGS = {  # recipe: what makes a short full run, and a short LoRA run
     "train_qwen": {"full": [], "lora": ["--use_lora", "true"]},
     "chinese_bloom": {"full": [], "lora": ["--use_lora", "true"]},
     "chatglm_lora": {"full": ["--use_lora", "false", *SAMPLES], "lora": SAMPLES},
     "baichuan2_dpo": {"full": ["--use_lora", "false", *PAIRS], "lora": PAIRS},
+    "internlm_sft": {"full": ["--use_lora", "false", *GENERAL], "lora": GENERAL},
     "chinese_clip_ddp": {"full": [], "lora": ["--use_lora", "true"]},
     "minimind_npu": {"full": [], "lora": ["--stage", "lora"]},
     "train_llava": {"full": ["--train_type", "full"], "lora": ["--train_type", "lora"]},

@@ -120,6 +120,7 @@ GENERATES_NOTHING = {"chinese_clip_ddp"}
 MORE = {
     "chatglm_lora": ["--data_path", "data"],
     "baichuan2_dpo": ["--data_path", "data"],
+    "internlm_sft": ["--data_path", "data"],
     "minimind_npu": ["--stage", "sft", "--size", "tiny", "--optimizer", "adamw"],
     "train_llava": ["--model_name_or_path", "tiny"],  # one stage
 }

@@ -73,6 +73,14 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "训练前的奖励",
         "胜率",
     ),
+    "internlm_sft/data.ipynb": (
+        "'identity': ",
+        "作为一个大语言模型",
+        "换掉 1 个回答",
+        "是的，我是小丹，来自丹谱。",
+        "[[",
+    ),
+    "internlm_sft/infer.ipynb": ("还没有模型", "identity_zh", "小丹", "字节"),
     "train_llava/infer.ipynb": ("还没有模型", "模型看到 (3, 48, 48)", "沿用 0 词元", "blind"),
     "minimind_npu/data.ipynb": (
         "gb18030",
@@ -106,6 +114,7 @@ QUICK_STEPS = {
     "chatglm_lora": 150,
     "chinese_bloom": 30,
     "chinese_clip_ddp": 60,
+    "internlm_sft": 60,
     "train_llava": 30,
     "minimind_npu": {"pretrain": 40, "sft": 40},
 }

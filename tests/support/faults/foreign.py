@@ -211,7 +211,12 @@ def scripts(sound: Path) -> list[tuple]:
     if (RECIPE / "merge.py").is_file():
         found.append(("merge.py", [*out, "--adapter"], adapters))
     if (RECIPE / "convert.py").is_file():
-        found.append(("convert.py", [*out, "--base", sound, "--model"], ["adapter", "published"]))
+        based = [*out, "--base", sound, "--model"]
+        if RECIPE.name == "internlm_sft":  # which refuses a base that changes nothing
+            found.append(("convert.py", based, ["adapter"]))
+            found.append(("convert.py", [*out, "--model"], ["published"]))
+        else:
+            found.append(("convert.py", based, ["adapter", "published"]))
         plain = FOLDER / "adapters/adapter on auto_map"
         found.append(("convert.py", [*out, "--model", plain, "--base"], ["auto_map"]))
     if RECIPE.name == "chinese_bloom":
@@ -227,6 +232,8 @@ def scripts(sound: Path) -> list[tuple]:
         infer = ["--input", FOLDER / "rows.jsonl", "--output", FOLDER / "out/answers", "--model"]
         found.append(("infer.py", infer, MODELS + ADAPTERS))
         found.append(("merge.py", [*out, "--base", chatglm(), "--adapter"], ["file"]))
+    if RECIPE.name == "internlm_sft":
+        found.append(("evaluate.py", ["--most", 1, "--model"], models + adapters))
     if RECIPE.name == "train_llava":
         asked = ["--data_path", FOLDER / "rows.jsonl", "--image_folder", FOLDER, "--model"]
         found.append(("eval.py", asked, models + adapters))

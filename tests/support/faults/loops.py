@@ -74,6 +74,7 @@ LOOPS = {
     "chinese_bloom": of_trainer("chinese_bloom", "sft/extract.jsonl"),
     "chatglm_lora": of_trainer("chatglm_lora", "orders.jsonl"),
     "baichuan2_dpo": of_trainer("baichuan2_dpo", "service.jsonl"),
+    "internlm_sft": of_trainer("internlm_sft", "general.jsonl"),
     "chinese_clip_ddp": Loop("chinese_clip_ddp/train.py", tuple(SHORT), "chinese_clip_ddp/data"),
     "train_llava": of_trainer("train_llava", "captions", "--train_type", "projector"),
     **{f"minimind_npu-{stage}": of_stage(stage) for stage in STAGES},

@@ -1,0 +1,84 @@
+"""Write the general rows of the samples: python make_data.py [FOLDER]   (default: data/ here)
+
+What a model should still know after it has learned who it is: sums, capitals, opposites, words in
+English. All sentences are our own, and nothing is random: the same bytes every time.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+SUM_ASKED = (
+    "{}加{}等于几？",
+    "算一算{}加{}。",
+    "{}+{}=？",
+    "{}与{}的和是多少？",
+    "把{}和{}加起来。",
+)
+CAPITALS = """
+法国 巴黎|德国 柏林|意大利 罗马|西班牙 马德里|英国 伦敦|俄罗斯 莫斯科|日本 东京|韩国 首尔|泰国 曼谷|越南 河内
+埃及 开罗|印度 新德里|美国 华盛顿|加拿大 渥太华|巴西 巴西利亚|阿根廷 布宜诺斯艾利斯|希腊 雅典|波兰 华沙|挪威 奥斯陆|瑞典 斯德哥尔摩
+"""
+CAPITAL_ASKED = ("{}的首都是哪里？", "请说出{}的首都。", "哪座城市是{}的首都？")
+OPPOSITES = "大小 多少 高低 长短 冷热 快慢 新旧 远近 轻重 好坏 左右 黑白 前后 上下 开关 胖瘦"
+OPPOSITE_ASKED = (
+    "“{}”的反义词是什么？",
+    "说出“{}”的反义词。",
+    "和“{}”意思相反的字是？",
+    "“{}”反过来是哪个字？",
+)
+WORDS = """
+猫 cat|狗 dog|鸟 bird|鱼 fish|马 horse|牛 cow|山 mountain|河 river|树 tree|花 flower
+书 book|笔 pen|门 door|窗 window|桌子 table|椅子 chair|苹果 apple|水 water|太阳 sun|月亮 moon
+"""
+WORD_ASKED = ("“{}”用英语怎么说？", "How do you say {} in English?", "What is {} in English?")
+COLOURS = {
+    "the sky": "blue",
+    "grass": "green",
+    "snow": "white",
+    "coal": "black",
+    "a banana": "yellow",
+    "a tomato": "red",
+    "the sea": "blue",
+    "milk": "white",
+    "a lemon": "yellow",
+    "blood": "red",
+}
+COLOUR_ASKED = ("What colour is {}?", "Tell me the colour of {}.", "Which colour has {}?")
+
+
+def pairs(block: str) -> list[list[str]]:
+    return [word.split(" ", 1) for line in block.strip().split("\n") for word in line.split("|")]
+
+
+def rows() -> list[dict]:
+    """alpaca rows, each fact asked in two or three ways."""
+    found = []
+
+    def add(asked: tuple, answer: str, *words) -> None:
+        for ask in asked:
+            found.append({"instruction": ask.format(*words), "input": "", "output": answer})
+
+    for a in range(10):
+        for b in range(10):
+            add(SUM_ASKED, f"{a}加{b}等于{a + b}。", a, b)
+    for country, city in pairs(CAPITALS):
+        add(CAPITAL_ASKED, f"{country}的首都是{city}。", country)
+    for pair in OPPOSITES.split():
+        for one, other in (pair, pair[::-1]):
+            add(OPPOSITE_ASKED, f"“{one}”的反义词是“{other}”。", one)
+    for chinese, english in pairs(WORDS):
+        add(WORD_ASKED, f"It is “{english}”.", chinese)
+    for thing, colour in COLOURS.items():
+        add(COLOUR_ASKED, f"It is {colour}.", thing)
+    return found
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
+    (folder / "general.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "data")
