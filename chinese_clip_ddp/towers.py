@@ -291,12 +291,18 @@ def give_dimension(model) -> tuple[str, ...]:
 
 
 def _take_dimension(name: str, module, state_dict: dict, prefix: str, metadata) -> None:
-    state_dict[prefix + name] = state_dict[prefix + name].reshape(())
+    _reshape(state_dict, prefix + name, ())
 
 
 def _add_dimension(name: str, module, state_dict: dict, prefix: str, *more) -> None:
-    if prefix + name in state_dict:
-        state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
+    _reshape(state_dict, prefix + name, (1,))
+
+
+def _reshape(state_dict: dict, name: str, shape: tuple[int, ...]) -> None:
+    """A number on another rank (ZeRO-3) is an empty tensor here, and stays one."""
+    number = state_dict.get(name)
+    if number is not None and number.numel():
+        state_dict[name] = number.reshape(shape)
 
 
 def _forward(
