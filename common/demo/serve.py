@@ -8,10 +8,11 @@ idle, unread or crowded connection keeps others waiting for longer than Limits s
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -330,6 +331,32 @@ def answer_misfit(request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "this is no request of the page"}, 422)
 
 
+def surviving(handler):
+    """A page's handler whose SystemExit (a model that cannot be opened ...) is told on the page: in
+    a handler it would end the server."""
+    import gradio as gr
+
+    if inspect.isgeneratorfunction(handler):
+
+        @wraps(handler)
+        def guarded(*args, **kwargs):
+            try:
+                yield from handler(*args, **kwargs)
+            except SystemExit as error:
+                raise gr.Error(str(error), print_exception=False) from None
+
+    else:
+
+        @wraps(handler)
+        def guarded(*args, **kwargs):
+            try:
+                return handler(*args, **kwargs)
+            except SystemExit as error:
+                raise gr.Error(str(error), print_exception=False) from None
+
+    return guarded
+
+
 def serve(
     demo,
     host: str = "127.0.0.1",
@@ -351,6 +378,9 @@ def serve(
         app.middleware_stack = PageGuard(app.middleware_stack, own_names(host), limits, uploads)
         yield
 
+    for event in demo.fns.values():
+        if event.fn:
+            event.fn = surviving(event.fn)
     demo.api_open = False  # or run/predict takes events of the queue past it
     problems = {HTTPException: answer_problem}
     problems |= dict.fromkeys((RequestValidationError, KeyError), answer_misfit)

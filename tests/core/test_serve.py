@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+import urllib.request
 from contextlib import ExitStack
 
 import gradio as gr
@@ -323,3 +324,34 @@ def test_every_page_is_served_behind_the_guard(recipe):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".launch"):
                 found.add(ast.unparse(node.func))
     assert found <= {"page.launch"}
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_handler_that_ends_with_a_line_tells_it_and_the_page_lives(streams):
+    """A model that cannot be opened is a SystemExit in a handler, which would end Gradio's server."""
+    import gradio as gr
+
+    def ends(text):
+        raise SystemExit("models/x: no trained model here")
+
+    def streams_and_ends(text):
+        yield "a"
+        ends(text)
+
+    with gr.Blocks() as demo:
+        box = gr.Textbox()
+        box.submit(streams_and_ends if streams else ends, box, box)
+    demo.queue()
+    url = serve.serve(demo)
+    port = int(url.rstrip("/").rsplit(":", 1)[1])
+    try:
+        body = json.dumps(GOOD).encode()
+        kind = {"content_type": "application/json"}
+        assert ask(port, "POST", serve.API + "queue/join", body, **kind)[0] == 200
+        events = f"http://127.0.0.1:{port}{serve.API}queue/data?session_hash=s"
+        with urllib.request.urlopen(events, timeout=30) as stream:
+            told = stream.read().decode()
+        assert "no trained model here" in told
+        assert ask(port)[0] == 200
+    finally:
+        demo.close(verbose=False)
