@@ -314,13 +314,22 @@ class Engine:
     """Answers requests with `model` in `slots` rows; one thread at a time may use it.
 
     max_length: tokens of prompt and answer together, default (and at most) the model's positions.
+    share_beginnings: False: only whole prompts are taken over, so that what an answer's numbers
+        are, to the last bit, does not depend on who was answered before.
     """
 
-    def __init__(self, model, slots: int = 8, max_length: int | None = None):
+    def __init__(
+        self,
+        model,
+        slots: int = 8,
+        max_length: int | None = None,
+        share_beginnings: bool = True,
+    ):
         window = getattr(model.config, "max_position_embeddings", None) or 4096
         ends = model.generation_config.eos_token_id
         self.model = model
         self.slots = slots
+        self.share_beginnings = share_beginnings
         self.max_length = min(max_length or window, window)
         self.ends = frozenset(ends if isinstance(ends, list) else [ends]) - {None}
         self.cache = SlotCache(slots)
@@ -429,7 +438,9 @@ class Engine:
             if request.key in begun:
                 slot = self._take_slot(free, source, 0)
                 copies.append((begun[request.key], slot, len(request.prompt) - 1))
-            elif any(common(request.prompt, key) > held + WORTH for key in begun):
+            elif self.share_beginnings and any(
+                common(request.prompt, key) > held + WORTH for key in begun
+            ):
                 break  # one step later it finds more
             elif begun and len(request.prompt) - held > room:
                 break
@@ -453,7 +464,8 @@ class Engine:
         lengths = [common(prompt[:-1], held) for held in self.held]
         source = max(range(self.slots), key=lengths.__getitem__)
         whole = lengths[source] == len(prompt) - 1
-        return source, lengths[source] if whole or lengths[source] >= WORTH else 0
+        pays = self.share_beginnings and lengths[source] >= WORTH
+        return source, lengths[source] if whole or pays else 0
 
     def _take_slot(self, free: list[int], source: int, held: int) -> int:
         """Take the first of the free slots; it then holds the first `held` tokens of `source`.

@@ -79,7 +79,9 @@ class Sampler:
     def engine(self) -> Engine:
         """A new one: its cache is only there during a rollout."""
         self.renew()
-        return Engine(self.copy, self.args.slots, self.args.model_max_length)
+        return Engine(
+            self.copy, self.args.slots, self.args.model_max_length, share_beginnings=False
+        )
 
     def play(self, prompts: dict[int, Prompt], step: int) -> list[Answer]:
         """group_size answers to each prompt, in order. prompts: by their place in the step, which

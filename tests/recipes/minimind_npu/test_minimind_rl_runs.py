@@ -27,7 +27,7 @@ SUMS = "minimind_npu/data/rl/sums.jsonl"
 SHORT = [
     "--size", "tiny", "--hidden_size", 32, "--num_hidden_layers", 2, "--max_steps", 3, "--save_steps", 1,
     "--report_to", "none", "--eval_ratio", 0.02, "--max_eval_samples", 6, "--bf16", "false", "--eval_steps", 2,
-    "--model_max_length", 64, "--max_new_tokens", 12, "--learning_rate", 1e-2, "--kl_coef", 0.1, "--target_kl", 0,
+    "--model_max_length", 64, "--max_new_tokens", 12, "--learning_rate", 1e-3, "--clip_high", 0.01, "--kl_coef", 0.1, "--target_kl", 0,
     "--max_grad_norm", 0, "--lr_scheduler_type", "constant",
 ]  # fmt: skip
 HOW = {

@@ -230,8 +230,11 @@ def test_pictures_that_cannot_be_used_are_misses(llava, folder):
 
 
 def test_more_pictures_than_the_window_holds_are_a_miss(llava, folder):
-    many = {"image": ["0.png"] * 130, "conversations": talk(["<image>" * 130 + "几张？", "多"])}
-    later = {"image": ["0.png"] * 130, "conversations": talk(["<image>" * 130, "多", "好？", "好"])}
+    count = 2046 // llava.image_tokens + 1
+    all_of_them = "<image>" * count
+    pictures = ["0.png"] * count
+    many = {"image": pictures, "conversations": talk([all_of_them + "几张？", "多"])}
+    later = {"image": pictures, "conversations": talk([all_of_them, "多", "好？", "好"])}
     args = flags(write_rows(folder, [many, later]), max_new_tokens=2)
     asked = [question for question in evaluation.read_questions(args) if len(question.pictures) > 9]
     eyes = evaluation.Eyes(llava)

@@ -295,10 +295,12 @@ def scripts_of_minimind(sound: Path, train: list, out: list) -> list[tuple]:
     teacher = [*train, "--stage", "distill", "--model_name_or_path", sound, "--teacher"]
     given = [*train, "--model_name_or_path", sound, "--tokenizer"]
     imported = [*out, "--import", "--model", sound, "--tokenizer"]
+    rewarded = [*out, "--data_path", FOLDER / "rows.jsonl", "--report_to", "none"]
     return [
         ("train.py", teacher, MODELS),
         ("train.py", given, ["tokenizer"]),
         (QUICK, [*training(QUICK), *out, "--model_name"], MODELS),
+        ("train_rl.py", [*rewarded, "--model_name_or_path"], MODELS),
         ("chat.py", ["--model"], MODELS),
         ("chat.py", ["--adapter"], ADAPTERS),
         ("serve_openai_api.py", ["--port", 0, "--model"], MODELS + ADAPTERS),
