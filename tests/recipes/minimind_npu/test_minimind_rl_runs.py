@@ -82,7 +82,9 @@ def test_two_processes_are_one(whole, algorithm):
     assert told(one).keys() == told(two).keys() == {1, 2, 3}
     for step, expected in told(one).items():
         for name, value in expected.items():
-            assert told(two)[step][name] == pytest.approx(value, abs=2e-4), (step, name)
+            # of 300 tokens some lie at the border, to the last bit
+            bound = 0.02 if name.endswith("share") else 2e-4
+            assert told(two)[step][name] == pytest.approx(value, abs=bound), (step, name)
     assert largest_difference(weights(two / "final"), weights(one / "final")) < 1e-4
     assert report(one)["metrics"]["after"] == pytest.approx(report(two)["metrics"]["after"])
 
