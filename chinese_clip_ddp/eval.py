@@ -124,12 +124,12 @@ def read_rows(args):
     return rows
 
 
-def read_questions(args) -> Questions:
-    """SystemExit with one line for data that holds no pair."""
+def read_questions(args, rows) -> Questions:
+    """rows: of read_rows, None for a file of captions. SystemExit with one line for data that holds
+    no pair."""
     path = Path(args.data_path)
     if is_caption_file(path):
         return read_caption_lines(path, args.image_root)
-    rows = read_rows(args)
     only_held_out = args.held_out == "true" and any(rows["held_out"])
     return questions_of(
         rows, lost_texts(args.data_path, rows, args.column_map or None, only_held_out)
@@ -188,10 +188,10 @@ def class_names(labels: Path) -> list[str]:
     return [line.strip() for line in lines_of(labels) if line.strip()]
 
 
-def read_captioned_classes(args) -> Classes:
-    """Pairs beside a file of class names: the longest name in a caption is the class."""
+def read_captioned_classes(args, rows) -> Classes:
+    """Pairs (rows: of read_rows) beside a file of class names: the longest name in a caption is the
+    class."""
     names = class_names(label_file(Path(args.data_path)))
-    rows = read_rows(args)
     found = Classes(names, [], [])
     for text, place in zip(rows["text"], rows["place"], strict=True):
         inside = [i for i, name in enumerate(names) if name in text]
@@ -430,12 +430,15 @@ def main() -> None:
     captioned = label_file(folder) is not None and not class_folders(folder)
     pairs_asked = "retrieval" in tasks and not is_caption_file(folder)
     say_unused(args, tasks, captioned or pairs_asked)
+    rows = None
+    if pairs_asked or ("classification" in tasks and captioned):
+        rows = read_rows(args)
     asked = {}
     if "retrieval" in tasks:
-        asked["retrieval"] = read_questions(args)
+        asked["retrieval"] = read_questions(args, rows)
     if "classification" in tasks:
         asked["classification"] = (
-            read_captioned_classes(args) if captioned else read_classes(folder)
+            read_captioned_classes(args, rows) if captioned else read_classes(folder)
         )
     embedder = model.load(args.model)
     name = "/".join(Path(embedder.path).parts[-3:])
