@@ -162,6 +162,11 @@ class ChatAsk(Ask):
         return []
 
     @property
+    def strict_tools(self) -> bool:
+        """Whether calls have to keep to the schemas though the answer may be in words."""
+        return bool(self.offered_tools) and any(tool.function.strict for tool in self.tools)
+
+    @property
     def schema(self) -> dict | None:
         """The JSON schema that the answer follows; None: any text."""
         return self.response_format.schema_of_answer() if self.response_format else None

@@ -8,12 +8,13 @@ import threading
 import torch
 from llguidance import LLMatcher, hf
 from server.asks import Tool
-from server.parts import CALL_BEGINS, CALL_ENDS, THOUGHT_ENDS
+from server.parts import CALL_BEGINS, CALL_ENDS, THOUGHT_BEGINS, THOUGHT_ENDS
 from torch import Tensor
 
 from common.demo.openai_request import Refusal
 
 ANY_OBJECT = {"type": "object"}
+TOKEN = "<["  # how a token by its id begins in Lark text
 # as json.dumps writes it: a weak model would fill its answer with the blanks that JSON allows
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -80,6 +81,28 @@ def json_grammar(tokenizer, schema: dict, thought_is_open: bool) -> str:
 
 def call_grammar(tokenizer, tools: list[Tool], thought_is_open: bool) -> str:
     """Lark text of an answer that calls one of `tools` as the chat templates write it."""
+    call, rule = _call(tokenizer, tools)
+    return _lark(tokenizer, call, thought_is_open, rule)
+
+
+def strict_grammar(tokenizer, tools: list[Tool]) -> str:
+    """Lark text of an answer in words, thoughts and calls of `tools`, as many as it likes, whose
+    arguments keep to their schemas.
+
+    Refusal 400 for a model whose tags are no tokens: then words could spell a call.
+    """
+    if not _tag(tokenizer, CALL_BEGINS).startswith(TOKEN):
+        told = "tools: strict needs tags that are tokens of the model; demand a call by tool_choice"
+        raise Refusal(400, told, "tools", "unsupported_value")
+    call, rule = _call(tokenizer, tools)
+    marks = [_tag(tokenizer, tag) for tag in (THOUGHT_BEGINS, THOUGHT_ENDS)]
+    parts = ["call_of_a_tool", *(mark for mark in marks if mark.startswith(TOKEN))]
+    start = f"start: WORDS (({' | '.join(parts)}) WORDS)*"
+    return "\n".join([start, r"WORDS: /(.|\n)*/", f"call_of_a_tool: {call}", rule])
+
+
+def _call(tokenizer, tools: list[Tool]) -> tuple[str, str]:
+    """The body of a call of one of `tools`, and the rule that it needs."""
     calls = []
     for tool in tools:
         properties = {
@@ -97,8 +120,7 @@ def call_grammar(tokenizer, tools: list[Tool], thought_is_open: bool) -> str:
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     begins = _tag(tokenizer, CALL_BEGINS)
     ends = _tag(tokenizer, CALL_ENDS)
-    body = rf'{begins} "\n" call "\n" {ends}'
-    return _lark(tokenizer, body, thought_is_open, f"call: {_json(schema)}")
+    return rf'{begins} "\n" call "\n" {ends}', f"call: {_json(schema)}"
 
 
 def _json(schema: dict) -> str:
@@ -108,7 +130,7 @@ def _json(schema: dict) -> str:
 def _tag(tokenizer, tag: str) -> str:
     """A tag as its token where it is one (which is no text for the grammar), else as text."""
     token = tokenizer.get_added_vocab().get(tag)
-    return json.dumps(tag) if token is None else f"<[{token}]>"
+    return json.dumps(tag) if token is None else f"{TOKEN}{token}]>"
 
 
 def _lark(tokenizer, body: str, thought_is_open: bool, *rules: str) -> str:
@@ -116,6 +138,6 @@ def _lark(tokenizer, body: str, thought_is_open: bool, *rules: str) -> str:
         return "\n".join([f"start: {body}", *rules])
     ends = _tag(tokenizer, THOUGHT_ENDS)
     thought = r"thought[lazy]: /(.|\n)*<\/think>/"
-    if ends.startswith("<["):
+    if ends.startswith(TOKEN):
         thought = rf"thought: /(.|\n)*/ {ends}"
     return "\n".join(["start: thought /\\n*/ body", thought, f"body: {body}", *rules])

@@ -14,7 +14,7 @@ from functools import partial
 
 from engine.generation import MiniMindChatModel, Sampling
 from server.asks import ChatAsk, TextAsk, refuse
-from server.constraints import Grammars, call_grammar, json_grammar
+from server.constraints import Grammars, call_grammar, json_grammar, strict_grammar
 from server.measures import Measures
 from server.parts import THOUGHT_BEGINS, THOUGHT_ENDS, Parts, Piece
 from server.worker import Job, Scoring, Worker
@@ -169,6 +169,9 @@ class Desk:
         """A new Constraint of what the request demands of its answers' form, or None."""
         if ask.demanded_tools:
             grammar = call_grammar(self.tokenizer, ask.demanded_tools, thought_is_open)
+            return self.grammars.constraint(grammar, "tools")
+        if ask.schema is None and ask.strict_tools:
+            grammar = strict_grammar(self.tokenizer, ask.tools)
             return self.grammars.constraint(grammar, "tools")
         if ask.schema is None:
             return None

@@ -252,6 +252,38 @@ def test_a_demanded_call_always_comes(client, choice):
         assert json.loads(one.message.tool_calls[0].function.arguments)["city"] in ("北京", "上海")
 
 
+def accepts(constraint, token: int) -> bool:
+    allowed = bool(constraint.allowed()[token])
+    if allowed:
+        constraint.take(token)
+    return allowed
+
+
+def test_strict_tools_are_called_by_their_schema_or_not_at_all(client, trained):
+    """The model knows the call with another city."""
+    function = json.loads(json.dumps(WEATHER["function"])) | {"strict": True}
+    function["parameters"]["properties"]["city"]["enum"] = ["上海"]
+    strict = [{"type": "function", "function": function}]
+    called = ask(client, "北京天气怎么样？", tools=strict, max_tokens=80).choices[0]
+    assert called.finish_reason == "tool_calls"
+    assert json.loads(called.message.tool_calls[0].function.arguments) == {"city": "上海"}
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    grammar = constraints.strict_grammar(tokenizer, [asks.Tool(**strict[0])])
+    grammars = constraints.Grammars(tokenizer, len(tokenizer))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call>'
+    for text, fits in (
+        ("<think>\n想\n</think>\n\n好的。", True),
+        ("先看看。" + call % "上海" + "\n" + call % "上海", True),
+        ("先看看。" + call % "北京", False),
+    ):
+        following = grammars.constraint(grammar, "tools")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert all(accepts(following, token) for token in ids) == fits
+    tokenizer.get_added_vocab = dict  # a model that spells its tags
+    with pytest.raises(Refusal):
+        constraints.strict_grammar(tokenizer, [asks.Tool(**strict[0])])
+
+
 def test_json_by_schema(client):
     schema = {
         "type": "object",
