@@ -26,6 +26,7 @@ from common import cli, device  # noqa: I001  (device before torch and transform
 import argparse
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from itertools import chain
 
 from starlette.requests import Request
@@ -47,7 +48,7 @@ METRICS = "/metrics"
 PORT = 8998
 
 
-class Endpoint:
+class Endpoint(ABC):
     """ASGI endpoint: reads a request, has it answered, and lets it go when its client leaves."""
 
     path = ""
@@ -82,8 +83,9 @@ class Endpoint:
             measures.requests.labels(self.path, str(state.get("failed", status))).inc()
             measures.whole.observe(time.perf_counter() - began)
 
+    @abstractmethod
     async def respond(self, ask, scope, receive, send) -> None:
-        raise NotImplementedError
+        """Answer `ask`, which is a `kind`."""
 
 
 class Chats(Endpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 
 from server.desk import Chosen, Step
@@ -55,7 +56,7 @@ class Tokens:
         return found
 
 
-class Reply:
+class Reply(ABC):
     """What all replies have: an id, the usage, and a stream of events."""
 
     kind = ""  # of the whole object
@@ -104,12 +105,13 @@ class Reply:
             await send_event(send, error.body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    @abstractmethod
     async def begin(self, send) -> None:
-        """What comes before the first token."""
+        """Send what comes before the first token."""
 
+    @abstractmethod
     def choices_of(self, step: Step) -> list[dict]:
         """A step -> the choices of the chunks that tell it."""
-        raise NotImplementedError
 
     async def chunk(self, send, choices: list[dict], usage: dict | None = None) -> None:
         body = self.head | {"object": self.chunk_kind, "choices": choices}
@@ -225,6 +227,9 @@ class TextReply(Reply):
                 choice["logprobs"] = self.log_probs(chosen[index])
             choices.append(choice)
         return self.body(choices)
+
+    async def begin(self, send) -> None:
+        """Nothing: a text has no role."""
 
     def choices_of(self, step: Step) -> list[dict]:
         if not (step.pieces or step.reason or self.ask.logprobs is not None):

@@ -71,8 +71,9 @@ class Worker:
         self.model = model
         self.adapters = adapters
         self.slots = slots
-        self.max_length = max_length
         self.engines = {name: Engine(model, slots, max_length) for name in adapters}
+        # at most the model's positions
+        self.max_length = min(engine.max_length for engine in self.engines.values())
         self.jobs: dict[Request, Job] = {}
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.closing = False

@@ -590,6 +590,14 @@ def test_the_model_thread_outlives_an_error_of_the_model(trained):
     at_work.thread.join(20)
 
 
+def test_the_window_is_at_most_the_model_s(trained):
+    """--max_length beyond the positions promises no room that is not there."""
+    chat_model = generation.MiniMindChatModel(trained)
+    positions = chat_model.model.config.max_position_embeddings
+    at_work = worker.Worker(chat_model.model, {"kind": None}, 1, 10 * positions)
+    assert desk_module.Desk(chat_model, at_work, desk_module.Limits()).window == positions
+
+
 def test_too_long_is_told(trained):
     chat_model = generation.MiniMindChatModel(trained)
     at_work = worker.Worker(chat_model.model, {"kind": None}, 1, WINDOW)  # never started
