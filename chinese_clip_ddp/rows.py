@@ -66,6 +66,7 @@ MAX_CAPTION = 1 << 20  # bytes of one caption
 HEAD = 50  # records from which the columns of a table are known
 BATCH_ROWS = 1000
 WHOLE = 64 << 20  # bytes; of larger files only both ends are part of their stamp
+MIXING = 6364136223846793005  # odd and large: Knuth's multiplier
 LABELS = 4  # so many pictures a text on average: the texts are labels, not captions
 
 
@@ -151,6 +152,8 @@ def load_pairs(
         parts.append(part)
         all_stats.append(part_stats)
     stats = load.merged(all_stats)
+    if len(parts) > 1:
+        parts = _each_pair_once(parts, stats, strict)
 
     weights = [weight for _, weight in entries]
     if weights[0] is not None:  # files.entries: all or none
@@ -167,6 +170,23 @@ def load_pairs(
     stats["texts"] = len(np.unique(columns["text_hash"]))
     stats["pictures"] = len(np.unique(columns["picture_hash"]))
     return rows.add_column("prompt_key", keys), stats
+
+
+def _each_pair_once(parts: list, stats: dict, strict: bool) -> list:
+    """The parts without the rows that an earlier one has too, which are counted."""
+    seen = np.empty(0, dtype=np.int64)
+    kept = []
+    for part in parts:
+        columns = part.select_columns(["text_hash", "picture_hash"]).with_format("numpy")[:]
+        pairs = columns["text_hash"] * MIXING + columns["picture_hash"]  # of both, modulo 2**64
+        again = np.isin(pairs, seen)
+        for number in np.flatnonzero(again):
+            bad = BadRow("duplicate row", "another file has the same picture with the same text")
+            load.drop(stats, part[int(number)]["source"], bad, strict)
+        stats["used"] -= int(again.sum())
+        kept.append(part.select(np.flatnonzero(~again)) if again.any() else part)
+        seen = np.concatenate([seen, pairs])
+    return kept
 
 
 def describe(stats: dict) -> str:

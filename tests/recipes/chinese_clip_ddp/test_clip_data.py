@@ -373,6 +373,17 @@ def test_pictures_of_one_name_in_two_folders_are_two_pictures(drawn, tmp_path):
     assert load(f"{drawn}/x.csv {drawn}/y.csv")[1]["pictures"] == 1
 
 
+def test_a_pair_of_two_files_is_one_pair_and_counted(drawn):
+    (drawn / "x.csv").write_text("text,image\n红,a.png\n绿,b.png\n", encoding="utf-8")
+    (drawn / "y.csv").write_text("text,image\n绿,b.png\n蓝,b.png\n", encoding="utf-8")
+    found, stats = load(f"{drawn}/x.csv {drawn}/y.csv")
+    assert list(found["text"]) == ["红", "绿", "蓝"]
+    assert (stats["used"], stats["dropped"], stats["not_drawn"]) == (3, {"duplicate row": 1}, 0)
+    assert "y.csv:2" in stats["examples"]["duplicate row"]
+    with pytest.raises(SystemExit, match="y.csv:2: duplicate row"):
+        load(f"{drawn}/x.csv {drawn}/y.csv", strict=True)
+
+
 def test_rows_that_share_a_text_or_a_picture_stay_on_one_side(drawn):
     """By way of others too: 0-1 share a picture, 1-2 a text, and so on in a chain."""
     lines = []
