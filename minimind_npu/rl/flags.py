@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from loop import optim
 from model import SIZES
 from rl.advantages import GROUPED
-from rl.rewards import RULES
+from rl.rewards import RULES, weights_of
 from settings import (
     CPU_TOKENS,
     HERE,
@@ -138,6 +138,12 @@ OF_ALGORITHM = {  # flags that only these use
     "gae_lambda": ("ppo",),
     "vf_coef": ("ppo",),
     "value_clip": ("ppo",),
+}
+OF_REWARD = {  # flags that only this part of the reward uses
+    "length_range": "length",
+    "reward_model": "model",
+    "judge_url": "judge",
+    "judge_model": "judge",
 }
 NOT_HERE = ("gradient_accumulation_steps", "deepspeed", "torch_compile")
 DEFINING = (  # of TrainingArguments: what makes a run another one
@@ -283,5 +289,11 @@ def say_unused(args: Args, training: TrainingArguments) -> None:
     for name, users in OF_ALGORITHM.items():
         if args.algorithm not in users:
             flags.say_unused([name], f"--algorithm {args.algorithm} has none")
+    parts = weights_of(args.rewards)
+    for name, part in OF_REWARD.items():
+        if part not in parts:
+            flags.say_unused([name], f"--rewards has no {part}")
+    if parts.keys() <= {*RULES, "model"}:
+        flags.say_unused(["reward_timeout"], "--rewards has neither a judge nor a file")
     if training.max_steps > 0:
         flags.say_unused(["num_train_epochs"], "--max_steps says how long the run is")
