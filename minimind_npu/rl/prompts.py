@@ -50,8 +50,11 @@ def encode(row: dict, tokenizer, room: int, tools: list[dict] | None) -> dict:
     if tools is not None and not are_known(row.get("tools") or [], tools):
         raise ValueError("tools that are not built in, so nobody would run them")
     asked, tools = asked_of(row, tools)
-    if row["messages"][-1]["role"] != "assistant" or not asked:
+    last = row["messages"][-1]
+    if last["role"] != "assistant" or not asked:
         raise ValueError("no answer at the end of the conversation")
+    if not (last.get("content") or "").strip():
+        raise ValueError("an answer without words, so there is nothing to compare with")
     ids = encode_prompt(tokenizer, asked, tools)
     if len(ids) > room:
         raise ValueError("the prompt leaves no room for --max_new_tokens")

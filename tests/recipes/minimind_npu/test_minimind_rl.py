@@ -402,7 +402,7 @@ def test_what_a_row_did_with_tools_is_left_to_the_policy():
     assert prompts.asked_of({"messages": messages}, None) == (messages[:6], None)
 
 
-def test_a_row_whose_tools_nobody_would_run_is_left_out():
+def test_rows_that_cannot_be_asked_or_compared_are_left_out():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
@@ -417,6 +417,10 @@ def test_a_row_whose_tools_nobody_would_run_is_left_out():
             )
     for row in ({"messages": spoken, "tools": known[1:]}, {"messages": spoken}):
         assert prompts.encode(row, tokenizer, 999, known)["input_ids"]
+    function = {"name": "date", "arguments": {"date": "2024-2-28"}}
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    with pytest.raises(ValueError, match="without words"):
+        prompts.encode({"messages": [spoken[0], calls]}, tokenizer, 999, known)
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
