@@ -184,7 +184,8 @@ def parsed(monkeypatch, *more):
     (["--algorithm", "reinforce", "--num_iterations", 2], "one update for a rollout"), (["--beta", 1], "unknown flag"),
     (["--gradient_accumulation_steps", 2], "not for reinforcement learning"), (["--clip_low", 1.5], "below 1"),
     (["--gae_lambda", 1.5, "--algorithm", "ppo"], "from 0 to 1"), (["--mini_batches", 0], "1 or more"),
-    (["--lr_scheduler_type", "polynomial"], "cosine, linear"),
+    (["--lr_scheduler_type", "polynomial"], "cosine, linear"), (["--optim", "adafactor"], "the loop has adamw_torch"),
+    (["--eval_generate", 8], "unknown flag"),
 ])  # fmt: skip
 def test_usage_mistakes(monkeypatch, capsys, more, words):
     with pytest.raises(SystemExit) as stop:
