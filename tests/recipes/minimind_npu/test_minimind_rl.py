@@ -197,6 +197,21 @@ def test_the_tracker_is_a_beta_distribution_whose_counts_fade():
     assert spread.tolist() == pytest.approx([1.0, -1.0, 0.0], abs=1e-3)
 
 
+def test_a_cut_answer_tells_the_tracker_its_reward_but_not_how_far_the_policy_has_moved():
+    tracker = spo.Tracker(1)
+    args = SimpleNamespace(prompts_per_step=1)
+    training = SimpleNamespace(world_size=1, process_index=0)
+    weights = []
+    for is_cut in (False, True, False):
+        one = answer()
+        one.trained = [not is_cut] * 3  # --mask_cut
+        experiences = [policies.Experience.of(one)]
+        advantages.tracked_advantages(args, training, experiences, torch.ones(1), tracker)
+        weights.append(tracker.weight.item())
+        assert tracker.log_prob.item() == -1
+    assert weights == pytest.approx([3.0, 0.96 * 3 + 1, 0.96 * (0.96 * 3 + 1) + 1])
+
+
 # ---- rollouts -------------------------------------------------------------------------------------------------------
 
 SAMPLING = dict(group_size=4, max_new_tokens=12, temperature=0.7, slots=3, model_max_length=64)
