@@ -38,7 +38,7 @@ from engine.generation import Engine, MiniMindChatModel, Sampling, newest
 from evaluation.answers import same
 from toolcall.calls import Call, parse_calls
 from toolcall.play import Episode, play
-from toolcall.registry import Registry, is_error
+from toolcall.registry import Registry, are_known, is_error
 from toolcall.tools import built_in
 
 from common.data.files import atomic_file
@@ -241,13 +241,8 @@ def generated(chat_model: MiniMindChatModel, cases: list[Case], args) -> list[st
 def playable(row: dict, registry: Registry) -> bool:
     """One question, tools that are all there as the row describes them, an answer at the end."""
     asked = [message["role"] for message in row["messages"]].count("user")
-    ours = {schema["function"]["name"]: schema["function"] for schema in registry.schemas}
-    for tool in row["tools"]:
-        function = tool.get("function", tool)
-        known = ours.get(function.get("name"))
-        if known is None or known["parameters"] != function.get("parameters"):
-            return False
-    return asked == 1 and not row["messages"][-1].get("tool_calls")
+    ends_in_words = not row["messages"][-1].get("tool_calls")
+    return asked == 1 and ends_in_words and are_known(row["tools"], registry.schemas)
 
 
 def played(

@@ -243,7 +243,8 @@ def main() -> None:
     check_sampler(learner, sampler, prompts)
 
     plan = asking.Plan(prompts, args, training, progress)
-    run = tracking.Run(training, progress, model, dtype, plan, vars(args), figures.PLOTS)
+    plots = figures.plots(rewards.parts)
+    run = tracking.Run(training, progress, model, dtype, plan, vars(args), plots)
     every = training.eval_steps or max(1, plan.steps // 10)
     stop = SafeStop()
     stop.listen()

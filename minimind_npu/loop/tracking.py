@@ -34,7 +34,7 @@ class Run:
     progress: see state.new_progress; what a checkpoint keeps.
     plan: has describe(), total_steps() (None where the clock ends the run) and fraction_done().
     settings: for the trackers.
-    plots: of the report, see report.write_report.
+    plots: of the report, see report.write_report; those of which nothing was told are left out.
     """
 
     def __init__(
@@ -192,7 +192,14 @@ class Run:
         speed = now["tokens"] / max(now["seconds"], 1e-9)
         facts["mfu"] = round(speed * self.flops / self.peak, 4)
         samples = report.before_and_after(now["before"]["samples"], after["samples"])
-        table = report.write_report(self.out, facts | more, self.curve(after), samples, self.plots)
+        history = self.curve(after)
+        told = set().union(*history)
+        plots = {
+            name: label
+            for name, label in self.plots.items()
+            if not told.isdisjoint((name, f"eval_{name}"))
+        }
+        table = report.write_report(self.out, facts | more, history, samples, plots)
 
         state = json.dumps({"log_history": now["history"]}, indent=1)
         (self.out / "trainer_state.json").write_text(state, encoding="utf-8")

@@ -58,7 +58,7 @@ def tracked_advantages(
     of_all = torch.zeros(args.prompts_per_step, 3)
     of_all[mine, 0] = torch.tensor([float(one.answer.prompt.row) for one in experiences])
     of_all[mine, 1] = rewards
-    of_all[mine, 2] = torch.stack([one.log_probs.mean() for one in experiences]).nan_to_num(0)
+    of_all[mine, 2] = torch.stack([one.log_probs.mean() for one in experiences])
     if world > 1:
         shared = of_all.to(training.device)
         dist.all_reduce(shared)

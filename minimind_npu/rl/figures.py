@@ -6,6 +6,7 @@ PLOTS = report.PLOTS | {
     "exact_match": "held-out answers that are right",
     "reward": "mean reward of an answer",
     "answer_tokens": "tokens of an answer",
+    "cut": "share of answers that were cut",
     "entropy": "entropy per token (estimated)",
     "kl": "KL to the model at the start, per token",
     "ratio": "mean ratio of an update",
@@ -14,11 +15,17 @@ PLOTS = report.PLOTS | {
 }
 
 
+def plots(parts) -> dict[str, str]:
+    """Of a run whose reward has these parts."""
+    return PLOTS | {f"reward_{name}": f"mean of {name}, before its weight" for name in parts}
+
+
 def of_rollout(sums: dict) -> dict:
     """See roll_out in train_rl.py."""
     answers = sums["answers"]
+    rewarded = max(1, sums["rewarded"])
     told = {
-        "reward": sums["reward"] / max(1, sums["rewarded"]),
+        "reward": sums["reward"] / rewarded,
         "answer_tokens": sums["tokens"] / answers,
         "cut": sums["cut"] / answers,
         "entropy": sums["surprise"] / sums["tokens"],
@@ -31,7 +38,7 @@ def of_rollout(sums: dict) -> dict:
         told["no_signal"] = sums["no_signal"] / answers
     for name in sums:
         if name.startswith("reward_"):
-            told[name] = sums[name] / answers
+            told[name] = sums[name] / rewarded
     return told
 
 

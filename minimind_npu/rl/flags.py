@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from loop import optim
 from model import SIZES
 from rl.advantages import GROUPED
-from rl.rewards import RULES
+from rl.rewards import RULES, weights_of
 from settings import (
     CPU_TOKENS,
     HERE,
@@ -101,7 +101,8 @@ class Args(cli.RunArgs, cli.DataArgs):
         default=10.0, metadata={"help": "seconds that a reward of yours or the judge may take"}
     )
 
-    # no flags here: all weights are trained
+    # no flags here: all weights are trained, all held-out prompts are asked
+    eval_generate: int = field(default=64, init=False)
     packing: bool = field(default=True, init=False)
     use_lora: bool = field(default=False, init=False)
     lora_r: int = field(default=16, init=False)
@@ -138,6 +139,12 @@ OF_ALGORITHM = {  # flags that only these use
     "gae_lambda": ("ppo",),
     "vf_coef": ("ppo",),
     "value_clip": ("ppo",),
+}
+OF_REWARD = {  # flags that only this part of the reward uses
+    "length_range": "length",
+    "reward_model": "model",
+    "judge_url": "judge",
+    "judge_model": "judge",
 }
 NOT_HERE = ("gradient_accumulation_steps", "deepspeed", "torch_compile")
 DEFINING = (  # of TrainingArguments: what makes a run another one
@@ -242,6 +249,7 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
     world = training.world_size
     share = world * args.mini_batches
     updates = args.mini_batches * args.num_iterations
+    optimizer = getattr(training.optim, "value", training.optim)
     problems = {  # message -> whether that is so
         f"--prompts_per_step {args.prompts_per_step}: a multiple of {share}, {world} process(es) "
         f"times --mini_batches {args.mini_batches}": args.prompts_per_step % share != 0,
@@ -269,6 +277,9 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
             training.lr_scheduler_type not in optim.SCHEDULES
         ),
         f"--min_lr_ratio {args.min_lr_ratio}: from 0 to 1": not 0 <= args.min_lr_ratio <= 1,
+        f"--optim {optimizer}: the loop has adamw_torch, fused or not": (
+            any_given("optim") and training.optim not in ("adamw_torch", "adamw_torch_fused")
+        ),
     }
     for name in NOT_HERE:
         problems[f"--{name}: not for reinforcement learning; train_rl.py uses plain processes"] = (
@@ -283,5 +294,11 @@ def say_unused(args: Args, training: TrainingArguments) -> None:
     for name, users in OF_ALGORITHM.items():
         if args.algorithm not in users:
             flags.say_unused([name], f"--algorithm {args.algorithm} has none")
+    parts = weights_of(args.rewards)
+    for name, part in OF_REWARD.items():
+        if part not in parts:
+            flags.say_unused([name], f"--rewards has no {part}")
+    if parts.keys() <= {*RULES, "model"}:
+        flags.say_unused(["reward_timeout"], "--rewards has neither a judge nor a file")
     if training.max_steps > 0:
         flags.say_unused(["num_train_epochs"], "--max_steps says how long the run is")

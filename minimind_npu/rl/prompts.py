@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from evaluation.answers import final_answer
+from toolcall.registry import are_known
 
 from common.data.labels import encode_prompt, fingerprint
 from common.data.prepare import prepare
@@ -46,9 +47,14 @@ def asked_of(row: dict, tools: list[dict] | None) -> tuple[list[dict], list[dict
 def encode(row: dict, tokenizer, room: int, tools: list[dict] | None) -> dict:
     """A canonical chat row -> {"input_ids": of its prompt}; ValueError with the reason for one that
     cannot be asked."""
+    if tools is not None and not are_known(row.get("tools") or [], tools):
+        raise ValueError("tools that are not built in, so nobody would run them")
     asked, tools = asked_of(row, tools)
-    if row["messages"][-1]["role"] != "assistant" or not asked:
+    last = row["messages"][-1]
+    if last["role"] != "assistant" or not asked:
         raise ValueError("no answer at the end of the conversation")
+    if not (last.get("content") or "").strip():
+        raise ValueError("an answer without words, so there is nothing to compare with")
     ids = encode_prompt(tokenizer, asked, tools)
     if len(ids) > room:
         raise ValueError("the prompt leaves no room for --max_new_tokens")

@@ -49,9 +49,9 @@ def in_form(answer, args) -> float:
 
 
 def length(answer, args) -> float:
-    """1 within --length_range, less the further it is outside."""
+    """1 within --length_range, less the further it is outside; what tools said does not count."""
     low, high = range_of(args.length_range)
-    size = len(answer.tokens)
+    size = sum(answer.trained)
     return min(1.0, size / low, high / size)
 
 
@@ -107,7 +107,7 @@ class Rewards:
                 part = Judge(args.judge_url, args.judge_model, args.reward_timeout, made.missed)
             else:
                 part = UserFunction(name, args.reward_timeout, made.missed)
-            made.parts[Path(name).stem if name.endswith(".py") else name] = (weight, part)
+            made.parts[label_of(name)] = (weight, part)
         return made
 
     def load_models(self, training) -> None:
@@ -148,6 +148,7 @@ def weights_of(spec: str) -> dict[str, float]:
     """ "exact:1 my.py:0.5" -> {"exact": 1.0, "my.py": 0.5}; a usage error for what is no such
     list."""
     found = {}
+    labels = set()
     for word in spec.split():
         name, colon, number = word.rpartition(":")
         try:
@@ -163,10 +164,20 @@ def weights_of(spec: str) -> dict[str, float]:
             )
         if not math.isfinite(weight):
             raise cli.usage_error(f"--rewards {word}: a finite weight")
+        label = label_of(name)
+        if label in labels:
+            raise cli.usage_error(f"--rewards {word}: another part is called {label}; rename it")
+        labels.add(label)
         found[name] = weight
     if not any(found.values()):
         raise cli.usage_error(f"--rewards {spec!r}: at least one with a weight")
     return found
+
+
+def label_of(name: str) -> str:
+    """What a part is called in figures and files: mine/my.py is my, my.py::f is my_f."""
+    file, _, function = name.partition("::")
+    return f"{Path(file).stem}_{function}" if function else Path(file).stem
 
 
 def by_rule(rule: Callable, args) -> Callable:
@@ -191,6 +202,8 @@ class RewardModel:
     BATCH = 32
 
     def __init__(self, name: str):
+        from transformers import AutoTokenizer
+
         from common.convert import models
 
         self.name = name
@@ -199,9 +212,18 @@ class RewardModel:
             raise SystemExit(
                 f"--reward_model {name} has {config.num_labels} outputs; a reward model has one"
             )
+        self.tokenizer = models.load(AutoTokenizer, name, "--reward_model")
+        if not self.tokenizer.chat_template:
+            raise SystemExit(
+                f"--reward_model {name} has no chat template, so nothing says how it reads a "
+                "conversation; add a chat_template.jinja to its folder"
+            )
+        self.tokenizer.padding_side = "right"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def load(self, training) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         from common.convert import models
 
@@ -209,10 +231,6 @@ class RewardModel:
         dtype = device.train_dtype(training)
         self.model = models.load(kind, self.name, "--reward_model", dtype=dtype)
         self.model.to(training.device).requires_grad_(False).eval()
-        self.tokenizer = models.load(AutoTokenizer, self.name, "--reward_model")
-        self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -262,7 +280,10 @@ class Judge:
         key = os.environ.get("JUDGE_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            reply = requests.post(self.url, json=body, headers=headers, timeout=self.timeout)
+            # a redirect would carry question and key elsewhere
+            reply = requests.post(
+                self.url, json=body, headers=headers, timeout=self.timeout, allow_redirects=False
+            )
             reply.raise_for_status()
             return str(reply.json()["choices"][0]["message"]["content"])
         except (requests.RequestException, ValueError, LookupError, TypeError) as error:

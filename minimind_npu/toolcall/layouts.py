@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from common.data import shapes
-from common.data.turns import BadRow, as_list, from_text, parsed, text_in
+from common.data.turns import BadRow, as_list, from_text, parsed, said, text_in
 
 TAGGED_TOOLS = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
 TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
@@ -33,10 +33,6 @@ class Layout(NamedTuple):
     name: str
     matches: Callable[[dict], bool]
     convert: Callable[[dict], dict]
-
-
-def said(role: str, content: str) -> dict:
-    return {"role": role, "content": content}
 
 
 def calling(content: str, calls: list[dict]) -> dict:
@@ -100,8 +96,11 @@ def hermes_call(text: str) -> dict:
     written = TAGGED_CALL.findall(text)
     if len(written) != text.count("<tool_call>"):
         raise BadRow("a call without its end tag", text[:60])
+    content = text.partition("<tool_call>")[0].strip()
+    if TAGGED_CALL.sub("", text).strip() != content:
+        raise BadRow("words behind a call", text[-60:])
     calls = [as_call(value_in(call.strip(), "a call")) for call in written]
-    return calling(text.partition("<tool_call>")[0].strip(), calls)
+    return calling(content, calls)
 
 
 def as_call(value) -> dict:

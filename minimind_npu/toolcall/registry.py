@@ -197,6 +197,18 @@ def schema_of(tool: Tool) -> dict:
     return {"type": "function", "function": function}
 
 
+def are_known(tools: list[dict], schemas: list[dict]) -> bool:
+    """Whether all tools of a row are among the schemas of a registry, with the same parameters."""
+    ours = [(s["function"]["name"], s["function"]["parameters"]) for s in schemas]
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, dict):
+            return False
+        if (function.get("name"), function.get("parameters")) not in ours:
+            return False
+    return True
+
+
 def error_text(problem: str) -> str:
     return json.dumps({"error": problem}, ensure_ascii=False)
 

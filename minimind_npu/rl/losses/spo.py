@@ -41,20 +41,20 @@ class Tracker:
 
     def update(self, prompts: Tensor, rewards: Tensor, log_probs: Tensor) -> None:
         """prompts [n], each once; their rewards [n] (NaN: none), mean log-probs of the answers
-        [n]."""
+        [n] (NaN: none of its tokens is trained, so what was known of the policy stays)."""
         baselines = self.baselines(prompts, rewards)
         given = ~rewards.isnan()
         prompts = prompts[given]
         rewards = rewards[given]
         log_probs = log_probs[given]
-        moved = (log_probs - self.log_prob[prompts]).abs()
+        moved = (log_probs - self.log_prob[prompts]).abs().nan_to_num(0.0)
         rho = (2 ** (-moved / HALF)).clamp(LOWEST, HIGHEST)
         is_new = self.weight[prompts] == 0
         weight = torch.where(is_new, FIRST_WEIGHT, rho * self.weight[prompts]) + 1
         mean = baselines[given]
         self.mean[prompts] = mean + (rewards - mean) / weight
         self.weight[prompts] = weight
-        self.log_prob[prompts] = log_probs
+        self.log_prob[prompts] = torch.where(log_probs.isnan(), self.log_prob[prompts], log_probs)
         self.total += sum_and_number(rewards)
 
     def state_dict(self) -> dict[str, Tensor]:

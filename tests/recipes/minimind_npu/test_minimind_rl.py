@@ -197,6 +197,21 @@ def test_the_tracker_is_a_beta_distribution_whose_counts_fade():
     assert spread.tolist() == pytest.approx([1.0, -1.0, 0.0], abs=1e-3)
 
 
+def test_a_cut_answer_tells_the_tracker_its_reward_but_not_how_far_the_policy_has_moved():
+    tracker = spo.Tracker(1)
+    args = SimpleNamespace(prompts_per_step=1)
+    training = SimpleNamespace(world_size=1, process_index=0)
+    weights = []
+    for is_cut in (False, True, False):
+        one = answer()
+        one.trained = [not is_cut] * 3  # --mask_cut
+        experiences = [policies.Experience.of(one)]
+        advantages.tracked_advantages(args, training, experiences, torch.ones(1), tracker)
+        weights.append(tracker.weight.item())
+        assert tracker.log_prob.item() == -1
+    assert weights == pytest.approx([3.0, 0.96 * 3 + 1, 0.96 * (0.96 * 3 + 1) + 1])
+
+
 # ---- rollouts -------------------------------------------------------------------------------------------------------
 
 SAMPLING = dict(group_size=4, max_new_tokens=12, temperature=0.7, slots=3, model_max_length=64)
@@ -402,6 +417,27 @@ def test_what_a_row_did_with_tools_is_left_to_the_policy():
     assert prompts.asked_of({"messages": messages}, None) == (messages[:6], None)
 
 
+def test_rows_that_cannot_be_asked_or_compared_are_left_out():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
+    known = tools.built_in().schemas
+    spoken = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    other = copy.deepcopy(known[0])
+    other["function"]["parameters"]["required"] = []
+    for unknown in (other, {"type": "function", "function": {"name": "weather"}}, {"function": 1}):
+        with pytest.raises(ValueError, match="not built in"):
+            prompts.encode(
+                {"messages": spoken, "tools": [known[1], unknown]}, tokenizer, 999, known
+            )
+    for row in ({"messages": spoken, "tools": known[1:]}, {"messages": spoken}):
+        assert prompts.encode(row, tokenizer, 999, known)["input_ids"]
+    function = {"name": "date", "arguments": {"date": "2024-2-28"}}
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    with pytest.raises(ValueError, match="without words"):
+        prompts.encode({"messages": [spoken[0], calls]}, tokenizer, 999, known)
+
+
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
@@ -416,6 +452,9 @@ def test_rules_say_what_an_answer_is_worth():
         == rewards.length(answer(tokens=[5]), ARGS)
         == 0.5
     )
+    with_a_tool = answer(tokens=[5] * 8)
+    with_a_tool.trained = [True] * 3 + [False] * 5
+    assert rewards.length(with_a_tool, ARGS) == 1, "what the tool said is none of its length"
     assert rewards.repetition(answer("今天天气很好，我们去公园。"), ARGS) == 1
     assert rewards.repetition(answer("共舞" * 50), ARGS) < 0.05
     assert rewards.repetition(answer("好"), ARGS) == 1
@@ -445,7 +484,20 @@ def test_parts_are_weighted_and_what_is_missing_leaves_its_answer_out():
     assert total.isnan().tolist() == [True, False]
 
 
+def test_means_of_parts_are_of_the_answers_that_have_a_reward():
+    sums = {"answers": 4, "rewarded": 2, "reward": 1.0, "reward_my": 1.0, "tokens": 8, "cut": 1}
+    found = figures.of_rollout(sums | {"surprise": 4.0, "calls": 0})
+    assert found["reward"] == found["reward_my"] == found["without_reward"] == 0.5
+
+
+def test_parts_are_called_by_file_and_function():
+    assert [rewards.label_of(name) for name in ("exact", "a/my.py", "a/my.py::f")] == [
+        "exact", "my", "my_f"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("spec, words", [
+    ("exact:1 exact:2", "another part is called exact"), ("a/my.py b/my.py:2", "another part is called my"),
     ("exat:1", "--rewards exat:1: exact, format"), ("exact:0", "at least one with a weight"), ("exact:nan", "finite"),
     ("model:1", "needs --reward_model"), ("judge", "needs --judge_url"), ("", "at least one"),
 ])  # fmt: skip
@@ -511,15 +563,20 @@ def test_a_file_without_a_reward_is_refused_before_anything_is_loaded(tmp_path, 
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    said = {"好": "8", "差": "评分：2.5/10", "怪": "不知道", "多": "11", "断": None}
+    said = {"好": "8", "差": "评分：2.5/10", "怪": "不知道", "多": "11", "断": None, "转": "9"}
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         asked = body["messages"][0]["content"]
         reply = self.said[asked[-1]]
         assert body["model"] == "judge-1" and "Reference:\n8" in asked
-        self.send_response(200 if reply else 500)
+        is_moved = asked.endswith("转") and self.path.startswith("/v1")
+        self.send_response(307 if is_moved else 200 if reply else 500)
+        if is_moved:
+            self.send_header("Location", "/elsewhere")
         self.end_headers()
+        if is_moved:
+            return
         self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
     def log_message(self, *_):
@@ -538,7 +595,7 @@ def test_a_judge_is_asked_and_what_it_does_not_say_is_counted():
     assert total[:2].tolist() == pytest.approx([0.8, 0.25]) and total[2:].isnan().all()
     assert some.problems == {
         "the judge said no number from 0 to 10": 2,
-        "the judge cannot be asked": 1,
+        "the judge cannot be asked": 2,
     }
     assert some(answers[:1])[0].isnan().all(), "a judge that is gone ends no process"
 
@@ -568,6 +625,9 @@ def test_a_reward_model_scores_conversations_in_batches(tmp_path):
             tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False
         ).input_ids
         assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="has no chat template"):
+        made("model:1", reward_model=str(tmp_path))
     two = copy.deepcopy(config)
     two.num_labels = 2
     two.save_pretrained(tmp_path)

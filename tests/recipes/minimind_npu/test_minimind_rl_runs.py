@@ -139,6 +139,7 @@ def test_what_a_run_leaves_and_tells(whole):
     assert {p.name for p in out.iterdir()} >= {
         "final", "grpo_32.safetensors", "report.md", "loss.png", "reward.png", "exact_match.png", "clip_share.png",
         "kl.png", "entropy.png", "ratio.png", "no_signal.png", "answer_tokens.png",
+        "reward_bytes.png", "reward_length.png", "cut.png",
     }  # fmt: skip
     steps = told(out)
     names = (
@@ -148,6 +149,7 @@ def test_what_a_run_leaves_and_tells(whole):
     assert steps[3]["clip_share"] > 0, "a second update meets older answers, which are clipped"
     assert steps[3]["kl"] > steps[1]["kl"] > 0
     assert {"value_loss", "value_clip_share"} <= told(whole("ppo"))[1].keys()
+    assert not (whole("ppo") / "no_signal.png").exists(), "it has no groups"
     facts = report(out)
     assert facts["stage"] == "grpo" and facts["metrics"]["before"].keys() == {
         "exact_match",
@@ -182,7 +184,8 @@ def parsed(monkeypatch, *more):
     (["--algorithm", "reinforce", "--num_iterations", 2], "one update for a rollout"), (["--beta", 1], "unknown flag"),
     (["--gradient_accumulation_steps", 2], "not for reinforcement learning"), (["--clip_low", 1.5], "below 1"),
     (["--gae_lambda", 1.5, "--algorithm", "ppo"], "from 0 to 1"), (["--mini_batches", 0], "1 or more"),
-    (["--lr_scheduler_type", "polynomial"], "cosine, linear"),
+    (["--lr_scheduler_type", "polynomial"], "cosine, linear"), (["--optim", "adafactor"], "the loop has adamw_torch"),
+    (["--eval_generate", 8], "unknown flag"),
 ])  # fmt: skip
 def test_usage_mistakes(monkeypatch, capsys, more, words):
     with pytest.raises(SystemExit) as stop:
@@ -200,6 +203,22 @@ def test_defaults_follow_the_algorithm(monkeypatch, capsys):
         assert (args.group_size, args.prompts_per_step) == (1, answers), "as many answers a step"
     args, _, _ = parsed(monkeypatch, "--algorithm", "reinforce", "--clip_high", 0.3)
     assert args.mini_batches == 1 and "--clip_high: no effect" in capsys.readouterr().out
+    unused = [
+        "--length_range",
+        "1,9",
+        "--reward_model",
+        "x",
+        "--judge_url",
+        "y",
+        "--judge_model",
+        "z",
+    ]
+    parsed(monkeypatch, *unused, "--reward_timeout", 5, "--rewards", "exact:1 repetition:0.1")
+    said = capsys.readouterr().out
+    for name in (*unused[::2], "--reward_timeout"):
+        assert f"{name}: no effect" in said, name
+    parsed(monkeypatch, *unused, "--reward_timeout", 5, "--rewards", "length model judge")
+    assert "no effect" not in capsys.readouterr().out
     args, training, _ = parsed(monkeypatch, "--hidden_size", 256)
     assert (args.model_max_length, training.max_steps, training.learning_rate) == (1024, -1, 1e-6)
 

@@ -173,6 +173,8 @@ def changed(row, **more):
         (changed(GLAIVE, system="SYSTEM: use { them"), "not JSON"),
         (changed(GLM, conversations=[GLM["conversations"][2]]), "out of order"),
         (changed(HERMES, conversations=[*HERMES["conversations"][:2], spoken(gpt="<tool_call>{}")]), "end tag"),
+        (changed(HERMES, conversations=[*HERMES["conversations"][:2],
+                                        spoken(gpt="<tool_call>{}</tool_call>好")]), "words behind a call"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_has_a_reason(record, reason):
