@@ -347,7 +347,11 @@ def test_a_folder_called_identity_is_named_by_its_path(tmp_path, monkeypatch):
         ("identity g.jsonl:0.5", ("identity_ratio",), "say the same"),
     ],
 )
-def test_shares_that_cannot_be_are_usage_errors(capsys, monkeypatch, data_path, given, words):
+def test_shares_that_cannot_be_are_usage_errors(
+    general, tmp_path, capsys, monkeypatch, data_path, given, words
+):
+    monkeypatch.chdir(tmp_path)
+    general.rename("g.jsonl")
     monkeypatch.setattr(voice, "given", set(given))
     with pytest.raises(SystemExit) as stop:
         mixed(args(data_path), capsys)
@@ -369,3 +373,6 @@ def test_which_rows_are_held_to_the_base(general, capsys):
         answer = json.loads(row)["messages"][-1]["content"]
         assert is_general == (not measures.carries_name(answer, MAIMAI) and answer not in TEXTS)
     assert 0 < sum(found) < len(found)
+    made = rows.select([i for i, is_general in enumerate(found) if not is_general])
+    with pytest.raises(SystemExit, match="--kl_weight: every row has the name or a refusal"):
+        mixing.are_general(made, made, MAIMAI.names(), TEXTS)

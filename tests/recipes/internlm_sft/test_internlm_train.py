@@ -206,6 +206,8 @@ def test_the_run_ends_when_the_identity_is_learned_and_others_suffer(capsys):
         ({"kl_weight": 1.0, "packing": False}, "--packing true"),
         ({"early_stop": "maybe"}, "no, learned, guard"),
         ({"early_stop": "learned", "eval_generate": 0}, "--eval_generate above 0"),
+        ({"early_stop": "guard", "data_path": "identity refusal"}, "name files in --data_path"),
+        ({"early_stop": "guard", "eval_ratio": 0.0}, "an --eval_ratio"),
         ({"identity_ratio": 0.0}, "--identity_ratio 0.0"),
         ({"kl_weight": -1.0}, "--kl_weight -1.0: 0 or more"),
     ],
@@ -217,6 +219,24 @@ def test_flags_that_do_not_go_together(capsys, monkeypatch, flags, words):
             train.Args(**flags), SimpleNamespace(train_sampling_strategy="random", learning_rate=1)
         )
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        ({"data_path": "general.jsonl"}, ["identity_ratio", "near_questions", "max_forgetting"]),
+        ({"data_path": "identity"}, ["identity_ratio", "max_forgetting"]),
+        ({"early_stop": "guard"}, []),
+    ],
+)
+def test_flags_without_an_effect_are_named(capsys, monkeypatch, flags, unused):
+    names = ["identity_ratio", "near_questions", "max_forgetting"]
+    monkeypatch.setattr(voice, "given", set(names))
+    train.resolve_args(
+        train.Args(**flags), SimpleNamespace(train_sampling_strategy="random", learning_rate=1)
+    )
+    said = capsys.readouterr().out
+    assert [name for name in names if f"--{name}: no effect" in said] == unused
 
 
 class Server(BaseHTTPRequestHandler):
