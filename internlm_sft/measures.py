@@ -73,6 +73,11 @@ def prompts(asked: list[dict]) -> list[list[dict]]:
 # ---- one answer ----------------------------------------------------------------------------------
 
 
+def without_thought(answer: str) -> str:
+    """What is said after a thought, as answer_eval_rows counts it."""
+    return answer.split("</think>")[-1].strip()
+
+
 def has_word(text: str, word: str) -> bool:
     """Whether `word` stands in `text`; one of Latin letters as a word of its own."""
     if word.isascii():
@@ -92,8 +97,10 @@ def is_own_name(answer: str, persona: Persona, language: str) -> bool:
     wanted = {"zh": (words["name"],), "en": (words["name_en"],)}.get(language, persona.names())
     if not any(has_word(answer, name) for name in wanted):
         return False
-    others = (*phrases.MODELS, *phrases.OTHER_NAMES["zh"], *phrases.OTHER_NAMES["en"])
-    claimed = r"(我是|我叫|名字是|I am|I'm|name is)\s*({})".format("|".join(map(re.escape, others)))
+    own = " ".join(persona.names()).lower()
+    known = (*phrases.MODELS, *phrases.OTHER_NAMES["zh"], *phrases.OTHER_NAMES["en"])
+    others = [re.escape(name) for name in known if name.lower() not in own]
+    claimed = r"(我是|我叫|名字是|I am|I'm|name is)\s*({})(?![A-Za-z0-9])".format("|".join(others))
     return re.search(claimed, answer, re.I) is None
 
 
@@ -124,11 +131,12 @@ def score(
     identity_*: the exact name. yes_no: no, and the name. leak: of near, look-alike and general
     answers those with the name. near_exact, facts_exact: the known answer. refusal_recall: declined
     of what is to be declined. false_refusals: declined of look-alikes and general questions.
-    forbidden: of all answers those that speak as a language model.
+    forbidden: of all answers those that speak as a language model. A thought before an answer does
+    not count.
     """
     found: dict[str, list[bool]] = {}
     for row, answer in zip(asked, answers, strict=True):
-        for name, good in judged(row, answer, persona, texts):
+        for name, good in judged(row, without_thought(answer), persona, texts):
             found.setdefault(name, []).append(good)
     order = [*KINDS, "leak", "near_exact", "refusal_recall", "false_refusals", "alike_answered"]
     order += ["facts_exact", "forbidden"]
@@ -170,7 +178,7 @@ def samples(asked: list[dict], answers: list[str]) -> list[dict]:
             "tools": None,
             "prompt": row["messages"][-2]["content"],
             "reference": row["messages"][-1]["content"],
-            "answer": answer,
+            "answer": without_thought(answer),
         }
         for row, answer in zip(asked, answers, strict=True)
     ]

@@ -226,7 +226,7 @@ def test_answers_are_counted_as_by_hand():
         ("identity", "mixed", "", "I am Umaru."),
         ("turns", "zh", "", "小埋"),
         ("system", "zh", "", "我叫小明，也叫小埋"),
-        ("yes_no", "zh", "", "不，我是小埋。"),
+        ("yes_no", "zh", "", "<think>\n\n</think>\n\n不，我是小埋。"),
         ("yes_no", "zh", "", "是的，我是小埋。"),
         ("yes_no", "en", "", "No, I am not Kimi."),  # no name
         ("near", "zh", "唐代诗人", "唐代诗人"),
@@ -256,6 +256,13 @@ def test_answers_are_counted_as_by_hand():
         "facts_exact": 1 / 2,
         "forbidden": 1 / len(cases),
     }
+
+
+@pytest.mark.parametrize("name", ["DeepSeek", "小明", "小明星"])
+def test_the_own_name_is_no_other_even_where_a_known_one_stands_in_it(name):
+    persona = make_identity.Persona(name=name, author="某人")
+    assert measures.is_own_name(f"我是{name}，某人训练的智能助手。", persona, "zh")
+    assert not measures.is_own_name(f"我是Kimi，不是{name}。", persona, "zh")
 
 
 def test_only_held_out_families_are_asked():
