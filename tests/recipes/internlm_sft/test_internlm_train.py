@@ -17,7 +17,9 @@ from common.data.counts import Counted
 from common.fast import losses
 
 RECIPE = ROOT / "internlm_sft"
-identity_trainer, train = own_modules("internlm_sft", "identity_trainer", "train")
+evaluate, identity_trainer, train = own_modules(
+    "internlm_sft", "evaluate", "identity_trainer", "train"
+)
 
 
 # ---- the default run -----------------------------------------------------------------------------
@@ -263,6 +265,22 @@ def server():
     yield found
     found.shutdown()
     found.server_close()
+
+
+def test_a_model_is_asked_about_the_topics_of_its_run(tmp_path, capsys):
+    file = tmp_path / "topics.yaml"
+    text = "style: 不聊\ntopics: [{name: 甲, ask: [怎么甲], answer: {甲是什么: 字}}]"
+    file.write_text(text, encoding="utf-8")
+    run = {"topics": str(file), "style": "换一个|再换一个"}
+    asked = SimpleNamespace(topics="", style="")
+    topics, texts = evaluate.topics_of(asked, run)
+    assert [topic["name"] for topic in topics] == ["甲"] and texts == ["换一个", "再换一个"]
+    samples, _ = evaluate.topics_of(asked, {})
+    assert evaluate.topics_of(SimpleNamespace(topics=str(file), style=""), {})[1] == ["不聊"]
+    assert "warning" not in capsys.readouterr().out
+    file.unlink()
+    assert evaluate.topics_of(asked, run)[0] == samples
+    assert f"warning: {file}" in capsys.readouterr().out
 
 
 def test_a_server_is_asked_and_its_faults_are_one_line(server, tmp_path):
