@@ -1,6 +1,8 @@
 """The rows that are made (identity, refusal), how they are mixed, and how answers are counted."""
 
 import json
+import re
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -205,6 +207,24 @@ def test_such_answers_are_replaced_or_left_out_and_counted(tmp_path):
     assert "不会做梦" in (tmp_path / "raw_replaced.txt").read_text(encoding="utf-8")
     kept, found = make_refusal.cleaned(load_rows(str(file))[0]["row"], "不聊。", drop=True)
     assert len(kept) == len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "words, unused",
+    [
+        ("--output_dir out --seed 1 --drop", ["--drop"]),
+        ("--clean raw.jsonl --output_dir out --drop", ["--output_dir"]),
+        ("--clean raw.jsonl --drop", []),
+    ],
+)
+def test_flags_without_an_effect_are_named(tmp_path, monkeypatch, capsys, words, unused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.jsonl").write_text('{"instruction": "问", "output": "答"}', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["make_refusal.py", *words.split()])
+    monkeypatch.setattr(voice, "given", set())
+    make_refusal.main()
+    said = re.findall(r"warning: (.*): no effect", capsys.readouterr().out)
+    assert said == unused
 
 
 # ---- answers -------------------------------------------------------------------------------------
