@@ -100,9 +100,7 @@ def of_folder(chat, asked: list[dict], general: list[dict], who: tuple, most: in
     """Metrics of a loaded model: of an adapter those of its base, then its own."""
     from asking import Asked
 
-    messages = [row["messages"] for row in general]
-    tokens = [encode_chat(chat.tokenizer, one, WINDOW) for one in messages]
-    tokens = [row for row in tokens if row]
+    tokens = token_rows(chat.tokenizer, general)
     seen = Asked(chat.model, chat.tokenizer, asked, who, most, tokens)
     found = []
     if chat.adapter:
@@ -110,6 +108,17 @@ def of_folder(chat, asked: list[dict], general: list[dict], who: tuple, most: in
             found.append(seen.without_base() | perplexity(chat.model, tokens))
     metrics, _ = seen()
     return [*found, metrics | perplexity(chat.model, tokens)]
+
+
+def token_rows(tokenizer, general: list[dict]) -> list[dict]:
+    """Those of the general rows that the chat template writes; Asked tells of the others."""
+    found = []
+    for row in general:
+        try:
+            found.append(encode_chat(tokenizer, row["messages"], WINDOW, row.get("tools")))
+        except ValueError:
+            continue
+    return [row for row in found if row]
 
 
 def perplexity(model, rows: list[dict]) -> dict[str, float]:

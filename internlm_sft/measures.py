@@ -12,6 +12,7 @@ import make_identity
 import make_refusal
 from make_identity import Persona
 
+from common import cli
 from common.runs.metrics import longest_common_subsequence
 
 WORDS_OF_REFUSAL = re.compile(
@@ -46,7 +47,8 @@ def questions(
     """Held-out rows of the generators, and general rows, at most `most` of each kind and language:
     {"messages" (the answer that is known last), "kind", "language"}.
 
-    general: canonical chat rows with their answers.
+    general: canonical chat rows with their answers. Those with tools are not asked: their answers
+    may be calls.
     """
     made = make_identity.make(persona, seed) + make_refusal.make(topics, texts, seed)
     groups: dict[tuple, list[dict]] = {}
@@ -54,7 +56,12 @@ def questions(
         if row["held_out"]:
             groups.setdefault((row["kind"], row["language"]), []).append(row)
     asked = [row for rows in groups.values() for row in spread(rows, most)]
-    for row in general:
+    general = list(general)
+    plain = [row for row in general if not row.get("tools")]
+    with_tools = len(general) - len(plain)
+    if with_tools:
+        cli.say(f"{with_tools} of {len(general)} general rows have tools: they are not asked")
+    for row in plain:
         asked.append({"messages": row["messages"], "kind": "general", "language": ""})
     return asked
 

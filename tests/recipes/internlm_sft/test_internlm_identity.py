@@ -286,7 +286,7 @@ def test_the_own_name_is_no_other_even_where_a_known_one_stands_in_it(name):
 
 
 def test_only_held_out_families_are_asked():
-    general = [asked("", "", "2", "1+1")]
+    general = [asked("", "", "2", "1+1"), asked("", "", "", "天气") | {"tools": [{}]}]
     found = measures.questions(MAIMAI, TOPICS, TEXTS, general, most=6)
     made = make_identity.make(MAIMAI) + make_refusal.make(TOPICS, TEXTS)
     trained = {make_identity.question_of(row) for row in made if not row["held_out"]}

@@ -17,8 +17,8 @@ from common.data.counts import Counted
 from common.fast import losses
 
 RECIPE = ROOT / "internlm_sft"
-evaluate, identity_trainer, train = own_modules(
-    "internlm_sft", "evaluate", "identity_trainer", "train"
+asking, evaluate, identity_trainer, train = own_modules(
+    "internlm_sft", "asking", "evaluate", "identity_trainer", "train"
 )
 
 
@@ -81,6 +81,21 @@ def test_the_page_answers_with_the_adapter_and_without(default_run, browser):
     finally:
         visit.context.close()
         demo.close()
+
+
+def test_questions_that_the_template_refuses_are_left_out_and_counted(monkeypatch, capsys):
+    def without_system(tokenizer, messages):
+        if messages[0]["role"] == "system":
+            raise ValueError("no system turn\nhere")
+        return [1]
+
+    monkeypatch.setattr(asking, "encode_prompt", without_system)
+    talks = [[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]]
+    talks.append([{"role": "system", "content": "小明"}, *talks[0]])
+    asked = [{"messages": turns, "kind": "identity", "language": "zh"} for turns in talks]
+    seen = asking.Asked(None, None, asked, (None, []), 8)
+    assert seen.asked == asked[:1]
+    assert "1 of 2 questions are not asked: no system turn here" in capsys.readouterr().out
 
 
 # ---- KL to the base ------------------------------------------------------------------------------
