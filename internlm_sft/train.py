@@ -247,7 +247,7 @@ def questions(args: Args, persona, refusal: tuple, rows, data, general) -> list[
     held_out = pick_eval_rows(data.eval_rows, general, args.eval_generate)
     known = [json.loads(row) for row in held_out]
     found = measures.questions(persona, *refusal, known, args.eval_generate)
-    trained = mixing.training_keys(rows)
+    trained = mixing.training_keys(rows) - set(data.eval_rows["prompt_key"])
     return [row for row in found if mixing.key_of(row) not in trained]
 
 

@@ -14,11 +14,12 @@ from harness import ROOT, error_line, expect, finish, history, own_modules, repo
 
 from common import collators, voice
 from common.data.counts import Counted
+from common.data.split import split_rows
 from common.fast import losses
 
 RECIPE = ROOT / "internlm_sft"
-asking, evaluate, identity_trainer, train = own_modules(
-    "internlm_sft", "asking", "evaluate", "identity_trainer", "train"
+asking, evaluate, identity_trainer, make_refusal, mixing, train = own_modules(
+    "internlm_sft", "asking", "evaluate", "identity_trainer", "make_refusal", "mixing", "train"
 )
 
 
@@ -280,6 +281,22 @@ def server():
     yield found
     found.shutdown()
     found.server_close()
+
+
+@pytest.mark.parametrize("words", ["{}", "identity {}"])
+def test_held_out_rows_of_files_are_asked_beside_made_ones_and_without(words, monkeypatch):
+    monkeypatch.setattr(voice, "given", set())
+    args = train.Args(data_path=words.format(RECIPE / "data/general.jsonl"), eval_generate=4)
+    names, files = mixing.words_of(args.data_path)
+    persona = train.read_persona(args)
+    topics, texts = make_refusal.read_topics(args.topics)
+    made = mixing.made_rows(names, persona, topics, texts)
+    rows, _ = mixing.load_mixed(args, made, files, 0)
+    _, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples)
+    encoded = [{"source": source, "truncated": False} for source in held_out["source"]]
+    data = SimpleNamespace(eval_rows=held_out)
+    found = train.questions(args, persona, (topics, texts), rows, data, encoded)
+    assert [row["kind"] for row in found].count("general") == 4
 
 
 def test_a_model_is_asked_about_the_topics_of_its_run(tmp_path, capsys):
