@@ -172,6 +172,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of make_identity.py and make_refusal.py")
     add("--output", default="", help="a JSON file for the figures")
     args = parser.parse_args()
+    cli.quiet_libraries()
     say_unused(args)
     chat = None
     if not args.endpoint:
