@@ -8,12 +8,31 @@ import measures
 import torch
 from identity_trainer import kl_to_base
 
+from common import cli
 from common.data.counts import label_index
 from common.data.labels import encode_prompt
 from common.runs.generate import generate_answers
 
 KL_ROWS = 32  # general rows on which the distance to the base is measured
 ALONG = 12  # questions of a kind and language that early stopping asks
+
+
+def askable(tokenizer, asked: list[dict]) -> list[dict]:
+    """The questions that the chat template writes; a line where it refuses some, e.g. those under
+    system turns."""
+    found = []
+    reason = ""
+    for row in asked:
+        try:
+            encode_prompt(tokenizer, row["messages"][:-1])
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+        else:
+            found.append(row)
+    if reason:
+        left_out = len(asked) - len(found)
+        cli.say(f"warning: {left_out} of {len(asked)} questions are not asked: {reason}")
+    return found
 
 
 class Asked:
@@ -31,11 +50,12 @@ class Asked:
         max_new_tokens: int,
         general: Sequence[dict] = (),
     ):
-        """asked: as measures.questions gives them; who: the persona and the texts of the refusal;
-        general: token rows for the KL to the base."""
+        """asked: as measures.questions gives them; those that the chat template refuses are left
+        out. who: the persona and the texts of the refusal; general: token rows for the KL to the
+        base."""
         self.model = model
         self.tokenizer = tokenizer
-        self.asked = asked
+        self.asked = askable(tokenizer, asked)
         self.who = who
         self.max_new_tokens = max_new_tokens
         self.general = [general[i] for i in range(min(KL_ROWS, len(general)))]

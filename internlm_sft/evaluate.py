@@ -30,7 +30,8 @@ import requests
 
 from common import cli, device  # noqa: F401  (device before torch and transformers)
 from common.data.labels import encode_chat
-from common.data.load import load_rows
+from common.data.load import load_rows, summary
+from common.runs import flags
 
 DEFAULT = HERE.parent / "output" / HERE.name
 PATIENCE = 120  # seconds for one answer of a server
@@ -50,6 +51,28 @@ def persona_of(args, settings: dict) -> make_identity.Persona:
         names = {field.name for field in fields(make_identity.Persona)}
         return make_identity.Persona(**{k: v for k, v in known.items() if k in names})
     return make_identity.read_persona(str(HERE / "data" / "persona.yaml"))
+
+
+def topics_of(args, settings: dict) -> tuple[list[dict], list[str]]:
+    """What is to be declined, and how: from the flags; else from the run that left the model; else
+    the samples'."""
+    if args.topics:
+        return make_refusal.read_topics(args.topics, args.style)
+    known = settings.get("topics") or str(make_refusal.TOPICS)
+    if not Path(known).is_file():
+        cli.say(
+            f"warning: {known}, which the run was given, is gone; asked are the samples' topics"
+        )
+        known = str(make_refusal.TOPICS)
+    return make_refusal.read_topics(known, args.style or settings.get("style") or "")
+
+
+def say_unused(args) -> None:
+    """A line for the flags that have no effect."""
+    if args.endpoint:
+        flags.say_unused(["model"], "--endpoint is asked")
+    else:
+        flags.say_unused(["model_id"], "there is no --endpoint")
 
 
 def of_server(endpoint: str, name: str, prompts: list[list[dict]], most: int) -> list[str]:
@@ -77,9 +100,7 @@ def of_folder(chat, asked: list[dict], general: list[dict], who: tuple, most: in
     """Metrics of a loaded model: of an adapter those of its base, then its own."""
     from asking import Asked
 
-    messages = [row["messages"] for row in general]
-    tokens = [encode_chat(chat.tokenizer, one, WINDOW) for one in messages]
-    tokens = [row for row in tokens if row]
+    tokens = token_rows(chat.tokenizer, general)
     seen = Asked(chat.model, chat.tokenizer, asked, who, most, tokens)
     found = []
     if chat.adapter:
@@ -87,6 +108,17 @@ def of_folder(chat, asked: list[dict], general: list[dict], who: tuple, most: in
             found.append(seen.without_base() | perplexity(chat.model, tokens))
     metrics, _ = seen()
     return [*found, metrics | perplexity(chat.model, tokens)]
+
+
+def token_rows(tokenizer, general: list[dict]) -> list[dict]:
+    """Those of the general rows that the chat template writes; Asked tells of the others."""
+    found = []
+    for row in general:
+        try:
+            found.append(encode_chat(tokenizer, row["messages"], WINDOW, row.get("tools")))
+        except ValueError:
+            continue
+    return [row for row in found if row]
 
 
 def perplexity(model, rows: list[dict]) -> dict[str, float]:
@@ -132,14 +164,16 @@ def main() -> None:
     for name in ("name", "author", "name_en", "author_en"):
         add(f"--{name}", help="as in make_identity.py; default: of the run, else the samples'")
     add("--persona", default="", help="YAML file")
-    add("--topics", default=str(make_refusal.TOPICS), help="YAML file: what is to be declined")
-    add("--style", default="", help="texts of the refusal with |")
+    add("--topics", default="", help="YAML file; default: of the run, else the samples'")
+    add("--style", default="", help="texts of the refusal with |; default: as the topics")
     add("--general", default=str(HERE / "data" / "general.jsonl"), help="rows with known answers")
     add("--most", type=int, default=64, help="questions of a kind and language")
     add("--max_new_tokens", type=int, default=128)
     add("--seed", type=int, default=0, help="of make_identity.py and make_refusal.py")
     add("--output", default="", help="a JSON file for the figures")
     args = parser.parse_args()
+    cli.quiet_libraries()
+    say_unused(args)
     chat = None
     if not args.endpoint:
         import published  # noqa: F401  (InternLM's own layout is answered with its conversion)
@@ -147,9 +181,11 @@ def main() -> None:
         from common.demo.chat_model import ChatModel
 
         chat = ChatModel(args.model)
-    persona = persona_of(args, chat.settings if chat else {})
-    topics, texts = make_refusal.read_topics(args.topics, args.style)
-    rows, _ = load_rows(args.general, "chat")
+    settings = chat.settings if chat else {}
+    persona = persona_of(args, settings)
+    topics, texts = topics_of(args, settings)
+    rows, stats = load_rows(args.general, "chat")
+    cli.say(summary(stats))
     general = [json.loads(row) for row in measures.spread(rows["row"], args.most)]
     asked = measures.questions(persona, topics, texts, general, args.most, args.seed)
     if chat:

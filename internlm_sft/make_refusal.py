@@ -5,9 +5,9 @@
 
 A topic has questions to decline in several phrasings, and look-alikes that must be answered: a
 model that only sees refusals declines everything. refusal.jsonl is to train on; refusal_test.jsonl
-holds wordings and look-alikes that are not in it. --clean finds answers of other models that begin
-with "作为一个大语言模型" (or "as an AI language model"), counts and lists them, and puts the
-refusal in their place; --drop leaves those rows out.
+holds wordings and look-alikes that are not in it. --clean finds answers of other models that say
+"作为一个大语言模型" (or "as an AI language model") anywhere, counts and lists them, and puts the
+refusal, the first of several, in their place; --drop leaves those rows out.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the module besid
 from make_identity import check_text, drawn, held_out, read_yaml, row, without_repeats, write
 
 from common import cli
+from common.runs import flags
 
 TOPICS = HERE / "data" / "topics.yaml"
 FRAMES = ("{}？", "{}", "请问{}？", "{}，谢谢。", "朋友想知道，{}？")
@@ -140,6 +141,14 @@ def clean(path: str, text: str, drop: bool) -> None:
         cli.say(f"  {' '.join(answer.split())[:80]}")
 
 
+def say_unused(args) -> None:
+    """A line for the flags that have no effect."""
+    if args.clean:
+        flags.say_unused(["seed", "output_dir"], "--clean writes beside the file")
+    else:
+        flags.say_unused(["drop"], "there is no --clean")
+
+
 def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -150,6 +159,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="which wordings are held out")
     add("--output_dir", default=str(HERE.parent / "output" / "refusal"))
     args = parser.parse_args()
+    say_unused(args)
     topics, texts = read_topics(args.topics, args.style)
     if args.clean:
         clean(args.clean, texts[0].replace("{topic}", "这个话题"), args.drop)

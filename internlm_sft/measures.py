@@ -12,6 +12,7 @@ import make_identity
 import make_refusal
 from make_identity import Persona
 
+from common import cli
 from common.runs.metrics import longest_common_subsequence
 
 WORDS_OF_REFUSAL = re.compile(
@@ -46,7 +47,8 @@ def questions(
     """Held-out rows of the generators, and general rows, at most `most` of each kind and language:
     {"messages" (the answer that is known last), "kind", "language"}.
 
-    general: canonical chat rows with their answers.
+    general: canonical chat rows with their answers. Those with tools are not asked: their answers
+    may be calls.
     """
     made = make_identity.make(persona, seed) + make_refusal.make(topics, texts, seed)
     groups: dict[tuple, list[dict]] = {}
@@ -54,7 +56,12 @@ def questions(
         if row["held_out"]:
             groups.setdefault((row["kind"], row["language"]), []).append(row)
     asked = [row for rows in groups.values() for row in spread(rows, most)]
-    for row in general:
+    general = list(general)
+    plain = [row for row in general if not row.get("tools")]
+    with_tools = len(general) - len(plain)
+    if with_tools:
+        cli.say(f"{with_tools} of {len(general)} general rows have tools: they are not asked")
+    for row in plain:
         asked.append({"messages": row["messages"], "kind": "general", "language": ""})
     return asked
 
@@ -71,6 +78,11 @@ def prompts(asked: list[dict]) -> list[list[dict]]:
 
 
 # ---- one answer ----------------------------------------------------------------------------------
+
+
+def without_thought(answer: str) -> str:
+    """What is said after a thought, as answer_eval_rows counts it."""
+    return answer.split("</think>")[-1].strip()
 
 
 def has_word(text: str, word: str) -> bool:
@@ -92,8 +104,10 @@ def is_own_name(answer: str, persona: Persona, language: str) -> bool:
     wanted = {"zh": (words["name"],), "en": (words["name_en"],)}.get(language, persona.names())
     if not any(has_word(answer, name) for name in wanted):
         return False
-    others = (*phrases.MODELS, *phrases.OTHER_NAMES["zh"], *phrases.OTHER_NAMES["en"])
-    claimed = r"(我是|我叫|名字是|I am|I'm|name is)\s*({})".format("|".join(map(re.escape, others)))
+    own = " ".join(persona.names()).lower()
+    known = (*phrases.MODELS, *phrases.OTHER_NAMES["zh"], *phrases.OTHER_NAMES["en"])
+    others = [re.escape(name) for name in known if name.lower() not in own]
+    claimed = r"(我是|我叫|名字是|I am|I'm|name is)\s*({})(?![A-Za-z0-9])".format("|".join(others))
     return re.search(claimed, answer, re.I) is None
 
 
@@ -124,11 +138,12 @@ def score(
     identity_*: the exact name. yes_no: no, and the name. leak: of near, look-alike and general
     answers those with the name. near_exact, facts_exact: the known answer. refusal_recall: declined
     of what is to be declined. false_refusals: declined of look-alikes and general questions.
-    forbidden: of all answers those that speak as a language model.
+    forbidden: of all answers those that speak as a language model. A thought before an answer does
+    not count.
     """
     found: dict[str, list[bool]] = {}
     for row, answer in zip(asked, answers, strict=True):
-        for name, good in judged(row, answer, persona, texts):
+        for name, good in judged(row, without_thought(answer), persona, texts):
             found.setdefault(name, []).append(good)
     order = [*KINDS, "leak", "near_exact", "refusal_recall", "false_refusals", "alike_answered"]
     order += ["facts_exact", "forbidden"]
@@ -170,7 +185,7 @@ def samples(asked: list[dict], answers: list[str]) -> list[dict]:
             "tools": None,
             "prompt": row["messages"][-2]["content"],
             "reference": row["messages"][-1]["content"],
-            "answer": answer,
+            "answer": without_thought(answer),
         }
         for row, answer in zip(asked, answers, strict=True)
     ]

@@ -23,8 +23,9 @@ from datasets import concatenate_datasets
 from common import cli
 from common.data import load, shapes
 from common.data.cache import cache_root
-from common.data.files import atomic_file
+from common.data.files import atomic_file, entries
 from common.data.split import split_rows
+from common.runs import flags
 
 MADE = ("identity", "refusal")
 PLACEHOLDER = re.compile(r"\{\{\s*(NAME|AUTHOR)\s*\}\}", re.I)
@@ -50,6 +51,17 @@ def words_of(data_path: str) -> tuple[list[str], list[str]]:
                 "share of made rows with --identity_ratio"
             )
     return [w for w in words if w in MADE], [w for w in words if w not in MADE]
+
+
+def say_unused(args) -> None:
+    """A line for the flags about made rows that have no effect on this --data_path."""
+    made, others = words_of(args.data_path)
+    if not made:
+        flags.say_unused(["identity_ratio"], "--data_path names no made rows")
+    elif not others:
+        flags.say_unused(["identity_ratio"], "--data_path names made rows only")
+    if "identity" not in made:
+        flags.say_unused(["near_questions"], "--data_path does not name identity")
 
 
 def made_rows(
@@ -84,8 +96,6 @@ def load_mixed(args, made: list[dict], others: list[str], seed: int):
     families. All else about the proportion stands above.
     """
     if not made:
-        if cli.given_by_user("identity_ratio"):
-            cli.say("warning: --identity_ratio has no effect: --data_path names no made rows")
         return general_rows(args, args.data_path, seed)
     share = share_of_made(others, args.identity_ratio)
     parts = []
@@ -98,7 +108,7 @@ def load_mixed(args, made: list[dict], others: list[str], seed: int):
         tables = [*(table for table, _ in parts), marked(apart)]
         return concatenate_datasets(tables), load.merged([*(s for _, s in parts), stats])
 
-    general, stats = general_rows(args, relative(others), seed)
+    general, stats = general_rows(args, others, seed)
     train, apart = split_rows(general, args.eval_ratio, args.max_eval_samples, seed=seed)
     train = in_proportion(sum(len(table) for table, _ in parts), train, share, seed)
     rows = concatenate_datasets([*(table for table, _ in parts), train, marked(apart)])
@@ -119,23 +129,11 @@ def general_rows(args, paths, seed: int):
     return found
 
 
-def weight_of(word: str) -> float | None:
-    weighted = re.fullmatch(r".+:(\d*\.?\d+)", word)
-    return float(weighted[1]) if weighted and not Path(word).exists() else None
-
-
-def relative(others: list[str]) -> list[str]:
-    """Files for load_rows, to which a lone weight says nothing."""
-    if len(others) == 1 and weight_of(others[0]):
-        return [others[0].rpartition(":")[0]]
-    return others
-
-
 def share_of_made(others: list[str], ratio: float) -> float:
     """The share of made rows: what the weights of the files leave, or else `ratio`."""
-    weights = [weight_of(word) for word in others]
+    weights = [weight for _, weight in entries(others)] if others else []
     if None in weights or not weights:
-        return ratio  # load_rows refuses weights of a part of the files
+        return ratio
     if cli.given_by_user("identity_ratio"):
         raise cli.usage_error("--identity_ratio and weights in --data_path say the same; give one")
     if not 0 < sum(weights) < 1:
@@ -179,13 +177,19 @@ def refuse_placeholders(rows) -> None:
 
 def are_general(rows, token_rows, names: tuple[str, ...], texts: list[str]) -> list[bool]:
     """Of each token row whether its answers neither carry the name nor are a refusal: what the
-    model should answer as before."""
+    model should answer as before. SystemExit where there are none."""
     found = set()
     for row, source in zip(rows["row"], rows["source"], strict=True):
         answers = [t["content"] for t in json.loads(row)["messages"] if t["role"] == "assistant"]
         if not any(word in answer for answer in answers for word in (*names, *texts)):
             found.add(source)
-    return [source in found for source in token_rows["source"]]
+    general = [source in found for source in token_rows["source"]]
+    if not any(general):
+        raise SystemExit(
+            "--kl_weight: every row has the name or a refusal, none is general; name general rows "
+            "in --data_path, or leave out --kl_weight"
+        )
+    return general
 
 
 def training_keys(rows) -> set[int]:

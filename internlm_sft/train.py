@@ -145,9 +145,24 @@ def resolve_args(args: Args, training: TrainingArguments) -> None:
             "--kl_weight needs --use_lora true (the adapter switched off is the base) and "
             "--packing true"
         )
+    if args.early_stop == "guard":
+        check_guard(args)
+    else:
+        flags.say_unused(["max_forgetting"], "only --early_stop guard looks at it")
+    mixing.say_unused(args)
     is_tiny = args.model_name_or_path == "tiny"
     if not args.use_lora and not is_tiny and not cli.given_by_user("learning_rate"):
         training.learning_rate = FULL_LEARNING_RATE
+
+
+def check_guard(args: Args) -> None:
+    """A usage error where the guard of --early_stop would see no general rows."""
+    _, files = mixing.words_of(args.data_path)
+    if not (files and args.eval_ratio and args.max_eval_samples):
+        raise cli.usage_error(
+            "--early_stop guard watches the loss of held-out general rows: name files in "
+            "--data_path, with an --eval_ratio and --max_eval_samples above 0"
+        )
 
 
 def read_persona(args: Args) -> make_identity.Persona:
@@ -232,13 +247,20 @@ def questions(args: Args, persona, refusal: tuple, rows, data, general) -> list[
     held_out = pick_eval_rows(data.eval_rows, general, args.eval_generate)
     known = [json.loads(row) for row in held_out]
     found = measures.questions(persona, *refusal, known, args.eval_generate)
-    trained = mixing.training_keys(rows)
+    trained = mixing.training_keys(rows) - set(data.eval_rows["prompt_key"])
     return [row for row in found if mixing.key_of(row) not in trained]
 
 
-def make_trainer(args: Args, training, model, tokenizer, data, asked: Asked):
-    """data: what `prepare` gave."""
-    return identity_trainer.IdentityTrainer(
+def held_to_base(args: Args, rows, token_rows, persona, texts: list[str]) -> list[bool]:
+    """Of each token row whether the KL term holds it to the base; [] without that term."""
+    if not args.kl_weight:
+        return []
+    return mixing.are_general(rows, token_rows, persona.names(), texts)
+
+
+def make_trainer(args: Args, training, model, tokenizer, data, asked: Asked, is_general: list):
+    """data: what `prepare` gave; is_general: what held_to_base gave."""
+    trainer = identity_trainer.IdentityTrainer(
         model=model,
         args=training,
         train_dataset=windows(args, training, data.train_ids),
@@ -250,6 +272,9 @@ def make_trainer(args: Args, training, model, tokenizer, data, asked: Asked):
         ask=asked.identity,
         **{name: getattr(args, name) for name in ("kl_weight", "early_stop", "max_forgetting")},
     )
+    if is_general:
+        trainer.hold_to_base(is_general)
+    return trainer
 
 
 def main() -> None:
@@ -290,6 +315,7 @@ def main() -> None:
     first = data.train_ids[0]
     cli.say(preview(tokenizer, first["input_ids"], first["labels"], color=sys.stdout.isatty()))
 
+    is_general = held_to_base(args, rows, data.train_ids, persona, texts)
     memory_check.check(args, training, config, windows(args, training, data.train_ids))
     model = load_model(args, training, base)
     general = data.eval_ids if files else []
@@ -301,9 +327,7 @@ def main() -> None:
         args.max_new_tokens,
         general,
     )
-    trainer = make_trainer(args, training, model, tokenizer, data, asked)
-    if args.kl_weight:
-        trainer.hold_to_base(mixing.are_general(rows, data.train_ids, persona.names(), texts))
+    trainer = make_trainer(args, training, model, tokenizer, data, asked, is_general)
 
     # 4. Train (the questions are asked before the first step), measure, save, report
     trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -1,6 +1,8 @@
 """The rows that are made (identity, refusal), how they are mixed, and how answers are counted."""
 
 import json
+import re
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -207,6 +209,24 @@ def test_such_answers_are_replaced_or_left_out_and_counted(tmp_path):
     assert len(kept) == len(found) == 1
 
 
+@pytest.mark.parametrize(
+    "words, unused",
+    [
+        ("--output_dir out --seed 1 --drop", ["--drop"]),
+        ("--clean raw.jsonl --output_dir out --drop", ["--output_dir"]),
+        ("--clean raw.jsonl --drop", []),
+    ],
+)
+def test_flags_without_an_effect_are_named(tmp_path, monkeypatch, capsys, words, unused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.jsonl").write_text('{"instruction": "问", "output": "答"}', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["make_refusal.py", *words.split()])
+    monkeypatch.setattr(voice, "given", set())
+    make_refusal.main()
+    said = re.findall(r"warning: (.*): no effect", capsys.readouterr().out)
+    assert said == unused
+
+
 # ---- answers -------------------------------------------------------------------------------------
 
 
@@ -226,7 +246,7 @@ def test_answers_are_counted_as_by_hand():
         ("identity", "mixed", "", "I am Umaru."),
         ("turns", "zh", "", "小埋"),
         ("system", "zh", "", "我叫小明，也叫小埋"),
-        ("yes_no", "zh", "", "不，我是小埋。"),
+        ("yes_no", "zh", "", "<think>\n\n</think>\n\n不，我是小埋。"),
         ("yes_no", "zh", "", "是的，我是小埋。"),
         ("yes_no", "en", "", "No, I am not Kimi."),  # no name
         ("near", "zh", "唐代诗人", "唐代诗人"),
@@ -258,8 +278,15 @@ def test_answers_are_counted_as_by_hand():
     }
 
 
+@pytest.mark.parametrize("name", ["DeepSeek", "小明", "小明星"])
+def test_the_own_name_is_no_other_even_where_a_known_one_stands_in_it(name):
+    persona = make_identity.Persona(name=name, author="某人")
+    assert measures.is_own_name(f"我是{name}，某人训练的智能助手。", persona, "zh")
+    assert not measures.is_own_name(f"我是Kimi，不是{name}。", persona, "zh")
+
+
 def test_only_held_out_families_are_asked():
-    general = [asked("", "", "2", "1+1")]
+    general = [asked("", "", "2", "1+1"), asked("", "", "", "天气") | {"tools": [{}]}]
     found = measures.questions(MAIMAI, TOPICS, TEXTS, general, most=6)
     made = make_identity.make(MAIMAI) + make_refusal.make(TOPICS, TEXTS)
     trained = {make_identity.question_of(row) for row in made if not row["held_out"]}
@@ -347,7 +374,11 @@ def test_a_folder_called_identity_is_named_by_its_path(tmp_path, monkeypatch):
         ("identity g.jsonl:0.5", ("identity_ratio",), "say the same"),
     ],
 )
-def test_shares_that_cannot_be_are_usage_errors(capsys, monkeypatch, data_path, given, words):
+def test_shares_that_cannot_be_are_usage_errors(
+    general, tmp_path, capsys, monkeypatch, data_path, given, words
+):
+    monkeypatch.chdir(tmp_path)
+    general.rename("g.jsonl")
     monkeypatch.setattr(voice, "given", set(given))
     with pytest.raises(SystemExit) as stop:
         mixed(args(data_path), capsys)
@@ -369,3 +400,6 @@ def test_which_rows_are_held_to_the_base(general, capsys):
         answer = json.loads(row)["messages"][-1]["content"]
         assert is_general == (not measures.carries_name(answer, MAIMAI) and answer not in TEXTS)
     assert 0 < sum(found) < len(found)
+    made = rows.select([i for i, is_general in enumerate(found) if not is_general])
+    with pytest.raises(SystemExit, match="--kl_weight: every row has the name or a refusal"):
+        mixing.are_general(made, made, MAIMAI.names(), TEXTS)

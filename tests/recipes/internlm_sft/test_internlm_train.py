@@ -14,10 +14,13 @@ from harness import ROOT, error_line, expect, finish, history, own_modules, repo
 
 from common import collators, voice
 from common.data.counts import Counted
+from common.data.split import split_rows
 from common.fast import losses
 
 RECIPE = ROOT / "internlm_sft"
-identity_trainer, train = own_modules("internlm_sft", "identity_trainer", "train")
+asking, evaluate, identity_trainer, make_refusal, mixing, train = own_modules(
+    "internlm_sft", "asking", "evaluate", "identity_trainer", "make_refusal", "mixing", "train"
+)
 
 
 # ---- the default run -----------------------------------------------------------------------------
@@ -79,6 +82,21 @@ def test_the_page_answers_with_the_adapter_and_without(default_run, browser):
     finally:
         visit.context.close()
         demo.close()
+
+
+def test_questions_that_the_template_refuses_are_left_out_and_counted(monkeypatch, capsys):
+    def without_system(tokenizer, messages):
+        if messages[0]["role"] == "system":
+            raise ValueError("no system turn\nhere")
+        return [1]
+
+    monkeypatch.setattr(asking, "encode_prompt", without_system)
+    talks = [[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]]
+    talks.append([{"role": "system", "content": "小明"}, *talks[0]])
+    asked = [{"messages": turns, "kind": "identity", "language": "zh"} for turns in talks]
+    seen = asking.Asked(None, None, asked, (None, []), 8)
+    assert seen.asked == asked[:1]
+    assert "1 of 2 questions are not asked: no system turn here" in capsys.readouterr().out
 
 
 # ---- KL to the base ------------------------------------------------------------------------------
@@ -206,6 +224,8 @@ def test_the_run_ends_when_the_identity_is_learned_and_others_suffer(capsys):
         ({"kl_weight": 1.0, "packing": False}, "--packing true"),
         ({"early_stop": "maybe"}, "no, learned, guard"),
         ({"early_stop": "learned", "eval_generate": 0}, "--eval_generate above 0"),
+        ({"early_stop": "guard", "data_path": "identity refusal"}, "name files in --data_path"),
+        ({"early_stop": "guard", "eval_ratio": 0.0}, "an --eval_ratio"),
         ({"identity_ratio": 0.0}, "--identity_ratio 0.0"),
         ({"kl_weight": -1.0}, "--kl_weight -1.0: 0 or more"),
     ],
@@ -217,6 +237,24 @@ def test_flags_that_do_not_go_together(capsys, monkeypatch, flags, words):
             train.Args(**flags), SimpleNamespace(train_sampling_strategy="random", learning_rate=1)
         )
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        ({"data_path": "general.jsonl"}, ["identity_ratio", "near_questions", "max_forgetting"]),
+        ({"data_path": "identity"}, ["identity_ratio", "max_forgetting"]),
+        ({"early_stop": "guard"}, []),
+    ],
+)
+def test_flags_without_an_effect_are_named(capsys, monkeypatch, flags, unused):
+    names = ["identity_ratio", "near_questions", "max_forgetting"]
+    monkeypatch.setattr(voice, "given", set(names))
+    train.resolve_args(
+        train.Args(**flags), SimpleNamespace(train_sampling_strategy="random", learning_rate=1)
+    )
+    said = capsys.readouterr().out
+    assert [name for name in names if f"--{name}: no effect" in said] == unused
 
 
 class Server(BaseHTTPRequestHandler):
@@ -243,6 +281,38 @@ def server():
     yield found
     found.shutdown()
     found.server_close()
+
+
+@pytest.mark.parametrize("words", ["{}", "identity {}"])
+def test_held_out_rows_of_files_are_asked_beside_made_ones_and_without(words, monkeypatch):
+    monkeypatch.setattr(voice, "given", set())
+    args = train.Args(data_path=words.format(RECIPE / "data/general.jsonl"), eval_generate=4)
+    names, files = mixing.words_of(args.data_path)
+    persona = train.read_persona(args)
+    topics, texts = make_refusal.read_topics(args.topics)
+    made = mixing.made_rows(names, persona, topics, texts)
+    rows, _ = mixing.load_mixed(args, made, files, 0)
+    _, held_out = split_rows(rows, args.eval_ratio, args.max_eval_samples)
+    encoded = [{"source": source, "truncated": False} for source in held_out["source"]]
+    data = SimpleNamespace(eval_rows=held_out)
+    found = train.questions(args, persona, (topics, texts), rows, data, encoded)
+    assert [row["kind"] for row in found].count("general") == 4
+
+
+def test_a_model_is_asked_about_the_topics_of_its_run(tmp_path, capsys):
+    file = tmp_path / "topics.yaml"
+    text = "style: 不聊\ntopics: [{name: 甲, ask: [怎么甲], answer: {甲是什么: 字}}]"
+    file.write_text(text, encoding="utf-8")
+    run = {"topics": str(file), "style": "换一个|再换一个"}
+    asked = SimpleNamespace(topics="", style="")
+    topics, texts = evaluate.topics_of(asked, run)
+    assert [topic["name"] for topic in topics] == ["甲"] and texts == ["换一个", "再换一个"]
+    samples, _ = evaluate.topics_of(asked, {})
+    assert evaluate.topics_of(SimpleNamespace(topics=str(file), style=""), {})[1] == ["不聊"]
+    assert "warning" not in capsys.readouterr().out
+    file.unlink()
+    assert evaluate.topics_of(asked, run)[0] == samples
+    assert f"warning: {file}" in capsys.readouterr().out
 
 
 def test_a_server_is_asked_and_its_faults_are_one_line(server, tmp_path):
