@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MOST = 160  # rows; with more of them the copy does not count
+STEP = 16  # rows are a multiple: oneDNN compiles a kernel for every new shape in half precision
 
 
 class WeightFirst(nn.Module):
@@ -26,9 +27,11 @@ class WeightFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inner] -> [..., outer]."""
         rows = x.flatten(0, -2)
-        if not 1 < len(rows) <= MOST:
+        count = len(rows)
+        if not 1 < count <= MOST:
             return F.linear(x, self.weight, self.bias)
-        out = (self.weight @ rows.t()).t()
+        rows = F.pad(rows, (0, 0, 0, -count % STEP))
+        out = (self.weight @ rows.t()).t()[:count]
         if self.bias is not None:
             out = out + self.bias
         return out.unflatten(0, x.shape[:-1])

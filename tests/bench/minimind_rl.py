@@ -48,7 +48,8 @@ RATIOS = (
     ("ours_kl_fp32", "restated"),
 )
 CASES = ("ends", "full")
-ENDS = list(range(1000, 1000 + 6400 // 30))  # token ids
+VOCABULARY = 6400  # MiniMind's; the sample tokenizer has no words for most of it
+ENDS = list(range(1000, 1000 + VOCABULARY // 30))  # token ids
 RATE = 1e-6
 
 
@@ -97,6 +98,8 @@ class Clock:
         return {
             "answers_per_cpu_s": steps * answers / (ended - began),
             "generated_tokens_per_cpu_s": (counted_all - counted) / max(1e-9, made_all - made),
+            "tokens_of_an_answer": (counted_all - counted) / steps / answers,
+            "share_of_generation": (made_all - made) / (ended - began),
         }
 
 
@@ -296,7 +299,7 @@ def write_models(size: str, folder: str) -> None:
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "minimind_npu/tokenizer")
-    model = build(size, len(tokenizer))
+    model = build(size, VOCABULARY)
     model.save_pretrained(f"{folder}/own")
     tokenizer.save_pretrained(f"{folder}/own")
     write_native(model, tokenizer, f"{folder}/native")

@@ -238,7 +238,7 @@ def test_tools_of_the_users_and_the_sandbox_stand_beside_the_built_in_ones(tmp_p
     file = tmp_path / "mine.py"
     file.write_text(
         "def add_tools(registry):\n"
-        "    registry.add(lambda city: '晴', {'type': 'object', 'properties': {'city': {}}}, name='sky')\n"
+        "    registry.add(lambda city: '晴', {'type': 'object', 'properties': {'city': {}}, 'required': ['city']}, name='sky')\n"
     )
     registry = own_tools.registry_of(["python", str(file)])
     assert {"calculator", "python", "sky"} <= registry.tools.keys()
@@ -273,7 +273,7 @@ def taught(folder, tokenizer, pairs) -> None:
         for name, fill in (("input_ids", 0), ("labels", IGNORE))
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(30):
         loss = model(ids, labels=labels, attention_mask=(ids != 0).long()).loss
         loss.backward()
         optimizer.step()
@@ -283,47 +283,25 @@ def taught(folder, tokenizer, pairs) -> None:
 
 
 @pytest.mark.slow
-def test_grpo_makes_a_model_that_is_half_right_right(tokenizer, tmp_path):
-    """Of ten words and ten digits: the digit is asked for; half of the answers it was shown say something else."""
-    words = "天地人你我他花草树木"
+def test_grpo_raises_the_share_of_right_answers(tokenizer, tmp_path):
+    """A small picture of the default run (README): a model that was shown two wrong answers for each right one."""
     rows = [
-        {"question": f"{word}{digit}？", "answer": f"{digit}。"}
-        for word in words
-        for digit in range(10)
+        {"question": f"{word}{digit}？", "answer": "是的。"}
+        for word in "天地人花木"
+        for digit in range(8)
     ]
-    shown = [
-        (row["question"], row["answer"] if i % 2 else "不知道。") for i, row in enumerate(rows)
-    ]
+    shown = [(row["question"], said) for row in rows for said in ("是的。", "不知道。", "不会。")]
     taught(tmp_path / "model/final", tokenizer, shown)
     write(tmp_path / "rows.jsonl", rows)
     flags = [
-        "--model_name_or_path",
-        tmp_path / "model",
-        "--data_path",
-        tmp_path / "rows.jsonl",
-        "--bf16",
-        "false",
-    ]
-    flags += [
-        "--output_dir",
-        tmp_path / "out",
-        "--report_to",
-        "none",
-        "--max_steps",
-        12,
-        "--save_strategy",
-        "no",
-    ]
-    flags += [
-        "--prompts_per_step",
-        16,
-        "--group_size",
-        8,
-        "--max_new_tokens",
-        6,
-        "--eval_ratio",
-        0.2,
-    ]
+        "--model_name_or_path", tmp_path / "model", "--data_path", tmp_path / "rows.jsonl", "--bf16", "false",
+        "--output_dir", tmp_path / "out", "--report_to", "none", "--max_steps", 8, "--save_strategy", "no",
+        "--prompts_per_step", 8, "--group_size", 8, "--max_new_tokens", 6, "--eval_ratio", 0.2, "--eval_steps", 8,
+        "--learning_rate", 1e-3, "--temperature", 1,
+    ]  # fmt: skip
     expect(finish(start(["python", RECIPE / "train_rl.py", *flags])))
     measured = report(tmp_path / "out")["metrics"]
     assert measured["before"]["exact_match"] <= 0.6 and measured["after"]["exact_match"] >= 0.85
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    given = [entry["reward"] for entry in state if "reward" in entry]
+    assert given[0] <= 0.6 and given[-1] >= 0.85
