@@ -3,6 +3,7 @@ broken torch_npu away from them (common/runs/npu_install.py)."""
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -149,6 +150,13 @@ def name() -> str:
     models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     model = models[0] if models else "CPU"
     return f"{model} ({os.cpu_count()} cores{', bf16' if half_dtype() else ''})"
+
+
+@functools.cache
+def cpu_vendor() -> str:
+    """As the CPU names it, "GenuineIntel" or "AuthenticAMD"; "" where it does not."""
+    told = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("vendor_id")]
+    return told[0] if told else ""
 
 
 def _cpuinfo() -> list[str]:
