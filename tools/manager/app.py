@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from common.runs import machine
 from tools.manager import reports
 from tools.manager.chat import Chat
-from tools.manager.datasets import Datasets
+from tools.manager.data_files import Datasets
 from tools.manager.devices import Devices
 from tools.manager.errors import Problem, add_handlers
 from tools.manager.front import UPLOAD
@@ -129,12 +129,15 @@ def build_app(manager: Manager) -> FastAPI:
 
 
 def add_overview(app: FastAPI, manager: Manager) -> None:
+    versions = machine.versions()
+
     @app.get("/api/status")
     def status():
         jobs = manager.jobs
         settings = manager.settings
         return {
-            "version": machine.versions(),
+            "version": versions.get("commit", ""),
+            "versions": versions,
             "project": settings.root.name,
             "time": time.time(),
             "manager": {

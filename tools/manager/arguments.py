@@ -11,7 +11,7 @@ from pathlib import Path
 from common.runs import flags as bounds
 from tools.manager.errors import Problem
 from tools.manager.files import is_below
-from tools.manager.recipes import MANAGED
+from tools.manager.recipes import why_managed
 
 MOST = 200  # flags of one job
 LONGEST = 4000  # characters of a value
@@ -65,13 +65,13 @@ def shown(text: str) -> str:
 def refuse_managed(name: str, flag: dict, value) -> None:
     """Of the model flag's other names a plain word may be given: the size of a model that is made
     from nothing."""
-    own = flag["name"].removeprefix("--")
-    if own not in MANAGED:
+    instead = why_managed(flag["name"].removeprefix("--"))
+    if instead is None:
         return
     is_word = isinstance(value, str) and value.replace("-", "").isalnum() and value.isascii()
     if name == "--size" and is_word:
         return
-    raise Problem(400, f"{name} is the manager's: {MANAGED[own]}", name)
+    raise Problem(400, f"{name} is the manager's: {instead}", name)
 
 
 def words_of_flag(name: str, flag: dict, value, places, cwd: Path) -> list[str]:

@@ -8,6 +8,7 @@ The script runs up to the point where it reads its command line. That ends this 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -58,7 +59,8 @@ def plain(value):
     return str(value)
 
 
-def flag(action: argparse.Action) -> dict:
+def flag(action: argparse.Action, tiny: dict) -> dict:
+    """tiny: defaults for the built-in model that differ."""
     choices = [plain(one) for one in action.choices] if action.choices else None
     names = [name for name in action.option_strings if name.startswith("--")]
     nargs = action.nargs if action.nargs in ("*", "+", "?") else None
@@ -68,6 +70,7 @@ def flag(action: argparse.Action) -> dict:
         "aliases": names[1:],
         "type": kind,
         "default": plain(action.default),
+        "tiny_default": plain(tiny.get(action.dest, action.default)),
         "choices": choices,
         "help": (action.help or "") % {} if "%(" not in (action.help or "") else "",
         "nargs": None if kind == "bool" else nargs,
@@ -76,7 +79,7 @@ def flag(action: argparse.Action) -> dict:
     }
 
 
-def tell(parser: argparse.ArgumentParser) -> None:
+def tell(parser: argparse.ArgumentParser, tiny: dict) -> None:
     titles = owners(parser)
     groups: dict[str, list] = {}
     for action in parser._actions:
@@ -84,7 +87,7 @@ def tell(parser: argparse.ArgumentParser) -> None:
         is_complement = isinstance(action, argparse._StoreFalseAction)  # --no_x beside --x
         if not names or action.dest == "help" or is_complement:
             continue
-        groups.setdefault(titles.get(action.dest, OWN), []).append(flag(action))
+        groups.setdefault(titles.get(action.dest, OWN), []).append(flag(action, tiny))
     order = [OWN, "run", "data", "adapter", TRAINING]
     known = [{"title": title, "flags": groups[title]} for title in order if title in groups]
     print(f"\n{MARK}{json.dumps(known)}", flush=True)
@@ -93,10 +96,22 @@ def tell(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     script = Path(sys.argv[1]).resolve()
-    # every parser comes through here, those of libraries' helpers too
-    argparse.ArgumentParser.parse_known_args = lambda self, *args, **kwargs: tell(self)
     sys.argv = [str(script)]
-    sys.path.insert(0, str(script.parent))
+    sys.path[0] = str(script.parent)  # as if the script had been started
+    sys.path.insert(1, str(script.parent.parent))
+    tiny = {}
+    with contextlib.suppress(ImportError):  # a script without common/
+        from common import cli
+
+        whole = cli.parse_args
+
+        def parse_args(classes, defaults, tiny_defaults, *args, **kwargs):
+            tiny.update(tiny_defaults)
+            return whole(classes, defaults, tiny_defaults, *args, **kwargs)
+
+        cli.parse_args = parse_args
+    # every parser comes through here
+    argparse.ArgumentParser.parse_known_args = lambda self, *args, **kwargs: tell(self, tiny)
     runpy.run_path(str(script), run_name="__main__")
 
 

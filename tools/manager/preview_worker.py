@@ -15,7 +15,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 MARK = "danpu-preview "
 LONGEST = 4096  # tokens of a row that is shown
 BINS = 24
@@ -131,7 +130,7 @@ def main() -> None:
     rows = int(sys.argv[1])
     script = Path(sys.argv[2]).resolve()
     sys.argv = [str(script), *sys.argv[3:]]
-    sys.path[:0] = [str(script.parent.parent), str(script.parent)]
+    sys.path[:1] = [str(script.parent), str(script.parent.parent)]
     from common.data import prepare as module
 
     whole = module.prepare

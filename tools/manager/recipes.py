@@ -49,10 +49,8 @@ MANAGED = {  # flags that the manager gives itself -> what to use instead
     "overwrite_output_dir": "every job has a folder of its own",
     "deepspeed": "choose a launcher: train_zero2.sh, train_zero3.sh",
     "local_rank": "the launcher gives it",
-    "push_to_hub": "nothing leaves this machine",
-    "hub_token": "nothing leaves this machine",
-    "hub_model_id": "nothing leaves this machine",
 }
+UPLOADS = ("push_to_hub", "hub_", "trackio_")  # beginnings of flags
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Recipes:
         for group in groups:
             for flag in group["flags"]:
                 name = flag["name"].removeprefix("--")
-                flag["managed"] = name in MANAGED
+                flag["managed"] = why_managed(name) is not None
                 flag["common"] = name in COMMON and not flag["managed"]
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -154,6 +152,13 @@ class Recipes:
         except OSError:  # a full disk: asked again after the next start
             pass
         return groups
+
+
+def why_managed(name: str) -> str | None:
+    """What to use instead of a flag that jobs do not take; None for all others."""
+    if name.startswith(UPLOADS):
+        return "nothing leaves this machine"
+    return MANAGED.get(name)
 
 
 def recipe_in(folder: Path) -> Recipe:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))  # for common/ and tools/
+sys.path[:0] = [str(PROJECT)]  # for common/ and tools/
 
 import socket
 

@@ -16,7 +16,7 @@ BYTES = 1 << 30
 
 
 def main() -> None:
-    sys.path.insert(0, sys.argv[1])
+    sys.path[0] = sys.argv[1]
     from toolcall.tools import built_in
 
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
