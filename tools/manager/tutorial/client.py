@@ -4,7 +4,6 @@ time for each, started when it is needed and ended when nobody has asked for a w
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+from tools.manager import processes
 from tools.manager.errors import Problem
 
 SCRIPT = Path(__file__).with_name("worker.py")
@@ -103,11 +103,10 @@ class Worker:
 
     def _start(self) -> None:
         self._end()
-        own = {"DANPU_DEVICE": "cpu", "PYTHONIOENCODING": "utf-8"}
         self.lines = queue.SimpleQueue()
         self.process = subprocess.Popen(
             [sys.executable, str(self.script)],
-            env=os.environ | own,
+            env=processes.environment(DANPU_DEVICE="cpu"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

@@ -17,6 +17,8 @@ export interface Job {
   recipe: string;
   script: string;
   args: Record<string, unknown>;
+  dataset: (string | { id: string; weight: number | null })[];
+  model: string | null;
   state: State;
   exit_code: number | null;
   error: string | null;
@@ -38,6 +40,7 @@ export interface Status {
   queue: string[];
   token_required: boolean;
   chosen: string | null;
+  problem: string | null;
 }
 
 export interface Device {
@@ -52,6 +55,7 @@ export interface Device {
 
 export interface Machine {
   devices: Device[];
+  problem: string | null;
   host: { memory_total_mb: number; memory_used_mb: number; disk_free_mb: number; load: number[] };
 }
 
@@ -71,7 +75,13 @@ export interface Flag {
   choices: string[] | null;
   help: string;
   nargs: string | null;
+  /** a switch has no value: true sets it */
+  switch: boolean;
+  /** what it is for the built-in model */
+  tiny_default: unknown;
   common: boolean;
+  /** the manager gives it itself */
+  managed: boolean;
 }
 
 export interface FlagGroup {
@@ -94,7 +104,7 @@ export interface Weights {
 export interface Dataset {
   id: string;
   path_label: string;
-  size_bytes: number;
+  size_bytes: number | null;
   modified: Moment;
   rows: number | null;
   kind: "sample" | "upload" | "folder";
@@ -131,10 +141,11 @@ export interface Report {
 
 export interface EvaluationRow {
   weights: string;
+  path_label: string;
   recipe: string | null;
   metric: string;
-  before: number | null;
-  after: number | null;
+  before: unknown;
+  after: unknown;
 }
 
 export interface Tool {

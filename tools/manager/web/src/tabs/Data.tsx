@@ -64,7 +64,7 @@ export function Data({ chosen, go, recipe }: {
                 <KindBadge kind={one.kind} />
                 <span className="faint">
                   {one.rows !== null && say(`${count(one.rows)} 行 · `, `${count(one.rows)} rows · `)}
-                  {bytes(one.size_bytes)} · {moment(one.modified)}
+                  {one.size_bytes !== null && `${bytes(one.size_bytes)} · `}{moment(one.modified)}
                 </span>
               </a>
             </li>

@@ -46,12 +46,12 @@ function Table({ rows, chosen }: { rows: EvaluationRow[]; chosen?: string }) {
             const first = i === 0 || rows[i - 1].weights !== row.weights;
             return (
               <tr key={`${row.weights} ${row.metric}`} className={`${first ? "first" : ""} ${row.weights === chosen ? "chosen" : ""}`}>
-                <td>{first && <a href={`#/eval/${encodeURIComponent(row.weights)}`}>{row.weights}</a>}</td>
+                <td>{first && <a href={`#/eval/${encodeURIComponent(row.weights)}`}>{row.path_label}</a>}</td>
                 <td>{first && row.recipe}</td>
                 <td>{row.metric}</td>
-                <td className="num">{number(row.before)}</td>
+                <td className="num">{shown(row.before)}</td>
                 <td className="num">
-                  <b>{number(row.after)}</b>
+                  <b>{shown(row.after)}</b>
                 </td>
               </tr>
             );
@@ -62,12 +62,14 @@ function Table({ rows, chosen }: { rows: EvaluationRow[]; chosen?: string }) {
   );
 }
 
+const shown = (value: unknown) => (typeof value === "number" ? number(value) : "–");
+
 function ReportCard({ weights }: { weights: string }) {
   const say = useSay();
   const report = useLoaded(() => get<Report>("/api/report" + query({ weights })), 0, weights);
   return (
     <Card
-      title={<span className="ellipsis">{say("报告", "Report")} · {weights}</span>}
+      title={<span className="ellipsis">{say("报告", "Report")} </span>}
       action={<a className="button quiet" href="#/eval">{say("关上", "Close")}</a>}
     >
       <Problem error={report.error} />

@@ -19,9 +19,11 @@ export function Overview({ status }: { status: Status | null }) {
   return (
     <>
       <h1>{say("概览", "Overview")}</h1>
+      {status.problem && <p className="problem">{status.problem}</p>}
       {status.jobs.length === 0 && <FirstSteps />}
       <Card title={say("机器", "Machine")}>
         <Problem error={machine.error} />
+        {machine.data?.problem && <p className="note">{machine.data.problem}</p>}
         {machine.data ? <MachineFacts machine={machine.data} jobs={status.jobs} /> : <Waiting />}
       </Card>
       <Card

@@ -7,8 +7,9 @@ import type { Flag } from "../../types";
 /** What stands in the fields: text as it was typed, only of flags that somebody has set. */
 export type Typed = Record<string, string>;
 
-export function FlagField({ flag, value, error, onChange }: {
+export function FlagField({ flag, usual, value, error, onChange }: {
   flag: Flag;
+  usual: unknown;
   value: string | undefined;
   error: string | null;
   onChange: (value: string | undefined) => void;
@@ -19,18 +20,18 @@ export function FlagField({ flag, value, error, onChange }: {
       hint={flag.help}
       error={error}
     >
-      <Input flag={flag} value={value} onChange={onChange} />
+      <Input flag={flag} usual={shown(usual)} value={value} onChange={onChange} />
     </Field>
   );
 }
 
-function Input({ flag, value, onChange }: {
+function Input({ flag, usual, value, onChange }: {
   flag: Flag;
+  usual: string;
   value: string | undefined;
   onChange: (value: string | undefined) => void;
 }) {
   const say = useSay();
-  const usual = shown(flag.default);
   if (flag.type === "bool" || flag.choices?.length) {
     const choices = flag.choices ?? ["true", "false"];
     return (

@@ -95,13 +95,7 @@ function Actions({ job, reload, onStarted, onRemoved }: {
   const stop = (force: boolean) => act(async () => void (await post("/api/train/stop", { job: job.id, force })));
   const resume = () =>
     act(async () => {
-      const answer = await post<{ job: Job }>("/api/train/start", {
-        recipe: job.recipe,
-        [job.script.endsWith(".sh") ? "launcher" : "script"]: job.script,
-        args: job.args,
-        resume: job.id,
-        name: job.name,
-      });
+      const answer = await post<{ job: Job }>("/api/train/start", { resume: job.id });
       onStarted(answer.job.id);
     });
   const forget = () =>
@@ -147,12 +141,16 @@ function Actions({ job, reload, onStarted, onRemoved }: {
   );
 }
 
+const nameOf = (one: Job["dataset"][number]) => (typeof one === "string" ? one : `${one.id}:${one.weight ?? 1}`);
+
 function Settings({ job }: { job: Job }) {
   const say = useSay();
   const given = Object.entries(job.args);
+  if (job.model) given.unshift([say("模型", "model"), job.model]);
+  if (job.dataset.length) given.unshift([say("数据", "data"), job.dataset.map(nameOf)]);
   if (given.length === 0) return null;
   return (
-    <Card title={say("给定的参数", "Flags given")}>
+    <Card title={say("给定的", "What was given")}>
       <dl className="settings">
         {given.map(([name, value]) => (
           <div key={name}>

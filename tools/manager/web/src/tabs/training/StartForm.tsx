@@ -9,8 +9,13 @@ import type { Dataset, Device, Flag, FlagGroup, Job, Machine, Recipe, Weights } 
 import { DataChoice, type Chosen } from "./DataChoice";
 import { FlagField, valueOf, type Typed } from "./FlagField";
 
-// these have fields of their own
-const OWN_FIELDS = ["--model_name_or_path", "--data_path", "--output_dir", "--resume_from_checkpoint"];
+const TITLES: Record<string, [zh: string, en: string]> = {
+  recipe: ["这个食谱", "This recipe"],
+  run: ["运行", "Run"],
+  data: ["数据", "Data"],
+  adapter: ["LoRA", "LoRA"],
+  training: ["训练器", "Trainer"],
+};
 
 export function StartForm({ chosen, dataset, onStarted }: {
   chosen: string | null;
@@ -86,7 +91,7 @@ function Form({ recipes, datasets, chosen, dataset, onStarted }: {
         dataset: weighted.map(([id, weight]) => (weight ? { id, weight: Number(weight) } : id)),
         model,
         devices: devices.length ? devices : null,
-        name: name || null,
+        name,
       });
       onStarted(answer.job.id);
     } catch (problem) {
@@ -109,6 +114,7 @@ function Form({ recipes, datasets, chosen, dataset, onStarted }: {
     <FlagField
       key={flag.name}
       flag={flag}
+      usual={model === "tiny" ? flag.tiny_default : flag.default}
       value={typed[flag.name]}
       error={isWrong(flag.name)}
       onChange={(value) => set(flag, value)}
@@ -185,7 +191,7 @@ function Flags({ groups, typed, wrong, field }: {
   const [word, setWord] = useState("");
   const free = groups.map((group) => ({
     ...group,
-    flags: group.flags.filter((flag) => !OWN_FIELDS.includes(flag.name)),
+    flags: group.flags.filter((flag) => !flag.managed),
   }));
   const common = free.flatMap((group) => group.flags).filter((flag) => flag.common);
   const found = (flag: Flag) => `${flag.name} ${flag.help}`.toLowerCase().includes(word.toLowerCase());
@@ -216,7 +222,7 @@ function Flags({ groups, typed, wrong, field }: {
         return (
           <details key={group.title + (isOpen(group) ? " open" : "")} open={isOpen(group)}>
             <summary>
-              {group.title} <span className="faint">{shown.length}</span>
+              {TITLES[group.title] ? say(...TITLES[group.title]) : group.title} <span className="faint">{shown.length}</span>
               {set > 0 && <span className="badge running">{say(`已设 ${set}`, `${set} set`)}</span>}
             </summary>
             <div className="fields">{shown.map(field)}</div>
