@@ -169,7 +169,8 @@ class Starter:
 
 
 def has_flag(groups: list, name: str) -> bool:
-    return any(flag["name"] == name for group in groups for flag in group["flags"])
+    flags = [flag for group in groups for flag in group["flags"]]
+    return any(name in (flag["name"], *flag["aliases"]) for flag in flags)
 
 
 def id_and_weight(one: str | WeightedDataset) -> tuple[str, float | None]:
