@@ -27,7 +27,7 @@ from tools.manager.errors import Problem, add_handlers
 from tools.manager.front import UPLOAD
 from tools.manager.jobs import Jobs
 from tools.manager.logs import Streams
-from tools.manager.preview import MOST_ROWS, Previews
+from tools.manager.preview import MOST_ROWS, Previews, makes_token_rows
 from tools.manager.recipes import Recipes
 from tools.manager.settings import Settings
 from tools.manager.starting import Start, Starter
@@ -199,6 +199,8 @@ def add_data(app: FastAPI, manager: Manager) -> None:
         data = manager.datasets.get(id)
         found = manager.recipes.get(recipe)
         name = manager.recipes.script(found, script)
+        if not makes_token_rows(found.folder / name):
+            raise Problem(400, f"{name} of {found.name} makes no token rows to show", "script")
         groups = manager.recipes.flags(found, name)
         words = manager.starter.data_words([id], groups)
         words += manager.starter.model_words(model, groups)

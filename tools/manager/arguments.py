@@ -65,7 +65,7 @@ def shown(text: str) -> str:
 def refuse_managed(name: str, flag: dict, value) -> None:
     """Of the model flag's other names a plain word may be given: the size of a model that is made
     from nothing."""
-    instead = why_managed(flag["name"].removeprefix("--"))
+    instead = why_managed(flag["name"], *flag["aliases"])
     if instead is None:
         return
     is_word = isinstance(value, str) and value.replace("-", "").isalnum() and value.isascii()
@@ -119,7 +119,7 @@ def number(name: str, kind: str, value) -> str:
     except (ValueError, OverflowError):
         whole = "a whole number" if kind == "int" else "a number"
         raise Problem(400, f"{name}: {whole}", name) from None
-    if not math.isfinite(found) or abs(found) >= 1 << 63:
+    if not abs(found) < 1 << 63:  # nor one that is none
         raise Problem(400, f"{name}: a finite number", name)
     low, high = bounds.RANGES.get(name.removeprefix("--"), (-math.inf, math.inf))
     if not low <= found < high:

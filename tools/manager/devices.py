@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import psutil
 
+from common.runs import machine
 from tools import probe
 
 MIB = 1 << 20
 CPU = "cpu"
 SECONDS = 180
 FRESH = 2.0  # seconds that figures of a driver's tool are shown again
+CARDS = ("nvidia[0-9]*", "davinci[0-9]*", "kfd")  # of the drivers, in /dev
 SMI = ("nvidia-smi", "--query-gpu=index,memory.used,utilization.gpu")
 SMI += ("--format=csv,noheader,nounits",)
 
@@ -37,7 +40,9 @@ class Devices:
         self.lock = threading.Lock()
 
     def start(self) -> None:
-        if not self.found:
+        if not self.found and not may_have_cards():
+            self.found = [the_cpu(cpu_name())]
+        elif not self.found:
             threading.Thread(target=self.ask, name="devices", daemon=True).start()
 
     def ask(self) -> None:
@@ -49,7 +54,7 @@ class Devices:
             return
         why = probe.why_it_ended(code, err)
         self.problem = f"torch does not tell the devices: {why}; jobs run on the CPU"
-        self.found = [{"id": CPU, "kind": CPU, "name": "CPU", "memory_total_mb": None}]
+        self.found = [the_cpu(cpu_name())]
 
     def names(self) -> list[str]:
         return [one["id"] for one in self.found]
@@ -82,6 +87,23 @@ class Devices:
         return self.figures.get(name, (None, None))
 
 
+def may_have_cards() -> bool:
+    """Whether torch could see more than the CPU; where not, nobody waits for its import."""
+    wanted = os.environ.get("DANPU_DEVICE", "")
+    files = [file for pattern in CARDS for file in Path("/dev").glob(pattern)]
+    return wanted != CPU and bool(wanted or files or machine.is_ascend())
+
+
+def the_cpu(name: str) -> dict:
+    total = psutil.virtual_memory().total // MIB
+    return {"id": CPU, "kind": CPU, "name": name, "memory_total_mb": total}
+
+
+def cpu_name() -> str:
+    found = re.search(r"model name\s*: (.+)", machine.read("/proc/cpuinfo"))
+    return f"{found[1] if found else 'CPU'} ({len(os.sched_getaffinity(0))} cores)"
+
+
 def cards_in_use() -> dict[str, tuple]:
     if not shutil.which(SMI[0]):
         return {}
@@ -104,8 +126,7 @@ def main() -> None:
 
     kind = device.kind()
     if kind == CPU:
-        total = psutil.virtual_memory().total // MIB
-        found = [{"id": CPU, "kind": CPU, "name": device.name(), "memory_total_mb": total}]
+        found = [the_cpu(device.name())]
     else:
         found = []
         for i in range(device.device_count()):

@@ -57,6 +57,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     stop_asked: bool = False
+    force: bool = False
     continues: str | None = None
     pid: int | None = None
     known: str | None = None
@@ -159,25 +160,20 @@ class Jobs:
             return self.jobs[name]
 
     def stop(self, name: str, force: bool) -> Job:
-        """SIGTERM, which lets a training save; force: SIGKILL to all of it."""
+        """SIGTERM, which lets a training save; force: SIGKILL to all of it, at every look until
+        nothing is left."""
         with self.lock:
             job = self.get(name)
             if job.state == "queued":
                 self.finish(job, "stopped")
             elif job.state in ("running", "stopping"):
                 job.stop_asked = True
+                job.force = job.force or force
                 job.state = "stopping"
                 self.save(job)
-                self.signal(job, force)
+                if processes.lives(job.pid, job.known) and not force:
+                    processes.ask_to_stop(job.pid)
             return job
-
-    def signal(self, job: Job, force: bool) -> None:
-        if not processes.lives(job.pid, job.known):
-            return
-        if force:
-            processes.kill_below(job.pid)
-        else:
-            processes.ask_to_stop(job.pid)
 
     def remove(self, name: str) -> Job:
         """Forget a job and its log; what the run wrote stays."""
@@ -278,6 +274,8 @@ class Jobs:
         if job.pid is None:
             self.find_runner(job, folder)
         is_over = not processes.lives(job.pid, job.known)
+        if job.force and not is_over:
+            processes.kill_below(job.pid)
         self.progress[job.id].read(self.log(job))
         if not is_over or (job.pid is None and self.waited.get(job.id, 0) < GRACE):
             return

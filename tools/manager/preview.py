@@ -79,9 +79,16 @@ class Preview:
         elif time.monotonic() - self.began >= SECONDS:
             self.problem = f"no preview within {SECONDS} s: take a smaller file"
         elif process.returncode == 0:
-            self.problem = "this script makes no token rows, so there is nothing to show"
+            self.problem = "the script ended before it had token rows"
         else:
             self.problem = (error or self.said or "the script ended").removeprefix("error: ")
+
+
+def makes_token_rows(script: Path) -> bool:
+    """Whether a script hands its rows to common/data/prepare.py, where the worker stops it; another
+    one would go on and train."""
+    text = script.read_text(encoding="utf-8", errors="replace")
+    return "common.data.prepare import" in text and "prepare(" in text
 
 
 def kill(process: subprocess.Popen) -> None:

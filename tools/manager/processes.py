@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -79,6 +80,8 @@ def kill_below(pid: int) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process of ours: the manager's own without what is about its start alone."""
+    """Of a process of ours: the manager's own without what is about its start alone; shells find
+    this Python first."""
     found = {name: value for name, value in os.environ.items() if name not in OURS}
+    found["PATH"] = f"{Path(sys.executable).parent}:{found.get('PATH', os.defpath)}"
     return QUIET | found | more

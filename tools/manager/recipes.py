@@ -144,7 +144,7 @@ class Recipes:
         for group in groups:
             for flag in group["flags"]:
                 name = flag["name"].removeprefix("--")
-                flag["managed"] = why_managed(name) is not None
+                flag["managed"] = why_managed(name, *flag["aliases"]) is not None
                 flag["common"] = name in COMMON and not flag["managed"]
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -154,11 +154,15 @@ class Recipes:
         return groups
 
 
-def why_managed(name: str) -> str | None:
-    """What to use instead of a flag that jobs do not take; None for all others."""
-    if name.startswith(UPLOADS):
-        return "nothing leaves this machine"
-    return MANAGED.get(name)
+def why_managed(*names: str) -> str | None:
+    """What to use instead of a flag, by its names, that jobs do not take; None for all others."""
+    for name in names:
+        bare = name.removeprefix("--")
+        if bare.startswith(UPLOADS):
+            return "nothing leaves this machine"
+        if bare in MANAGED:
+            return MANAGED[bare]
+    return None
 
 
 def recipe_in(folder: Path) -> Recipe:

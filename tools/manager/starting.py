@@ -59,22 +59,24 @@ class Starter:
         script = self.recipes.script(recipe, chosen)
         groups = self.recipes.flags(recipe, script)
         words = words_of(asked.args, groups, self.places(), self.settings.root)
-        devices = self.chosen_devices(asked.devices)
         words += self.model_words(asked.model, groups)
         words += self.data_words(asked.dataset, groups)
-        output = self.new_output(asked.name or recipe.name)
-        return self.jobs.add(
-            name=printable(asked.name) or recipe.name,
-            recipe=recipe.name,
-            script=chosen,
-            args=asked.args,
-            dataset=[self.plain(one) for one in asked.dataset],
-            model=asked.model,
-            argv=self.command(recipe, chosen, script, words, groups, output, devices),
-            env={"OUTPUT": str(output)} if chosen.endswith(".sh") else {},
-            output=str(output),
-            devices=devices,
-        )
+        devices = self.chosen_devices(asked.devices)
+        shown = printable(asked.name) or recipe.name
+        with self.jobs.lock:  # the number in the folder's name is the job's
+            output = self.new_output(shown)
+            return self.jobs.add(
+                name=shown,
+                recipe=recipe.name,
+                script=chosen,
+                args=asked.args,
+                dataset=[self.plain(one) for one in asked.dataset],
+                model=asked.model,
+                argv=self.command(recipe, chosen, script, words, groups, output, devices),
+                env={"OUTPUT": str(output)} if chosen.endswith(".sh") else {},
+                output=str(output),
+                devices=devices,
+            )
 
     def resume(self, asked: Start) -> Job:
         """The same command once more, on the same output."""
@@ -167,7 +169,8 @@ class Starter:
 
 
 def has_flag(groups: list, name: str) -> bool:
-    return any(flag["name"] == name for group in groups for flag in group["flags"])
+    flags = [flag for group in groups for flag in group["flags"]]
+    return any(name in (flag["name"], *flag["aliases"]) for flag in flags)
 
 
 def id_and_weight(one: str | WeightedDataset) -> tuple[str, float | None]:
