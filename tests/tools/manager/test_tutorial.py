@@ -159,7 +159,7 @@ def test_sizes_of_what_is_deployed(figure):
     found = figure("deploy", size="26m", context=1000, batch=2)
     assert found["parameters"] == pytest.approx(25.83e6, rel=1e-3)
     sizes = {one["name"]: one["bytes"] for one in found["formats"]}
-    assert sizes["float32"] == 4 * found["parameters"]
+    assert sizes["fp32"] == 4 * found["parameters"]
     # keys and values of 8 layers, 2 heads of 64 numbers, two bytes each
     assert found["cache"] == 2 * 8 * 2 * 64 * 2 * 1000 * 2
     assert found["cache_unshared"] == 4 * found["cache"]

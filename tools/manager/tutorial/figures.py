@@ -25,8 +25,8 @@ ROW = 40  # tokens of a figure that has a cell for each pair
 NEIGHBOURS = 10
 CANDIDATES = 20
 FORMATS = {  # bits of a weight, with the scales that a block of 32 shares
-    "float32": 32,
-    "bfloat16 / float16": 16,
+    "fp32": 32,
+    "bf16 / fp16": 16,
     "GGUF Q8_0": 8.5,
     "GGUF Q4_0": 4.5,
 }

@@ -52,12 +52,12 @@ class Lesson:
         return ids
 
     def piece(self, number: int) -> str:
-        """A token as text; a part of a character as its bytes, ⟨e4 bd⟩."""
+        """A token as text; a part of a character as its bytes, ⟨e4-bd⟩."""
         text = self.tokenizer.decode([number], clean_up_tokenization_spaces=False)
         if "\ufffd" not in text:
             return text
         found = self.raw(number)
-        return f"⟨{found.hex(' ')}⟩" if found else text
+        return f"⟨{found.hex('-')}⟩" if found else text
 
     def pieces(self, ids: list[int]) -> list[str]:
         return [self.piece(number) for number in ids]

@@ -68,12 +68,12 @@ export function App() {
         )}
         {!unauthorised && visited.includes("chat") && (
           <div hidden={chosen !== "chat"}>
-            <Chat />
+            <Chat looked={chosen === "chat"} />
           </div>
         )}
         {!unauthorised && visited.includes("tools") && (
           <div hidden={chosen !== "tools"}>
-            <Tools />
+            <Tools looked={chosen === "tools"} />
           </div>
         )}
         {!unauthorised && chosen === "eval" && <Evaluation chosen={rest[0]} />}

@@ -45,3 +45,11 @@ export function moment(value: number | string | null | undefined): string {
 
 export const seconds = (value: number | string): number =>
   typeof value === "number" ? value : new Date(value).getTime() / 1000;
+
+/** Of a data set: the name of an uploaded file, of a sample its place in the recipe's data. */
+export function datasetName(one: { path_label: string; kind: string; recipe: string | null }): string {
+  if (one.kind === "upload") return one.path_label.split("/").pop()!;
+  const start = `${one.recipe}/data/`;
+  const within = one.path_label.startsWith(start) ? one.path_label.slice(start.length) : one.path_label;
+  return within || "data/";
+}

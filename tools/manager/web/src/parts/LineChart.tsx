@@ -9,6 +9,8 @@ export interface Curve {
   name: string;
   points: Points;
   dots?: boolean;
+  /** a function, whose last value says nothing */
+  still?: boolean;
 }
 
 const HEIGHT = 190;
@@ -45,19 +47,22 @@ export function LineChart({
   unit = "",
   xTitle = "",
   height = HEIGHT,
+  around = [],
 }: {
   title: string;
   curves: Curve[];
   unit?: string;
   xTitle?: string;
   height?: number;
+  /** values that the scale reaches in any case, so that small changes look small */
+  around?: number[];
 }) {
   const [frame, width] = useWidth();
   const [pointed, setPointed] = useState<number | null>(null);
   const drawn = useMemo(() => curves.map((curve) => ({ ...curve, points: thinned(curve.points) })), [curves]);
   const all = drawn.flatMap((curve) => curve.points);
   const xs = all.map(([x]) => x);
-  const ys = all.map(([, y]) => y).filter(Number.isFinite);
+  const ys = [...all.map(([, y]) => y).filter(Number.isFinite), ...(all.length ? around : [])];
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   const [lowest, highest] = [Math.min(...ys), Math.max(...ys)];
   const pad = (highest - lowest) * 0.06 || Math.abs(highest) * 0.1 || 1;
@@ -88,8 +93,12 @@ export function LineChart({
         <span className="chart-title">{title}</span>
         {shown.map((curve, i) => (
           <span key={curve.name} className={`legend curve-${i}`}>
-            {shown.length > 1 && <>{curve.name} </>}
-            <b>{number(values[i][1])}</b> {unit}
+            {(shown.length > 1 || curve.still) && <>{curve.name} </>}
+            {(pointed !== null || !curve.still) && (
+              <>
+                <b>{number(values[i][1])}</b> {unit}
+              </>
+            )}
           </span>
         ))}
         {pointed !== null && values[0] && <span className="faint">@ {number(values[0][0])}</span>}
@@ -111,13 +120,13 @@ export function LineChart({
               </text>
             </g>
           ))}
-          {ticks(x0, x1, Math.max(2, width / 130)).map((tick) => (
+          {ticks(x0, x1, Math.max(2, width / 130)).filter((tick) => !xTitle || atX(tick) < right - 44).map((tick) => (
             <text key={`x${tick}`} className="tick" x={atX(tick)} y={height - 6} textAnchor="middle">
               {number(tick)}
             </text>
           ))}
           {xTitle && (
-            <text className="tick" x={right} y={bottom - 5} textAnchor="end">
+            <text className="tick" x={right} y={height - 6} textAnchor="end">
               {xTitle}
             </text>
           )}

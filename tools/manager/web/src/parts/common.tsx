@@ -92,17 +92,20 @@ export function Field({ label, hint, error, children, wide = false }: {
   children: ReactNode;
   wide?: boolean;
 }) {
+  // hint and error stand outside of the label, which would else be their text too
   return (
-    <label className={`field ${error ? "wrong" : ""} ${wide ? "wide" : ""}`}>
-      <span className="field-label">{label}</span>
-      {children}
+    <div className={`field ${error ? "wrong" : ""} ${wide ? "wide" : ""}`}>
+      <label>
+        <span className="field-label">{label}</span>
+        {children}
+      </label>
       {error && (
         <span className="field-error" role="alert">
           {error}
         </span>
       )}
       {hint && !error && <span className="hint">{hint}</span>}
-    </label>
+    </div>
   );
 }
 

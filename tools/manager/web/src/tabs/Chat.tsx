@@ -20,9 +20,9 @@ interface Column {
 
 const emptyColumn = (weights = ""): Column => ({ picked: { weights, model: "" }, turns: [] });
 
-export function Chat() {
+export function Chat({ looked }: { looked: boolean }) {
   const say = useSay();
-  const servers = useServers();
+  const servers = useServers(looked);
   const [sampling, setSampling] = useStored<Sampling>("sampling", SAMPLING);
   const [columns, setColumns] = useState<Column[]>([emptyColumn()]);
   const [text, setText] = useState("");

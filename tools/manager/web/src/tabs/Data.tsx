@@ -2,7 +2,7 @@
 
 import { useRef, useState } from "react";
 import { get, upload } from "../api";
-import { bytes, count, moment } from "../format";
+import { bytes, count, datasetName, moment } from "../format";
 import { useLoaded } from "../hooks";
 import { useSay } from "../language";
 import { Card, Empty, Problem, Waiting } from "../parts/common";
@@ -22,6 +22,7 @@ export function Data({ chosen, go, recipe }: {
   const [word, setWord] = useState("");
   const all = datasets.data?.datasets ?? [];
   const shown = all.filter((one) => `${one.path_label} ${one.recipe ?? ""}`.toLowerCase().includes(word.toLowerCase()));
+  const samples = byRecipe(shown.filter((one) => one.kind === "sample"));
   const picked = all.find((one) => one.id === chosen);
 
   return (
@@ -54,24 +55,50 @@ export function Data({ chosen, go, recipe }: {
         <Problem error={datasets.error} />
         {!datasets.data && !datasets.error && <Waiting />}
         {datasets.data && shown.length === 0 && <Empty>{say("没有数据集。", "No data set.")}</Empty>}
-        <ul className="datasets">
-          {shown.map((one) => (
-            <li key={one.id}>
-              <a href={`#/data/${encodeURIComponent(one.id)}`} aria-current={one.id === chosen ? "true" : undefined}>
-                <span className="ellipsis" title={one.path_label}>
-                  {one.path_label}
-                </span>
-                <KindBadge kind={one.kind} />
-                <span className="faint">
-                  {one.rows !== null && say(`${count(one.rows)} 行 · `, `${count(one.rows)} rows · `)}
-                  {one.size_bytes !== null && `${bytes(one.size_bytes)} · `}{moment(one.modified)}
-                </span>
-              </a>
-            </li>
-          ))}
-        </ul>
+        <DatasetList datasets={shown.filter((one) => one.kind !== "sample")} chosen={chosen} />
+        {samples.map(([name, own]) => (
+          <details key={`${name} ${word !== ""}`} open={word !== "" || name === recipe}>
+            <summary>
+              {say(`${name} 的样例`, `Samples of ${name}`)} <span className="faint">{own.length}</span>
+            </summary>
+            <DatasetList datasets={own} chosen={chosen} />
+          </details>
+        ))}
       </Card>
     </>
+  );
+}
+
+function byRecipe(datasets: Dataset[]): [string, Dataset[]][] {
+  const groups = new Map<string, Dataset[]>();
+  for (const one of datasets) groups.set(one.recipe ?? "", [...(groups.get(one.recipe ?? "") ?? []), one]);
+  return [...groups];
+}
+
+function DatasetList({ datasets, chosen }: { datasets: Dataset[]; chosen?: string }) {
+  const say = useSay();
+  return (
+    <ul className="datasets">
+      {datasets.map((one) => (
+        <li key={one.id}>
+          <a href={`#/data/${encodeURIComponent(one.id)}`} aria-current={one.id === chosen ? "true" : undefined}>
+            <span className="ellipsis" title={one.path_label}>
+              {datasetName(one)}
+            </span>
+            {one.kind !== "sample" && <KindBadge kind={one.kind} />}
+            <span className="faint">
+              {[
+                one.rows !== null ? say(`${count(one.rows)} 行`, `${count(one.rows)} rows`) : null,
+                one.size_bytes !== null ? bytes(one.size_bytes) : say("文件夹", "folder"),
+                moment(one.modified),
+              ]
+                .filter(Boolean)
+                .join(" · ")}
+            </span>
+          </a>
+        </li>
+      ))}
+    </ul>
   );
 }
 

@@ -102,7 +102,7 @@ function DeviceTile({ device, job }: { device: Device; job?: Job }) {
   return (
     <div className="tile">
       <b>
-        {device.kind.toUpperCase()} <span className="faint">{device.id}</span>
+        {device.kind.toUpperCase()} {device.id !== device.kind && <span className="faint">{device.id}</span>}
       </b>
       <span className="ellipsis" title={device.name}>
         {device.name}

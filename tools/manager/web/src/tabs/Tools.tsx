@@ -16,9 +16,9 @@ import { StepCard } from "./tools/StepCard";
 const MOST_ROUNDS = 6;
 const EXAMPLES = ["37乘52等于多少？", "2024-2-28再过2天是哪天？", "3公里是多少米？", "红苹果多少钱？"];
 
-export function Tools() {
+export function Tools({ looked }: { looked: boolean }) {
   const say = useSay();
-  const servers = useServers();
+  const servers = useServers(looked);
   const builtIn = useLoaded(() => get<{ tools: Tool[] }>("/api/tools"), 0);
   const [schema, setSchema] = useState("");
   const [picked, setPicked] = useState<Picked>({ weights: "", model: "" });

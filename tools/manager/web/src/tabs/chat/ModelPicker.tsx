@@ -90,7 +90,7 @@ export function ModelPicker({ servers, picked, onPick, label }: {
         <ul className="loaded">
           {servers.list.map((one) => (
             <li key={one.id}>
-              {one.weights}{" "}
+              {servers.weights.find((known) => known.id === one.weights)?.path_label ?? one.weights}{" "}
               <button type="button" className="link" onClick={() => servers.end(one.id).catch(setError)}>
                 {say("卸下", "Unload")}
               </button>

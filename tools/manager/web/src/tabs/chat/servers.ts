@@ -13,9 +13,10 @@ export interface Servers {
   end: (id: string) => Promise<void>;
 }
 
-export function useServers(): Servers {
-  const servers = useLoaded(() => get<{ servers: ChatServer[] }>("/api/chat/servers"), 2);
-  const weights = useLoaded(() => get<{ weights: Weights[] }>("/api/weights"), 10);
+/** looked: whether the tab is looked at; otherwise nothing is asked again and again. */
+export function useServers(looked: boolean): Servers {
+  const servers = useLoaded(() => get<{ servers: ChatServer[] }>("/api/chat/servers"), looked ? 2 : 0);
+  const weights = useLoaded(() => get<{ weights: Weights[] }>("/api/weights"), looked ? 10 : 0);
   const { reload } = servers;
   const start = useCallback(
     async (id: string) => {

@@ -2,7 +2,7 @@
 
 import { useEffect, useState } from "react";
 import { get, query } from "../../api";
-import { count, number } from "../../format";
+import { count, datasetName, number } from "../../format";
 import { useSay } from "../../language";
 import { Histogram } from "../../parts/Bars";
 import { Card, Field, Problem, Waiting } from "../../parts/common";
@@ -26,7 +26,7 @@ export function PreviewCard({ dataset, recipes, preferred }: {
 
   return (
     <Card
-      title={<span className="ellipsis">{dataset.path_label}</span>}
+      title={<span title={dataset.path_label}>{datasetName(dataset)}</span>}
       action={<a className="button" href={`#/train/new/${encodeURIComponent(dataset.id)}`}>{say("用它训练", "Train on it")}</a>}
     >
       <div className="row">

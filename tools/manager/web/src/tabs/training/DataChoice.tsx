@@ -1,7 +1,7 @@
 /** Which data sets a training reads, with weights where there are several. */
 
 import { useState } from "react";
-import { count } from "../../format";
+import { count, datasetName } from "../../format";
 import { useSay } from "../../language";
 import type { Dataset } from "../../types";
 
@@ -34,7 +34,8 @@ export function DataChoice({ datasets, recipe, chosen, onChange, error }: {
             <label className="check">
               <input type="checkbox" checked={one.id in chosen} onChange={() => toggle(one.id)} />
               <span className="ellipsis" title={one.path_label}>
-                {one.path_label}
+                {datasetName(one)}
+                {one.kind === "sample" && one.recipe !== recipe && <span className="faint"> {one.recipe}</span>}
               </span>
               {one.rows !== null && <span className="faint">{say(`${count(one.rows)} 行`, `${count(one.rows)} rows`)}</span>}
             </label>

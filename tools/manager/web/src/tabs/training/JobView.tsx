@@ -1,11 +1,12 @@
 /** One job: its curves, its log, and what can be done with it. */
 
 import { useState } from "react";
-import { post } from "../../api";
+import { get, post } from "../../api";
 import { duration, moment, seconds } from "../../format";
+import { useLoaded } from "../../hooks";
 import { useSay } from "../../language";
 import { Badge, Card, isAlive, Problem, ProgressBar } from "../../parts/common";
-import type { Job } from "../../types";
+import type { Dataset, Job, Weights } from "../../types";
 import { Curves } from "./Curves";
 import { LogTail } from "./LogTail";
 
@@ -141,13 +142,21 @@ function Actions({ job, reload, onStarted, onRemoved }: {
   );
 }
 
-const nameOf = (one: Job["dataset"][number]) => (typeof one === "string" ? one : `${one.id}:${one.weight ?? 1}`);
-
 function Settings({ job }: { job: Job }) {
   const say = useSay();
+  const datasets = useLoaded(() => get<{ datasets: Dataset[] }>("/api/datasets"), 0);
+  const weights = useLoaded(() => get<{ weights: Weights[] }>("/api/weights"), 0);
+  const labels = new Map<string, string>();
+  for (const one of [...(datasets.data?.datasets ?? []), ...(weights.data?.weights ?? [])]) {
+    labels.set(one.id, one.path_label);
+  }
+  const label = (id: string) => labels.get(id) ?? id;
   const given = Object.entries(job.args);
-  if (job.model) given.unshift([say("模型", "model"), job.model]);
-  if (job.dataset.length) given.unshift([say("数据", "data"), job.dataset.map(nameOf)]);
+  if (job.model) given.unshift([say("模型", "model"), label(job.model)]);
+  const data = job.dataset.map((one) =>
+    typeof one === "string" ? label(one) : `${label(one.id)}:${one.weight ?? 1}`,
+  );
+  if (data.length) given.unshift([say("数据", "data"), data]);
   if (given.length === 0) return null;
   return (
     <Card title={say("给定的", "What was given")}>

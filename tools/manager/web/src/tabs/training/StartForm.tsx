@@ -166,6 +166,14 @@ function Form({ recipes, datasets, chosen, dataset, onStarted }: {
         {!groups && !flags.error && (
           <Waiting>{say("读取这个脚本自己的参数…", "Reading the script's own flags…")}</Waiting>
         )}
+        {groups && (
+          <p className="faint">
+            {say(
+              "灰字是脚本的默认值；有的食谱还按阶段、模型或设备另定（见它的 README）。空着就是默认。",
+              "Grey: the script's defaults; some recipes choose others by stage, model or device (see their README). Empty means default.",
+            )}
+          </p>
+        )}
         {groups && <Flags groups={groups} typed={typed} wrong={wrong} field={field} />}
       </Card>
       <div className="submit-bar">

@@ -13,7 +13,7 @@ interface AttentionMap {
 
 function Figure() {
   const say = useSay();
-  const [text, setText] = useState("小明把苹果给了小红，她很高兴。");
+  const [text, setText] = useState("小明把苹果给了小红，他很高兴。");
   const [layer, setLayer] = useState(0);
   const [head, setHead] = useState(0);
   const figure = useFigure<AttentionMap>("attention", { text, layer, head });
@@ -49,14 +49,14 @@ export const attention: Chapter = {
   lead: ["每个词元从前文里取什么", "What each token takes from those before it"],
   Figure,
   before: [
-    `词向量只认识自己。要明白“她”是谁，得往前看，这就是**注意力**。
+    `词向量只认识自己。要明白“他”是谁，得往前看，这就是**注意力**。
 
 每个词元算出三个向量：**查询**（我在找什么）、**键**（我有什么可找）、**值**（找到我能拿走什么）。查询和前面每个键做点积，除以 √d，经过 softmax 变成一行加起来等于 1 的份额；按份额把值加起来，就是它从前文取到的东西。
 
 \`softmax(Q Kᵀ / √d) V\`
 
 只许往前看（因果），不然预测下一个词元就成了抄答案：所以下图右上方是空的。`,
-    `An embedding knows only itself. To find out who "she" is one has to look back: that is **attention**.
+    `An embedding knows only itself. To find out who "he" is one has to look back: that is **attention**.
 
 Each token computes three vectors: a **query** (what am I looking for), a **key** (what can be found here) and a **value** (what one takes away). The query is multiplied with every key before it, divided by √d, and softmax turns the products into shares that sum to 1; the values added up by these shares are what the token takes from its past.
 

@@ -83,7 +83,7 @@ function Figure() {
               title={say("损失", "Loss")}
               xTitle={say("差距", "margin")}
               curves={[
-                { name: "−log σ", points: data.curve },
+                { name: "−log σ", points: data.curve, still: true },
                 { name: say("这一对", "this pair"), points: [[data.margin, data.loss]], dots: true },
               ]}
             />
@@ -91,7 +91,7 @@ function Figure() {
               title={say("拉力（梯度的大小）", "Pull (size of the gradient)")}
               xTitle={say("差距", "margin")}
               curves={[
-                { name: "β σ(−m)", points: data.pulls },
+                { name: "β σ(−m)", points: data.pulls, still: true },
                 { name: say("这一对", "this pair"), points: [[data.margin, data.pull]], dots: true },
               ]}
             />

@@ -58,7 +58,7 @@ function Figure() {
                 key: names[i],
                 name: names[i],
                 value: share,
-                text: `${number(share * 100)} %`,
+                text: `${(share * 100).toFixed(1)} %`,
               }))}
             />
             <p className="faint">

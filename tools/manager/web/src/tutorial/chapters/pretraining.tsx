@@ -55,8 +55,8 @@ function Figure() {
               name: visible(one.text).replaceAll("\n", "↵"),
               value: one.sampled,
               marked: one.sampled > 0,
-              text: `${number(one.sampled * 100)} %`,
-              onClick: () => setText((before) => (before + one.text).slice(0, 200)),
+              text: `${(one.sampled * 100).toFixed(2)} %`,
+              onClick: one.text.startsWith("⟨") ? undefined : () => setText((before) => (before + one.text).slice(0, 200)),
             }))}
           />
           <p className="faint">

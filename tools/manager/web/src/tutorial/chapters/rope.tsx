@@ -48,11 +48,13 @@ function Figure() {
             <LineChart
               title={say("同一个向量隔多远，还有多像", "How alike a vector stays over a distance")}
               xTitle={say("距离", "distance")}
-              curves={[{ name: "cos", points: figure.data.curve }]}
+              around={[0, 1]}
+              curves={[{ name: "cos", points: figure.data.curve, still: true }]}
             />
             <LineChart
               title={say(`两个一起往后移，相隔 ${distance}`, `Both moved on, ${distance} apart`)}
               xTitle={say("位置", "position")}
+              around={[0, 1]}
               curves={[{ name: "cos", points: figure.data.moved }]}
             />
           </div>
@@ -91,22 +93,22 @@ export const rope: Chapter = {
 The pairs turn at different speeds: the fastest by one radian a token, like a second hand; the slowest needs millions of tokens for one turn. Together, each position has dials that no other one has.`,
   ],
   after: [
-    `**妙处**在右下那条平线：查询和键都转，点积里只剩下角度之**差**。两个词元一起往后移多远都行，只要相隔一样，得分就一样。所以模型学到的是“前面第三个”，不是“第 1024 个”。
+    `**妙处**在后一条线，它是平的：查询和键都转，点积里只剩下角度之**差**。两个词元一起往后移多远都行，只要相隔一样，得分就一样。所以模型学到的是“前面第三个”，不是“第 1024 个”。
 
 **试一试**
 
 - 拖动位置：左边的指针转得飞快，右边的几乎不动。
-- 拖动距离，看平线的高度怎样变：它就是左边那条曲线在这个距离的值。
+- 拖动距离，看平线的高度怎样变：它就是前一条曲线在这个距离的值。
 
 要读比训练时更长的文字，慢的那些对会走到没见过的角度。YaRN 把它们放慢（\`inference_rope_scaling\`），快的保持不变。
 
 代码：\`minimind_npu/model.py\` 的 \`frequencies\`、\`rotary\` 和 \`rotate\`。`,
-    `**The point** is the flat line at the lower right: query and key are both turned, and in their product only the **difference** of the angles is left. Both may move on as far as they like; as long as they are equally far apart, the score is the same. So the model learns "three before", not "number 1024".
+    `**The point** is the second line, which is flat: query and key are both turned, and in their product only the **difference** of the angles is left. Both may move on as far as they like; as long as they are equally far apart, the score is the same. So the model learns "three before", not "number 1024".
 
 **Try**
 
 - Move the position: the first hands spin, the last ones hardly move.
-- Move the distance and watch the height of the flat line: it is the value of the other curve at that distance.
+- Move the distance and watch the height of the flat line: it is the value of the first curve at that distance.
 
 For texts longer than those of training the slow pairs would reach angles never seen. YaRN slows them down (\`inference_rope_scaling\`) and leaves the fast ones alone.
 

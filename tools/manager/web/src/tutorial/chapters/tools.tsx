@@ -23,6 +23,7 @@ function Figure() {
   const [call, setCall] = useState(CALLS[0][1]);
   const figure = useFigure<ToolSteps>("tools", { question, call });
   const { data } = figure;
+  const first = data?.steps[0].text ?? "";
   const names = {
     prompt: say("1. 模型读到的：工具清单和问题", "1. What the model reads: the tools and the question"),
     call: say("2. 模型写出的：一次调用", "2. What the model writes: a call"),
@@ -60,12 +61,20 @@ function Figure() {
         {data?.steps.map((step) => (
           <li key={step.kind} className={`step ${step.kind === "result" ? "tool" : step.kind}`}>
             <b>{names[step.kind]}</b>
-            <pre className="result">{step.text}</pre>
+            {step.kind === "again" && <p className="faint">{say("（前面同第 1 步）", "(as in step 1, then)")}</p>}
+            <pre className="result">{step.kind === "again" ? behind(first, step.text) : step.text}</pre>
           </li>
         ))}
       </ol>
     </FigureBox>
   );
+}
+
+/** The part of a text that an earlier one does not begin with. */
+function behind(before: string, text: string): string {
+  let same = 0;
+  while (same < before.length && before[same] === text[same]) same++;
+  return text.slice(same);
 }
 
 export const toolCalls: Chapter = {
