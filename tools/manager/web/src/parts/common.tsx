@@ -121,7 +121,7 @@ export function Slider({ label, value, low, high, step, onChange, text }: {
   return (
     <label className="slider">
       <span>
-        {label} <output>{text ?? value}</output>
+        {label} <span className="slider-value">{text ?? value}</span>
       </span>
       <input
         type="range"

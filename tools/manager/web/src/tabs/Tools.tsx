@@ -6,7 +6,7 @@ import { get, post } from "../api";
 import { forRequest, streamAnswer, type Answer, type Message, type ToolCall } from "../chatStream";
 import { useLoaded } from "../hooks";
 import { useSay } from "../language";
-import { Card, Field, Problem } from "../parts/common";
+import { Card, Field, Problem, Waiting } from "../parts/common";
 import type { Tool } from "../types";
 import { ModelPicker, serverOf, type Picked } from "./chat/ModelPicker";
 import { SamplingCard } from "./chat/SamplingCard";
@@ -36,7 +36,9 @@ export function Tools({ looked }: { looked: boolean }) {
   const { tools, problem } = read(schema);
   const known = builtIn.data?.tools.map((tool) => tool.function.name) ?? [];
   const server = serverOf(servers, picked);
-  const canRun = server?.state === "ready" && tools !== null && !busy;
+  // a question without tools would be another one
+  const hasTools = builtIn.data !== null || schema !== "";
+  const canRun = server?.state === "ready" && hasTools && tools !== null && !busy;
 
   /** Let it go on from these messages until the model no longer calls (or, by hand, one step). */
   const run = async (start: Message[]) => {
@@ -103,6 +105,7 @@ export function Tools({ looked }: { looked: boolean }) {
             }
           >
             <Problem error={builtIn.error} />
+            {!hasTools && !builtIn.error && <Waiting>{say("正在读取内置的工具…", "Reading the built-in tools…")}</Waiting>}
             <Field
               label={say("模型看得到的工具", "The tools that the model is shown")}
               error={problem && say(`不是工具的列表：${problem}`, `no list of tools: ${problem}`)}
@@ -161,7 +164,7 @@ export function Tools({ looked }: { looked: boolean }) {
               type="text"
               maxLength={4000}
               aria-label={say("问题", "Question")}
-              placeholder={server?.state === "ready" ? say("问一个用得上工具的问题", "Ask what needs a tool") : say("先选一个模型", "Choose a model first")}
+              placeholder={server?.state === "ready" && hasTools ? say("问一个用得上工具的问题", "Ask what needs a tool") : server?.state === "ready" ? say("正在读取工具…", "Reading the tools…") : say("先选一个模型", "Choose a model first")}
               value={question}
               onChange={(event) => setQuestion(event.target.value)}
             />

@@ -48,10 +48,19 @@ export function Curves({ job, alive }: { job: string; alive: boolean }) {
             curves={[{ name: one.title, points: series[one.name] }]}
           />
         ))}
-        {further.map((name) => (
-          <LineChart key={name} title={name} curves={[{ name, points: series[name] }]} />
-        ))}
       </div>
+      {further.length > 0 && (
+        <details className="more-curves">
+          <summary>
+            {say("更多曲线", "More curves")} <span className="faint">{further.length}</span>
+          </summary>
+          <div className="charts">
+            {further.map((name) => (
+              <LineChart key={name} title={name} curves={[{ name, points: series[name] }]} />
+            ))}
+          </div>
+        </details>
+      )}
     </>
   );
 }
