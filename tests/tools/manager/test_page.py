@@ -320,8 +320,9 @@ def test_chapters_compute_their_figures(visit):
     go(visit, "tutorial/sft")
     choice = page.get_by_label("用哪个模型算")
     choose_kind(visit, choice)
-    page.get_by_label("问题").fill("几点了？")
-    page.get_by_label("回答").fill(TALK["几点了？"])
+    box = page.locator(".figure-box")
+    box.get_by_label("问题").fill("几点了？")
+    box.get_by_label("回答").fill(TALK["几点了？"])
     # the model was taught this answer: it is no surprise
     visit.until(lambda: mean_loss(page) < 0.5)
     fits(visit)

@@ -53,3 +53,9 @@ export function datasetName(one: { path_label: string; kind: string; recipe: str
   const within = one.path_label.startsWith(start) ? one.path_label.slice(start.length) : one.path_label;
   return within || "data/";
 }
+
+/** Of weights: the end of their path, which tells them apart; "final" is in every run. */
+export function weightsName(label: string): string {
+  const parts = label.split("/").filter((part) => part !== "" && part !== "final");
+  return parts.slice(-2).join("/");
+}

@@ -1,7 +1,7 @@
 /** What the runs measured: a table of all of them, and the report of one. */
 
 import { get, query } from "../api";
-import { number } from "../format";
+import { number, weightsName } from "../format";
 import { useLoaded } from "../hooks";
 import { useSay } from "../language";
 import { Card, Empty, Problem, Waiting } from "../parts/common";
@@ -46,7 +46,7 @@ function Table({ rows, chosen }: { rows: EvaluationRow[]; chosen?: string }) {
             const first = i === 0 || rows[i - 1].weights !== row.weights;
             return (
               <tr key={`${row.weights} ${row.metric}`} className={`${first ? "first" : ""} ${row.weights === chosen ? "chosen" : ""}`}>
-                <td>{first && <a href={`#/eval/${encodeURIComponent(row.weights)}`}>{row.path_label}</a>}</td>
+                <td>{first && <a href={`#/eval/${encodeURIComponent(row.weights)}`} title={row.path_label}>{weightsName(row.path_label)}</a>}</td>
                 <td>{first && row.recipe}</td>
                 <td>{row.metric}</td>
                 <td className="num">{shown(row.before)}</td>

@@ -1,7 +1,7 @@
 /** Devices, memory, jobs and the newest runs. */
 
 import { get } from "../api";
-import { duration, megabytes, moment, number, seconds } from "../format";
+import { duration, megabytes, moment, number, seconds, weightsName } from "../format";
 import { useLoaded } from "../hooks";
 import { useSay } from "../language";
 import { Meter } from "../parts/Bars";
@@ -156,7 +156,9 @@ function Newest({ weights }: { weights: Weights[] }) {
       {newest.map((one) => (
         <li key={one.id}>
           <div>
-            <a href={`#/eval/${encodeURIComponent(one.id)}`}>{one.path_label}</a>
+            <a href={`#/eval/${encodeURIComponent(one.id)}`} title={one.path_label}>
+              {weightsName(one.path_label)}
+            </a>
             <div className="faint">
               {[one.recipe, kindOf(one, say), megabytes(one.size_mb), moment(one.modified)].filter(Boolean).join(" · ")}
             </div>

@@ -1,6 +1,7 @@
 /** Eleven short chapters, each with a figure that is computed as it is touched. */
 
 import { get } from "../api";
+import { weightsName } from "../format";
 import { useLoaded, useStored } from "../hooks";
 import { useSay } from "../language";
 import { Text } from "../parts/Text";
@@ -123,7 +124,7 @@ function WeightsChoice({ value, onChange }: { value: string; onChange: (id: stri
           .filter((one) => one.recipe === "minimind_npu" || one.chat)
           .map((one) => (
             <option key={one.id} value={one.id}>
-              {one.path_label}
+              {weightsName(one.path_label)}
             </option>
           ))}
       </select>

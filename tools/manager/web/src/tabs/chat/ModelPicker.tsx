@@ -1,6 +1,7 @@
 /** Choose weights; a server is started for them where there is none. */
 
 import { useState } from "react";
+import { weightsName } from "../../format";
 import { useSay } from "../../language";
 import { Problem, Waiting } from "../../parts/common";
 import type { ChatServer } from "../../types";
@@ -50,7 +51,7 @@ export function ModelPicker({ servers, picked, onPick, label }: {
           <option value="">{say("选一个模型…", "Choose a model…")}</option>
           {servers.weights.map((one) => (
             <option key={one.id} value={one.id}>
-              {one.path_label}
+              {weightsName(one.path_label)}
             </option>
           ))}
           <option value="tiny">{say("tiny（随机，未训练）", "tiny (random, not trained)")}</option>
@@ -90,7 +91,7 @@ export function ModelPicker({ servers, picked, onPick, label }: {
         <ul className="loaded">
           {servers.list.map((one) => (
             <li key={one.id}>
-              {servers.weights.find((known) => known.id === one.weights)?.path_label ?? one.weights}{" "}
+              {weightsName(servers.weights.find((known) => known.id === one.weights)?.path_label ?? one.weights)}{" "}
               <button type="button" className="link" onClick={() => servers.end(one.id).catch(setError)}>
                 {say("卸下", "Unload")}
               </button>

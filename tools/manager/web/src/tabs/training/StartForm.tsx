@@ -2,6 +2,7 @@
 
 import { useEffect, useState } from "react";
 import { ApiError, get, post, query } from "../../api";
+import { weightsName } from "../../format";
 import { useLoaded } from "../../hooks";
 import { useSay } from "../../language";
 import { Card, Field, Problem, Waiting } from "../../parts/common";
@@ -254,7 +255,7 @@ function ModelChoice({ value, onChange, error }: {
         <option value="tiny">tiny</option>
         {weights.data?.weights.map((one) => (
           <option key={one.id} value={one.id}>
-            {one.path_label}
+            {weightsName(one.path_label)}
           </option>
         ))}
       </select>
