@@ -28,6 +28,20 @@ BODIES = [
 ]
 
 
+def described(endpoints: dict[str, type], reads: tuple[str, ...]) -> dict:
+    """An OpenAPI schema of endpoints that are posted to, by the pydantic models of their bodies, and of those that are
+    only read."""
+    schemas = {}
+    paths: dict[str, dict] = {path: {"get": {}} for path in reads}
+    for path, kind in endpoints.items():
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        paths[path] = {
+            "post": {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+        }
+    return {"paths": paths, "components": {"schemas": schemas}}
+
+
 class Maker:
     """known: name of a field or parameter -> values that mean something to the app; of an object without known names
     the names themselves."""
@@ -102,6 +116,9 @@ class Maker:
                 self.value(schema.get("items", {}), name, depth + 1)
                 for _ in range(self.random.randrange(4))
             ]
+        known = self.known.get(name)
+        if known and self.chance(0.9):
+            return self.random.choice(known)
         plain = {
             "integer": lambda: self.random.choice([0, 1, 2, 5, 100]),
             "number": lambda: self.random.choice([0, 0.5, 1, 3.7]),
@@ -110,8 +127,7 @@ class Maker:
         }
         if kind in plain:
             return plain[kind]()
-        known = self.known.get(name)
-        return self.random.choice(known) if known and self.chance(0.9) else self.random.choice(RARE)
+        return self.random.choice(RARE)
 
     def object(self, schema: dict, name: str, depth: int) -> dict:
         needed = schema.get("required", [])
