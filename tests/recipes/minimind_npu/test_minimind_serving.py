@@ -618,14 +618,17 @@ def test_2000_requests_made_from_the_schema_neither_fail_nor_hang(trained):
         "tools": [None, [WEATHER]],
         "tool_choice": [None],
     }
-    maker = random_requests.Maker(random_requests.described(bodies, reads), seed=20, known=known)
+    schema = random_requests.described(bodies, reads)
+    maker = random_requests.Maker(
+        schema, seed=20, known=known, odd=0.02, optional=0.1, always=("content",)
+    )
     found = random_requests.ask_many(front, maker, 2000, patience=20)
     at_work.close()
     at_work.thread.join(20)
     statuses = Counter(status for status, _ in found)
     assert not [request for status, request in found if status >= 500], statuses
     answered = Counter(path.split("?")[0] for status, (_, path, *_) in found if status == 200)
-    assert min(answered[path] for path in bodies) > 20 and statuses[400] > 500, (answered, statuses)
+    assert min(answered[path] for path in bodies) > 20 and statuses[400] > 200, (answered, statuses)
     assert not at_work.thread.is_alive()
 
 
@@ -642,15 +645,15 @@ def test_the_terminal_and_the_page_ask_a_server(server, monkeypatch):
     assert "我是小丹，住在海边。" in text and "<think>5加2等于7。</think>答案是7。" in text
     assert talk.history[-1]["reasoning_content"] == "5加2等于7。"
     page = app.build_demo(served)
-    assert url in str(page.config["components"]) and "微调" not in served.name
+    assert served.described() == [url] and page.title.startswith("minimind_npu")
     stop = threading.Event()
     counts = []
-    for _, count in served.stream(user("数数"), stop, temperature=0):
+    for _, count in served.stream(user("数数"), stop, max_new_tokens=20, temperature=0):
         counts.append(count)
         stop.set()
     assert counts == [1]
     with pytest.raises(ValueError, match="temperature"):
-        list(served.stream(user("x"), temperature=-1))
+        list(served.stream(user("x"), max_new_tokens=20, temperature=-1))
     with pytest.raises(SystemExit, match="the server at .* has kind"):
         client_module.ServedModel(url, "other")
     with pytest.raises(SystemExit, match="no OpenAI-compatible server answers"):

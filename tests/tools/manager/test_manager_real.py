@@ -82,15 +82,6 @@ def test_tools_are_called_in_a_process_of_their_own(manager):
         assert manager.post("/api/tools/call", 400, **wrong)["error"]["message"]
 
 
-def test_a_flag_that_only_the_trainer_can_judge_is_the_error_of_the_job(manager):
-    args = {"--load_in_4bit": True, "--bf16": False}
-    job = manager.post("/api/train/start", 201, recipe="train_qwen", args=args)["job"]
-    job = manager.until(job["id"], "failed", "done")
-    assert (
-        job["exit_code"] == 2 and "a 4-bit base is frozen" in job["error"] and not job["resumable"]
-    )
-
-
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
