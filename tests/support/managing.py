@@ -125,24 +125,27 @@ def make_root(folder: Path) -> Path:
     return folder
 
 
-class Manager:
-    """`python tools/manager/serve.py` over a root; `ask` speaks JSON with it."""
+def begin(command: list[str], **env: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(**env), **pipes)
 
-    def __init__(self, root: Path, *flags: str, **env: str):
+
+class Manager:
+    """`python tools/manager/serve.py` over a root; `ask` speaks JSON with it.
+
+    start: of harness, for one whose own processes are forks.
+    """
+
+    def __init__(self, root: Path, *flags: str, start=None, **env: str):
         self.root = root
+        self.start_process = start or begin
         self.flags = ["--root", root, "--port", "0", *flags]
         self.env = {"DANPU_DEVICE": "cpu"} | env
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, ROOT / "tools/manager/serve.py", *self.flags]
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            env=environment(**self.env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.process = self.start_process([str(word) for word in command], **self.env)
         said = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", said)
         assert found, said + self.process.stdout.read()

@@ -28,14 +28,40 @@ BODIES = [
 ]
 
 
+def described(endpoints: dict[str, type], reads: tuple[str, ...]) -> dict:
+    """An OpenAPI schema of endpoints that are posted to, by the pydantic models of their bodies, and of those that are
+    only read."""
+    schemas = {}
+    paths: dict[str, dict] = {path: {"get": {}} for path in reads}
+    for path, kind in endpoints.items():
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        paths[path] = {
+            "post": {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+        }
+    return {"paths": paths, "components": {"schemas": schemas}}
+
+
 class Maker:
     """known: name of a field or parameter -> values that mean something to the app; of an object without known names
-    the names themselves."""
+    the names themselves. odd: share of values that do not fit; optional: of fields that need not be there, but for those
+    in `always`."""
 
-    def __init__(self, schema: dict, seed: int, known: dict[str, list]):
+    def __init__(
+        self,
+        schema: dict,
+        seed: int,
+        known: dict[str, list],
+        odd: float = 0.08,
+        optional: float = 0.4,
+        always: tuple[str, ...] = (),
+    ):
         self.schema = schema
         self.random = random.Random(seed)
         self.known = known
+        self.odd = odd
+        self.optional = optional
+        self.always = always
         self.operations = [
             (method, path, what)
             for path, methods in schema["paths"].items()
@@ -72,7 +98,7 @@ class Maker:
     def body(self, what: dict) -> bytes:
         if "requestBody" not in what:
             return self.random.choice(BODIES) if self.chance(0.2) else b""
-        if self.chance(0.08):
+        if self.chance(self.odd):
             return self.random.choice(BODIES)
         content = next(iter(what["requestBody"]["content"].values()))
         return json.dumps(self.value(content["schema"])).encode()
@@ -82,8 +108,11 @@ class Maker:
 
     def value(self, schema: dict, name: str = "", depth: int = 0):
         """One that fits, unless it does not."""
-        if self.chance(0.08) or depth > 6:
+        if self.chance(self.odd) or depth > 6:
             return self.random.choice(RARE)
+        known = self.known.get(name)
+        if known and schema.get("type") not in ("array", "object"):
+            return self.random.choice(known)
         if "$ref" in schema:
             found = self.schema
             for part in schema["$ref"].removeprefix("#/").split("/"):
@@ -98,10 +127,8 @@ class Maker:
         if kind == "object":
             return self.object(schema, name, depth)
         if kind == "array":
-            return [
-                self.value(schema.get("items", {}), name, depth + 1)
-                for _ in range(self.random.randrange(4))
-            ]
+            count = self.random.randint(schema.get("minItems", 0), 3)
+            return [self.value(schema.get("items", {}), name, depth + 1) for _ in range(count)]
         plain = {
             "integer": lambda: self.random.choice([0, 1, 2, 5, 100]),
             "number": lambda: self.random.choice([0, 0.5, 1, 3.7]),
@@ -110,15 +137,19 @@ class Maker:
         }
         if kind in plain:
             return plain[kind]()
-        known = self.known.get(name)
-        return self.random.choice(known) if known and self.chance(0.9) else self.random.choice(RARE)
+        return self.random.choice(RARE)
+
+    def wanted(self, field: str, needed: list[str]) -> float:
+        if field in needed:
+            return 0.97
+        return 0.9 if field in self.always else self.optional
 
     def object(self, schema: dict, name: str, depth: int) -> dict:
         needed = schema.get("required", [])
         found = {
             field: self.value(one, field, depth + 1)
             for field, one in schema.get("properties", {}).items()
-            if (field in needed and not self.chance(0.03)) or self.chance(0.4)
+            if self.chance(self.wanted(field, needed))
         }
         if schema.get("additionalProperties") and self.chance(0.7):
             for _ in range(self.random.randrange(3)):
@@ -145,21 +176,19 @@ async def call(
     }  # fmt: skip
     given = [{"type": "http.request", "body": body, "more_body": False}]
     status = 0
-    heard = asyncio.Event()
+    now = asyncio.get_running_loop().time
+    heard = now()
 
     async def receive():
         if given:
             return given.pop()
-        while True:
-            heard.clear()
-            try:
-                await asyncio.wait_for(heard.wait(), patience)
-            except asyncio.TimeoutError:
-                return {"type": "http.disconnect"}
+        while now() - heard < patience:
+            await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
 
     async def send(message):
-        nonlocal status
-        heard.set()
+        nonlocal status, heard
+        heard = now()
         if message["type"] == "http.response.start":
             status = message["status"]
 

@@ -63,17 +63,14 @@ def pieces(tokenizer, ids: list[int], labels: list[int]) -> list[dict]:
 
 
 def sides(row: dict, columns: tuple[str, ...]) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of a token row: one, or of a pair the preferred one and the other."""
-    ids_of = [name for name in columns if "labels" not in name and isinstance(row.get(name), list)]
+    """(ids, labels) of a token row: one, or of a pair the preferred one and the other. A column of
+    ids is called ..input_ids, that of its labels ..labels; without one every token is trained."""
     found = []
-    for name in ids_of:
-        ids = row[name]
-        if not ids or not isinstance(ids[0], int):
-            continue
-        label_name = "labels" if name == "input_ids" else f"{name}_labels"
-        labels = row.get(label_name, ids)
-        if len(labels) == len(ids):
-            found.append((ids, labels))
+    for name in columns:
+        ids = row.get(name)
+        if name.endswith("input_ids") and ids:
+            labels = row.get(name.replace("input_ids", "labels")) or ids
+            found.append((list(ids), list(labels)))
     return found
 
 

@@ -455,7 +455,7 @@ def test_2000_random_requests_neither_fail_nor_hang(inside):
         "launcher": [None],
         "dataset": [one["id"] for one in manager.datasets.all()],
         "model": ["tiny", None],
-        "devices": ["cpu"],
+        "devices": [["cpu"], None],
         "resume": [None] * 12 + jobs,
         "job": jobs,
         "weights": ["tiny"],
