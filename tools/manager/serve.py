@@ -11,6 +11,7 @@ are taken from the recipes, uploads and the named folders only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -119,7 +120,8 @@ def main(argv=None, chosen: str | None = None) -> None:
     query = f"?token={settings.token}" if settings.token else ""
     print(f"manager of {settings.root}: {address}{query}  (Ctrl-C ends; jobs go on)", flush=True)
     try:
-        uvicorn.Server(serve.config(front, front.limits)).run(sockets=[sock])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has closed all and raises it again
+            uvicorn.Server(serve.config(front, front.limits)).run(sockets=[sock])
     finally:
         manager.close()
         held.close()

@@ -27,11 +27,12 @@ from tools.manager.processes import kill_below
 RECIPE = ROOT / "minimind_npu"
 WEB = ROOT / "tools/manager/web"
 models, tools = own_modules(RECIPE.name, "model", "toolcall.tools")
+CALCULATOR = [one for one in tools.built_in().schemas if one["function"]["name"] == "calculator"]
 QUESTION = "37乘52等于多少？"
 ANSWER = "37乘52等于1924。"
 TALK = {"你是谁？": "我是小丹，住在海边。", "几点了？": "现在三点。"}
 LOST = "net::ERR"  # what Chromium says of a manager that is gone
-WINDOW = 512
+WINDOW = 256
 
 
 # ---- the built files -----------------------------------------------------------------------------
@@ -73,7 +74,6 @@ def weights(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
     torch.manual_seed(0)
     model = models.build("tiny", len(tokenizer), hidden_size=64, num_hidden_layers=2)
-    schemas = tools.built_in().schemas
     call = {"name": "calculator", "arguments": {"expression": "37*52"}}
     calls = [{"type": "function", "function": call}]
     called = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -81,7 +81,7 @@ def weights(tmp_path_factory):
     ended = {"role": "assistant", "content": ANSWER}
     rows = [encode_chat(tokenizer, user(*pair), WINDOW) for pair in TALK.items()]
     talk = [*user(QUESTION), called, told, ended]
-    rows.append(encode_chat(tokenizer, talk, WINDOW, tools=schemas))
+    rows.append(encode_chat(tokenizer, talk, WINDOW, tools=CALCULATOR))
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
     labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])
@@ -290,6 +290,9 @@ def test_a_tool_is_called_edited_and_sent_again(visit):
     choose_kind(visit, choice)
     ask = page.get_by_placeholder("问一个用得上工具的问题")
     ask.wait_for()
+    shown = page.get_by_label("模型看得到的工具")
+    assert len(json.loads(shown.input_value())) == len(tools.built_in().schemas)
+    shown.fill(json.dumps(CALCULATOR))
     ask.fill(QUESTION)
     ask.press("Enter")
     steps = page.locator(".steps .step:visible")

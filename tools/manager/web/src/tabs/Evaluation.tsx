@@ -35,7 +35,7 @@ function Table({ rows, chosen }: { rows: EvaluationRow[]; chosen?: string }) {
         <thead>
           <tr>
             <th>{say("权重", "Weights")}</th>
-            <th>{say("食谱", "Recipe")}</th>
+            <th>{say("配方", "Recipe")}</th>
             <th>{say("指标", "Metric")}</th>
             <th className="num">{say("训练前", "Before")}</th>
             <th className="num">{say("训练后", "After")}</th>

@@ -30,7 +30,7 @@ export function PreviewCard({ dataset, recipes, preferred }: {
       action={<a className="button" href={`#/train/new/${encodeURIComponent(dataset.id)}`}>{say("用它训练", "Train on it")}</a>}
     >
       <div className="row">
-        <Field label={say("看作哪个食谱的数据", "As data of the recipe")}>
+        <Field label={say("看作哪个配方的数据", "As data of the recipe")}>
           <select value={recipe} onChange={(event) => setRecipe(event.target.value)}>
             {recipes.map((one) => (
               <option key={one.name}>{one.name}</option>
@@ -50,7 +50,7 @@ export function PreviewCard({ dataset, recipes, preferred }: {
       <Problem error={error} />
       {!preview && !error && (
         <Waiting>
-          {say("用这个食谱自己的代码编码…", "Encoding with the recipe's own code…")} {progress}
+          {say("用这个配方自己的代码编码…", "Encoding with the recipe's own code…")} {progress}
         </Waiting>
       )}
       {preview && <PreviewFacts preview={preview} />}

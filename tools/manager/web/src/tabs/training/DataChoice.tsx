@@ -27,7 +27,7 @@ export function DataChoice({ datasets, recipe, chosen, onChange, error }: {
   };
   return (
     <fieldset className={error ? "wrong field" : ""}>
-      <legend>{say("数据（都不选：食谱自带的样例）", "Data (none chosen: the recipe's own samples)")}</legend>
+      <legend>{say("数据（都不选：配方自带的样例）", "Data (none chosen: the recipe's own samples)")}</legend>
       <div className="choices">
         {shown.map((one) => (
           <div key={one.id} className="choice">
@@ -55,7 +55,7 @@ export function DataChoice({ datasets, recipe, chosen, onChange, error }: {
       </div>
       {(others > 0 || all) && (
         <button type="button" className="link" onClick={() => setAll(!all)}>
-          {all ? say("只看这个食谱的", "Only those of this recipe") : say(`还有 ${others} 个别的食谱的`, `${others} of other recipes`)}
+          {all ? say("只看这个配方的", "Only those of this recipe") : say(`还有 ${others} 个别的配方的`, `${others} of other recipes`)}
         </button>
       )}
       {error && <span className="field-error" role="alert">{error}</span>}

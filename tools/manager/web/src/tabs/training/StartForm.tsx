@@ -11,7 +11,7 @@ import { DataChoice, type Chosen } from "./DataChoice";
 import { FlagField, valueOf, type Typed } from "./FlagField";
 
 const TITLES: Record<string, [zh: string, en: string]> = {
-  recipe: ["这个食谱", "This recipe"],
+  recipe: ["这个配方", "This recipe"],
   run: ["运行", "Run"],
   data: ["数据", "Data"],
   adapter: ["LoRA", "LoRA"],
@@ -28,7 +28,7 @@ export function StartForm({ chosen, dataset, onStarted }: {
   const datasets = useLoaded(() => get<{ datasets: Dataset[] }>("/api/datasets"), 0);
   if (recipes.error) return <Problem error={recipes.error} />;
   if (!recipes.data || !datasets.data) return <Waiting />;
-  if (recipes.data.recipes.length === 0) return <p>{say("没有找到食谱。", "No recipe found.")}</p>;
+  if (recipes.data.recipes.length === 0) return <p>{say("没有找到配方。", "No recipe found.")}</p>;
   return (
     <Form
       recipes={recipes.data.recipes}
@@ -126,7 +126,7 @@ function Form({ recipes, datasets, chosen, dataset, onStarted }: {
     <form onSubmit={start}>
       <Card title={say("什么", "What")}>
         <div className="fields">
-          <Field label={say("食谱", "Recipe")} hint={say(own.title_zh, own.title_en)}>
+          <Field label={say("配方", "Recipe")} hint={say(own.title_zh, own.title_en)}>
             <select
               value={recipe}
               onChange={(event) => {
@@ -170,7 +170,7 @@ function Form({ recipes, datasets, chosen, dataset, onStarted }: {
         {groups && (
           <p className="faint">
             {say(
-              "灰字是脚本的默认值；有的食谱还按阶段、模型或设备另定（见它的 README）。空着就是默认。",
+              "灰字是脚本的默认值；有的配方还按阶段、模型或设备另定（见它的 README）。空着就是默认。",
               "Grey: the script's defaults; some recipes choose others by stage, model or device (see their README). Empty means default.",
             )}
           </p>
