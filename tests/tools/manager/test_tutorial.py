@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import Counter
 
 import pytest
+import random_requests
 import serving as sockets
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from tools.manager.errors import Problem, add_handlers
+from tools.manager.front import Front
 from tools.manager.tutorial import client, routes
 
 
@@ -38,6 +41,7 @@ def figure():
         assert answer.status_code == status, answer.text
         return answer.json() if status == 200 else answer.json()["error"]
 
+    ask.page = page
     yield ask
     worker.close()
 
@@ -194,6 +198,16 @@ def test_fields_out_of_bounds_are_named(figure, name, fields, param):
 def test_unknown_weights_and_figures(figure):
     assert figure("tokens", status=404, text="好", weights="../../etc")["param"] == "weights"
     figure("nothing", status=404, text="好")
+
+
+def test_200_random_requests_neither_fail_nor_hang(figure):
+    app = figure.page.app
+    known = {"weights": ["tiny"], "text": ["今天天气", "好"], "call": ["{}"], "rewards": [[0, 1]]}
+    maker = random_requests.Maker(app.openapi(), seed=5, known=known)
+    found = random_requests.ask_many(Front(app, {"127.0.0.1"}), maker, 200)
+    statuses = Counter(status for status, _ in found)
+    assert not [request for status, request in found if status >= 500], statuses
+    assert statuses[200] > 20 and statuses[400] > 20, statuses
 
 
 # ---- the process ---------------------------------------------------------------------------------
