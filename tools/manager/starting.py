@@ -58,7 +58,7 @@ class Starter:
         chosen = asked.launcher or asked.script or "train.py"
         script = self.recipes.script(recipe, chosen)
         groups = self.recipes.flags(recipe, script)
-        words = words_of(asked.args, groups, self.places(), self.settings.root)
+        words = self.flag_words(asked.args, groups)
         words += self.model_words(asked.model, groups)
         words += self.data_words(asked.dataset, groups)
         devices = self.chosen_devices(asked.devices)
@@ -114,6 +114,9 @@ class Starter:
         own = [self.settings.uploads, self.settings.outputs]
         return [*recipes, *own, *self.settings.weights, *self.settings.datasets]
 
+    def flag_words(self, args: dict, groups: list) -> list[str]:
+        return words_of(args, groups, self.places(), self.settings.root)
+
     def plain(self, one: str | WeightedDataset) -> str | dict:
         return one if isinstance(one, str) else one.model_dump()
 
@@ -162,6 +165,9 @@ class Starter:
             words = [*words, f"--output_dir={output}"]
         file = str(recipe.folder / script)
         count = len(devices or self.jobs.devices())
+        if not count:
+            told = "the devices of this machine are still being asked for; try again in a moment"
+            raise Problem(409, told, "devices", retry_after="5")
         if count > 1:
             launcher = str(recipe.folder.parent / "common/launch.py")
             return [sys.executable, launcher, str(count), file, *words]
