@@ -64,7 +64,7 @@ class Starter:
         devices = self.chosen_devices(asked.devices)
         shown = printable(asked.name) or recipe.name
         with self.jobs.lock:  # the number in the folder's name is the job's
-            output = self.new_output(shown)
+            output = self.new_output(shown, recipe.name)
             return self.jobs.add(
                 name=shown,
                 recipe=recipe.name,
@@ -153,9 +153,11 @@ class Starter:
             raise Problem(400, f"this machine has {', '.join(there)}", "devices")
         return sorted(names, key=lambda name: (len(name), name))
 
-    def new_output(self, name: str) -> Path:
-        """A folder for the run; the number of the job makes it a new one."""
-        word = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_")[:40] or "run"
+    def new_output(self, *names: str) -> Path:
+        """A folder for the run, called by the first name that has letters for it; the number of the
+        job makes it a new one."""
+        plain = [re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_")[:40] for name in names]
+        word = next(filter(None, plain), "run")
         return self.settings.outputs / f"{self.jobs.next_number():04d}_{word}"
 
     def command(self, recipe: Recipe, chosen, script, words, groups, output, devices) -> list[str]:
