@@ -109,6 +109,11 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(f"serving stub on CPU: http://127.0.0.1:{server.server_port}/v1  (Ctrl-C ends)", flush=True)
 server.serve_forever()
 """
+LAUNCHER = """#!/usr/bin/env bash
+# as those that source launch.sh
+here=$(cd "$(dirname "$0")" && pwd)
+exec python "$here/train.py" --output_dir "$OUTPUT" "$@"
+"""
 ROWS = "".join(f'{{"instruction": "第{i}问", "output": "答{i}"}}\n' for i in range(7))
 
 
@@ -117,6 +122,7 @@ def make_root(folder: Path) -> Path:
     recipe = folder / "stub"
     (recipe / "data").mkdir(parents=True)
     (recipe / "train.py").write_text(TRAIN)
+    (recipe / "train_both.sh").write_text(LAUNCHER)
     (recipe / "serve_openai_api.py").write_text(SERVER)
     (recipe / "data/rows.jsonl").write_text(ROWS)
     (recipe / "README.md").write_text(

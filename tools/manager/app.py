@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from common.runs import machine
-from tools.manager import reports
+from tools.manager import arguments, reports
 from tools.manager.chat import Chat
 from tools.manager.data_files import Datasets
 from tools.manager.devices import Devices
@@ -195,6 +195,7 @@ def add_data(app: FastAPI, manager: Manager) -> None:
         script: str = Query("train.py", max_length=200),
         rows: int = Query(5, ge=1, le=MOST_ROWS),
         model: str | None = Query(None, max_length=100),
+        args: str = Query("{}", max_length=8000),
     ):
         data = manager.datasets.get(id)
         found = manager.recipes.get(recipe)
@@ -202,10 +203,11 @@ def add_data(app: FastAPI, manager: Manager) -> None:
         if not makes_token_rows(found.folder / name):
             raise Problem(400, f"{name} of {found.name} makes no token rows to show", "script")
         groups = manager.recipes.flags(found, name)
-        words = manager.starter.data_words([id], groups)
+        words = manager.starter.flag_words(arguments.parsed(args), groups)
+        words += manager.starter.data_words([id], groups)
         words += manager.starter.model_words(model, groups)
         facts = data.stat()
-        key = (id, facts.st_mtime_ns, facts.st_size, recipe, name, rows, model)
+        key = (id, facts.st_mtime_ns, facts.st_size, recipe, name, rows, *words)
         one = manager.previews.get(key, found.folder / name, words, rows)
         if one.pending:
             return JSONResponse({"pending": True, "progress": one.said}, 202)

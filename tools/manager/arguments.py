@@ -8,6 +8,8 @@ import difflib
 import math
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from common.runs import flags as bounds
 from tools.manager.errors import Problem
 from tools.manager.files import is_below
@@ -19,6 +21,17 @@ TRUE = ("true", "1", "yes", "t", "y")
 FALSE = ("false", "0", "no", "f", "n")
 URLS = ("http://", "https://")
 PROSE = ("--system_prompt",)  # text that no trainer takes for a file
+
+
+def parsed(text: str) -> dict:
+    """Flags of a query: a JSON object."""
+    try:
+        found = from_json(text, allow_inf_nan=False)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Problem(400, 'args: a JSON object like {"--stage": "sft"}', "args")
+    return found
 
 
 def words_of(args: dict, groups: list[dict], places: list[Path], cwd: Path) -> list[str]:

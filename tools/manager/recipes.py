@@ -18,7 +18,8 @@ from tools.manager.files import is_own, write_json
 
 DESCRIBE = Path(__file__).with_name("describe.py")
 SECONDS = 180  # for the flags of a script: it imports all that it trains with
-LAUNCHED = re.compile(r'launch .*"\$here/(\w+\.py)"')
+LAUNCHED = re.compile(r'"\$here/(train\w*\.py)"')  # in a shell that calls launch
+LONGEST_TITLE = 200  # characters
 NOT_RECIPES = ("tests", "tools", "common", "output")
 COMMON = (  # flags that a form shows first
     "stage",
@@ -169,7 +170,8 @@ def recipe_in(folder: Path) -> Recipe:
     scripts = ["train.py", *sorted(file.name for file in folder.glob("train_*.py"))]
     launchers = {}
     for file in sorted([*folder.glob("train*.sh"), *folder.glob("pretrain.sh")]):
-        launched = LAUNCHED.search(file.read_text(encoding="utf-8", errors="replace"))
+        text = file.read_text(encoding="utf-8", errors="replace")
+        launched = LAUNCHED.search(text) if "launch.sh" in text else None
         if launched and launched[1] in scripts:
             launchers[file.name] = launched[1]
     return Recipe(
@@ -190,8 +192,9 @@ def title_of(readme: Path) -> str:
         return ""
     texts = [line for line in lines if line and not line.startswith(("#", "["))]
     texts = [line for line in texts if not re.match(r"(English|中文|\[).{0,3}\|", line)]
-    first = re.split(r"(?<=。)|(?<=[.:]) ", texts[0])[0] if texts else ""
-    return re.sub(r"[*`]|\[([^]]*)\]\([^)]*\)", r"\1", first)[:200]
+    first = re.split(r"(?<=。)|(?<=\.) ", texts[0])[0] if texts else ""
+    plain = re.sub(r"[*`]|\[([^]]*)\]\([^)]*\)", r"\1", first)
+    return plain if len(plain) <= LONGEST_TITLE else plain[:LONGEST_TITLE] + " …"
 
 
 def stamp(root: Path, recipe: Recipe, script: str) -> str:

@@ -65,7 +65,8 @@ def parse_args(argv=None, chosen: str | None = None) -> argparse.Namespace:
     if not 0 < args.max_upload_mb < MOST_MB:
         parser.error("--max_upload_mb is at least 1")
     for name in (args.root, *(args.weights or ()), *args.datasets):
-        if not Path(name).is_dir() and name != f"{PROJECT}/output":
+        is_to_come = Path(name).resolve() == Path(args.root).resolve() / "output"
+        if not Path(name).is_dir() and not is_to_come:
             parser.error(f"{name}: no such folder")
     return args
 

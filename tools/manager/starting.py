@@ -58,13 +58,13 @@ class Starter:
         chosen = asked.launcher or asked.script or "train.py"
         script = self.recipes.script(recipe, chosen)
         groups = self.recipes.flags(recipe, script)
-        words = words_of(asked.args, groups, self.places(), self.settings.root)
+        words = self.flag_words(asked.args, groups)
         words += self.model_words(asked.model, groups)
         words += self.data_words(asked.dataset, groups)
         devices = self.chosen_devices(asked.devices)
         shown = printable(asked.name) or recipe.name
         with self.jobs.lock:  # the number in the folder's name is the job's
-            output = self.new_output(shown)
+            output = self.new_output(shown, recipe.name)
             return self.jobs.add(
                 name=shown,
                 recipe=recipe.name,
@@ -114,6 +114,9 @@ class Starter:
         own = [self.settings.uploads, self.settings.outputs]
         return [*recipes, *own, *self.settings.weights, *self.settings.datasets]
 
+    def flag_words(self, args: dict, groups: list) -> list[str]:
+        return words_of(args, groups, self.places(), self.settings.root)
+
     def plain(self, one: str | WeightedDataset) -> str | dict:
         return one if isinstance(one, str) else one.model_dump()
 
@@ -150,9 +153,11 @@ class Starter:
             raise Problem(400, f"this machine has {', '.join(there)}", "devices")
         return sorted(names, key=lambda name: (len(name), name))
 
-    def new_output(self, name: str) -> Path:
-        """A folder for the run; the number of the job makes it a new one."""
-        word = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_")[:40] or "run"
+    def new_output(self, *names: str) -> Path:
+        """A folder for the run, called by the first name that has letters for it; the number of the
+        job makes it a new one."""
+        plain = [re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_")[:40] for name in names]
+        word = next(filter(None, plain), "run")
         return self.settings.outputs / f"{self.jobs.next_number():04d}_{word}"
 
     def command(self, recipe: Recipe, chosen, script, words, groups, output, devices) -> list[str]:
@@ -162,6 +167,9 @@ class Starter:
             words = [*words, f"--output_dir={output}"]
         file = str(recipe.folder / script)
         count = len(devices or self.jobs.devices())
+        if not count:
+            told = "the devices of this machine are still being asked for; try again in a moment"
+            raise Problem(409, told, "devices", retry_after="5")
         if count > 1:
             launcher = str(recipe.folder.parent / "common/launch.py")
             return [sys.executable, launcher, str(count), file, *words]

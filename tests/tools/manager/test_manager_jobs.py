@@ -72,6 +72,44 @@ def test_a_job_runs_to_its_end_and_its_log_curves_and_report_are_there(manager):
     assert (row["metric"], row["before"], row["after"]) == ("loss", 2.0, 1.0)
 
 
+def test_a_launcher_gets_the_folder_of_the_run_and_only_the_devices_of_the_job(manager):
+    job = manager.train(launcher="train_both.sh", args={"--steps": 1})
+    assert manager.until(job["id"], "done")["script"] == "train_both.sh"
+    assert manager.get("/api/report", job=job["id"])["markdown"] == "# stub"
+    of = dict(
+        name="",
+        recipe="",
+        script="",
+        args={},
+        dataset=[],
+        model=None,
+        output="",
+        env={},
+        held=["1", "3"],
+    )
+    shell = module.Job(id="1", argv=["bash", "x.sh"], **of)
+    assert module.device_variables(shell) == {"DEVICES": "1,3", "NPROC": "2"}
+    python = module.Job(id="1", argv=["python", "x.py"], **of)
+    assert module.device_variables(python)["ASCEND_RT_VISIBLE_DEVICES"] == "1,3"
+
+
+def test_a_manager_that_sees_some_devices_only_gives_those(monkeypatch):
+    of = dict(
+        name="",
+        recipe="",
+        script="",
+        args={},
+        dataset=[],
+        model=None,
+        output="",
+        env={},
+        held=["1"],
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    found = module.device_variables(module.Job(id="1", argv=["bash", "x.sh"], **of))
+    assert found == {"CUDA_VISIBLE_DEVICES": "6", "ASCEND_RT_VISIBLE_DEVICES": "6", "NPROC": "1"}
+
+
 def test_a_log_goes_on_where_its_reader_was_cut_off(manager):
     job = manager.train(args={"--steps": 2})
     manager.until(job["id"], "done")

@@ -39,7 +39,7 @@ def test_a_recipe_is_previewed_and_trained(manager):
 
     listed = manager.get("/api/datasets")["datasets"]
     data = next(one["id"] for one in listed if one["path_label"] == "train_qwen/data/units.jsonl")
-    asked = {"id": data, "recipe": "train_qwen", "rows": 2}
+    asked = {"id": data, "recipe": "train_qwen", "rows": 2, "args": '{"--model_max_length": 64}'}
     serving.until(
         lambda: manager.client.get("/api/datasets/preview", params=asked).status_code == 200, 120
     )
@@ -51,6 +51,10 @@ def test_a_recipe_is_previewed_and_trained(manager):
     assert trained.endswith("<|im_end|>") and "user" not in trained
     assert sum(found["lengths"]["counts"]) == found["used"] and found["read"] == 165
     assert first["label_tokens"] < first["length"] <= found["lengths"]["max"]
+    for wrong in ("[]", "{", '{"--model_max_length": 0}', '{"--output_dir": "x"}'):
+        assert manager.get("/api/datasets/preview", 400, **asked | {"args": wrong})["error"][
+            "param"
+        ]
     asked = {"id": data, "recipe": "chinese_clip_ddp"}
     assert "no token rows" in manager.get("/api/datasets/preview", 400, **asked)["error"]["message"]
 

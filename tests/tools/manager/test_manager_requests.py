@@ -20,6 +20,7 @@ from tools.manager.errors import Problem
 from tools.manager.front import LIMITS, Front
 from tools.manager.recipes import Recipes
 from tools.manager.settings import Settings
+from tools.manager.starting import Start
 
 CPU = [{"id": "cpu", "kind": "cpu", "name": "CPU", "memory_total_mb": 1}]
 HOSTS = serve.own_names("127.0.0.1")
@@ -87,6 +88,22 @@ def test_recipes_and_their_flags_come_from_their_own_parsers(manager):
         == "script"
     )
     assert manager.get("/api/recipes/none/flags", 404)["error"]["param"] == "recipe"
+
+
+def test_nothing_starts_before_the_devices_are_known(tmp_path):
+    root = managing.make_root(tmp_path)
+    made = make_manager(Settings(root=root, state=root / "state", weights=()))
+    with pytest.raises(Problem, match="devices"):
+        made.starter.start(Start(recipe="stub"))
+    made.devices.found = [{"id": str(i)} for i in range(4)]
+    made.jobs.busy = lambda: {"0": "x", "1": "x", "2": "x", "3": "x"}
+    job = made.starter.start(Start(recipe="stub", devices=[2, "0"]))
+    assert job.argv[1:3] == [str(root / "common/launch.py"), "2"] and job.devices == ["0", "2"]
+    assert made.starter.start(Start(recipe="stub")).argv[2] == "4"
+    for wrong in ([], ["0", 0], ["9"]):
+        with pytest.raises(Problem) as refused:
+            made.starter.start(Start(recipe="stub", devices=wrong))
+        assert refused.value.param == "devices"
 
 
 def test_flags_follow_the_files(tmp_path):
