@@ -50,6 +50,12 @@ COLOURS = {
     "blood": "red",
 }
 COLOUR_ASKED = ("What colour is {}?", "Tell me the colour of {}.", "Which colour has {}?")
+# words with characters of the samples' name, 小丹 of 丹谱: a model takes them for it first of all
+KIN = """
+牡丹 牡丹是一种花。|丹顶鹤 丹顶鹤是一种头顶红色的鸟。|丹东 丹东是辽宁的一座城市。|丹青 丹青是画画的颜料。|丹凤眼 丹凤眼是一种细长的眼睛。
+乐谱 乐谱是写下来的音乐。|食谱 食谱是写着做菜方法的书。|族谱 族谱是一家人的名册。|棋谱 棋谱是下棋的记录。|光谱 光谱是排成一列的颜色。
+"""
+KIN_ASKED = ("{}是什么？", "什么是{}？", "说说{}是什么。")
 
 
 def pairs(block: str) -> list[list[str]]:
@@ -76,6 +82,8 @@ def rows() -> list[dict]:
         add(WORD_ASKED, f"It is “{english}”.", chinese)
     for thing, colour in COLOURS.items():
         add(COLOUR_ASKED, f"It is {colour}.", thing)
+    for word, meaning in pairs(KIN):
+        add(KIN_ASKED, meaning, word)
     return found
 
 
