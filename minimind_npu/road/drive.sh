@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2154  # python: common/launch.sh sets it
 # The road from texts to a model that answers, stage by stage. Source it, set what is to be another default, `drive "$@"`:
 #   DEPTH OUTPUT                        what --depth says; where to (default: output/road)
 #   PRETRAIN MID SFT RL                 texts, conversations or mixtures (road/mixture.py), questions; unset: built-in data
