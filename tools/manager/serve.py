@@ -11,6 +11,7 @@ are taken from the recipes, uploads and the named folders only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ import uvicorn
 
 from common.demo import serve
 from tools.manager import jobs
-from tools.manager.app import build_app, make_manager
+from tools.manager.app import Manager, build_app, make_manager
 from tools.manager.front import Front
 from tools.manager.settings import Settings
 
@@ -100,6 +101,18 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+class Server(uvicorn.Server):
+    """uvicorn whose signals end the logs that are being read, which would keep it open."""
+
+    def __init__(self, front: Front, manager: Manager):
+        super().__init__(serve.config(front, front.limits))
+        self.manager = manager
+
+    def handle_exit(self, sig, frame):
+        self.manager.streams.over = True
+        super().handle_exit(sig, frame)
+
+
 def main(argv=None, chosen: str | None = None) -> None:
     args = parse_args(argv, chosen)
     settings = settings_of(args)
@@ -120,7 +133,8 @@ def main(argv=None, chosen: str | None = None) -> None:
     query = f"?token={settings.token}" if settings.token else ""
     print(f"manager of {settings.root}: {address}{query}  (Ctrl-C ends; jobs go on)", flush=True)
     try:
-        uvicorn.Server(serve.config(front, front.limits)).run(sockets=[sock])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has closed all and raises it again
+            Server(front, manager).run(sockets=[sock])
     finally:
         manager.close()
         held.close()
