@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 from pathlib import Path
@@ -34,10 +35,13 @@ MOST_MB = 1 << 20
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line with exit code 2."""
+    """Mistakes are one line with exit code 2; an unknown flag is answered with the nearest."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        flag = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near and "unrecognized" in message else ""
+        self.exit(2, f"error: {message}{hint}\n")
 
 
 def parse_args(argv=None, chosen: str | None = None) -> argparse.Namespace:
