@@ -32,6 +32,7 @@ from tools.manager.recipes import Recipes
 from tools.manager.settings import Settings
 from tools.manager.starting import Start, Starter
 from tools.manager.toolbox import Toolbox
+from tools.manager.tutorial import client, routes
 from tools.manager.weights import Weights
 
 PAGE = Path(__file__).with_name("web") / "dist"
@@ -76,6 +77,7 @@ class Manager:
     previews: Previews
     chat: Chat
     toolbox: Toolbox
+    tutorial: client.Worker
     began: float
 
     def start(self) -> None:
@@ -86,6 +88,7 @@ class Manager:
         """The jobs go on."""
         self.jobs.close()
         self.chat.close_all()
+        self.tutorial.close()
 
 
 def make_manager(settings: Settings, devices: list[dict] | None = None) -> Manager:
@@ -107,6 +110,7 @@ def make_manager(settings: Settings, devices: list[dict] | None = None) -> Manag
         Previews(settings.root),
         Chat(settings.root, recipes),
         Toolbox(recipes),
+        client.Worker(),
         time.time(),
     )
 
@@ -121,6 +125,7 @@ def build_app(manager: Manager) -> FastAPI:
     add_training(app, manager)
     add_results(app, manager)
     add_chat(app, manager)
+    app.include_router(routes.router(manager.tutorial, manager.weights.get))
     add_page(app)
     return app
 

@@ -482,7 +482,10 @@ def test_2000_random_requests_neither_fail_nor_hang(inside):
     }
     known["id"] = known["dataset"]
     began = time.monotonic()
-    maker = random_requests.Maker(inside.app.openapi(), seed=20, known=known)
+    schema = inside.app.openapi()
+    for path in [path for path in schema["paths"] if path.startswith("/api/tutorial/")]:
+        del schema["paths"][path]  # test_tutorial.py asks those
+    maker = random_requests.Maker(schema, seed=20, known=known)
     found = random_requests.ask_many(front, maker, 2000)
     statuses = Counter(status for status, _ in found)
     assert not [request for status, request in found if status >= 500], statuses
