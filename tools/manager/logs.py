@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 
 from tools.manager.errors import Problem
-from tools.manager.jobs import ACTIVE, Jobs
+from tools.manager.jobs import ACTIVE, Job, Jobs
 
 MOST = 64  # streams open at once
 PIECE = 1 << 16  # bytes of one event
@@ -17,22 +17,22 @@ QUIET_LOOKS = 50  # then a comment keeps the connection open
 
 
 class Streams:
-    """Counts those that are open."""
+    """Counts those that are open; `over` ends them all."""
 
     def __init__(self, jobs: Jobs):
         self.jobs = jobs
         self.open = 0
+        self.over = False
 
-    async def events(self, name: str, after: int) -> AsyncIterator[str]:
-        """after: bytes of the log that the client has."""
-        job = self.jobs.get(name)
+    async def events(self, job: Job, after: int) -> AsyncIterator[str]:
+        """after: bytes of the log that the client has. The job may be removed meanwhile."""
         log = self.jobs.log(job)
         place = max(0, after)
         told = None
         quiet = 0
         self.open += 1
         try:
-            while True:
+            while not self.over:
                 public = self.jobs.public(job)
                 is_over = job.state not in ACTIVE
                 text, end = await asyncio.to_thread(read, log, place, is_over)

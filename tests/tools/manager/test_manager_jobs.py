@@ -1,5 +1,6 @@
 """The training manager's jobs: started, stopped, queued, continued; what outlives the manager, and what it survives."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -9,12 +10,13 @@ import time
 from pathlib import Path
 
 import managing
+import psutil
 import pytest
 import serving
 from harness import ROOT, environment
 
 from tools.manager import jobs as module
-from tools.manager import processes
+from tools.manager import logs, processes
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,21 @@ def test_force_ends_what_the_job_has_started_in_other_sessions_too(manager):
     assert stopped["exit_code"] == -signal.SIGKILL and not managing.alive(child)
 
 
+def test_a_job_that_is_removed_while_its_log_is_read_ends_the_log(tmp_path):
+    jobs = jobs_in(tmp_path)
+    job = look_until(jobs, add(jobs, "print(1)"), "done")
+    jobs.remove(job.id)
+
+    async def read():
+        return [event async for event in logs.Streams(jobs).events(job, 0)]
+
+    told = asyncio.run(read())
+    assert (
+        len(told) == 2 and told[0].startswith("event: state") and told[1].startswith("event: end")
+    )
+    assert jobs.series(job) == {}
+
+
 # ---- the manager ends ----------------------------------------------------------------------------
 
 
@@ -192,7 +209,14 @@ def test_jobs_outlive_a_killed_manager(killed, tmp_path):
     serving.until(lambda: manager.step(ends_alone["id"]))
     waits = manager.train(args={"--steps": 60})
     assert manager.job(waits["id"])["state"] == "queued"
+    manager.post("/api/chat/servers", 201, weights="tiny")
+    (server,) = (
+        one
+        for one in psutil.Process(manager.process.pid).children()
+        if "serve_openai_api" in " ".join(one.cmdline())
+    )
     manager.kill()
+    serving.until(lambda: not managing.alive(server.pid))  # unlike a job it ends with its manager
     exit_file = tmp_path / f"output/manager/jobs/{ends_alone['id']}/exit.json"
     serving.until(lambda: exit_file.read_text().strip())  # no manager looks
     manager.start()
@@ -291,6 +315,19 @@ def test_the_clock_decides_nothing(tmp_path, monkeypatch):
     look_until(again, again.jobs["0002"], "done")
     assert again.jobs["0002"].started < again.jobs["0001"].started
     assert add(again, "print(3)").id == "0003"
+
+
+def test_a_job_that_cannot_be_read_is_told(tmp_path):
+    jobs = jobs_in(tmp_path)
+    job = add(jobs, "print(1)")
+    look_until(jobs, job, "done")
+    file = jobs.folder / job.id / "job.json"
+    file.write_text(file.read_text().replace('"stop_asked"', '"of_a_newer_version"'))
+    assert jobs_in(tmp_path).jobs[job.id].state == "done"
+    file.write_text("{")
+    again = jobs_in(tmp_path)
+    assert not again.jobs and f"{job.id} cannot be read" in again.problem()
+    assert add(again, "print(1)").id == "0002"  # its folder and number stay its own
 
 
 # ---- devices, disk -------------------------------------------------------------------------------
