@@ -74,7 +74,7 @@ export function ModelPicker({ servers, picked, onPick, label }: {
             {say("卸下", "Unload")}
           </button>
         )}
-        {picked.weights && !server && !asked && (
+        {picked.weights && servers.known && !server && !asked && (
           <button type="button" onClick={() => start(picked.weights)}>
             {say("装上", "Load")}
           </button>
