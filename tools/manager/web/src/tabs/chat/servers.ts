@@ -7,7 +7,7 @@ import type { ChatServer, Weights } from "../../types";
 
 export interface Servers {
   list: ChatServer[];
-  /** whether the list has been read */
+  /** whether the lists have been read */
   known: boolean;
   weights: Weights[];
   error: Error | null;
@@ -37,7 +37,7 @@ export function useServers(looked: boolean): Servers {
   );
   return {
     list: servers.data?.servers ?? [],
-    known: servers.data !== null,
+    known: servers.data !== null && weights.data !== null,
     weights: (weights.data?.weights ?? []).filter((one) => one.chat),
     error: servers.error,
     start,
