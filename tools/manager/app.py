@@ -154,7 +154,7 @@ def add_overview(app: FastAPI, manager: Manager) -> None:
             "queue": [job.id for job in jobs.queue()],
             "token_required": settings.token is not None,
             "chosen": settings.chosen,
-            "problem": "the disk is full: states of jobs wait" if jobs.unsaved else None,
+            "problem": jobs.problem(),
         }
 
     @app.get("/api/npu")
@@ -226,6 +226,8 @@ async def receive_file(manager: Manager, request: Request) -> dict:
         form = await request.form(max_files=1, max_fields=4, max_part_size=4096)
     except HTTPException:
         raise Problem(400, "this is no form with a file", "file") from None
+    except OSError as error:  # no room for it
+        raise Problem(409, f"the file cannot be kept: {error.strerror}", "file") from None
     try:
         file = form.get("file")
         name = form.get("name")
@@ -239,9 +241,9 @@ async def receive_file(manager: Manager, request: Request) -> dict:
 
 def keep_file(manager: Manager, file, name: str) -> dict:
     datasets = manager.datasets
-    datasets.new_file(name)  # a name that is refused costs no copy
     part = None
     try:
+        datasets.new_file(name)  # a name that is refused costs no copy
         handle, part = tempfile.mkstemp(prefix=".upload-", dir=manager.settings.uploads)
         with os.fdopen(handle, "wb") as copy:
             while data := file.file.read(1 << 20):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from tools.manager import processes
@@ -63,6 +63,9 @@ class Job:
     known: str | None = None
 
 
+FIELDS = [one.name for one in fields(Job)]
+
+
 class Jobs:
     """All jobs of one state folder, which has one manager at a time.
 
@@ -79,6 +82,7 @@ class Jobs:
         self.children: dict[str, subprocess.Popen] = {}
         self.waited: dict[str, int] = {}  # looks without a runner's number
         self.unsaved: set[str] = set()
+        self.unreadable: list[str] = []
         self.over = threading.Event()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.counter = state / "manager.json"
@@ -104,13 +108,14 @@ class Jobs:
             if not FOLDER.fullmatch(folder.name):
                 continue
             self.number = max(self.number, int(folder.name))
+            said = read_json(folder / "job.json")
             try:
-                job = Job(**read_json(folder / "job.json"))
-            except TypeError:  # killed before it was written, or of another version
+                job = Job(**{name: said[name] for name in FIELDS if name in said})
+            except TypeError:  # damaged by hand, or of a much older version
+                self.unreadable.append(folder.name)
                 continue
-            if job.id == folder.name:
-                self.jobs[job.id] = job
-                self.progress[job.id] = Progress()
+            self.jobs[job.id] = job
+            self.progress[job.id] = Progress()
 
     def keep_counter(self, starts: int) -> None:
         with contextlib.suppress(OSError):
@@ -243,6 +248,14 @@ class Jobs:
         if job.state == "done":
             found |= series_of_run(Path(job.output))
         return found
+
+    def problem(self) -> str | None:
+        """What the page warns of."""
+        if self.unsaved:
+            return "the disk is full: the states of jobs are written when there is room"
+        if self.unreadable:
+            return f"{self.folder}: {', '.join(self.unreadable)} cannot be read and are left out"
+        return None
 
     def busy(self) -> dict[str, str]:
         """device -> the job that has it."""
@@ -401,7 +414,7 @@ def lock(state: Path):
             f"error: {state} has a manager already ({told}); open its page, or choose another "
             "--state"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the second one is not told the number
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()}".encode())
     return file

@@ -17,11 +17,12 @@ QUIET_LOOKS = 50  # then a comment keeps the connection open
 
 
 class Streams:
-    """Counts those that are open."""
+    """Counts those that are open; `over` ends them all."""
 
     def __init__(self, jobs: Jobs):
         self.jobs = jobs
         self.open = 0
+        self.over = False
 
     async def events(self, name: str, after: int) -> AsyncIterator[str]:
         """after: bytes of the log that the client has."""
@@ -32,7 +33,7 @@ class Streams:
         quiet = 0
         self.open += 1
         try:
-            while True:
+            while not self.over:
                 public = self.jobs.public(job)
                 is_over = job.state not in ACTIVE
                 text, end = await asyncio.to_thread(read, log, place, is_over)

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from tools.manager.errors import Problem
-from tools.manager.files import label, read_json, walk
+from tools.manager.files import read_json, walk
 from tools.manager.weights import Weights
 
 LONGEST = 1 << 20  # bytes of report.md
@@ -50,13 +50,12 @@ def evaluations(weights: Weights) -> dict:
     """The metrics of all runs before and after, a row for each metric."""
     table = []
     runs = []
-    for one in weights.all():
-        folder = weights.get(one["id"])
+    for folder, one in weights.with_folders():
         found = read_json(folder / "report.json")
         metrics = found.get("metrics")
         if not isinstance(metrics, dict):
             continue
-        place = {"weights": one["id"], "path_label": label(folder, weights.settings.root)}
+        place = {"weights": one["id"], "path_label": one["path_label"]}
         runs.append(place | {name: found.get(name) for name in FACTS})
         before = metrics.get("before") if isinstance(metrics.get("before"), dict) else {}
         after = metrics.get("after") if isinstance(metrics.get("after"), dict) else {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ import uvicorn
 
 from common.demo import serve
 from tools.manager import jobs
-from tools.manager.app import build_app, make_manager
+from tools.manager.app import Manager, build_app, make_manager
 from tools.manager.front import Front
 from tools.manager.settings import Settings
 
@@ -34,10 +35,13 @@ MOST_MB = 1 << 20
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line with exit code 2."""
+    """Mistakes are one line with exit code 2; an unknown flag is answered with the nearest."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        flag = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near and "unrecognized" in message else ""
+        self.exit(2, f"error: {message}{hint}\n")
 
 
 def parse_args(argv=None, chosen: str | None = None) -> argparse.Namespace:
@@ -101,6 +105,18 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+class Server(uvicorn.Server):
+    """uvicorn whose signals end the logs that are being read, which would keep it open."""
+
+    def __init__(self, front: Front, manager: Manager):
+        super().__init__(serve.config(front, front.limits))
+        self.manager = manager
+
+    def handle_exit(self, sig, frame):
+        self.manager.streams.over = True
+        super().handle_exit(sig, frame)
+
+
 def main(argv=None, chosen: str | None = None) -> None:
     args = parse_args(argv, chosen)
     settings = settings_of(args)
@@ -122,7 +138,7 @@ def main(argv=None, chosen: str | None = None) -> None:
     print(f"manager of {settings.root}: {address}{query}  (Ctrl-C ends; jobs go on)", flush=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has closed all and raises it again
-            uvicorn.Server(serve.config(front, front.limits)).run(sockets=[sock])
+            Server(front, manager).run(sockets=[sock])
     finally:
         manager.close()
         held.close()

@@ -36,15 +36,18 @@ class Weights:
                     folders[:] = [name for name in folders if not name.startswith(NOT_FOLLOWED)]
                     yield place
 
-    def all(self) -> list[dict]:
+    def with_folders(self) -> list[tuple[Path, dict]]:
         """Newest first."""
         found = []
         for folder in self.folders():
             try:
-                found.append(self.public(folder))
+                found.append((folder, self.public(folder)))
             except OSError:  # removed meanwhile
                 continue
-        return sorted(found, key=lambda one: -one["modified"])
+        return sorted(found, key=lambda one: -one[1]["modified"])
+
+    def all(self) -> list[dict]:
+        return [one for _, one in self.with_folders()]
 
     def public(self, folder: Path) -> dict:
         run = read_json(folder / RUN_FILE)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import managing
+import psutil
 import pytest
 import serving
 from harness import ROOT, environment
@@ -192,7 +193,14 @@ def test_jobs_outlive_a_killed_manager(killed, tmp_path):
     serving.until(lambda: manager.step(ends_alone["id"]))
     waits = manager.train(args={"--steps": 60})
     assert manager.job(waits["id"])["state"] == "queued"
+    manager.post("/api/chat/servers", 201, weights="tiny")
+    (server,) = (
+        one
+        for one in psutil.Process(manager.process.pid).children()
+        if "serve_openai_api" in " ".join(one.cmdline())
+    )
     manager.kill()
+    serving.until(lambda: not managing.alive(server.pid))  # unlike a job it ends with its manager
     exit_file = tmp_path / f"output/manager/jobs/{ends_alone['id']}/exit.json"
     serving.until(lambda: exit_file.read_text().strip())  # no manager looks
     manager.start()
@@ -291,6 +299,19 @@ def test_the_clock_decides_nothing(tmp_path, monkeypatch):
     look_until(again, again.jobs["0002"], "done")
     assert again.jobs["0002"].started < again.jobs["0001"].started
     assert add(again, "print(3)").id == "0003"
+
+
+def test_a_job_that_cannot_be_read_is_told(tmp_path):
+    jobs = jobs_in(tmp_path)
+    job = add(jobs, "print(1)")
+    look_until(jobs, job, "done")
+    file = jobs.folder / job.id / "job.json"
+    file.write_text(file.read_text().replace('"stop_asked"', '"of_a_newer_version"'))
+    assert jobs_in(tmp_path).jobs[job.id].state == "done"
+    file.write_text("{")
+    again = jobs_in(tmp_path)
+    assert not again.jobs and f"{job.id} cannot be read" in again.problem()
+    assert add(again, "print(1)").id == "0002"  # its folder and number stay its own
 
 
 # ---- devices, disk -------------------------------------------------------------------------------
