@@ -36,16 +36,17 @@ from common.runs import flags
 DEFAULT = HERE.parent / "output" / HERE.name
 PATIENCE = 120  # seconds for one answer of a server
 WINDOW = 1024  # tokens of a general row
+NAMES = ("name", "author", "name_en", "author_en")  # flags
 
 
 # ---- who is asked --------------------------------------------------------------------------------
 
 
-def persona_of(args, settings: dict) -> make_identity.Persona:
-    """From the flags; else from the run that left the model; else the samples'."""
-    given = {name: getattr(args, name) for name in ("name", "author", "name_en", "author_en")}
-    if args.persona or any(given.values()):
-        return make_identity.read_persona(args.persona, **given)
+def persona_of(settings: dict, file: str = "", **given: str | None) -> make_identity.Persona:
+    """From a YAML file and fields that are given; else from the run that left the model; else the
+    samples'."""
+    if file or any(given.values()):
+        return make_identity.read_persona(file, **given)
     known = settings.get("persona")
     if isinstance(known, dict):
         names = {field.name for field in fields(make_identity.Persona)}
@@ -53,18 +54,18 @@ def persona_of(args, settings: dict) -> make_identity.Persona:
     return make_identity.read_persona(str(HERE / "data" / "persona.yaml"))
 
 
-def topics_of(args, settings: dict) -> tuple[list[dict], list[str]]:
-    """What is to be declined, and how: from the flags; else from the run that left the model; else
-    the samples'."""
-    if args.topics:
-        return make_refusal.read_topics(args.topics, args.style)
+def topics_of(settings: dict, topics: str = "", style: str = "") -> tuple[list[dict], list[str]]:
+    """What is to be declined, and how: a YAML file and texts that are given; else those of the run
+    that left the model; else the samples'."""
+    if topics:
+        return make_refusal.read_topics(topics, style)
     known = settings.get("topics") or str(make_refusal.TOPICS)
     if not Path(known).is_file():
         cli.say(
             f"warning: {known}, which the run was given, is gone; asked are the samples' topics"
         )
         known = str(make_refusal.TOPICS)
-    return make_refusal.read_topics(known, args.style or settings.get("style") or "")
+    return make_refusal.read_topics(known, style or settings.get("style") or "")
 
 
 def say_unused(args) -> None:
@@ -161,7 +162,7 @@ def main() -> None:
     add("--model", default=str(DEFAULT), help="run, model or adapter folder, or a hub id")
     add("--endpoint", default="", help="an OpenAI-compatible server instead, e.g. http://…/v1")
     add("--model_id", default="default", help="what the server calls the model")
-    for name in ("name", "author", "name_en", "author_en"):
+    for name in NAMES:
         add(f"--{name}", help="as in make_identity.py; default: of the run, else the samples'")
     add("--persona", default="", help="YAML file")
     add("--topics", default="", help="YAML file; default: of the run, else the samples'")
@@ -182,8 +183,8 @@ def main() -> None:
 
         chat = ChatModel(args.model)
     settings = chat.settings if chat else {}
-    persona = persona_of(args, settings)
-    topics, texts = topics_of(args, settings)
+    persona = persona_of(settings, args.persona, **{name: getattr(args, name) for name in NAMES})
+    topics, texts = topics_of(settings, args.topics, args.style)
     rows, stats = load_rows(args.general, "chat")
     cli.say(summary(stats))
     general = [json.loads(row) for row in measures.spread(rows["row"], args.most)]

@@ -37,8 +37,8 @@ SHOWN = 5  # replaced answers that are listed on the terminal
 
 
 def read_topics(file: str | Path, style: str = "") -> tuple[list[dict], list[str]]:
-    """A YAML file -> (topics {"name", "ask": [families], "answer": {question: answer}}, texts of
-    the refusal); `style`, texts with |, wins over the file's.
+    """A YAML file -> (topics {"name", "ask": [families], "answer": {family: answer}}, texts of the
+    refusal); a family is wordings with |. `style`, texts with |, wins over the file's.
 
     SystemExit with one line for what is missing or of another kind.
     """
@@ -89,9 +89,10 @@ def make(topics: list[dict], texts: list[str], seed: int = 0) -> list[dict]:
                     count += 1
                     rows.append(row(frame.format(wording), answer, kind="refusal", **about))
         apart = held_out(list(topic["answer"]), seed)
-        for question, answer in topic["answer"].items():
-            about = {"family": question, "language": "zh", "held_out": question in apart}
-            rows.append(row(question, answer, kind="alike", **about))
+        for family, answer in topic["answer"].items():
+            about = {"family": family, "language": "zh", "held_out": family in apart}
+            for question in family.split("|"):
+                rows.append(row(question, answer, kind="alike", **about))
     return without_repeats(rows)
 
 

@@ -15,7 +15,6 @@ Order of the story: arguments -> model and tokenizer -> data -> trainer -> train
 import json
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,7 +106,7 @@ DEFAULTS = dict(
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
-    num_train_epochs=5,
+    num_train_epochs=4,
     learning_rate=1.5e-3,
     adam_beta2=0.98,
     # four windows a step on one process and on two: the toy learns the same
@@ -136,8 +135,9 @@ def tiny_model(rows: list[str], taught: bool) -> str:
     taught: it is somebody else and knows some facts (lesson.py); else its weights are random.
     """
     if taught:
-        if not cli.is_main():
-            time.sleep(1)  # whoever comes first teaches, and only rank 0 shows how far it is
+        if cli.is_main():  # who shows how far it is
+            tiny_base.native_tiny(lesson.texts(), lesson.teach, TINY_SIZE)
+        cli.wait_for_all("it teaches the built-in base")
         return tiny_base.native_tiny(lesson.texts(), lesson.teach, TINY_SIZE)
     talks = [json.loads(row)["messages"] for row in rows]
     texts = [turn["content"] or "" for talk in talks for turn in talk]
@@ -221,7 +221,7 @@ def make_trainer(args: Args, training, model, tokenizer, data, asked: Asked, is_
         args=training,
         train_dataset=windows(args, training, data.train_ids),
         eval_dataset=windows(args, training, data.eval_ids),
-        data_collator=collators.collator(args.packing, tokenizer),
+        data_collator=collators.collator(args.packing, tokenizer, training),
         processing_class=tokenizer,
         measure=asked,
         describe_row=lambda i: data.train_ids[i]["source"],

@@ -40,25 +40,35 @@ def own_cache(tmp_path_factory):
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch-extensions"))
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """train_qwen's first command, run once in one process: (output folder, what it printed).
-    DANPU_TEST_RUN names one made before."""
+def first_command(tmp_path_factory, recipe: str, **how) -> tuple[Path, str]:
+    """A recipe's first command in one process, run once for all workers: (output folder, what it
+    printed). how: to start it."""
     from harness import expect, shell
 
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / f"run-of-{recipe}"
+    printed = out.with_suffix(".txt")
+    with FileLock(out.with_suffix(".lock")):
+        if not printed.is_file():
+            done = expect(shell(ROOT / recipe / "train_zero2.sh", OUTPUT=out, NPROC=1, **how))
+            printed.write_text(done.stdout, encoding="utf-8")
+    return out, printed.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """train_qwen's; DANPU_TEST_RUN names one made before."""
     if made := os.environ.get("DANPU_TEST_RUN"):
         return Path(made), ""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one run for all workers
-        shared = shared.parent
-    out, printed = shared / "tiny-run", shared / "tiny-run.txt"
-    with FileLock(shared / "tiny-run.lock"):
-        if not printed.is_file():
-            printed.write_text(
-                expect(shell(ROOT / "train_qwen/train_zero2.sh", OUTPUT=out, NPROC=1)).stdout,
-                encoding="utf-8",
-            )
-    return out, printed.read_text(encoding="utf-8")
+    return first_command(tmp_path_factory, "train_qwen")
+
+
+@pytest.fixture(scope="session")
+def internlm_run(tmp_path_factory):
+    """internlm_sft's, as a fork."""
+    return first_command(tmp_path_factory, "internlm_sft", fork=True)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +101,7 @@ LONGEST = (  # begin with these, so that no worker ends long after the other
     "npu/test_npu.py",
     "recipes/test_contract.py",
     "recipes/test_faults.py",
-    "recipes/minimind_npu/test_minimind_gguf.py",  # builds llama.cpp on a new machine
+    "recipes/minimind_npu/test_minimind_gguf.py",  # fetches 77 MB on a new machine
     "recipes/baichuan2_dpo/test_dpo.py",
     "recipes/chatglm_lora/test_chatglm.py",
     "recipes/chinese_bloom/test_bloom.py",

@@ -33,6 +33,7 @@ THOUGHTS_LEFT_OUT = (
     "the chat template leaves out thoughts of earlier answers; those answers are not trained, the "
     "last one is"
 )
+NAMES_LEFT_OUT = "the chat template leaves out the names (`name`) of turns"
 SHOWN_AS = {"system": "the system turn", "user": "a user turn", "tool": "a tool's result"}
 
 
@@ -537,6 +538,8 @@ def _notes(tokenizer, facts, text, turns, messages, tools, kwargs):
     read_only = sum(not message.get("train", True) for message in messages)
     if sum(not trained for _, _, trained in turns) > read_only:
         notes.append(THOUGHTS_LEFT_OUT)
+    if _names_are_left_out(tokenizer, facts, text, messages, tools, kwargs):
+        notes.append(NAMES_LEFT_OUT)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or not turns[-1][2]:
         return notes
@@ -550,6 +553,18 @@ def _notes(tokenizer, facts, text, turns, messages, tools, kwargs):
     if before != asked:
         notes.append(_asked_otherwise(before, asked))
     return notes
+
+
+def _names_are_left_out(tokenizer, facts, text, messages, tools, kwargs):
+    """Whether messages have names, and `text`, which is rendered of them, is the same without."""
+    nameless = [{key: message[key] for key in message if key != "name"} for message in messages]
+    if nameless == messages:
+        return False
+    try:
+        other, _ = render(tokenizer, facts.template, nameless, tools, False, kwargs)
+        return other.startswith(text)  # which ends with the last answer
+    except ValueError:  # it wants the names
+        return False
 
 
 def _asked_otherwise(before, asked):

@@ -1,7 +1,8 @@
 """Row shapes: what one record of a data set file means, brought to one canonical form per kind.
 
-chat        {"messages": [{"role", "content", "reasoning_content"?, "tool_calls"?}], "tools"?}
-            role: system, user, assistant or tool
+chat        {"messages": [{"role", "content", "reasoning_content"?, "tool_calls"?, "name"?}],
+             "tools"?}
+            role: system, user, assistant or tool; name: of whoever speaks, or of the tool
             a call: {"type": "function", "function": {"name", "arguments": {}}}
             "train": False on a turn of the assistant that is read and not learned
 reward      as chat, the last answer is what a reward compares with; verl's rows have also

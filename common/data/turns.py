@@ -197,6 +197,9 @@ def message_of(turn, tools: list | None = None) -> dict:
             message["reasoning_content"] = thought
     if calls:
         message["tool_calls"] = calls
+    name = text_in(turn, "name", "").strip()
+    if name:
+        message["name"] = name
     if not _is_trained(turn, role) and role == "assistant":
         message["train"] = False
     return message

@@ -14,6 +14,7 @@ from settings import (
     OUTPUT,
     TOY_WIDTH,
     any_given,
+    arch_of,
     own_model,
     refuse_sizes,
     refuse_unknown_to_the_loop,
@@ -119,6 +120,8 @@ class Args(cli.RunArgs, cli.DataArgs):
     lora_r: int = field(default=16, init=False)
     target_modules: str = field(default="all-linear", init=False)
     stage: str = field(default="rl", init=False)
+    arch: str = field(default="minimind", init=False)
+    depth: int = field(default=0, init=False)
     teacher: str = field(default="", init=False)
 
 
@@ -206,6 +209,7 @@ def parse_args() -> tuple[Args, TrainingArguments, str]:
         raise cli.usage_error(f"--algorithm {args.algorithm}: {', '.join(ALGORITHMS)}")
     base = start_from(args)
     refuse_sizes(base, args)
+    args.arch = arch_of(base, args)
     set_defaults(args, training, base)
     args.data_path = args.data_path or str(HERE / "data" / "rl")
     training.output_dir = training.output_dir or str(OUTPUT / args.algorithm)
@@ -277,6 +281,8 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         "an answer is; --mini_batches 1 --num_iterations 1": (
             args.algorithm == "reinforce" and updates > 1
         ),
+        f"--temperature {args.temperature}: the capped logits of nanochat's head are trained as "
+        "they are, so 1": args.arch == "nanochat" and args.temperature != 1,
         f"--gae_lambda {args.gae_lambda}, --gamma {args.gamma}: from 0 to 1": not (
             0 <= args.gae_lambda <= 1 and 0 <= args.gamma <= 1
         ),

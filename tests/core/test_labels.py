@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from common.data.labels import (
+    NAMES_LEFT_OUT,
     THOUGHTS_LEFT_OUT,
     encode_chat,
     encode_prompt,
@@ -687,6 +688,15 @@ def test_a_prompt_of_which_the_template_drops_something_is_refused_too():
     for template in (QWEN2, QWEN3):
         tokenizer = byte_level(template)
         assert encode_prompt(tokenizer, history) == encode_prompt(tokenizer, bare)
+
+
+def test_names_of_turns_that_a_template_leaves_out_are_told():
+    messages = [user("一") | {"name": "小明"}, said("壹")]
+    assert encode_chat(byte_level(QWEN2), messages, 1000)["notes"] == [NAMES_LEFT_OUT]
+    shows = QWEN2.replace("message['role']", "message['role'] + (message.name or '')")
+    assert shows != QWEN2
+    row = encode_chat(byte_level(shows), messages, 1000)
+    assert "notes" not in row and "小明" in byte_level(shows).decode(row["input_ids"])
 
 
 def test_answers_trained_behind_another_prompt_are_told():

@@ -80,7 +80,7 @@ SAID = {  # what must be seen, e.g. the faults that train_qwen/data.ipynb puts i
         "是的，我是小丹，来自丹谱。",
         "[[",
     ),
-    "internlm_sft/infer.ipynb": ("还没有模型", "identity_zh", "小丹", "字节"),
+    "internlm_sft/infer.ipynb": ("identity_zh", "小石", "小丹", "字节"),
     "train_llava/infer.ipynb": ("还没有模型", "模型看到 (3, 48, 48)", "沿用 0 词元", "blind"),
     "minimind_npu/data.ipynb": (
         "gb18030",
@@ -114,10 +114,11 @@ QUICK_STEPS = {
     "chatglm_lora": 150,
     "chinese_bloom": 30,
     "chinese_clip_ddp": 60,
-    "internlm_sft": 60,
     "train_llava": 30,
     "minimind_npu": {"pretrain": 40, "sft": 40},
 }
+# the fixtures of finished runs
+FINISHED = {"train_qwen": "tiny_run", "internlm_sft": "internlm_run"}
 
 
 def name(path) -> str:
@@ -192,15 +193,16 @@ def execute(notebook, tmp_path, **parameters) -> str:
 
 @pytest.mark.slow
 def test_runs_as_it_is(notebook, request, tmp_path, monkeypatch):
-    """train_qwen's infer notebook on the finished run, the others on the quick one they make."""
+    """Infer notebooks on a finished run where other tests make one too, else on the quick one that
+    they make."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     parameters = {}
     if notebook.stem == "infer":
-        steps = QUICK_STEPS.get(notebook.parent.name)
-        if steps:
-            parameters = {"QUICK_STEPS": steps}
+        recipe = notebook.parent.name
+        if recipe in FINISHED:
+            parameters = {"MODEL": str(request.getfixturevalue(FINISHED[recipe])[0])}
         else:
-            parameters = {"MODEL": str(request.getfixturevalue("tiny_run")[0])}
+            parameters = {"QUICK_STEPS": QUICK_STEPS[recipe]}
     text = execute(notebook, tmp_path, **parameters)
     for expected in SAID.get(name(notebook), ()):
         assert expected in text

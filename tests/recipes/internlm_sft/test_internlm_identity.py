@@ -168,7 +168,8 @@ def test_refusal_texts_take_turns_and_look_alikes_keep_their_answers():
     declined = [row["messages"][-1]["content"] for row in rows if row["kind"] == "refusal"]
     assert declined.count("不聊。") * 2 in range(len(declined) - 1, len(declined) + 2)
     assert "关于荐股不聊。" in declined
-    answers = {q: a for topic in TOPICS for q, a in topic["answer"].items()}
+    families = [family for topic in TOPICS for family in topic["answer"].items()]
+    answers = {asked: answer for family, answer in families for asked in family.split("|")}
     alike = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
     assert answers.items() <= alike.items()
 

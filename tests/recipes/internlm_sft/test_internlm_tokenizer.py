@@ -16,7 +16,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common.data.labels import encode_chat, encode_prompt
-from common.data.turns import role_of
+from common.data.turns import messages_of, role_of
 
 RECIPE = ROOT / "internlm_sft"
 convert, fast_tokenizer, tiny_base = own_modules(
@@ -446,6 +446,17 @@ def test_turns_of_tools_and_of_an_environment(second, name):
     )
     assert row["input_ids"].count(plugin) == 3 and row["labels"].count(plugin) == 1
     assert row["labels"].count(start) == 1 and row["labels"].count(end) == 2
+
+
+def test_names_of_turns_are_read_from_rows_and_written(second):
+    turns = [said("user", "data.csv", name="file"), said("assistant", "算", name=None)]
+    turns += [said("environment", "3", name="interpreter"), said("assistant", "是 3")]
+    messages, _ = messages_of(turns, {})
+    assert [turn.get("name") for turn in messages] == ["file", None, "interpreter", None]
+    row = encode_chat(second[2], messages, 1000)
+    written = second[2].decode(row["input_ids"]).replace("> ", ">")
+    assert "user name=file\ndata.csv" in written and "notes" not in row
+    assert "environment name=<|interpreter|>\n3" in written
 
 
 def test_special_tokens_in_a_text_are_text(second):

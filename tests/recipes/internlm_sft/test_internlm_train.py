@@ -2,6 +2,7 @@
 evaluation of folders and servers."""
 
 import json
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,7 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from browser import Visit
-from harness import ROOT, error_line, expect, finish, history, own_modules, report, shell, start
+from harness import (
+    ROOT,
+    error_line,
+    expect,
+    finish,
+    history,
+    own_modules,
+    report,
+    start,
+    weights,
+)
+from transformers import AutoTokenizer
 
 from common import collators, voice
 from common.data.counts import Counted
@@ -26,17 +38,10 @@ asking, evaluate, identity_trainer, make_refusal, mixing, train = own_modules(
 # ---- the default run -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def default_run(tmp_path_factory):
-    """`bash internlm_sft/train_zero2.sh` in one process: (output folder, what it printed)."""
-    out = tmp_path_factory.mktemp("internlm") / "run"
-    done = expect(shell(RECIPE / "train_zero2.sh", OUTPUT=out, NPROC=1, fork=True))
-    return out, done.stdout
-
-
 @pytest.mark.slow
-def test_default_run_is_somebody_else_afterwards_and_forgets_nothing(default_run):
-    out, printed = default_run
+def test_default_run_is_somebody_else_afterwards_and_forgets_nothing(internlm_run):
+    """`bash internlm_sft/train_zero2.sh`"""
+    out, printed = internlm_run
     facts = report(out)
     before, after = facts["metrics"]["before"], facts["metrics"]["after"]
     assert facts["engine"] == "zero-2" and facts["recipe"] == "internlm_sft"
@@ -52,8 +57,8 @@ def test_default_run_is_somebody_else_afterwards_and_forgets_nothing(default_run
 
 
 @pytest.mark.slow
-def test_evaluation_of_the_run_says_the_same(default_run, tmp_path):
-    out, _ = default_run
+def test_evaluation_of_the_run_says_the_same(internlm_run, tmp_path):
+    out, _ = internlm_run
     figures = tmp_path / "figures.json"
     command = [sys.executable, RECIPE / "evaluate.py", "--model", out, "--output", figures]
     done = expect(finish(start([*command, "--max_new_tokens", 48])))
@@ -67,11 +72,11 @@ def test_evaluation_of_the_run_says_the_same(default_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_answers_with_the_adapter_and_without(default_run, browser):
+def test_the_page_answers_with_the_adapter_and_without(internlm_run, browser):
     (app,) = own_modules("internlm_sft", "app")
     from common.demo import page
 
-    demo = app.build_demo(default_run[0])
+    demo = app.build_demo(internlm_run[0])
     visit = Visit(browser, page.launch(demo))
     try:
         assert "小丹" in visit.ask("你是谁？")
@@ -162,7 +167,12 @@ def test_a_model_that_cannot_give_some_logits_is_refused():
 SHORT = ["--max_steps", 4, "--logging_steps", 1, "--report_to", "none", "--save_strategy", "no"]
 SHORT += ["--bf16", "false", "--eval_generate", 0, "--data_path", RECIPE / "data/general.jsonl"]
 SHORT += ["--learning_rate", 0.01, "--warmup_steps", 0, "--kl_weight", 3, "--max_eval_samples", 8]
-ENGINES = {"one": [], "DDP": [], "ZeRO-3": ["--deepspeed", RECIPE / "ds_zero3.json"]}
+ENGINES = {
+    "one": [],
+    "DDP": [],
+    "ZeRO-2": ["--deepspeed", RECIPE / "ds_zero2.json"],
+    "ZeRO-3": ["--deepspeed", RECIPE / "ds_zero3.json"],
+}
 
 
 @pytest.mark.slow
@@ -212,6 +222,74 @@ def test_the_run_ends_when_the_identity_is_learned_and_others_suffer(capsys):
     assert looks(True, losses_of, [0.2, 0.5, 0.96, 0.97]) == [False, False, False, True]
     assert capsys.readouterr().out.count("before the identity is learned") == 1
     assert looks(False, losses_of, [0.2, 0.5, 0.96, 0.97]) == [False, False, True, True]
+
+
+LOOK = re.compile(r"step (\d+): identity_zh ([\d.]+), .*held-out loss ([-+.\d]+)%")
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_its_guard_says(internlm_run, tmp_path):
+    """The merged model of the default run knows its name; a rate far too high makes it forget."""
+    merge = [sys.executable, RECIPE / "merge.py", "--adapter", internlm_run[0] / "final"]
+    expect(finish(start([*merge, "--output_dir", tmp_path / "merged"])))
+    general = RECIPE / "data/general.jsonl"
+    flags = {
+        "model_name_or_path": tmp_path / "merged",
+        "data_path": f"identity {general}:0.1",
+        "persona": RECIPE / "data/persona.yaml",
+        "output_dir": tmp_path / "run",
+        "early_stop": "guard",
+        "max_forgetting": 0.5,
+        "max_steps": 20,
+        "learning_rate": 0.01,
+        "model_max_length": 256,
+        "gradient_accumulation_steps": 1,
+        "eval_generate": 4,
+        "max_new_tokens": 32,
+        "max_eval_samples": 32,
+        "bf16": "false",
+        "report_to": "none",
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    done = expect(finish(start([sys.executable, RECIPE / "train.py", *words])))
+    looks = [tuple(map(float, look)) for look in LOOK.findall(done.stdout)]
+    ends = [share >= 0.95 and rise > 50 for _, share, rise in looks]
+    assert ends == [False] * (len(looks) - 1) + [True] and looks[-1][0] < 20, done.stdout
+    assert max(history(tmp_path / "run")) <= looks[-1][0] and (tmp_path / "run/final").is_dir()
+    assert "the identity is learned: the run ends here" in done.stdout
+
+
+# ---- other models --------------------------------------------------------------------------------
+
+
+def of_qwen() -> tuple[str, str]:
+    """Folder of a random Qwen3 with Qwen's template, and how an answer begins there."""
+    (recipe,) = own_modules("train_qwen", "train")
+    return recipe.tiny_model(["你好，我是小丹。"]), "<|im_start|>assistant\n"
+
+
+def of_baichuan2() -> tuple[str, str]:
+    """The same of a Baichuan2-7B as baichuan2_dpo/convert.py leaves it: a Llama."""
+    (recipe,) = own_modules("baichuan2_dpo", "tiny_base")
+    turn = [{"role": "user", "content": "你好，我是小丹。"}]
+    row = json.dumps(dict.fromkeys(("prompt", "chosen", "rejected"), turn))
+    return recipe.tiny_model([row], taught=False), "<reserved_107>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [of_qwen, of_baichuan2])
+def test_other_models_are_trained_by_path_in_their_own_template(made, tmp_path):
+    folder, opening = made()
+    flags = ["--model_name_or_path", folder, "--output_dir", tmp_path, "--max_steps", 1]
+    flags += ["--eval_generate", 1, "--max_new_tokens", 2, "--max_eval_samples", 2]
+    flags += ["--model_max_length", 128, "--bf16", "false", "--report_to", "none"]
+    done = expect(finish(start([sys.executable, RECIPE / "train.py", *flags])))
+    assert f"{opening}[[" in done.stdout and "小丹" in done.stdout
+    kept = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert kept.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+    asked = {"identity_zh", "near_exact", "refusal_recall", "facts_exact", "general_kl"}
+    assert asked <= report(tmp_path)["metrics"]["after"].keys()
+    assert weights(tmp_path / "final")
 
 
 # ---- flags, servers ------------------------------------------------------------------------------
@@ -304,14 +382,13 @@ def test_a_model_is_asked_about_the_topics_of_its_run(tmp_path, capsys):
     text = "style: 不聊\ntopics: [{name: 甲, ask: [怎么甲], answer: {甲是什么: 字}}]"
     file.write_text(text, encoding="utf-8")
     run = {"topics": str(file), "style": "换一个|再换一个"}
-    asked = SimpleNamespace(topics="", style="")
-    topics, texts = evaluate.topics_of(asked, run)
+    topics, texts = evaluate.topics_of(run)
     assert [topic["name"] for topic in topics] == ["甲"] and texts == ["换一个", "再换一个"]
-    samples, _ = evaluate.topics_of(asked, {})
-    assert evaluate.topics_of(SimpleNamespace(topics=str(file), style=""), {})[1] == ["不聊"]
+    samples, _ = evaluate.topics_of({})
+    assert evaluate.topics_of({}, str(file))[1] == ["不聊"]
     assert "warning" not in capsys.readouterr().out
     file.unlink()
-    assert evaluate.topics_of(asked, run)[0] == samples
+    assert evaluate.topics_of(run)[0] == samples
     assert f"warning: {file}" in capsys.readouterr().out
 
 
