@@ -68,7 +68,7 @@ export function App() {
         )}
         {!unauthorised && visited.includes("chat") && (
           <div hidden={chosen !== "chat"}>
-            <Chat looked={chosen === "chat"} />
+            <Chat looked={chosen === "chat"} wanted={chosen === "chat" ? rest[0] : undefined} />
           </div>
         )}
         {!unauthorised && visited.includes("tools") && (

@@ -22,6 +22,8 @@ export interface Answer extends Message {
   tool_calls: ToolCall[];
   finish: string | null;
   tokens: number | null;
+  /** by a model that has not learnt to chat: it went on with the last text */
+  continued: boolean;
 }
 
 interface Delta {
@@ -31,7 +33,7 @@ interface Delta {
 }
 
 interface Chunk {
-  choices: { delta: Delta; finish_reason: string | null }[];
+  choices: { delta?: Delta; text?: string; finish_reason: string | null }[];
   usage?: { completion_tokens: number } | null;
   error?: { message: string };
 }
@@ -43,15 +45,39 @@ export const emptyAnswer = (): Answer => ({
   tool_calls: [],
   finish: null,
   tokens: null,
+  continued: false,
 });
 
-/** Ask, and hear the answer as it grows. Aborting `signal` also ends the generation. */
-export async function* streamAnswer(
+const TEXTS = "/v1/completions";
+const continuing = new Set<string>(); // servers whose models do not chat
+
+type Body = Record<string, unknown> & { messages: Message[] };
+
+/** Ask, and hear the answer as it grows. Aborting `signal` also ends the generation. A model that
+ *  does not chat, as after pre-training, continues the last text. */
+export async function* streamAnswer(server: string, body: Body, signal: AbortSignal): AsyncGenerator<Answer> {
+  if (!continuing.has(server)) {
+    try {
+      yield* streamed(server, "/v1/chat/completions", body, signal);
+      return;
+    } catch (problem) {
+      const sent = problem instanceof ApiError && problem.status === 400 && problem.message.includes(TEXTS);
+      if (!sent) throw problem;
+      continuing.add(server);
+    }
+  }
+  const { messages, tools: _, chat_template_kwargs: __, ...rest } = body;
+  const text = { ...rest, prompt: messages[messages.length - 1].content };
+  for await (const answer of streamed(server, TEXTS, text, signal)) yield { ...answer, continued: true };
+}
+
+async function* streamed(
   server: string,
+  path: string,
   body: Record<string, unknown>,
   signal: AbortSignal,
 ): AsyncGenerator<Answer> {
-  const response = await fetch(`/api/chat/${encodeURIComponent(server)}/v1/chat/completions`, {
+  const response = await fetch(`/api/chat/${encodeURIComponent(server)}${path}`, {
     method: "POST",
     credentials: "same-origin",
     headers: { "content-type": "application/json" },
@@ -77,7 +103,7 @@ function grown(answer: Answer, chunk: Chunk): Answer {
   if (chunk.usage) next.tokens = chunk.usage.completion_tokens;
   const choice = chunk.choices[0];
   if (!choice) return next;
-  const { delta } = choice;
+  const delta = choice.delta ?? { content: choice.text };
   next.content += delta.content ?? "";
   next.reasoning_content += delta.reasoning_content ?? "";
   for (const piece of delta.tool_calls ?? []) {

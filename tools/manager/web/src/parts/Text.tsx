@@ -1,10 +1,14 @@
 /** Markdown of models and reports: no HTML of theirs is obeyed, no picture is fetched from elsewhere. */
 
 import Markdown from "markdown-to-jsx";
+import { createContext, useContext } from "react";
+
+type Addresses = Record<string, string>;
+const Pictures = createContext<Addresses>({});
 
 function Picture({ src, alt }: { src?: string; alt?: string }) {
-  const isOwn = src?.startsWith("/api/") ?? false;
-  return isOwn ? <img src={src} alt={alt ?? ""} /> : <span className="faint">[{alt || src}]</span>;
+  const address = useContext(Pictures)[src ?? ""];
+  return address ? <img src={address} alt={alt ?? ""} /> : <span className="faint">[{alt || src}]</span>;
 }
 
 function Link({ href, children }: { href?: string; children?: React.ReactNode }) {
@@ -27,10 +31,13 @@ const OPTIONS = {
   overrides: { img: Picture, a: Link, table: Table },
 } as const;
 
-export function Text({ children }: { children: string }) {
+/** pictures: name in the text -> address; all others are named and not fetched. */
+export function Text({ children, pictures = {} }: { children: string; pictures?: Addresses }) {
   return (
-    <div className="markdown">
-      <Markdown options={OPTIONS}>{children}</Markdown>
-    </div>
+    <Pictures value={pictures}>
+      <div className="markdown">
+        <Markdown options={OPTIONS}>{children}</Markdown>
+      </div>
+    </Pictures>
   );
 }

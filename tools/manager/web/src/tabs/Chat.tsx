@@ -20,7 +20,8 @@ interface Column {
 
 const emptyColumn = (weights = ""): Column => ({ picked: { weights, model: "" }, turns: [] });
 
-export function Chat({ looked }: { looked: boolean }) {
+/** wanted: weights that a link asks for. */
+export function Chat({ looked, wanted }: { looked: boolean; wanted?: string }) {
   const say = useSay();
   const servers = useServers(looked);
   const [sampling, setSampling] = useStored<Sampling>("sampling", SAMPLING);
@@ -31,6 +32,10 @@ export function Chat({ looked }: { looked: boolean }) {
 
   const change = (index: number, changed: (column: Column) => Column) =>
     setColumns((before) => before.map((column, i) => (i === index ? changed(column) : column)));
+  useEffect(() => {
+    if (!wanted) return;
+    setColumns((before) => [{ ...before[0], picked: { weights: wanted, model: "" } }, ...before.slice(1)]);
+  }, [wanted]);
   const ready = columns.every((column) => serverOf(servers, column.picked)?.state === "ready");
 
   const ask = async (question: string) => {

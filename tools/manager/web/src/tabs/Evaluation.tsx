@@ -67,6 +67,9 @@ const shown = (value: unknown) => (typeof value === "number" ? number(value) : "
 function ReportCard({ weights }: { weights: string }) {
   const say = useSay();
   const report = useLoaded(() => get<Report>("/api/report" + query({ weights })), 0, weights);
+  const pictures = report.data?.pictures ?? [];
+  const addresses = Object.fromEntries(pictures.map((one) => [one.name, one.url]));
+  const others = pictures.filter((one) => !report.data!.markdown.includes(`(${one.name})`));
   return (
     <Card
       title={<span className="ellipsis">{say("报告", "Report")} </span>}
@@ -76,15 +79,15 @@ function ReportCard({ weights }: { weights: string }) {
       {!report.data && !report.error && <Waiting />}
       {report.data && (
         <>
+          <Text pictures={addresses}>{report.data.markdown}</Text>
           <div className="pictures">
-            {report.data.pictures.map((picture) => (
+            {others.map((picture) => (
               <figure key={picture.url}>
                 <img src={picture.url} alt={picture.name} loading="lazy" />
                 <figcaption className="faint">{picture.name}</figcaption>
               </figure>
             ))}
           </div>
-          <Text>{report.data.markdown}</Text>
         </>
       )}
     </Card>

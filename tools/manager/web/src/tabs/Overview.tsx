@@ -139,7 +139,7 @@ export function JobLine({ job, place = -1 }: { job: Job; place?: number }) {
             say(` · 还要 ${duration(progress.eta_seconds)}`, ` · ${duration(progress.eta_seconds)} left`)}
           {!isAlive(job) && moment(job.ended ?? job.created)}
         </span>
-        <ProgressBar job={job} />
+        {isAlive(job) && <ProgressBar job={job} />}
       </a>
     </li>
   );

@@ -53,6 +53,7 @@ function AnswerFacts({ turn }: { turn: Turn }) {
     if (turn.seconds) facts.push(say(`${Math.round(answer.tokens / turn.seconds)} 词元/秒`, `${Math.round(answer.tokens / turn.seconds)} tokens/s`));
   }
   if (turn.seconds) facts.push(`${turn.seconds.toFixed(1)} s`);
+  if (answer.continued) facts.push(say("续写：这个模型没有学过对话", "continued: this model has not learnt to chat"));
   if (turn.stopped) facts.push(say("已停止", "stopped"));
   if (answer.finish === "length") facts.push(say("到了长度上限", "cut at the limit"));
   return facts.length ? <div className="answer-facts">{facts.join(" · ")}</div> : null;

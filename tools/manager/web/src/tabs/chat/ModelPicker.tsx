@@ -54,7 +54,6 @@ export function ModelPicker({ servers, picked, onPick, label }: {
               {weightsName(one.path_label)}
             </option>
           ))}
-          <option value="tiny">{say("tiny（随机，未训练）", "tiny (random, not trained)")}</option>
         </select>
         {models.length > 1 && (
           <select
@@ -74,12 +73,18 @@ export function ModelPicker({ servers, picked, onPick, label }: {
             {say("卸下", "Unload")}
           </button>
         )}
-        {picked.weights && !server && !asked && (
+        {picked.weights && servers.known && !server && !asked && (
           <button type="button" onClick={() => start(picked.weights)}>
             {say("装上", "Load")}
           </button>
         )}
       </div>
+      {servers.known && servers.weights.length === 0 && (
+        <p className="faint">
+          {say("还没有能对话的权重。", "No weights to talk to yet. ")}
+          <a href="#/train/new">{say("先训练一个", "Train some first")}</a>
+        </p>
+      )}
       <Problem error={error} />
       {(asked || server?.state === "starting") && <Waiting>{say("正在装入模型…", "Loading the model…")}</Waiting>}
       {server?.state === "failed" && (

@@ -7,6 +7,8 @@ import type { ChatServer, Weights } from "../../types";
 
 export interface Servers {
   list: ChatServer[];
+  /** whether the lists have been read */
+  known: boolean;
   weights: Weights[];
   error: Error | null;
   start: (weights: string) => Promise<ChatServer>;
@@ -35,6 +37,7 @@ export function useServers(looked: boolean): Servers {
   );
   return {
     list: servers.data?.servers ?? [],
+    known: servers.data !== null && weights.data !== null,
     weights: (weights.data?.weights ?? []).filter((one) => one.chat),
     error: servers.error,
     start,

@@ -3,6 +3,7 @@
 import { useEffect, useState } from "react";
 import { get, query } from "../../api";
 import { count, datasetName, number } from "../../format";
+import { useSettled } from "../../hooks";
 import { useSay } from "../../language";
 import { Histogram } from "../../parts/Bars";
 import { Card, Field, Problem, Waiting } from "../../parts/common";
@@ -11,6 +12,7 @@ import type { Dataset, Preview, Recipe } from "../../types";
 
 const ROWS = 5;
 const WAIT = 800; // milliseconds between two looks
+const PAUSE = 900; // and without typing before it is asked
 
 export function PreviewCard({ dataset, recipes, preferred }: {
   dataset: Dataset;
@@ -22,7 +24,9 @@ export function PreviewCard({ dataset, recipes, preferred }: {
   const scripts = recipes.find((one) => one.name === recipe)?.scripts ?? [];
   const [script, setScript] = useState("train.py");
   const used = scripts.includes(script) ? script : (scripts[0] ?? "train.py");
-  const { preview, progress, error } = usePreview(dataset.id, recipe, used);
+  const [flags, setFlags] = useState("");
+  const settled = useSettled(flags, PAUSE);
+  const { preview, progress, error } = usePreview(dataset.id, recipe, used, argsOf(settled));
 
   return (
     <Card
@@ -46,6 +50,17 @@ export function PreviewCard({ dataset, recipes, preferred }: {
             </select>
           </Field>
         )}
+        <Field label={say("参数", "Flags")}>
+          <input
+            type="text"
+            maxLength={400}
+            spellCheck={false}
+            autoComplete="off"
+            placeholder="--stage sft"
+            value={flags}
+            onChange={(event) => setFlags(event.target.value)}
+          />
+        </Field>
       </div>
       <Problem error={error} />
       {!preview && !error && (
@@ -58,7 +73,22 @@ export function PreviewCard({ dataset, recipes, preferred }: {
   );
 }
 
-function usePreview(id: string, recipe: string, script: string) {
+/** "--stage sft --use_lora" -> {"--stage":"sft","--use_lora":"true"} as JSON. */
+function argsOf(text: string): string {
+  const args: Record<string, string> = {};
+  let name = "";
+  for (const word of text.trim().split(/[\s=]+/)) {
+    if (word.startsWith("--")) {
+      name = word;
+      args[name] = "true";
+    } else if (name) {
+      args[name] = args[name] === "true" ? word : `${args[name]} ${word}`;
+    }
+  }
+  return JSON.stringify(args);
+}
+
+function usePreview(id: string, recipe: string, script: string, args: string) {
   const [preview, setPreview] = useState<Preview | null>(null);
   const [progress, setProgress] = useState("");
   const [error, setError] = useState<Error | null>(null);
@@ -70,7 +100,7 @@ function usePreview(id: string, recipe: string, script: string) {
     setProgress("");
     const look = async () => {
       try {
-        const found = await get<Preview>("/api/datasets/preview" + query({ id, recipe, script, rows: ROWS }));
+        const found = await get<Preview>("/api/datasets/preview" + query({ id, recipe, script, rows: ROWS, args }));
         if (gone) return;
         if (found.pending) {
           setProgress(found.progress ? String(found.progress) : "");
@@ -87,7 +117,7 @@ function usePreview(id: string, recipe: string, script: string) {
       gone = true;
       clearTimeout(timer);
     };
-  }, [id, recipe, script]);
+  }, [id, recipe, script, args]);
   return { preview, progress, error };
 }
 

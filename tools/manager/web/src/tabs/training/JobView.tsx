@@ -128,6 +128,11 @@ function Actions({ job, reload, onStarted, onRemoved }: {
         </button>
       )}
       {job.output_id && job.state === "done" && (
+        <a className="button" href={`#/chat/${encodeURIComponent(job.output_id)}`}>
+          {say("和它对话", "Talk to it")}
+        </a>
+      )}
+      {job.output_id && job.state === "done" && (
         <a className="button" href={`#/eval/${encodeURIComponent(job.output_id)}`}>
           {say("看报告", "See the report")}
         </a>
