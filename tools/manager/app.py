@@ -284,7 +284,7 @@ def add_training(app: FastAPI, manager: Manager) -> None:
         manager.streams.refuse_too_many()
         if last_event_id and last_event_id.isascii() and last_event_id.isdigit():
             after = int(last_event_id)
-        events = manager.streams.events(found.id, after)
+        events = manager.streams.events(found, after)
         return StreamingResponse(events, media_type="text/event-stream", headers=EVENTS)
 
     @app.get("/api/train/metrics")

@@ -244,7 +244,8 @@ class Jobs:
     def series(self, job: Job) -> dict:
         """Curves: what the log has said, and what the finished run has left instead."""
         with self.lock:
-            found = {name: list(points) for name, points in self.progress[job.id].series.items()}
+            progress = self.progress.get(job.id, Progress())
+            found = {name: list(points) for name, points in progress.series.items()}
         if job.state == "done":
             found |= series_of_run(Path(job.output))
         return found

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 
 from tools.manager.errors import Problem
-from tools.manager.jobs import ACTIVE, Jobs
+from tools.manager.jobs import ACTIVE, Job, Jobs
 
 MOST = 64  # streams open at once
 PIECE = 1 << 16  # bytes of one event
@@ -24,9 +24,8 @@ class Streams:
         self.open = 0
         self.over = False
 
-    async def events(self, name: str, after: int) -> AsyncIterator[str]:
-        """after: bytes of the log that the client has."""
-        job = self.jobs.get(name)
+    async def events(self, job: Job, after: int) -> AsyncIterator[str]:
+        """after: bytes of the log that the client has. The job may be removed meanwhile."""
         log = self.jobs.log(job)
         place = max(0, after)
         told = None

@@ -1,5 +1,6 @@
 """The training manager's jobs: started, stopped, queued, continued; what outlives the manager, and what it survives."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import serving
 from harness import ROOT, environment
 
 from tools.manager import jobs as module
-from tools.manager import processes
+from tools.manager import logs, processes
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,21 @@ def test_force_ends_what_the_job_has_started_in_other_sessions_too(manager):
     manager.post("/api/train/stop", job=job["id"], force=True)
     stopped = manager.until(job["id"], "stopped")
     assert stopped["exit_code"] == -signal.SIGKILL and not managing.alive(child)
+
+
+def test_a_job_that_is_removed_while_its_log_is_read_ends_the_log(tmp_path):
+    jobs = jobs_in(tmp_path)
+    job = look_until(jobs, add(jobs, "print(1)"), "done")
+    jobs.remove(job.id)
+
+    async def read():
+        return [event async for event in logs.Streams(jobs).events(job, 0)]
+
+    told = asyncio.run(read())
+    assert (
+        len(told) == 2 and told[0].startswith("event: state") and told[1].startswith("event: end")
+    )
+    assert jobs.series(job) == {}
 
 
 # ---- the manager ends ----------------------------------------------------------------------------
