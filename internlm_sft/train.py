@@ -106,7 +106,7 @@ DEFAULTS = dict(
 )
 TINY = dict(  # sizes and steps only
     model_max_length=256,
-    num_train_epochs=5,
+    num_train_epochs=4,
     learning_rate=1.5e-3,
     adam_beta2=0.98,
     # four windows a step on one process and on two: the toy learns the same

@@ -287,8 +287,8 @@ def test_other_models_are_trained_by_path_in_their_own_template(made, tmp_path):
     assert f"{opening}[[" in done.stdout and "小丹" in done.stdout
     kept = AutoTokenizer.from_pretrained(tmp_path / "final")
     assert kept.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
-    facts = report(tmp_path)
-    assert {"identity", "near", "refusal", "general"} <= {s["kind"] for s in facts["samples"]}
+    asked = {"identity_zh", "near_exact", "refusal_recall", "facts_exact", "general_kl"}
+    assert asked <= report(tmp_path)["metrics"]["after"].keys()
     assert weights(tmp_path / "final")
 
 
