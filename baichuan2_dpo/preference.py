@@ -136,7 +136,7 @@ class PairCollator:
             tokens = sum(len(row["input_ids"]) for row in rows)
         padding = -tokens % self.multiple
         if padding:
-            rows = [*rows, pad_document(padding)]
+            rows = [*rows, collators.pad_document(padding)]
         batch = shared_prompt.pack_pairs(rows) if self.share else self.packed([rows])
         return batch | {"padding_tokens": padding}
 
@@ -146,10 +146,6 @@ def both_sides(pair: dict) -> list[dict]:
     return [
         {"input_ids": pair[f"{side}_input_ids"], "labels": pair[f"{side}_labels"]} for side in SIDES
     ]
-
-
-def pad_document(length: int) -> dict:
-    return {"input_ids": np.zeros(length, np.int64), "labels": np.full(length, IGNORE)}
 
 
 # ---- the trainer ----

@@ -217,8 +217,7 @@ def check_memory(args: Args, training: TrainingArguments, base: str, pairs: Pair
 
 def make_collator(args: Args, training: TrainingArguments, tokenizer, model) -> PairCollator:
     share = args.share_prompt and can_share(model.config.get_text_config(), args.model_max_length)
-    # on a CPU each new length compiles new kernels for bf16
-    multiple = 128 if device.kind() == "cpu" and training.bf16 else 1
+    multiple = device.length_multiple(device.train_dtype(training))
     return PairCollator(tokenizer.pad_token_id, args.packing, share, multiple)
 
 

@@ -231,12 +231,13 @@ def with_layout(items: list, collate, config) -> dict:
     return batch | {"prefix_lengths": prefix_lengths, "position_ids": position_ids}
 
 
-def collator(args: Args, tokenizer, config):
+def collator(args: Args, training: TrainingArguments, tokenizer, config):
     """What makes a batch of the items of `windows`."""
-    collate = collators.collator(args.packing, tokenizer)
-    if is_prefix_model(config):
-        collate = partial(with_layout, collate=collate, config=config)
-    return collate
+    if not is_prefix_model(config):
+        return collators.collator(args.packing, tokenizer, training)
+    beginning = [config.gmask_token_id, config.bos_token_id]
+    collate = collators.collator(args.packing, tokenizer, training, beginning)
+    return partial(with_layout, collate=collate, config=config)
 
 
 def main() -> None:
@@ -285,7 +286,7 @@ def main() -> None:
         args=training,
         train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=collator(args, tokenizer, config),
+        data_collator=collator(args, training, tokenizer, config),
         processing_class=tokenizer,
         measure=partial(answer_eval_rows, model, tokenizer, asked, prompt_of, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],

@@ -300,7 +300,7 @@ def main() -> None:
         args=training,
         train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=collators.collator(args.packing or args.stage == "pt", tokenizer),
+        data_collator=collators.collator(args.packing or args.stage == "pt", tokenizer, training),
         processing_class=tokenizer,
         measure=measuring(args, model, tokenizer, asked),
         describe_row=lambda i: train_ids[i]["source"],

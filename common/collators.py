@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from common import device
 from common.data.columns import as_arrays, lengths_of, numbered
 from common.data.spelling import IGNORE
 
@@ -116,13 +117,24 @@ class PackedCollator:
     """Bins (lists of rows) -> one row in which positions restart at every document.
 
     Returns input_ids, labels, position_ids [1, T] int64, cu_seq_lens_q/k [documents + 1] int32,
-    max_length_q/k int and row_ids (the rows' "row_id", to be taken out before the model). The first
-    label of each document is -100: nothing before it predicts it. There is no attention mask; the
-    boundaries are what keeps documents apart.
+    max_length_q/k int, row_ids (the rows' "row_id", to be taken out before the model) and,
+    where a last document without labels rounds the row up to `multiple`, its padding_tokens. The
+    first label of each document is -100: nothing before it predicts it. There is no attention
+    mask; the boundaries are what keeps documents apart.
     """
+
+    def __init__(self, multiple: int = 1, beginning: Sequence[int] = ()):
+        """beginning: tokens that a document of the model at hand begins with, padding too."""
+        self.multiple = multiple
+        self.beginning = list(beginning)
 
     def __call__(self, bins: list[list[dict]]) -> dict:
         rows = [row for one in bins for row in one]
+        padding = -sum(len(row["input_ids"]) for row in rows) % self.multiple
+        while 0 < padding < len(self.beginning):
+            padding += self.multiple
+        if padding:
+            rows.append(pad_document(padding, self.beginning))
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         starts = cu_seqlens[:-1]
@@ -132,7 +144,7 @@ class PackedCollator:
         positions = torch.arange(len(input_ids)) - torch.repeat_interleave(starts, lengths)
         cu_seqlens = cu_seqlens.to(torch.int32)
         max_seqlen = int(lengths.max())
-        return {
+        batch = {
             "input_ids": input_ids[None],
             "labels": labels[None],
             "position_ids": positions[None],
@@ -142,6 +154,14 @@ class PackedCollator:
             "max_length_k": max_seqlen,
             "row_ids": row_ids_of(rows),
         }
+        return batch | {"padding_tokens": padding} if padding else batch
+
+
+def pad_document(length: int, beginning: Sequence[int] = ()) -> dict:
+    """A row without labels, of at least as many tokens as `beginning`."""
+    input_ids = np.zeros(length, np.int64)
+    input_ids[: len(beginning)] = beginning
+    return {"input_ids": input_ids, "labels": np.full(length, IGNORE)}
 
 
 class PaddedCollator:
@@ -176,9 +196,14 @@ def joined(parts: list) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def collator(packing: bool, tokenizer) -> PackedCollator | PaddedCollator:
-    """For the items of PackedDataset, or else of NumberedRows."""
-    return PackedCollator() if packing else PaddedCollator(tokenizer.pad_token_id)
+def collator(
+    packing: bool, tokenizer, training, beginning: Sequence[int] = ()
+) -> PackedCollator | PaddedCollator:
+    """For the items of PackedDataset, or else of NumberedRows. training: TrainingArguments;
+    beginning: as PackedCollator takes it."""
+    if packing:
+        return PackedCollator(device.length_multiple(device.train_dtype(training)), beginning)
+    return PaddedCollator(tokenizer.pad_token_id)
 
 
 def row_ids_of(rows: list[dict]) -> list[int]:

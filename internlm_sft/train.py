@@ -221,7 +221,7 @@ def make_trainer(args: Args, training, model, tokenizer, data, asked: Asked, is_
         args=training,
         train_dataset=windows(args, training, data.train_ids),
         eval_dataset=windows(args, training, data.eval_ids),
-        data_collator=collators.collator(args.packing, tokenizer),
+        data_collator=collators.collator(args.packing, tokenizer, training),
         processing_class=tokenizer,
         measure=asked,
         describe_row=lambda i: data.train_ids[i]["source"],

@@ -3,6 +3,7 @@
     python minimind_npu/chat.py                             # the newest run that answers
     python minimind_npu/chat.py --model_name_or_path output/minimind_npu/reason --temperature 0.7
     python minimind_npu/chat.py --adapter output/minimind_npu/lora --think on --system 像老师
+    python minimind_npu/chat.py --base_url http://127.0.0.1:8998/v1       # a server's; --model ID
     printf '%s\\n' 你是谁？ /exit | python minimind_npu/chat.py           # questions from a pipe
 
 /clear forgets the conversation, /undo its last exchange; /think on|off opens a thought before each
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 
 from common.demo.chat_model import SAMPLING, split_thought
 from engine.generation import MiniMindChatModel, Sampling, newest
+from server.client import ServedModel
 
 HELP = "/clear  /undo  /think on|off  /system TEXT  /exit"
 
@@ -138,6 +140,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     which = "run, model or adapter folder; unset: the newest run"
     add("--model_name_or_path", "--model", help=which)
     add("--adapter", help="LoRA folder; its base is found by itself")
+    add("--base_url", help="ask an OpenAI-compatible server; its key: DANPU_API_KEY")
     add("--system", default="", help="system prompt")
     add("--think", choices=("on", "off"), default="off")
     add("--temperature", type=float, help="0: the likeliest token; unset: the model's own settings")
@@ -148,12 +151,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.adapter and args.model_name_or_path:
         raise cli.usage_error("--adapter finds its base by itself; give only one of both")
+    if args.adapter and args.base_url:
+        raise cli.usage_error("--adapter: a server has its own; name one of its ids as --model")
     return args
 
 
 def options_of(args, chat_model: MiniMindChatModel) -> dict:
     """What was given, over what the model's generation config says."""
-    options = chat_model.sampling_defaults() | {"max_new_tokens": args.max_new_tokens}
+    options = {"max_new_tokens": args.max_new_tokens}
+    if not args.base_url:  # a server has its own settings
+        options |= chat_model.sampling_defaults()
     given = {name: getattr(args, name) for name in SAMPLING}
     options |= {name: value for name, value in given.items() if value is not None}
     try:
@@ -163,16 +170,23 @@ def options_of(args, chat_model: MiniMindChatModel) -> dict:
     return options
 
 
-def main() -> None:
-    args = parse_args()
+def open_model(args) -> MiniMindChatModel | ServedModel:
+    if args.base_url:
+        return ServedModel(args.base_url, args.model_name_or_path or "")
     cli.quiet_libraries()
     device.training_defaults(set())
-    chat_model = MiniMindChatModel(args.adapter or args.model_name_or_path or newest())
+    return MiniMindChatModel(args.adapter or args.model_name_or_path or newest())
+
+
+def main() -> None:
+    args = parse_args()
+    chat_model = open_model(args)
     options = options_of(args, chat_model)
     chat = Chat(chat_model, args.system, args.think == "on", **options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C at the prompt leaves
     hint = HELP if chat_model.chats else "pre-trained: continues a text  /exit"
-    print(f"{chat_model.name} on {device.name()}   {hint}")
+    where = args.base_url or device.name()
+    print(f"{chat_model.name} on {where}   {hint}")
     talk(chat)
 
 

@@ -13,7 +13,8 @@ on, with the model's own calls run. Result: a table (eval_toolcall.md too) and e
 every answer stands in answers.jsonl.
 
 The tools are those of toolcall/tools.py (calculator, date, units, lookup). --tools FILE.py adds
-yours: the file is run, and its `add_tools(registry)` called; see toolcall/registry.py.
+yours: the file is run, and its `add_tools(registry)` called; see toolcall/registry.py. --tools
+python adds one that runs code in toolcall/sandbox.py.
 --mode interactive: questions from the terminal or a pipe; /clear forgets, /exit leaves.
 """
 
@@ -25,7 +26,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules besi
 from common import cli, device  # noqa: I001  (device before torch and transformers)
 
 import argparse
-import importlib.util
 import json
 import math
 import time
@@ -37,9 +37,9 @@ import torch
 from engine.generation import Engine, MiniMindChatModel, Sampling, newest
 from evaluation.answers import same
 from toolcall.calls import Call, parse_calls
+from toolcall.own_tools import registry_of
 from toolcall.play import Episode, play
 from toolcall.registry import Registry, are_known, is_error
-from toolcall.tools import built_in
 
 from common.data.files import atomic_file
 from common.data.labels import encode_prompt
@@ -287,17 +287,23 @@ def evaluate(chat_model: MiniMindChatModel, registry: Registry, args, lines) -> 
 
     whole = [(row, source) for row, source in rows if playable(row, registry)]
     episodes = played(chat_model, [row for row, _ in whole], registry, args)
+    refused: dict[str, list[str]] = {}
     for (row, source), episode in zip(whole, episodes, strict=True):
+        if episode.problem:
+            refused.setdefault(episode.problem, []).append(source)
+            continue
         right = episode.finished == "stop" and says(episode.answer, row["messages"][-1]["content"])
         outcomes["whole"].append(right)
         write(lines, {"source": source, "played": episode.messages, "whole": right})
+    for problem, sources in refused.items():
+        cli.say(f"  {len(sources):,} conversations not played: {problem}, e.g. {sources[0]}")
     figures = {name: share(values) for name, values in outcomes.items()}
     return {
         "figures": figures,
         "rows": len(rows),
         "answers": len(cases),
         "not_asked": texts.count(None),
-        "not_played": len(rows) - len(whole),
+        "not_played": len(rows) - len(whole) + sum(map(len, refused.values())),
         "seconds": time.perf_counter() - began,
     }
 
@@ -318,8 +324,8 @@ def table(found: dict) -> str:
         lines.append(f"\n{found['not_asked']:,} answers could not be asked for")
     if found["not_played"]:
         lines.append(
-            f"\n{found['not_played']:,} rows not played: several questions, or tools that are not "
-            "here (--tools)"
+            f"\n{found['not_played']:,} rows not played: several questions, tools that are not "
+            "here (--tools), or turns that the chat template refuses"
         )
     return "\n".join(lines)
 
@@ -401,29 +407,13 @@ def show(episode: Episode, start: int) -> None:
         "turns": "(still calls tools: --max_turns)",
         "window": "(no room left in the window: /clear)",
     }
+    if episode.problem:
+        print(f"(stopped: {episode.problem})")
     if episode.finished in endings:
         print(endings[episode.finished])
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
-def with_tools_of(file: str, registry: Registry) -> None:
-    """Run a file of the user's and let it add its tools. SystemExit with one line where it does
-    not."""
-    path = Path(file)
-    if not path.is_file():
-        raise SystemExit(f"--tools {file}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"--tools {file}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        module.add_tools(registry)
-    except Exception as error:  # the user's own code
-        words = " ".join(str(error).split())
-        raise SystemExit(f"--tools {file}: {type(error).__name__}: {words}") from None
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -433,7 +423,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model_name_or_path", "--model", help=which)
     add("--mode", choices=("auto", "interactive"), default="auto")
     add("--data_path", default=str(BUILT_IN), help="files or folders of rows with tools")
-    add("--tools", help="a Python file of yours that adds tools: def add_tools(registry)")
+    own = "Python files of yours that add tools, def add_tools(registry); python: code in a sandbox"
+    add("--tools", nargs="+", default=[], help=own)
     add("--max_turns", type=int, default=4, help="answers to one question, calls among them")
     add("--max_new_tokens", type=int, default=256, help="length limit of one answer")
     add("--batch_size", type=int, default=8, help="answers generated at once")
@@ -454,9 +445,7 @@ def main() -> None:
     args = parse_args()
     cli.quiet_libraries()
     device.training_defaults(set())
-    registry = built_in()
-    if args.tools:
-        with_tools_of(args.tools, registry)
+    registry = registry_of(args.tools)
     chat_model = MiniMindChatModel(args.model_name_or_path or newest())
     if not chat_model.chats:
         raise SystemExit(f"{chat_model.name}: this model does not chat; train sft after pretrain")

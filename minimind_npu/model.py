@@ -160,6 +160,7 @@ SIZES = {
     "198m-moe": dict(hidden_size=768, num_hidden_layers=8, use_moe=True),
     "tiny": TOY,
     "tiny-moe": TOY | dict(hidden_size=96, use_moe=True),
+    "depth": {},  # all of it follows from --depth
 }
 
 

@@ -54,8 +54,8 @@ for stage in $STAGES; do
                 "$python" "$here/data_prepare_toolcall.py" --data_path "$root_out/tool_rows.jsonl" \
                     --mix "${SFT:-$here/data/sft}" --mix_ratio 0.5 --output "$rows"
             fi
-            toy=() # its usual window of 256 tokens is too small for the definitions of tools
-            [[ $SIZE == tiny* ]] && toy=(--model_max_length 512)
+            toy=() # its usual window of 256 tokens is too small for the definitions of tools; there are many rows
+            [[ $SIZE == tiny* ]] && toy=(--model_max_length 512 --num_train_epochs 1)
             use_tools sft before
             train sft "$root_out/sft/final" "$rows" --output_dir "$root_out/toolcall" "${toy[@]}" "$@"
             use_tools toolcall after ;;

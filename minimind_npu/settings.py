@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import weights
 from loop import optim
 from model import SIZES, MiniMindConfig
 from transformers import TrainingArguments
@@ -17,15 +18,17 @@ from common.runs import flags
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "output" / HERE.name
-STAGES = ("pretrain", "sft", "lora", "dpo", "distill", "reason")
+STAGES = ("pretrain", "mid", "sft", "lora", "dpo", "distill", "reason")
 FROM = {  # what a stage goes on from
-    "sft": ("pretrain",),
+    "mid": ("pretrain",),
+    "sft": ("mid", "pretrain"),
     "lora": ("sft",),
     "dpo": ("sft",),
     "reason": ("dpo", "sft"),
 }
 SAMPLES = {
     "pretrain": "pretrain",
+    "mid": "sft",
     "sft": "sft",
     "lora": "lora_identity.jsonl",
     "dpo": "dpo.jsonl",
@@ -33,8 +36,8 @@ SAMPLES = {
     "reason": "reason.jsonl",
 }
 NAMES = (
-    f"random weights of a size: {', '.join(SIZES)}; to go on from: a folder, or a stage whose "
-    "output is there; unset: the stage before, else tiny"
+    f"random weights of a size: {', '.join(list(SIZES)[:-1])}; to go on from: a folder, or a stage "
+    "whose output is there; unset: the stage before, else tiny"
 )
 
 
@@ -54,6 +57,17 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
     use_moe: bool | None = field(
         default=None, metadata={"help": "changes the size: experts instead of one SwiGLU"}
     )
+    depth: int = field(
+        default=0,
+        metadata={"help": "pretrain: layers, and all other sizes, steps and rates with them"},
+    )
+    arch: str = field(
+        default="minimind",
+        metadata={"help": f"network of random weights: {', '.join(weights.ARCHITECTURES)}"},
+    )
+    tokens_per_parameter: float = field(
+        default=12.0, metadata={"help": "depth: tokens for each of the matrices and the head"}
+    )
     tokenizer: str = field(
         default="", metadata={"help": "folder; unset: the model's, for random weights the shipped"}
     )
@@ -64,6 +78,9 @@ class Args(cli.RunArgs, cli.DataArgs, cli.LoraArgs):
         default="adamw", metadata={"help": "adamw, or muon for the matrices of the blocks"}
     )
     muon_lr: float = field(default=0.02, metadata={"help": "peak learning rate of Muon's matrices"})
+    head_lr: float = field(
+        default=0.0, metadata={"help": "that of a head with weights of its own; 0: as the table's"}
+    )
     min_lr_ratio: float = field(
         default=0.1, metadata={"help": "share of its peak that the learning rate ends at"}
     )
@@ -97,12 +114,16 @@ RANGES = {
     "hidden_size": flags.FROM_0,
     "num_hidden_layers": flags.FROM_0,
     "muon_lr": flags.FROM_0,
+    "head_lr": flags.FROM_0,
+    "depth": flags.FROM_0,
+    "tokens_per_parameter": flags.ABOVE_0,
     "max_minutes": flags.FROM_0,
     "beta": flags.ABOVE_0,
     "temperature": flags.ABOVE_0,
     "think_weight": flags.FROM_0,
 }
 SIZE_FLAGS = ("hidden_size", "num_hidden_layers", "use_moe")
+DEPTH_FLAGS = ("tokens_per_parameter",)
 OF_STAGE = {
     "dpo": ("beta", "reference"),
     "distill": ("alpha", "temperature"),
@@ -171,6 +192,12 @@ DEFAULTS = dict(
 )
 STAGE = {  # learning rates, windows and epochs of real models; windows as for an accelerator
     "pretrain": dict(learning_rate=1e-3, model_max_length=512, per_device_train_batch_size=32),
+    "mid": dict(
+        learning_rate=5e-4,
+        model_max_length=1024,
+        per_device_train_batch_size=16,
+        num_train_epochs=1,
+    ),
     "sft": dict(learning_rate=1e-4, model_max_length=1024, per_device_train_batch_size=16),
     "lora": dict(
         learning_rate=3e-4, model_max_length=512, per_device_train_batch_size=16, num_train_epochs=5
@@ -191,6 +218,13 @@ TOY = {
         model_max_length=256,
         per_device_train_batch_size=1,
         num_train_epochs=1.5,
+    ),
+    "mid": dict(
+        learning_rate=3e-3,
+        muon_lr=0.01,
+        model_max_length=256,
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
     ),
     "sft": dict(
         learning_rate=3e-3,
@@ -214,7 +248,7 @@ TOY = {
 }
 TOY_SAVE_STEPS = 300
 COMPILED_WIDTH = 256
-TOY_MUON = ("pretrain", "sft", "distill")  # stages of toys that take Muon where it can work
+TOY_MUON = ("pretrain", "mid", "sft", "distill")  # stages of toys that take Muon where it can work
 
 
 def parse_args() -> tuple[Args, TrainingArguments, str]:
@@ -232,6 +266,7 @@ def parse_args() -> tuple[Args, TrainingArguments, str]:
 def resolve(args: Args, training: TrainingArguments, base: str) -> None:
     """Defaults that depend on the stage and the model; flags that do not go together."""
     refuse_unknown_to_the_loop()
+    args.arch = arch_of(base, args)
     set_defaults(args, training, base)
     fit_batches_to_cpu(args, training)
     args.data_path = args.data_path or str(HERE / "data" / SAMPLES[args.stage])
@@ -254,8 +289,11 @@ def set_defaults(args: Args, training: TrainingArguments, base: str) -> None:
         whole_matrices = not (training.deepspeed or args.use_lora)
         if args.stage in TOY_MUON and whole_matrices and muon_runs_here():
             defaults["optimizer"] = "muon"
+    if args.depth:
+        defaults |= defaults_of_depth(args, training)
     # a toy is trained before it is compiled, of experts little can be, under ZeRO nothing was tried
     is_plain = width >= COMPILED_WIDTH and not has_experts(base, args) and not training.deepspeed
+    is_plain = is_plain and args.arch == MiniMindConfig.model_type
     defaults["torch_compile"] = is_plain and device.compile_pays()
     if any_given("max_seq_len"):  # the other name of the flag
         defaults = {name: v for name, v in defaults.items() if name != "model_max_length"}
@@ -264,6 +302,18 @@ def set_defaults(args: Args, training: TrainingArguments, base: str) -> None:
         if not any_given(name):
             owner = args if name in own else training
             setattr(owner, name, value)
+
+
+def defaults_of_depth(args: Args, training: TrainingArguments) -> dict:
+    """What needs no tokenizer; lengths and rates: road/dial.py."""
+    with_muon = muon_runs_here() and not training.deepspeed
+    return {
+        "model_max_length": 2048 if args.depth >= 8 else 512,
+        "optimizer": "muon" if with_muon else "adamw",
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": 0.02,
+        "min_lr_ratio": 0.05,
+    }
 
 
 def muon_runs_here() -> bool:
@@ -300,6 +350,7 @@ def refuse_unknown_to_the_loop() -> None:
 
 def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
     muon = args.optimizer == "muon"
+    is_minimind = args.arch == MiniMindConfig.model_type
     distills = args.stage == "distill"
     optimizer = getattr(training.optim, "value", training.optim)
     problems = {  # message -> whether that is so
@@ -326,6 +377,11 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         "--reference adapter: there is no adapter to switch off; add --use_lora true": (
             args.reference == "adapter" and not args.use_lora
         ),
+        "--stage distill: between networks of MiniMind's kind only": distills and not is_minimind,
+        "--torch_compile: the blocks of MiniMind's network only": (
+            training.torch_compile and not is_minimind
+        ),
+        "--use_moe: --arch nanochat has no experts": bool(args.use_moe) and not is_minimind,
         f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
         f"--min_lr_ratio {args.min_lr_ratio}: from 0 to 1": not 0 <= args.min_lr_ratio <= 1,
         f"--optim {optimizer}: the loop has adamw_torch, fused or not, and --optimizer muon": (
@@ -344,12 +400,18 @@ def refuse_sizes(base: str, args: Args) -> None:
         flags.check_window(args, config)
         for name in SIZE_FLAGS:
             asked = getattr(args, name)
-            own = getattr(config, name)
+            own = getattr(config, name, None)
             if any_given(name) and asked != own:
                 raise cli.usage_error(
                     f"--{name} {asked}: the weights of {base} have their own, {own}; random ones "
                     f"have what --size says: {', '.join(SIZES)}"
                 )
+        if any_given("arch") and args.arch != config.model_type:
+            raise cli.usage_error(f"--arch {args.arch}: the weights of {base} are of another one")
+        return
+    if args.arch not in weights.ARCHITECTURES:
+        raise cli.usage_error(f"--arch {args.arch}: {', '.join(weights.ARCHITECTURES)}")
+    if args.depth:
         return
     heads = SIZES[base].get("num_attention_heads", MiniMindConfig().num_attention_heads)
     if args.hidden_size % (2 * heads):
@@ -364,6 +426,8 @@ def say_unused(args: Args, training: TrainingArguments) -> None:
     for stage, names in OF_STAGE.items():
         if args.stage != stage:
             flags.say_unused(names, f"--stage {args.stage} has none")
+    if not args.depth:
+        flags.say_unused(DEPTH_FLAGS, "without --depth the other flags say how long the run is")
     if args.optimizer != "muon":
         flags.say_unused(["muon_lr"], "--optimizer adamw has no matrices of Muon")
     if not args.use_lora:
@@ -383,6 +447,10 @@ def start_from(args: Args) -> str:
     if args.stage not in STAGES:
         raise cli.usage_error(f"--stage {args.stage}: {', '.join(STAGES)}")
     name = args.model_name_or_path
+    if args.depth:
+        return start_from_depth(args)
+    if name == "depth":
+        raise cli.usage_error("--size depth: --depth 12, for example, says which")
     stages = FROM.get(args.stage, ())
     if name in STAGES:
         stages = (name,)
@@ -401,6 +469,27 @@ def start_from(args: Args) -> str:
     return name if name in SIZES else own_model(name, "--from_weight")
 
 
+def start_from_depth(args: Args) -> str:
+    """The name of random weights whose sizes --depth says; sets those that were not typed."""
+    if args.stage != "pretrain":
+        raise cli.usage_error(
+            f"--depth: for new models; --stage {args.stage} has the sizes of what it goes on from"
+        )
+    if any_given("model_name_or_path", "size", "from_weight"):
+        raise cli.usage_error(
+            f"--depth {args.depth} and --size {args.model_name_or_path}: one of them says how "
+            "large the model is"
+        )
+    args.num_hidden_layers = args.num_hidden_layers or args.depth
+    args.hidden_size = args.hidden_size or weights.width_of_depth(args.depth)
+    if args.hidden_size % weights.HEAD_DIM:
+        raise cli.usage_error(
+            f"--hidden_size {args.hidden_size}: with --depth a multiple of {weights.HEAD_DIM}, the "
+            "numbers of a head"
+        )
+    return "depth"
+
+
 def own_model(name: str, flag: str) -> str:
     """A run's folder -> its final/; a model folder and a hub id stay. SystemExit for what this
     model class cannot go on from: a folder of transformers' own classes would load in part, with
@@ -414,7 +503,7 @@ def own_model(name: str, flag: str) -> str:
             f"{flag} {name} is an adapter; make a model of it: export.py --adapter, then --import"
         )
     kind = models.model_config(folder, flag).model_type
-    if kind != MiniMindConfig.model_type:
+    if kind not in weights.ARCHITECTURES:
         raise SystemExit(
             f"{flag} {name} is a {kind} model; bring it over first: export.py --import "
             f"--model {name}"
@@ -429,12 +518,17 @@ def width_of(base: str, args: Args) -> int:
     return models.model_config(base).hidden_size
 
 
+def arch_of(base: str, args: Args) -> str:
+    """One of weights.ARCHITECTURES."""
+    return args.arch if base in SIZES else models.model_config(base).model_type
+
+
 def has_experts(base: str, args: Args) -> bool:
     if args.use_moe is not None:
         return args.use_moe
     if base in SIZES:
         return SIZES[base].get("use_moe", False)
-    return models.model_config(base).use_moe
+    return getattr(models.model_config(base), "use_moe", False)
 
 
 def tokenizer_of(args: Args, base: str) -> str:

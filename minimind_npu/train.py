@@ -1,8 +1,9 @@
-"""A language model from nothing, stage by stage: pretrain, sft, lora, dpo, distill, reason. Plain
-PyTorch.
+"""A language model from nothing, stage by stage: pretrain, mid, sft, lora, dpo, distill, reason.
+Plain PyTorch.
 
     bash minimind_npu/run_all.sh                     # all stages on the built-in data, some minutes
     DATA=my.jsonl bash minimind_npu/train_zero2.sh --stage pretrain --size 26m
+    DATA=my.jsonl bash minimind_npu/train_ddp.sh --depth 12 --tokenizer output/tokenizer
     NPROC=8 bash minimind_npu/train_npu.sh --stage sft --from_weight pretrain --data_path sft.jsonl
 
 Rows, loss and metrics of a stage: stages/; flags: settings.py; batches, processes, checkpoints and
@@ -31,17 +32,19 @@ import weights
 from loop import optim, parallel, state, tracking
 from loop.batches import Loader, Order, Plan, TokenRows
 from model import SparseFeedForward
-from stages import distill, dpo, lora, pretrain, reason, sft
+from road import dial, mixture
+from stages import distill, dpo, lora, mid, pretrain, reason, sft
 from settings import DEFINING, Args, parse_args, tokenizer_of
 from common.callbacks import SafeStop
 from common.data.labels import encode_prompt, fingerprint, preview
-from common.data.load import load_rows, summary
+from common.data.load import summary
 from common.data.prepare import Prepared, prepare
 from common.data.progress import Progress
 from common.runs import generate, run_folder
 
 STAGES = {
     "pretrain": pretrain,
+    "mid": mid,
     "sft": sft,
     "lora": lora,
     "dpo": dpo,
@@ -65,7 +68,7 @@ def open_run(args: Args, training, base: str, tokenizer) -> tuple:
     stage = STAGES[args.stage]
     columns = args.column_map or None
     strict = args.strict_data
-    rows, stats = load_rows(args.data_path, stage.KIND, columns, strict, seed=training.seed)
+    rows, stats = mixture.load(args.data_path, stage.KIND, columns, strict, training.seed)
     cli.say(summary(stats))
     dtype = device.train_dtype(training)
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}
@@ -138,21 +141,6 @@ def make_objective(args: Args, training, model, tokenizer) -> Objective:
     return Objective(model, STAGES[args.stage].loss, **settings)
 
 
-def add_references(args: Args, training, model, loaders: dict, base: str, data: str) -> None:
-    """For dpo: the log-probs of the model as it is now, into the batches of its loaders.
-
-    base, data: the weights and the rows (their fingerprint) that they are computed from.
-    """
-    if args.stage != "dpo" or args.reference != "cached":
-        return
-    computed_from = f"{weights.fingerprint(base)} {data} {args.eval_ratio}"
-    dtype = device.train_dtype(training)
-    for name, loader in loaders.items():
-        if loader is not None:
-            file = Path(training.output_dir, f"reference_{name}.safetensors")
-            loader.extra["reference"] = dpo.reference(model, loader, dtype, file, computed_from)
-
-
 def make_optimizer(args: Args, training, model):
     return optim.make(
         model,
@@ -161,6 +149,8 @@ def make_optimizer(args: Args, training, model):
         training.weight_decay,
         args.muon_lr,
         fused="fused" in training.optim,
+        head_lr=args.head_lr,
+        decays_tables=not args.depth,
     )
 
 
@@ -262,6 +252,7 @@ def main() -> None:
     device.seed_all(training.seed)
     dtype = device.train_dtype(training)
     tokenizer = load_tokenizer(args, base)
+    dial.turn(args, training, len(tokenizer))
     weights.fit_batch(base, args, training, tokenizer)
     rows, stats, start = open_run(args, training, base, tokenizer)
 
@@ -275,7 +266,8 @@ def main() -> None:
         adapter_of = weights.add_adapter(model, base, args, training, tokenizer)
     objective = make_objective(args, training, model, tokenizer)
     loaders = {"train": loader, "eval": eval_loader}
-    add_references(args, training, model, loaders, base, stats["sha256"])
+    computed_from = f"{weights.fingerprint(base)} {stats['sha256']}"
+    dpo.add_references(args, training, model, loaders, computed_from)
 
     optimizer = make_optimizer(args, training, model)
     net, engine = parallel.wrap(objective, optimizer, training, dtype, [SparseFeedForward])

@@ -40,7 +40,7 @@ from rl.rewards import Rewards
 from rl.rollout import Sampler, refuse_disagreement
 from settings import tokenizer_of
 from stages.pretrain import balance
-from toolcall.tools import built_in
+from toolcall.own_tools import registry_of
 from common.callbacks import SafeStop
 from common.data.load import load_rows, summary
 from common.runs import run_folder
@@ -54,7 +54,7 @@ def read(args: Args, training, base: str, tokenizer, tools: list | None) -> tupl
     """-> (prompts to train on, held-out ones, counts, the checkpoint to continue from or None).
     tools: those that the policy may call, None where it answers at once."""
     rows, stats = load_rows(
-        args.data_path, "chat", args.column_map or None, args.strict_data, seed=training.seed
+        args.data_path, "reward", args.column_map or None, args.strict_data, seed=training.seed
     )
     cli.say(summary(stats))
     dtype = device.train_dtype(training)
@@ -194,7 +194,7 @@ def measure(training, sampler: Sampler, held_out) -> dict:
     mine = range(training.process_index, len(held_out), training.world_size)
     answers = sampler.greedy(held_out.take(mine))
     sums = {
-        "right": sum(same(answer.text, answer.prompt.ground_truth) for answer in answers),
+        "right": sum(same(answer.text, answer.prompt.expected) for answer in answers),
         "tokens": sum(len(answer.tokens) for answer in answers),
         "count": len(answers),
     }
@@ -223,7 +223,10 @@ def main() -> None:
     dtype = device.train_dtype(training)
     tokenizer = models.load(AutoTokenizer, tokenizer_of(args, base), "--tokenizer")
     rewards = Rewards.of(args)
-    registry = built_in() if args.max_turns > 1 else None
+    registry = registry_of(args.tools) if args.max_turns > 1 else None
+    if args.check_flags:
+        rewards.close()
+        return
     tools = registry.schemas if registry else None
     prompts, held_out, stats, start = read(args, training, base, tokenizer, tools)
 

@@ -9,7 +9,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common/launch.sh"
 tuned=$(dirname "$here")/output/$(basename "$here")
 if [[ -z ${MODEL:-} && " $* " != *" --from_weight"* && " $* " != *" --model_name_or_path"* && " $* " != *" --size"* ]] &&
-    ! compgen -G "$tuned/sft/final/*.safetensors" >/dev/null; then
+    ! compgen -G "$tuned/sft/final/*.safetensors" >/dev/null && [[ " $* " != *" --help "* && " $* " != *" -h "* ]]; then
+    (launch "$here/train_rl.py" --size tiny --check_flags true "$@") # mistakes now, not after minutes of training
     (unset DATA OUTPUT MODEL && STAGES="tokenizer pretrain sft" bash "$here/run_all.sh")
 fi
 launch "$here/train_rl.py" "$@"

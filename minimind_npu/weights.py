@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 import model as minimind
+import nanochat
 import torch
 from loop import compiled, parallel, state
 from loop.precision import fast_float32, product_shapes
 from stages import lora
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from common import cli, device
 from common.convert import adapter, models
@@ -21,14 +23,60 @@ from common.runs import memory_check, run_folder
 from common.runs.engine import load_dtype
 from common.runs.generate import remember_ends
 
+ARCHITECTURES = ("minimind", nanochat.MODEL_TYPE)
+WIDTH_OF_LAYER = 64  # of --depth
+HEAD_DIM = 128
+SIZES_OF_NANOCHAT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def width_of_depth(depth: int) -> int:
+    """64 a layer, up to a multiple of a head."""
+    return HEAD_DIM * math.ceil(depth * WIDTH_OF_LAYER / HEAD_DIM)
+
 
 def changes_of_size(args) -> dict:
     """What the flags change of a size."""
     given = ("hidden_size", "num_hidden_layers")
     changes = {one: getattr(args, one) for one in given if getattr(args, one)}
+    if args.depth:
+        heads = args.hidden_size // HEAD_DIM
+        changes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     if args.use_moe is not None:
         changes["use_moe"] = args.use_moe
     return changes
+
+
+def config_of(name: str, args, vocab_size: int) -> PretrainedConfig:
+    """Of random weights of a size (of model.SIZES), as the flags change it."""
+    sizes = minimind.SIZES[name] | changes_of_size(args)
+    return config_of_sizes(args.arch, vocab_size, sizes, args.model_max_length)
+
+
+def config_of_sizes(arch: str, vocab_size: int, sizes: dict, window: int) -> PretrainedConfig:
+    """sizes: width, layers, heads as configs name them; window: tokens of a row."""
+    if arch == nanochat.MODEL_TYPE:
+        known = {name: sizes[name] for name in SIZES_OF_NANOCHAT if name in sizes}
+        return nanochat.config_of(vocab_size, window=window, **known)
+    return minimind.config_of("depth", vocab_size, **sizes)
+
+
+def kind_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model that a config belongs to."""
+    if config.model_type == nanochat.MODEL_TYPE:
+        return nanochat.NanoChatForCausalLM
+    return minimind.MiniMindForCausalLM
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """float32 weights from torch's global generator."""
+    if config.model_type == nanochat.MODEL_TYPE:
+        return nanochat.build(config)
+    return minimind.MiniMindForCausalLM(config)
 
 
 def memory_facts(args, training) -> dict:
@@ -52,7 +100,7 @@ def fit_batch(name: str, args, training, tokenizer) -> None:
     goes_on = past.get("base") == name and all(past.get(one) == getattr(args, one) for one in same)
     if not goes_on or not batch or batch * steps != windows:
         if name in minimind.SIZES:
-            config = minimind.config_of(name, len(tokenizer), **changes_of_size(args))
+            config = config_of(name, args, len(tokenizer))
         else:
             config = models.model_config(name)
         facts = memory_facts(args, training)
@@ -62,18 +110,20 @@ def fit_batch(name: str, args, training, tokenizer) -> None:
     training.gradient_accumulation_steps = windows // batch
 
 
-def load_model(name: str, args, training, tokenizer) -> minimind.MiniMindForCausalLM:
+def load_model(name: str, args, training, tokenizer) -> PreTrainedModel:
     """Random weights of a size: float32; those of a folder: too, but in the dtype they run in where
     DeepSpeed makes float32 masters of its own, or an adapter stands on them."""
     packed = attention.register()
     with parallel.whole_weights():
         if name in minimind.SIZES:
-            model = minimind.build(name, len(tokenizer), **changes_of_size(args))
+            model = random_model(config_of(name, args, len(tokenizer)))
             model.config._attn_implementation = packed
         else:
             dtype = load_dtype(training, trains_all=not args.use_lora)
-            kind = minimind.MiniMindForCausalLM
+            kind = kind_of(models.model_config(name))
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
+    if isinstance(model, nanochat.NanoChatForCausalLM):
+        nanochat.cap_in_head(model)
     tokens = training.per_device_train_batch_size * args.model_max_length
     memory_check.check_tokens(args, training, model.config, tokens, **memory_facts(args, training))
     # rollouts have other shapes in each step, and oneDNN would keep kernels for all of them
@@ -136,7 +186,8 @@ def write_model(model, tokenizer, engine, adapter_of: str, folder: Path) -> None
         else:
             remember_ends(model, tokenizer)
             model.config.use_cache = True
-            model.save_pretrained(folder, state_dict=weights)
+            with nanochat.as_published(model):
+                model.save_pretrained(folder, state_dict=weights)
             model.config.use_cache = False
         save_tokenizer(tokenizer, folder)
     parallel.barrier()
@@ -149,7 +200,8 @@ def complete_final(final: Path, stage: str, config, adapter_of: str) -> None:
         return
     if adapter_of:
         adapter.remember_base(final, adapter_of)
-    name = f"{stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}.safetensors"
+    experts = "_moe" if getattr(config, "use_moe", False) else ""
+    name = f"{stage}_{config.hidden_size}{experts}.safetensors"
     named = final.parent / name
     named.unlink(missing_ok=True)
     weights = next(final.glob("*model.safetensors"))

@@ -101,7 +101,7 @@ LONGEST = (  # begin with these, so that no worker ends long after the other
     "npu/test_npu.py",
     "recipes/test_contract.py",
     "recipes/test_faults.py",
-    "recipes/minimind_npu/test_minimind_gguf.py",  # builds llama.cpp on a new machine
+    "recipes/minimind_npu/test_minimind_gguf.py",  # fetches 77 MB on a new machine
     "recipes/baichuan2_dpo/test_dpo.py",
     "recipes/chatglm_lora/test_chatglm.py",
     "recipes/chinese_bloom/test_bloom.py",

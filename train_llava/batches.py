@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.collators import PackedCollator, PaddedCollator, pack_bins
+from common.collators import PackedCollator, PaddedCollator, pack_bins, pad_document
 from common.data.columns import lengths_of, numbered
 from common.data.progress import Progress
 from common.data.spelling import IGNORE
@@ -272,8 +272,9 @@ class LlavaCollator(PackedCollator):
     label left.
     """
 
-    def __init__(self, pictures, image_token_id: int, image_tokens: int):
+    def __init__(self, pictures, image_token_id: int, image_tokens: int, multiple: int = 1):
         """pictures: features.PictureSource."""
+        super().__init__(multiple)
         self.pictures = pictures
         self.image_token_id = image_token_id
         self.image_tokens = image_tokens
@@ -283,12 +284,18 @@ class LlavaCollator(PackedCollator):
         if not any("pictures" in row for row in rows):
             return super().__call__(windows)
         rows, shown, faults = with_pictures(rows, self.pictures, self.own_pictures)
-        batch = (
-            shared_start.pack(rows)
-            if any(row["shared"] for row in rows)
-            else super().__call__([rows])
-        )
+        if any(row["shared"] for row in rows):
+            batch = self.pack_shared(rows)
+        else:
+            batch = super().__call__([rows])
         return batch | {"pictures": shown, "faults": faults}
+
+    def pack_shared(self, rows: list[dict]) -> dict:
+        padding = -sum(len(row["input_ids"]) - row["shared"] for row in rows) % self.multiple
+        if not padding:
+            return shared_start.pack(rows)
+        padded = [*rows, pad_document(padding) | {"shared": 0}]
+        return shared_start.pack(padded) | {"padding_tokens": padding}
 
     def own_pictures(self, row: dict) -> list[int]:
         """Numbers of the pictures that stand in the row's own columns."""

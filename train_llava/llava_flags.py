@@ -36,7 +36,8 @@ def spelled_out(argv: list[str]) -> list[str]:
 def _value(words: list[str], name: str) -> str | None:
     """What stands last on the command line for a flag; "" for a switch without a value."""
     found = None
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    # without a word there is none that follows either
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         flag, equals, value = word.partition("=")
         if not flag.startswith("--") or flag[2:].replace("-", "_") != name:
             continue

@@ -219,9 +219,11 @@ def windows(args: Args, training: TrainingArguments, token_rows, processor):
     return PictureWindows(token_rows, *limits, training.seed, shared, image_tokens)
 
 
-def collator(args: Args, source: PictureSource, processor):
+def collator(args: Args, training: TrainingArguments, source: PictureSource, processor):
     if args.packing:
-        return LlavaCollator(source, processor.image_token_id, tokens_per_picture(processor))
+        image_tokens = tokens_per_picture(processor)
+        multiple = device.length_multiple(device.train_dtype(training))
+        return LlavaCollator(source, processor.image_token_id, image_tokens, multiple)
     return PaddedLlavaCollator(source, processor.tokenizer.pad_token_id)
 
 
@@ -264,7 +266,7 @@ def main() -> None:
         args=training,
         train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids, processor) if eval_ids else None,
-        data_collator=collator(args, source, processor),
+        data_collator=collator(args, training, source, processor),
         processing_class=processor,
         measure=partial(ask_held_out, model, processor, asked, source, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],

@@ -300,7 +300,7 @@ def main() -> None:
         args=training,
         train_dataset=train_windows,
         eval_dataset=windows(args, training, eval_ids),
-        data_collator=collators.collator(args.packing, tokenizer),
+        data_collator=collators.collator(args.packing, tokenizer, training),
         processing_class=tokenizer,
         measure=partial(answer_eval_rows, model, tokenizer, asked, prompt_of, args.max_new_tokens),
         describe_row=lambda i: train_ids[i]["source"],

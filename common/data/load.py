@@ -93,6 +93,8 @@ def _shape_of(path: Path, kind: str, head: list[dict], renames: dict[str, str]):
     shape = shapes.detect(kind, head)
     if shape is None:
         others = [other for other in shapes.SHAPES if other != kind and shapes.detect(other, head)]
+        if "chat" in others:
+            others = [other for other in others if other != "reward"]  # which reads chats too
         hint = f"these are rows of kind {' or '.join(others)}, not {kind}; " if others else ""
         if kind == "preference" and any(records.is_good(record) is not None for record in head):
             hint += "an answer with a label true or false (KTO) is no pair; "
@@ -187,8 +189,8 @@ def load_rows(
     data_path: path, "a b", "a:0.7 b:0.3", or a list of such. Weights are proportions of the result:
     the most rows that keep them with no row twice, drawn by `seed`. A .txt line is a row of kind
     "text".
-    kind: "chat", "preference" or "text"; column_map: "ours=theirs,…" or a dict, applied before the
-        shape is detected.
+    kind: "chat", "reward", "preference" or "text"; column_map: "ours=theirs,…" or a dict, applied
+        before the shape is detected.
     strict: the first unusable row ends the run instead of being counted.
     cache_dir: where Arrow files are kept (default $DANPU_CACHE or ~/.cache/danpu), keyed by the
         contents of the files.

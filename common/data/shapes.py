@@ -5,6 +5,8 @@ chat        {"messages": [{"role", "content", "reasoning_content"?, "tool_calls"
             role: system, user, assistant or tool; name: of whoever speaks, or of the tool
             a call: {"type": "function", "function": {"name", "arguments": {}}}
             "train": False on a turn of the assistant that is read and not learned
+reward      as chat, the last answer is what a reward compares with; verl's rows have also
+            "reward": {"ground_truth", "data_source"?, "extra_info"?}
 preference  {"prompt": [messages], "chosen": [messages], "rejected": [messages], "tools"?}
 text        {"text": str}
 
@@ -26,6 +28,7 @@ from common.data.turns import (
     check_dialogue,
     check_prompt,
     filled_in,
+    is_absent,
     is_number,
     is_transcript,
     message_of,
@@ -234,6 +237,42 @@ CHAT = [
 ]
 
 
+# ---- reward --------------------------------------------------------------------------------------
+
+
+def _has_ground_truth(row: dict) -> bool:
+    rule = row.get("reward_model")
+    has_rule = isinstance(rule, dict) and "ground_truth" in rule
+    return has_rule and _has_turns(row.get("prompt"), "role")
+
+
+def _rewarded(row: dict) -> dict:
+    """verl: a prompt, and what the function that rewards its answers is given."""
+    truth = row["reward_model"]["ground_truth"]
+    if is_absent(truth) or truth == "":
+        raise BadRow("no ground truth", "in reward_model")
+    extra = row.get("extra_info")
+    reward = {"ground_truth": truth, "extra_info": extra if isinstance(extra, dict) else {}}
+    if row.get("data_source"):
+        reward["data_source"] = text_in(row, "data_source")
+    try:
+        answer = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
+    except TypeError as error:
+        raise BadRow("a ground truth that JSON has not", str(error)) from None
+    return _dialogue(row, [*row["prompt"], said("assistant", answer)]) | {"reward": reward}
+
+
+REWARD = [
+    Shape(
+        "verl",
+        "prompt: role, content; reward_model: ground_truth; (data_source), (extra_info)",
+        _has_ground_truth,
+        _rewarded,
+    ),
+    *CHAT,
+]
+
+
 # ---- preference ----------------------------------------------------------------------------------
 
 
@@ -423,10 +462,8 @@ def _for_files(kind: str, shape: Shape) -> Shape:
     return shape._replace(matches=matches, convert=convert)
 
 
-SHAPES = {
-    kind: [_for_files(kind, shape) for shape in table]
-    for kind, table in (("chat", CHAT), ("preference", PREFERENCE), ("text", TEXT))
-}
+KINDS = {"chat": CHAT, "reward": REWARD, "preference": PREFERENCE, "text": TEXT}
+SHAPES = {kind: [_for_files(kind, shape) for shape in table] for kind, table in KINDS.items()}
 
 
 # ---- for readers of rows -------------------------------------------------------------------------

@@ -86,6 +86,13 @@ class ChatModel:
         models.check_vocabulary(self.tokenizer, self.model.config, self.path)
         self.model.to(device.device()).eval()
 
+    def described(self) -> list[str]:
+        """Size, device and dtype, for people."""
+        count = self.model.num_parameters()
+        size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return [f"{size} 参数", device.name(), dtype]
+
     def sampling_defaults(self) -> dict[str, float]:
         """SAMPLING as the model's generation config has it; temperature 0 when it does not draw."""
         own = self.model.generation_config

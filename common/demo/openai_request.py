@@ -117,6 +117,8 @@ class Sampled(BaseModel):
         chosen = defaults | {name: value for name, value in said.items() if value is not None}
         if chosen["temperature"] < COLDEST:
             chosen["temperature"] = 0.0
+        if chosen.get("top_p") == 0:  # the likeliest token alone
+            chosen |= {"temperature": 0.0, "top_p": 1.0}
         return chosen
 
 

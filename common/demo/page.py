@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from common import cli, device
+from common import cli
 from common.demo import serve
 from common.demo.chat_model import SAMPLING, ChatModel, split_thought
 
@@ -70,15 +70,12 @@ def failed(error: Exception) -> gr.Error:
 
 def about(chat_model: ChatModel, title: str, *more: str) -> str:
     """Markdown of the head: the title, and a line of facts about the model."""
-    count = chat_model.model.num_parameters()
-    size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    dtype = str(chat_model.model.dtype).removeprefix("torch.")
     facts = [chat_model.name]
     if chat_model.adapter:
         facts.append("LoRA")
     if not chat_model.chats:
         facts.append("续写")
-    facts += [*more, f"{size} 参数", device.name(), dtype]
+    facts += [*more, *chat_model.described()]
     return f"### {title}\n{escape_markdown(' · '.join(facts))}"
 
 

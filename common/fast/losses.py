@@ -356,22 +356,29 @@ def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tens
 
 def _loss_of_any_head(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
     """As _head_loss, for a head that is no plain Linear (an adapter on it, say)."""
-    parts = [
-        _chunk_of_any_head(head, rows[part], call.targets[part])
-        for part in pieces(len(rows), _chunk_rows(rows.device, 2**18))
-    ]
-    if not parts:  # keeps the graph
-        parts = [(rows.sum(-1).float(), call.targets == IGNORE)]
-    log_probs, correct = (torch.cat(list(x)) for x in zip(*parts, strict=True))
+    log_probs, correct = _of_any_head(head, rows, call.targets)
     call.loss = -log_probs.sum() / _num_items(call)
     return log_probs, None if head.training else correct
 
 
+def _of_any_head(head: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and correctness of all targets, chunk by chunk."""
+    parts = [
+        _chunk_of_any_head(head, rows[part], targets[part])
+        for part in pieces(len(rows), _chunk_rows(rows.device, 2**18))
+    ]
+    if not parts:  # keeps the graph
+        parts = [(rows.sum(-1).float(), targets == IGNORE)]
+    log_probs, correct = (torch.cat(list(x)) for x in zip(*parts, strict=True))
+    return log_probs, correct
+
+
 def _chunk_of_any_head(head: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and correctness of one chunk; its logits are computed again in backward."""
+    forward = getattr(head, "_stock_forward", head.forward)  # of a head that is not patched
 
     def run(rows):
-        logits = head._stock_forward(rows)
+        logits = forward(rows)
         log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
         return log_probs, logits.argmax(-1) == targets
 
@@ -451,12 +458,14 @@ def loss_counts(output) -> Tensor:
     return output.logits[:3].detach()
 
 
-def head_logprobs(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target [N] from the hidden states before it [N, D]: fp32 [N], each
     with a gradient, without full logits; for losses that need more of a model than its labels.
 
-    head: the output head of a causal language model, a plain Linear.
+    head: the output head of a causal language model; of a plain Linear no logits are kept.
     """
+    if type(head) is not nn.Linear:
+        return _of_any_head(head, hidden, targets)[0]
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     weight = head.weight

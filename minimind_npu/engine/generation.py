@@ -267,7 +267,7 @@ def _attention(
     out = out.reshape(1, active, heads, size)
     if begun:
         prompts = (x[0, :, :begun] for x in (query, key, value))
-        out = torch.cat([_documents(*prompts, slots, module.layer_idx, scale)[None], out], 1)
+        out = torch.cat([attend_documents(*prompts, slots, module.layer_idx, scale)[None], out], 1)
     return out, None
 
 
@@ -279,10 +279,11 @@ def _looked_up(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: f
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
-def _documents(
-    query: Tensor, key: Tensor, value: Tensor, slots: SlotCache, layer: int, scale: float
+def attend_documents(
+    query: Tensor, key: Tensor, value: Tensor, slots, layer: int, scale: float
 ) -> Tensor:
-    """query [H, T, d], key and value [K, T, d] of documents side by side -> [T, H, d]."""
+    """query [H, T, d], key and value [K, T, d] of documents side by side -> [T, H, d]. slots: the
+    cache, with `documents` and their boundaries `cu_seqlens`."""
     kernel = varlen_kernel(query)
     if kernel and not any(document.held for document in slots.documents):
         max_seqlen = max(document.end - document.start for document in slots.documents)
@@ -532,7 +533,7 @@ class Engine:
         width = 1 + max(request.place for request in self.running)
         ids, columns, rows = torch.tensor([ids, columns, rows]).to(self.model.device)
         self.cache.begin(rows, columns, active, width, documents, self.model.dtype, copies)
-        with self._attending():
+        with attending(self.model, NAME):
             out = self.model(
                 input_ids=ids[None],
                 position_ids=columns[None],
@@ -543,22 +544,22 @@ class Engine:
             )
         return out.logits[0]
 
-    @contextmanager
-    def _attending(self):
-        """The model computes with this module's attention, without dropout; afterwards as
-        before."""
-        config = self.model.config
-        was_training = self.model.training
-        before = config._attn_implementation
-        config._attn_implementation = NAME
+
+@contextmanager
+def attending(model, name: str):
+    """The model computes with this attention, without dropout; afterwards as before."""
+    config = model.config
+    was_training = model.training
+    before = config._attn_implementation
+    config._attn_implementation = name
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
         if was_training:
-            self.model.eval()
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-            if was_training:
-                self.model.train()
+            model.train()
 
 
 # ---- choosing a token ----------------------------------------------------------------------------

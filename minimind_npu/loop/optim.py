@@ -125,19 +125,43 @@ def orthogonal(matrix: torch.Tensor, coefficients: tuple, steps: int) -> torch.T
     return x.mT if is_tall else x
 
 
-def make(model, kind: str, lr: float, weight_decay: float, muon_lr: float, fused: bool):
+def make(
+    model,
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    muon_lr: float,
+    fused: bool,
+    head_lr: float = 0.0,
+    decays_tables: bool = True,
+):
     """The optimizer of a model's trainable parameters; each group keeps its peak rate as "peak".
 
-    kind: "adamw" or "muon"; fused: 3 times as fast, and unusable with the fp16 scaler of an NPU.
+    kind: "adamw" or "muon"; fused: 3 times as fast, and unusable with the fp16 scaler of an NPU;
+    head_lr: of a head that is no table of tokens too, 0: as the others; decays_tables: whether the
+    table of tokens and the head are decayed.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = {}
     if kind == "muon":
         inner = {name: p for name, p in trained.items() if is_inner_matrix(name, p)}
-    rest = [p for name, p in trained.items() if name not in inner]
+    rest = {name: p for name, p in trained.items() if name not in inner}
+    matrices = {name: p for name, p in rest.items() if p.ndim >= 2}
+    heads = {}
+    tables = {}
+    if head_lr:
+        heads = {name: p for name, p in matrices.items() if name.endswith("lm_head.weight")}
+    if not decays_tables:
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        tables = {name: p for name, p in matrices.items() if name.endswith(ends)}
+    others = [p for name, p in matrices.items() if name not in heads | tables]
+    beside = [p for name, p in tables.items() if name not in heads]
+    head_decay = weight_decay if decays_tables else 0.0
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": others, "weight_decay": weight_decay},
+        {"params": beside, "weight_decay": 0.0},
+        {"params": list(heads.values()), "weight_decay": head_decay, "lr": head_lr or lr},
+        {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -191,6 +192,7 @@ class Run:
         )
         speed = now["tokens"] / max(now["seconds"], 1e-9)
         facts["mfu"] = round(speed * self.flops / self.peak, 4)
+        facts["flops"] = now["tokens"] * self.flops
         samples = report.before_and_after(now["before"]["samples"], after["samples"])
         history = self.curve(after)
         told = set().union(*history)
@@ -283,9 +285,10 @@ class WandB(Tracker):
     def __init__(self, out: Path, settings: dict, ids: dict, step: int):
         import wandb
 
+        road = os.environ.get("WANDB_RUN")  # several stages of one road
         self.run = wandb.init(
             project=out.parent.name,
-            name=out.name,
+            name=f"{road}-{out.name}" if road else out.name,
             dir=out,
             config=settings,
             id=ids.get("wandb"),
@@ -379,10 +382,15 @@ def peak_flops(dtype: torch.dtype, where: torch.device) -> float:
 def flops_per_token(model: nn.Module) -> float:
     """Forward and backward of one token: 2 N forward, 2 N for the inputs' gradients, 2 per trained
     weight (Kaplan et al. 2020); of experts only those that a token goes through. Attention is left
-    out."""
+    out, and a table of tokens that is no head too: a row of it is looked up."""
     config = model.config
     total = 0.0
+    looked_up = None
+    if not config.tie_word_embeddings:
+        looked_up = model.get_input_embeddings().weight
     for name, p in model.named_parameters():
+        if p is looked_up:
+            continue
         used = 1.0
         if ".experts." in name:
             used = config.num_experts_per_tok / config.num_experts

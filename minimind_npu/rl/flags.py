@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, fields
 from loop import optim
 from model import SIZES
 from rl.advantages import GROUPED
-from rl.rewards import RULES, weights_of
+from rl.rewards import PARTS, RULES, weights_of
 from settings import (
     CPU_TOKENS,
     HERE,
     OUTPUT,
     TOY_WIDTH,
     any_given,
+    arch_of,
     own_model,
     refuse_sizes,
     refuse_unknown_to_the_loop,
@@ -26,6 +27,7 @@ from common.runs import flags
 
 ALGORITHMS = ("grpo", "ppo", "spo", "cispo", "reinforce")
 GOES_ON_FROM = ("sft", "reason", "dpo")  # the first whose output is there
+NAMED = (*GOES_ON_FROM, "toolcall")  # stages that may be named
 
 
 @dataclass
@@ -57,6 +59,10 @@ class Args(cli.RunArgs, cli.DataArgs):
     max_turns: int = field(
         default=1, metadata={"help": "answers of a conversation; 2 or more: with tools in the loop"}
     )
+    tools: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tools beside the built-in ones: files with add_tools(registry), python"},
+    )
     slots: int = field(default=128, metadata={"help": "answers generated at once on a device"})
 
     # updates
@@ -87,7 +93,7 @@ class Args(cli.RunArgs, cli.DataArgs):
     rewards: str = field(
         default="exact:1",
         metadata={
-            "help": f"what counts, with weights: {', '.join(RULES)}, model, judge, a file with "
+            "help": f"what counts, with weights: {', '.join((*RULES, *PARTS))}, a file with "
             "compute_score: 'exact:1 repetition:0.2 my_reward.py:0.5'"
         },
     )
@@ -98,7 +104,13 @@ class Args(cli.RunArgs, cli.DataArgs):
     )
     judge_model: str = field(default="", metadata={"help": "judge: its name there"})
     reward_timeout: float = field(
-        default=10.0, metadata={"help": "seconds that a reward of yours or the judge may take"}
+        default=10.0,
+        metadata={
+            "help": "seconds that a reward of yours, the code of an answer, the judge may take"
+        },
+    )
+    check_flags: bool = field(
+        default=False, metadata={"help": "look at the flags, say what is wrong with them, and end"}
     )
 
     # no flags here: all weights are trained, all held-out prompts are asked
@@ -108,6 +120,8 @@ class Args(cli.RunArgs, cli.DataArgs):
     lora_r: int = field(default=16, init=False)
     target_modules: str = field(default="all-linear", init=False)
     stage: str = field(default="rl", init=False)
+    arch: str = field(default="minimind", init=False)
+    depth: int = field(default=0, init=False)
     teacher: str = field(default="", init=False)
 
 
@@ -195,6 +209,7 @@ def parse_args() -> tuple[Args, TrainingArguments, str]:
         raise cli.usage_error(f"--algorithm {args.algorithm}: {', '.join(ALGORITHMS)}")
     base = start_from(args)
     refuse_sizes(base, args)
+    args.arch = arch_of(base, args)
     set_defaults(args, training, base)
     args.data_path = args.data_path or str(HERE / "data" / "rl")
     training.output_dir = training.output_dir or str(OUTPUT / args.algorithm)
@@ -207,11 +222,11 @@ def start_from(args: Args) -> str:
     name = args.model_name_or_path
     if name in SIZES:
         return name
-    for stage in [name] if name in GOES_ON_FROM else GOES_ON_FROM:
+    for stage in [name] if name in NAMED else GOES_ON_FROM:
         asked = not name or name == stage
         if asked and (OUTPUT / stage / "final").is_dir():
             return own_model(str(OUTPUT / stage), "--from_weight")
-    if not name or name in GOES_ON_FROM:
+    if not name or name in NAMED:
         raise SystemExit(
             f"nothing to go on from: {OUTPUT / (name or 'sft') / 'final'} is not there; "
             f"bash {HERE.name}/train_rl.sh trains it first, or name a folder with --from_weight"
@@ -266,6 +281,8 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         "an answer is; --mini_batches 1 --num_iterations 1": (
             args.algorithm == "reinforce" and updates > 1
         ),
+        f"--temperature {args.temperature}: the capped logits of nanochat's head are trained as "
+        "they are, so 1": args.arch == "nanochat" and args.temperature != 1,
         f"--gae_lambda {args.gae_lambda}, --gamma {args.gamma}: from 0 to 1": not (
             0 <= args.gae_lambda <= 1 and 0 <= args.gamma <= 1
         ),
@@ -299,6 +316,8 @@ def say_unused(args: Args, training: TrainingArguments) -> None:
         if part not in parts:
             flags.say_unused([name], f"--rewards has no {part}")
     if parts.keys() <= {*RULES, "model"}:
-        flags.say_unused(["reward_timeout"], "--rewards has neither a judge nor a file")
+        flags.say_unused(["reward_timeout"], "--rewards has neither code, a judge nor a file")
+    if args.max_turns == 1:
+        flags.say_unused(["tools"], "--max_turns 1 leaves no turn after a call")
     if training.max_steps > 0:
         flags.say_unused(["num_train_epochs"], "--max_steps says how long the run is")

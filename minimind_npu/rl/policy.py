@@ -55,7 +55,7 @@ class Policy(nn.Module):
         values = None
         if self.value_head is not None:
             values = self.value_head(hidden.float())[:, 0]
-        return log_probs, values, out.aux_loss
+        return log_probs, values, getattr(out, "aux_loss", hidden.new_zeros(()))
 
 
 def frozen_copy(policy: Policy) -> Policy:

@@ -20,15 +20,22 @@ COLUMNS = ("input_ids",)
 @dataclass(frozen=True)
 class Prompt:
     """row: its number among those of its kind; ids: token ids; question: its last turn; reference:
-    the answer in the data; ground_truth: what of it counts; data_source: the file."""
+    the answer in the data; ground_truth: what of it counts, in verl's rows whatever stands there;
+    data_source: what the row says, else the file; extra_info: of verl's rows."""
 
     row: int
     ids: list[int]
     question: str
     reference: str
-    ground_truth: str
+    ground_truth: object
     data_source: str
     extra: dict = field(default_factory=dict)
+    extra_info: dict = field(default_factory=dict)
+
+    @property
+    def expected(self) -> str:
+        """The ground truth in words."""
+        return self.ground_truth if isinstance(self.ground_truth, str) else self.reference
 
 
 def asked_of(row: dict, tools: list[dict] | None) -> tuple[list[dict], list[dict] | None]:
@@ -48,7 +55,7 @@ def encode(row: dict, tokenizer, room: int, tools: list[dict] | None) -> dict:
     """A canonical chat row -> {"input_ids": of its prompt}; ValueError with the reason for one that
     cannot be asked."""
     if tools is not None and not are_known(row.get("tools") or [], tools):
-        raise ValueError("tools that are not built in, so nobody would run them")
+        raise ValueError("tools that are not there (--tools), so nobody would run them")
     asked, tools = asked_of(row, tools)
     last = row["messages"][-1]
     if last["role"] != "assistant" or not asked:
@@ -69,7 +76,7 @@ def read(
     room = args.model_max_length - args.max_new_tokens
     to_tokens = partial(encode, tokenizer=tokenizer, room=room, tools=tools)
     depends_on = [fingerprint(tokenizer), room, tools]
-    data = prepare(rows, stats, to_tokens, args, "chat", seed, depends_on, COLUMNS)
+    data = prepare(rows, stats, to_tokens, args, "reward", seed, depends_on, COLUMNS)
     prompts = Prompts(data.train_ids, rows, tools)
     if len(prompts) < args.prompts_per_step:
         raise SystemExit(
@@ -97,14 +104,16 @@ class Prompts:
         asked, tools = asked_of(row, self.tools)
         reference = row["messages"][-1].get("content") or ""
         file, _, line = found["source"].rpartition(":")
+        given = row.get("reward", {})
         return Prompt(
             row=number,
             ids=list(found["input_ids"]),
             question=asked[-1]["content"],
             reference=reference,
-            ground_truth=final_answer(reference),
-            data_source=Path(file).stem,
+            ground_truth=given.get("ground_truth", final_answer(reference)),
+            data_source=given.get("data_source", Path(file).stem),
             extra={"line": line, "messages": asked, "tools": tools},
+            extra_info=given.get("extra_info", {}),
         )
 
     def take(self, numbers) -> list[Prompt]:

@@ -1,5 +1,5 @@
-"""What an answer is worth: a weighted sum of rules, a reward model, a judge, and functions of the
-user's own.
+"""What an answer is worth: a weighted sum of rules, tests that its code passes, a reward model, a
+judge, and functions of the user's own.
 
     rewards = Rewards.of(args)              # "exact:1 repetition:0.2 my_reward.py:0.5"
     total, parts = rewards(answers)
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from evaluation.answers import numbers, same
+from rl.code_tests import CodeTests
 from rl.user_function import UserFunction
 from stages.reason import IN_FORM
 from torch import Tensor
@@ -28,6 +29,7 @@ from common import cli, device
 
 GRAM = 4  # characters: words have no blanks between them in Chinese
 NONE = float("nan")
+PARTS = ("code", "model", "judge")  # beside rules and files of the user's
 JUDGES = 8  # questions that a judge is asked at once
 JUDGEMENT = (
     "Judge an answer. Reply with one number from 0 (wrong or useless) to 10 (right and clear) and "
@@ -40,7 +42,7 @@ JUDGEMENT = (
 
 def exact(answer, args) -> float:
     """Whether its final part is the data's, numbers by value (evaluation/answers.py)."""
-    return float(same(answer.text, answer.prompt.ground_truth))
+    return float(same(answer.text, answer.prompt.expected))
 
 
 def in_form(answer, args) -> float:
@@ -102,6 +104,8 @@ class Rewards:
             elif name == "model":
                 refuse_missing(args.reward_model, "model", "--reward_model FOLDER")
                 part = RewardModel(args.reward_model)
+            elif name == "code":
+                part = CodeTests(args.reward_timeout, made.missed)
             elif name == "judge":
                 refuse_missing(args.judge_url, "judge", "--judge_url http://host:8000/v1")
                 part = Judge(args.judge_url, args.judge_model, args.reward_timeout, made.missed)
@@ -156,7 +160,7 @@ def weights_of(spec: str) -> dict[str, float]:
         except ValueError:
             name, weight = word, 1.0
         name = name if colon and name else word
-        known = (*RULES, "model", "judge")
+        known = (*RULES, *PARTS)
         if name not in known and not name.partition("::")[0].endswith(".py"):
             raise cli.usage_error(
                 f"--rewards {word}: {', '.join(known)} or a file that ends in .py, each with a "

@@ -1,9 +1,10 @@
 """Answers that a policy samples, with the log-probs that they were drawn with.
 
-They come from the engine (engine/generation.py): slots that are refilled as rows end, the prompt of
-a group computed once, and for each token its log-prob under exactly the distribution that it was
-drawn from. These are the pi_old of the losses, so no second pass is needed; `refuse_disagreement`
-checks at the start of a run that the policy computes the same ones.
+They come from engine/groups.py (with tools in the loop from engine/generation.py): the prompt of a
+group is computed once, rows are refilled as answers end, and each token has its log-prob under
+exactly the distribution that it was drawn from. These are the pi_old of the losses, so no second
+pass is needed; `refuse_disagreement` checks at the start of a run that the policy computes the same
+ones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import copy
 from dataclasses import dataclass, field, replace
 
 import torch
-from engine.generation import Engine, Sampling
+from engine.generation import Engine, Request, Sampling
+from engine.groups import Groups
+from engine.weight_first import weight_first
 from rl.prompts import Prompt
 from toolcall.play import play
 from toolcall.registry import Registry
@@ -48,7 +51,7 @@ class Answer:
 
 class Sampler:
     """Samples from `model`; in half precision from a copy of its weights, renewed for each
-    rollout. registry: tools that it may call, None without."""
+    rollout, which is when the cache is there. registry: tools that it may call, None without."""
 
     def __init__(
         self,
@@ -66,22 +69,18 @@ class Sampler:
         self.registry = registry
         self.ends = frozenset(end_token_ids(model, tokenizer))
         self.copy = model
-        if dtype is not torch.float32:
+        self.is_half = dtype is not torch.float32
+        if self.is_half:
             self.copy = copy.deepcopy(model).requires_grad_(False).to(dtype)
+        if model.device.type == "cpu":
+            self.copy = weight_first(self.copy)
 
     @torch.no_grad()
     def renew(self) -> None:
-        if self.copy is not self.model:
+        if self.is_half:
             pairs = zip(self.copy.parameters(), self.model.parameters(), strict=True)
             for ours, theirs in pairs:
                 ours.copy_(theirs)
-
-    def engine(self) -> Engine:
-        """A new one: its cache is only there during a rollout."""
-        self.renew()
-        return Engine(
-            self.copy, self.args.slots, self.args.model_max_length, share_beginnings=False
-        )
 
     def play(self, prompts: dict[int, Prompt], step: int) -> list[Answer]:
         """group_size answers to each prompt, in order. prompts: by their place in the step, which
@@ -99,12 +98,15 @@ class Sampler:
     def answers(self, asked: list[tuple[Prompt, str]], temperature: float) -> list[Answer]:
         """asked: prompts, and the seeds of their answers."""
         how = Sampling(self.args.max_new_tokens, temperature, ends=self.ends, log_probs=True)
-        engine = self.engine()
+        self.renew()
         if self.registry is not None:
-            return self.with_tools(engine, asked, how)
-        requests = [engine.submit(prompt.ids, replace(how, seed=seed)) for prompt, seed in asked]
-        while engine.step():
-            pass
+            return self.with_tools(asked, how)
+        requests = [Request(prompt.ids, replace(how, seed=seed)) for prompt, seed in asked]
+        of_prompt: dict[int, list[Request]] = {}
+        for (prompt, _), request in zip(asked, requests, strict=True):
+            of_prompt.setdefault(id(prompt), []).append(request)
+        groups = Groups(self.copy, self.args.slots, self.args.model_max_length)
+        groups.answer([*of_prompt.values()])
         return [
             Answer(
                 prompt,
@@ -116,16 +118,19 @@ class Sampler:
             for (prompt, _), request in zip(asked, requests, strict=True)
         ]
 
-    def with_tools(self, engine: Engine, asked: list, how: Sampling) -> list[Answer]:
+    def with_tools(self, asked: list, how: Sampling) -> list[Answer]:
         """Conversations as one batch, turn by turn; what a tool says, and the template's own tokens
         around it, are not trained. The text is that of the last answer."""
         conversations = [
             {"messages": prompt.extra["messages"], "tools": prompt.extra["tools"], "seed": seed}
             for prompt, seed in asked
         ]
-        played = play(
-            engine, self.tokenizer, conversations, self.registry, self.args.max_turns, how
-        )
+        args = self.args
+        engine = Engine(self.copy, args.slots, args.model_max_length, share_beginnings=False)
+        played = play(engine, self.tokenizer, conversations, self.registry, args.max_turns, how)
+        for episode in played:
+            if episode.problem:
+                raise SystemExit(f"conversations with tools cannot be played: {episode.problem}")
         return [
             Answer(
                 prompt,

@@ -55,6 +55,10 @@ class UserFunction:
             self.close()
             raise SystemExit(f"--rewards {self.file}: {why}")
 
+    def restart(self) -> None:
+        self.close()
+        self.start()
+
     def __call__(self, answers: list) -> list[float]:
         return [self.score(answer) for answer in answers]
 
@@ -64,7 +68,7 @@ class UserFunction:
             "data_source": prompt.data_source,
             "solution_str": answer.text,
             "ground_truth": prompt.ground_truth,
-            "extra_info": prompt.extra | {"question": prompt.question},
+            "extra_info": prompt.extra | {"question": prompt.question} | prompt.extra_info,
         }
         where = f"{prompt.data_source}:{prompt.extra.get('line', prompt.row)}"
         try:
@@ -78,7 +82,7 @@ class UserFunction:
         self.late = 0
         if "error" in said:
             if self.process.poll() is not None:
-                self.start()
+                self.restart()
             return self.missed(f"{self.file}: {said['error'][:120]}", where)
         if not math.isfinite(said["score"]):
             return self.missed(f"{self.file}: returned {said['score']}", where)
@@ -92,8 +96,7 @@ class UserFunction:
                 f"--rewards {self.file}: {IN_A_ROW} answers in a row took longer than "
                 f"--reward_timeout {self.timeout:g} s, the last of them {where}"
             )
-        self.close()
-        self.start()
+        self.restart()
         return self.missed(f"{self.file}: took longer than {self.timeout:g} s", where)
 
     def read(self, seconds: float) -> dict | None:

@@ -1,18 +1,19 @@
 """Write conversations that use the tools of toolcall/tools.py, as many as asked for.
 
-    python minimind_npu/samples/tool_rows.py rows.jsonl [NUMBER]          # default: 1,000
+    python minimind_npu/samples/tool_rows.py rows.jsonl [NUMBER]          # default: 2,000
 
-{"messages", "tools"}: one call, two in one answer, two one after the other (a price, then a sum),
-questions that need no tool. What the tools say comes from the tools; prices are drawn anew in every
-row, so that an answer has to be read. Nothing of data/eval/toolcall.jsonl (`questions`) is among
-them: neither a question nor a word to look up (of 黄雨伞 both halves are, in other words).
+{"messages", "tools"}: up to three questions that need one call, two in one answer, two one after
+the other (a price, then a sum), or no tool. What the tools say comes from the tools; prices are
+drawn anew in every row, so that an answer has to be read. Nothing of data/eval/toolcall.jsonl
+(`questions`) is among them: neither a question nor a word to look up (of 黄雨伞 both halves are, in
+other words).
 All sentences are our own; the same bytes every time.
 """
 
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,10 @@ from toolcall.tools import COLOURS, PRICES, THINGS, built_in
 
 from common.data.files import atomic_file
 
-NUMBER = 1000
+NUMBER = 2000
+QUESTIONS = 3  # of a row: its tools take most of its tokens, and stand there once
+LONG = 8  # messages after which a row gets no further question
+TRIES = 20  # questions drawn until one is new and needs no other tool
 PLAIN = ("capital", "province", "opposite", "colour", "measure", "season", "sum", "minus")
 
 
@@ -39,6 +43,10 @@ class Talk:
         self.registry = registry
         self.messages = [{"role": "user", "content": question}]
         self.needs: list[str] = []
+
+    @property
+    def question(self) -> str:
+        return self.messages[0]["content"]
 
     def call(self, *calls: tuple[str, dict]) -> list[dict]:
         """One answer with these calls; -> what the tools gave."""
@@ -173,37 +181,57 @@ def shown_tools(rng: random.Random, talk: Talk) -> list[dict]:
     return [schemas[name] for name in rng.sample(names, len(names))]
 
 
-def talks(seed: str, words: list[str], priced: Callable[[random.Random], dict]) -> Iterator[dict]:
-    """Endless rows, no question twice. priced: the prices of a row."""
-    rng = random.Random(seed)
-    table = dict(PRICES)
-    registry = built_in(table)
-    asked = set()
-    while True:
-        for make in rng.sample(MIX, len(MIX)):
-            table.update(priced(rng))
-            talk = make(rng, words, registry)
-            question = talk.messages[0]["content"]
-            if question not in asked:
-                asked.add(question)
-                yield {"messages": talk.messages, "tools": shown_tools(rng, talk)}
-
-
-def drawn_prices(rng: random.Random) -> dict:
-    return {word: rng.randint(2, 99) for word in PRICES}
-
-
 def questions(number: int = 108) -> list[dict]:
-    """data/eval/toolcall.jsonl."""
-    return list(islice(talks("held out", held_out_words(), lambda rng: PRICES), number))
+    """data/eval/toolcall.jsonl: no question twice, prices as they are."""
+    rng = random.Random("held out")
+    registry = built_in()
+    words = held_out_words()
+    found: dict[str, dict] = {}
+    while len(found) < number:
+        for make in rng.sample(MIX, len(MIX)):
+            talk = make(rng, words, registry)
+            if talk.question not in found:
+                row = {"messages": talk.messages, "tools": shown_tools(rng, talk)}
+                found[talk.question] = row
+    return list(found.values())[:number]
+
+
+class Author:
+    """Writes rows to train on, no question twice and none of the held-out ones."""
+
+    def __init__(self):
+        self.rng = random.Random("tools")
+        self.words = sorted(PRICES.keys() - set(held_out_words()))
+        self.table = dict(PRICES)
+        self.registry = built_in(self.table)
+        self.asked = {row["messages"][0]["content"] for row in questions()}
+
+    def talk(self, names: set[str]) -> Talk | None:
+        """About something new that these tools are enough for; None where it finds nothing."""
+        for _ in range(TRIES):
+            talk = self.rng.choice(MIX)(self.rng, self.words, self.registry)
+            if talk.question not in self.asked and names.issuperset(talk.needs):
+                self.asked.add(talk.question)
+                return talk
+        return None
+
+    def rows(self) -> Iterator[dict]:
+        while True:
+            self.table.update({word: self.rng.randint(2, 99) for word in PRICES})
+            first = self.talk(set(self.registry.tools))
+            if first is None:
+                continue
+            tools = shown_tools(self.rng, first)
+            names = {tool["function"]["name"] for tool in tools}
+            messages = first.messages
+            for _ in range(QUESTIONS - 1):
+                talk = self.talk(names) if len(messages) < LONG else None
+                messages = messages + (talk.messages if talk else [])
+            yield {"messages": messages, "tools": tools}
 
 
 def rows(number: int = NUMBER) -> list[dict]:
-    held_out = {row["messages"][0]["content"] for row in questions()}
-    words = sorted(PRICES.keys() - set(held_out_words()))
-    found = talks("tools", words, drawn_prices)
-    fresh = (row for row in found if row["messages"][0]["content"] not in held_out)
-    return list(islice(fresh, number))
+    return list(islice(Author().rows(), number))
 
 
 def main() -> None:

@@ -148,3 +148,19 @@ def kept_reference(file: Path, key: str) -> torch.Tensor | None:
     except (OSError, SafetensorError):
         pass
     return None
+
+
+def add_references(args, training, model, loaders: dict, computed_from: str) -> None:
+    """The log-probs of the model as it is now, into the batches of its loaders, where --reference
+    cached of stage dpo wants them.
+
+    computed_from: names the weights and the rows.
+    """
+    if args.stage != "dpo" or args.reference != "cached":
+        return
+    computed_from = f"{computed_from} {args.eval_ratio}"
+    dtype = device.train_dtype(training)
+    for name, loader in loaders.items():
+        if loader is not None:
+            file = Path(training.output_dir, f"reference_{name}.safetensors")
+            loader.extra["reference"] = reference(model, loader, dtype, file, computed_from)

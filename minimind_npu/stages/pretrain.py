@@ -70,7 +70,7 @@ def loss(model, batch: dict, denominator: float):
     out = model(**inputs, labels=batch["labels"], num_items_in_batch=denominator)
     nll, correct, count = losses.loss_counts(out).unbind()
     sums = {"nll": nll, "correct": correct, "count": count}
-    return out.loss + balance(out.aux_loss, count, denominator), sums
+    return out.loss + balance(getattr(out, "aux_loss", 0.0), count, denominator), sums
 
 
 def balance(aux_loss, count, denominator: float):

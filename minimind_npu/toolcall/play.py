@@ -35,7 +35,8 @@ class Episode:
         the model wrote it.
     calls: all that it made, in order; requests: those to the engine, one an answer.
     finished: "" while it goes on, then "stop" (an answer without a call), "length" (an answer that
-        was cut off), "turns" (it still calls in its last turn), "window" (no room for more).
+        was cut off), "turns" (it still calls in its last turn), "window" (no room for more),
+        "refused" (by the chat template, `problem` says why).
     """
 
     messages: list[dict]
@@ -47,6 +48,7 @@ class Episode:
     calls: list[Call] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     finished: str = ""
+    problem: str = ""
 
     @property
     def answer(self) -> str:
@@ -59,6 +61,10 @@ class Episode:
         """Of each of its tokens, from an engine that keeps them; 0 for those that it was given."""
         own = iter([value for request in self.requests for value in request.log_probs])
         return [next(own) if is_written else 0.0 for is_written in self.written]
+
+    def refuse(self, error: ValueError) -> None:
+        self.finished = "refused"
+        self.problem = str(error)
 
     def add(self, tokens: list[int], written: bool) -> None:
         self.tokens += tokens
@@ -80,16 +86,15 @@ def play(
 
     max_turns: answers of one conversation. sampling: of an answer. Answer t of a conversation draws
     from "SEED:t" with its own seed, by default that of `sampling` and its number, so it is the same
-    beside any others. template: for the chat template.
-    Raises ValueError where the template refuses the messages, or rewrites answers when they become
-    history.
+    beside any others. template: for the chat template; where it refuses the messages, or rewrites
+    answers when they become history, that episode ends and the others go on.
     """
     sampling = sampling or Sampling()
     episodes = []
     for number, one in enumerate(conversations):
         seed = one.get("seed", f"{sampling.seed}:{number}")
         episodes.append(begun(tokenizer, one, seed, registry, template))
-    going = dict(enumerate(episodes))
+    going = {n: episode for n, episode in enumerate(episodes) if not episode.finished}
     with ThreadPoolExecutor(THREADS) as pool:
         for turn in range(max_turns):
             answer_all(engine, going, turn, sampling)
@@ -104,13 +109,18 @@ def play(
             }
             for number, episode in going.items():
                 observe(tokenizer, episode, jobs[number].result(), template)
+            going = {n: episode for n, episode in going.items() if not episode.finished}
     return episodes
 
 
 def begun(tokenizer, conversation: dict, seed, registry: Registry, template: dict) -> Episode:
     tools = conversation.get("tools") or registry.schemas
-    messages = list(conversation["messages"])
-    return Episode(messages, tools, seed, encode_prompt(tokenizer, messages, tools, **template))
+    episode = Episode(list(conversation["messages"]), tools, seed, prompt=[])
+    try:
+        episode.prompt = encode_prompt(tokenizer, episode.messages, tools, **template)
+    except ValueError as error:
+        episode.refuse(error)
+    return episode
 
 
 # ---- the model's part ----------------------------------------------------------------------------
@@ -186,7 +196,10 @@ def run_calls(episode: Episode, calls: list[Call], registry: Registry) -> list[s
 def observe(tokenizer, episode: Episode, results: list[str], template: dict) -> None:
     messages = [{"role": "tool", "content": result} for result in results]
     episode.messages += messages
-    episode.add(observation_ids(tokenizer, messages, template), written=False)
+    try:
+        episode.add(observation_ids(tokenizer, messages, template), written=False)
+    except ValueError as error:
+        episode.refuse(error)
 
 
 def observation_ids(tokenizer, messages: list[dict], template: dict) -> list[int]:

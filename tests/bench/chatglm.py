@@ -180,10 +180,11 @@ def upstream_class():
 
 def prepared(args, side: str):
     """Model with its adapter, collator: of the recipe, or of the upstream way."""
+    import torch
     import train
     from transformers import TrainingArguments
 
-    from common import collators
+    from common import collators, device
     from common.fast import losses
 
     model = random_model(args, side == "upstream")
@@ -191,7 +192,10 @@ def prepared(args, side: str):
     config.use_cache = False
     if side == "ours":
         losses.use_chunked_loss(model)
-        collate = partial(train.with_layout, collate=collators.PackedCollator(), config=config)
+        multiple = device.length_multiple(getattr(torch, args.dtype))
+        beginning = [config.gmask_token_id, config.bos_token_id]
+        packed = collators.PackedCollator(multiple, beginning)
+        collate = partial(train.with_layout, collate=packed, config=config)
     else:
         collate = UpstreamCollator(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -108,7 +108,7 @@ def load_model(args, ours: bool):
     import torch
 
     torch.manual_seed(0)
-    model = sft.random_model(args).to(getattr(torch, args.dtype))
+    model = sft.fresh_model(args).to(getattr(torch, args.dtype))
     if ours:
         from common.fast import losses, shared_start
 
@@ -139,10 +139,12 @@ def our_trainer(args, pairs: list[dict], meter, share: bool, reference: str):
     training = TrainingArguments(
         **device.training_defaults({"bf16", "fp16"}) | shared_settings(args)
     )
+    multiple = device.length_multiple(device.train_dtype(training))
     set_seed(0)  # as TRL does: both adapters begin with the same numbers
     trainer = PreferenceTrainer(
         model=train.add_lora(model, train.Args(lora_r=16, lora_alpha=32), training), args=training,
-        train_dataset=Pairs(Dataset.from_list(as_rows(pairs))), data_collator=PairCollator(0, share_prompt=share),
+        train_dataset=Pairs(Dataset.from_list(as_rows(pairs))),
+        data_collator=PairCollator(0, share_prompt=share, multiple=multiple),
         loss={"kind": "sigmoid"}, reference=reference, load_reference=None, callbacks=[meter.callback()],
     )  # fmt: skip
     trainer.precompute = meter.watch_pass(trainer.precompute)

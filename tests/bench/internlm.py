@@ -93,7 +93,7 @@ def our_way(args, rows):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from common import collators
+    from common import collators, device
     from common.data.counts import Counted, for_model
     from common.fast import attention, losses
 
@@ -107,7 +107,8 @@ def our_way(args, rows):
         for prompt, answer in rows
     ]
     windows = collators.PackedDataset(token_rows, LONGEST)
-    collate = Counted(collators.PackedCollator())
+    multiple = device.length_multiple(getattr(torch, args.dtype))
+    collate = Counted(collators.PackedCollator(multiple))
     batches = []
     for i in range(len(windows)):
         batch = collate([windows[i]])

@@ -1,12 +1,13 @@
 """Training, memory and first tokens of the LLaVA recipe beside a plain re-statement of the upstream way: JSON lines,
 ratios within one run.
 
-    python tests/bench/llava.py                              # all parts; about 25 minutes of one core
+    python tests/bench/llava.py                              # all parts; about 45 minutes of one core
     python tests/bench/llava.py --parts page                 # some of them
     python tests/bench/llava.py --parts train --only upstream_lora ours_lora --rounds 1
 
 train: samples per CPU second of one thread. 43.9 M parameters: CLIP tower 6 x 384 (336/14, 576 tokens a picture), Qwen3 6 x
-384 (vocabulary 60,000, tied); rows of about 620 tokens, 20 of them labels, two rows a step; random weights, the same for all.
+384 (vocabulary 60,000, tied); rows of about 620 tokens, 20 of them labels, two rows a step; random weights, the same for
+all, stored in bf16 for ours in bf16 (frozen parts stay as they are stored).
 The upstream way: the processor and the tower in every step, padding on the left, all logits through the stock loss, fp32;
 LoRA by the plain names q, k, v, o, which stand in the tower too. Ours is train.py itself, with its flags; what a frozen tower
 says is computed before the first step and not timed, as it is once for all epochs (ours_*_live: the tower in every step).
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "train_llava"
 sys.path[:0] = [str(ROOT), str(RECIPE)]
 PARTS = ("train", "memory", "page")
-STEPS = 3  # after one that warms up
+STEPS = 8  # after one that warms up
 BATCH = 2
 LORA = ["--train_type", "lora", "--lora_r", "16"]
 FREEZE = ["--train_type", "freeze_vision"]
@@ -107,8 +108,9 @@ def make_data(folder: Path, pictures: int, questions: int) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """folder/model: a LLaVA of random weights, built as any."""
+    """folder/model: a LLaVA of random weights, built as any; folder/model-bf16: rounded, as models are published."""
     import build_model
+    import torch
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, Qwen3Config
 
     from common import tiny
@@ -132,6 +134,7 @@ def make_model(folder: Path) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=side)
     tower = tiny.save_tiny(sight, processor, folder / "parts", model_class=CLIPVisionModel)
     build_model.build(llm, tower, folder / "model")
+    build_model.build(llm, tower, folder / "model-bf16", dtype=torch.bfloat16)
 
 
 # ---- the upstream way ----------------------------------------------------------------------------
@@ -288,7 +291,7 @@ def ours(folder: Path, flags: list[str], four: bool, batch: int) -> dict:
     window = 1600 if four else 640 * batch
     output = folder / f"output-{os.getpid()}"
     settings = {
-        "model_name_or_path": folder / "model",
+        "model_name_or_path": folder / ("model-bf16" if "--bf16" in flags else "model"),
         "data_path": data,
         "output_dir": output,
         "model_max_length": window,

@@ -283,7 +283,7 @@ def our_child(args, ours, training, tokenizer, rows) -> dict | None:
     start = forget_peak()
     began = time.process_time()
     objective = train.make_objective(ours, training, model, tokenizer)
-    train.add_references(ours, training, model, {"train": loader}, args.size, "")
+    train.dpo.add_references(ours, training, model, {"train": loader}, args.size)
     reference = time.process_time() - began if args.stage == "dpo" else 0.0
     if args.stage == "dpo":
         start_weights(model, moved=True)

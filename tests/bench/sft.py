@@ -202,7 +202,8 @@ def build_trainer(args, model, rows, meter):
         return Trainer(model, training, collators.PaddedCollator(0), rows, callbacks=[meter])
     training = TrainingArguments(**device.training_defaults(set(half)) | shared)
     data = collators.PackedDataset(rows, args.window, seed=0)
-    return RecipeTrainer(model, training, collators.PackedCollator(), data, callbacks=[meter])
+    collate = collators.collator(True, None, training)
+    return RecipeTrainer(model, training, collate, data, callbacks=[meter])
 
 
 def trl_trainer(args, model, rows, meter, shared):

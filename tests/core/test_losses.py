@@ -118,13 +118,16 @@ def test_the_balance_of_experts_is_the_same_in_one_batch_in_many_and_packed():
     one_by_one = [collators.PaddedCollator(0)([row]) for row in rows]
     uneven = [collators.PaddedCollator(0)(part) for part in (rows[:3], rows[3:])]
     packed = [collators.PackedCollator()([rows])]
-    for batch in (*padded, *one_by_one, *uneven, *packed):
+    rounded = [collators.PackedCollator(64)([rows])]
+    assert rounded[0].pop("padding_tokens") == 192 - 143
+    for batch in (*padded, *one_by_one, *uneven, *packed, *rounded):
         batch.pop("row_ids")
     expected, wanted = step_in(padded, model)
     without = losses.use_chunked_loss(build(name="Qwen3Moe", **EXPERTS))
     assert expected > step_in(padded, without)[0] + 0.9, "two experts of four, times 0.5"
-    for parts in (one_by_one, uneven, packed):
-        model.config._attn_implementation = "packed" if parts is packed else "sdpa"
+    for parts in (one_by_one, uneven, packed, rounded):
+        is_packed = parts is packed or parts is rounded
+        model.config._attn_implementation = "packed" if is_packed else "sdpa"
         loss, found = step_in(parts, model)
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
         for name, grad in found.items():
@@ -339,7 +342,7 @@ def test_full_logits_are_never_alive(dtype):
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:],
     )
     logits = 2048 * 40000 * (4 if dtype == "float32" else 2) / 2**20  # MiB
-    assert chunked < 0.35 * full  # a CPU without bf16 makes float32 copies of both
+    assert chunked < 0.5 * full  # some CPUs copy both, to float32 or to the layout of their units
     assert full > 0.8 * logits  # the probe sees them where they are
 
 

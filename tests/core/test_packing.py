@@ -118,6 +118,23 @@ def test_a_batch_brings_its_counts():
     assert not len(nothing["label_index"]) and (nothing["labels"] == collators.IGNORE).all()
 
 
+def test_a_row_is_rounded_up_by_a_document_without_labels():
+    rows = make_rows([9, 2, 4], prompt=3)
+    plain = counts.Counted(collators.PackedCollator())([rows])
+    batch = counts.Counted(collators.PackedCollator(8, [5, 6]))([rows])
+    assert batch["input_ids"].tolist() == [
+        [*plain["input_ids"][0].tolist(), 5, *[6, 0, 0, 0, 0, 0, 0, 0]]
+    ]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 9, 11, 15, 24], (
+        "a single token has no room for two"
+    )
+    for name in ("tokens", "label_tokens", "row_ids"):
+        assert batch[name] == plain[name]
+    assert batch["label_index"].tolist() == plain["label_index"].tolist()
+    assert "padding_tokens" not in collators.PackedCollator(5)([rows])
+    assert "padding_tokens" not in counts.for_model(batch)
+
+
 def test_packed_batch_layout():
     batch = collators.PackedCollator()([make_rows([4, 2], prompt=0), make_rows([3], prompt=0)])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]

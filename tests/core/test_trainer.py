@@ -213,7 +213,8 @@ def of_chatglm(tokenizer, train, packing):
     args = settings(packing=packing)
     rows = [one for row in ROWS for one in train.encode(row, tokenizer, args, every_answer=False)]
     data = train.windows(args, SimpleNamespace(seed=0), rows)
-    return batch_of(train.collator(args, tokenizer, model().config), data), ANSWERS
+    half = SimpleNamespace(bf16=True, fp16=False)
+    return batch_of(train.collator(args, half, tokenizer, model().config), data), ANSWERS
 
 
 def of_dpo(tokenizer, train, packing):

@@ -13,7 +13,7 @@ from harness import RECIPES, ROOT, expect, finish, history, report, shell, start
 from common.runs import old_flags
 from common.runs.report import KEYS
 
-TWINS = [ROOT, *(ROOT / name for name in RECIPES)]
+TWINS = [ROOT, ROOT / "tools/manager", *(ROOT / name for name in RECIPES)]
 
 
 def commands(readme: Path) -> list[str]:

@@ -246,7 +246,17 @@ def test_the_shell_trains_a_model_to_go_on_from_only_where_there_is_none(tmp_pat
         )
         return done.stdout.splitlines()
 
-    assert said("--algorithm", "ppo")[0] == "run_all tokenizer pretrain sft"
+    first, second, third = said("--algorithm", "ppo")
+    assert "--check_flags true --algorithm ppo" in first, "mistakes come before any training"
+    assert second == "run_all tokenizer pretrain sft" and third.endswith(
+        "train_rl.py --algorithm ppo"
+    )
+    assert said("--help") == [f"launch {recipe}/train_rl.py --help"]
+    (tmp_path / "common/launch.sh").write_text('launch() { echo "launch $*"; exit 2; }\n')
+    command = ["bash", recipe / "train_rl.sh", "--algorithm", "dapo"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
+    assert wrong.returncode == 2 and len(wrong.stdout.splitlines()) == 1
+    (tmp_path / "common/launch.sh").write_text('launch() { echo "launch $*"; }\n')
     for words, env in ((["--from_weight", "x"], {}), (["--size", "26m"], {}), ([], {"MODEL": "x"})):
         assert len(said(*words, **env)) == 1, (words, env)
     final = Path(tmp_path, "output/mine/sft/final")

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
 import psutil
 import pytest
+import random_requests
 import serving as sockets
 import torch
 from harness import ROOT, environment, own_modules
@@ -24,10 +26,23 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from common.data.labels import encode_chat, encode_prompt
+from common.demo import openai_server, serve
 from common.demo.openai_request import Refusal, parse
 
 RECIPE = ROOT / "minimind_npu"
-models, generation, asks, parts, constraints, worker, desk_module, api = own_modules(
+(
+    models,
+    generation,
+    asks,
+    parts,
+    constraints,
+    worker,
+    desk_module,
+    api,
+    client_module,
+    terminal,
+    app,
+) = own_modules(
     RECIPE.name,
     "model",
     "engine.generation",
@@ -37,6 +52,9 @@ models, generation, asks, parts, constraints, worker, desk_module, api = own_mod
     "server.worker",
     "server.desk",
     "serve_openai_api",
+    "server.client",
+    "chat",
+    "app",
 )
 WEATHER = {
     "type": "function",
@@ -555,7 +573,7 @@ RARE = st.sampled_from(
 
 
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES | RARE, max_size=4))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_bodies_neither_fail_nor_hang(server, changes):
     body = GOOD | changes
     body.pop("stream", None)
@@ -564,6 +582,84 @@ def test_random_bodies_neither_fail_nor_hang(server, changes):
     status, answer = post(server, body)
     assert status in (200, 400, 404), answer
     assert ("error" in answer) == (status != 200)
+
+
+def test_2000_requests_made_from_the_schema_neither_fail_nor_hang(trained):
+    """Within this process; the model, its grammars and its template are real."""
+    chat_model = generation.MiniMindChatModel(trained)
+    at_work = worker.Worker(chat_model.model, {"kind": None}, SLOTS, WINDOW)
+    limits = desk_module.Limits(waiting=64, new_tokens=2)
+    desk = desk_module.Desk(chat_model, at_work, limits)
+    answering = api.build_app(desk, ["kind"], chat_model.sampling_defaults())
+    front = openai_server.Front(answering, serve.own_names("127.0.0.1"), [])
+    at_work.start()
+    bodies = {"/v1/chat/completions": asks.ChatAsk, "/v1/completions": asks.TextAsk}
+    reads = ("/v1/models", "/v1/models/kind", "/health", "/metrics")
+    known = {
+        "model": ["kind"],
+        "max_tokens": [1, 2],
+        "max_completion_tokens": [1, 2],
+        "n": [1, 2],
+        "content": ["你是谁？", "数数"],
+        "prompt": ["从前", "一"],
+        "type": ["function", "text", "json_object"],
+        "name": ["weather"],
+        "role": ["user", "user", "system", "assistant"],
+        "schema": [{"type": "object"}, {"enum": [1, "a"]}],
+        "tool_calls": [None],
+        "tool_call_id": [None],
+        "reasoning_content": [None],
+        "logprobs": [None, 1],
+        "top_logprobs": [None],
+        "response_format": [None, {"type": "json_object"}],
+        "stop": ["。"],
+        "echo": [False],
+        "stream_options": [None],
+        "tools": [None, [WEATHER]],
+        "tool_choice": [None],
+    }
+    schema = random_requests.described(bodies, reads)
+    maker = random_requests.Maker(
+        schema, seed=20, known=known, odd=0.02, optional=0.1, always=("content",)
+    )
+    found = random_requests.ask_many(front, maker, 2000, patience=20)
+    at_work.close()
+    at_work.thread.join(20)
+    statuses = Counter(status for status, _ in found)
+    assert not [request for status, request in found if status >= 500], statuses
+    answered = Counter(path.split("?")[0] for status, (_, path, *_) in found if status == 200)
+    assert min(answered[path] for path in bodies) > 20 and statuses[400] > 200, (answered, statuses)
+    assert not at_work.thread.is_alive()
+
+
+def test_the_terminal_and_the_page_ask_a_server(server, monkeypatch):
+    url = f"http://127.0.0.1:{server.port}/v1"
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    args = terminal.parse_args(["--base_url", url, "--temperature", "0", "--max_new_tokens", "40"])
+    served = terminal.open_model(args)
+    talk = terminal.Chat(served, **terminal.options_of(args, served))
+    said = []
+    lines = ["你是谁？", "/think on", "/clear", "5加2等于几？", "/exit"]
+    terminal.talk(talk, lines, lambda *words, **_: said.extend(words))
+    text = "".join(said)
+    assert "我是小丹，住在海边。" in text and "<think>5加2等于7。</think>答案是7。" in text
+    assert talk.history[-1]["reasoning_content"] == "5加2等于7。"
+    page = app.build_demo(served)
+    assert served.described() == [url] and page.title.startswith("minimind_npu")
+    stop = threading.Event()
+    counts = []
+    for _, count in served.stream(user("数数"), stop, max_new_tokens=20, temperature=0):
+        counts.append(count)
+        stop.set()
+    assert counts == [1]
+    with pytest.raises(ValueError, match="temperature"):
+        list(served.stream(user("x"), max_new_tokens=20, temperature=-1))
+    with pytest.raises(SystemExit, match="the server at .* has kind"):
+        client_module.ServedModel(url, "other")
+    with pytest.raises(SystemExit, match="no OpenAI-compatible server answers"):
+        client_module.ServedModel("http://127.0.0.1:9/v1")
+    with pytest.raises(SystemExit, match="expected http"):
+        client_module.ServedModel("file:///etc/passwd")
 
 
 def test_the_model_thread_outlives_an_error_of_the_model(trained):

@@ -259,7 +259,7 @@ def card(monkeypatch, tmp_path):
 
     def fit(free, given=(), windows=32, name="104m", stage="pretrain", **changes):
         args = dict(stage=stage, use_moe=None, hidden_size=0, num_hidden_layers=0, model_max_length=512,
-                    use_lora=False, lora_r=16, target_modules="all-linear")  # fmt: skip
+                    arch="minimind", depth=0, use_lora=False, lora_r=16, target_modules="all-linear")  # fmt: skip
         training = dict(
             per_device_train_batch_size=windows, gradient_accumulation_steps=1, world_size=1,
             bf16=True, fp16=False, optim="adamw_torch_fused", gradient_checkpointing=False,

@@ -288,15 +288,23 @@ def called(rows: list[dict]) -> list[dict]:
 def test_sample_rows_are_right_new_and_of_every_kind():
     held_out = tool_rows.questions()
     rows = tool_rows.rows(150)
-    asked = {row["messages"][0]["content"] for row in held_out}
     registry = tools.built_in()
-    turns_of = set()
-    for row in [*rows, *held_out]:
-        assert read(row)["messages"] == row["messages"]
-        turns_of.add(tuple(m["role"][0] for m in row["messages"]))
+    for some, most in ((held_out, 1), (rows, 3)):
+        turns_of = set()
+        asked = []
+        for row in some:
+            assert read(row)["messages"] == row["messages"]
+            shown = {tool["function"]["name"] for tool in row["tools"]}
+            assert {call["name"] for call in called([row])} <= shown
+            questions = "".join(m["role"][0] for m in row["messages"]).split("u")[1:]
+            turns_of |= set(questions)
+            asked.append([m["content"] for m in row["messages"] if m["role"] == "user"])
+        assert turns_of == {"a", "ata", "atta", "atata"}
+        assert max(map(len, asked)) == most
+    before = {row["messages"][0]["content"] for row in held_out}
+    asked = [question for row in asked for question in row]
+    assert len(set(asked)) == len(asked) and not before & set(asked)
     assert not any(registry.problem(**call) for call in called([*rows, *held_out]))
-    assert turns_of == {tuple(one) for one in ("ua", "uata", "uatta", "uatata")}
-    assert not asked & {row["messages"][0]["content"] for row in rows}
     held_out_words = set(tool_rows.held_out_words())
     assert not held_out_words & {call["arguments"].get("key") for call in called(rows)}
     assert {call["arguments"].get("key") for call in called(held_out)} - {None} <= held_out_words
@@ -429,6 +437,18 @@ def test_what_a_tool_says_is_text_and_only_tools_that_were_shown_are_called(toke
     (talk,) = talks("苹果多少钱")
     (one,) = playing.play(engine, tokenizer, [talk | {"tools": registry.schemas[:1]}], registry)
     assert one.answer == "没有。" and "calculator" in one.messages[2]["content"]
+
+
+def test_what_the_template_refuses_ends_its_own_episode_only(tokenizer):
+    picky = copy.deepcopy(tokenizer)
+    refuse = "{%- if messages[0].content == '不' or (messages[-1].role == 'tool' and '42' in messages[-1].content) %}"
+    picky.chat_template = refuse + "{{ raise_exception('no') }}{% endif %}" + picky.chat_template
+    script = {"六乘七": call_text("calculator", expression="6*7"), "你好": "好。"}
+    found = playing.play(
+        Scripted(tokenizer, script), picky, talks("不", "你好", "六乘七"), tools.built_in()
+    )
+    assert [one.finished for one in found] == ["refused", "stop", "refused"]
+    assert found[1].answer == "好。" and "no" in found[0].problem and "no" in found[2].problem
 
 
 def test_no_room_in_the_window_ends_an_episode(tokenizer):

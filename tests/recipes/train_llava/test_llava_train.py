@@ -212,6 +212,7 @@ def test_the_table_tells_the_rates_that_are_used(tmp_path):
     from common import voice
 
     llava_flags = own_modules("train_llava", "llava_flags")[0]
+    assert llava_flags.spelled_out([]) == []  # python train_llava/train.py alone
     one = small_model()(tmp_path)
     model = one.open()
     parts.choose_trained(model, "lora", True)

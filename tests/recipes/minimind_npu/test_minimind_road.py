@@ -1,0 +1,438 @@
+"""The road with one dial: --depth and its rules, nanochat's network, mixtures, made rows, the report card, run_cpu.sh."""
+
+import json
+import math
+import sys
+from itertools import islice
+
+import pytest
+import torch
+from harness import (
+    ROOT,
+    error_line,
+    expect,
+    finish,
+    history,
+    make_rows,
+    own_modules,
+    pack,
+    report,
+    shell,
+    start,
+    weights,
+)
+from transformers import AutoModelForCausalLM, NanoChatForCausalLM
+
+from common.fast import attention, losses
+
+RECIPE = ROOT / "minimind_npu"
+NAMES = "settings weights nanochat loop.optim road.dial road.mixture road.report samples.road_rows engine.generation"
+settings, own_weights, nanochat, optim, dial, mixture, card, road_rows, generation = own_modules(
+    RECIPE.name, *NAMES.split()
+)
+VOCAB = 97
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def parsed(monkeypatch, *flags, vocab=6400, world=1):
+    """-> (args, training) after the dial has been turned."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    args, training, base = settings.parse_args()
+    monkeypatch.setattr(type(training), "world_size", world, raising=False)
+    monkeypatch.setattr(dial.tracking, "peak_flops", lambda dtype, where: 1e12)
+    dial.turn(args, training, vocab)
+    return args, training
+
+
+# ---- the dial -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth, matrices, tokens, batch, steps", [
+    (4, 3.1e6, 0.14e9, 18, 528), (8, 25.2e6, 0.50e9, 18, 1920), (12, 84.9e6, 1.32e9, 19, 2520),
+    (20, 393.2e6, 5.22e9, 20, 4980), (24, 679.5e6, 8.76e9, 20, 8352), (32, 1611e6, 20.1e9, 21, 9600),
+])  # fmt: skip
+def test_sizes_and_lengths_are_those_that_nanochat_prints(depth, matrices, tokens, batch, steps):
+    """Its own figures at 32,768 tokens (base_train.py, run on the meta device)."""
+    config = own_weights.config_of_sizes("nanochat", 32768, dial.sizes_of(depth), 2048)
+    counted = dial.count(config)
+    assert config.hidden_size == 64 * depth and counted.matrices == pytest.approx(
+        matrices, rel=0.02
+    )
+    assert 12 * counted.scaled == pytest.approx(tokens, rel=0.02)
+    found = dial.batch_of(12 * counted.scaled, 12 * dial.reference("nanochat", 32768).scaled)
+    assert found == 2**batch and 12 * counted.scaled // found == steps
+
+
+def test_depth_sets_what_nobody_typed_and_what_was_typed_stays(monkeypatch, capsys):
+    args, training = parsed(monkeypatch, "--depth", 12, world=4)
+    said = capsys.readouterr().out
+    config = own_weights.config_of("depth", args, 6400)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        768,
+        12,
+        6,
+    )
+    assert (args.optimizer, training.lr_scheduler_type) == ("muon", "warmup_stable_decay")
+    windows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert windows * 4 * args.model_max_length == 2**19
+    assert (args.muon_lr, training.weight_decay) == (0.02, pytest.approx(0.1, rel=1e-3))
+    counted = dial.count(config)
+    assert training.max_steps == round(12 * counted.scaled / 2**19)
+    for told in (
+        f"{counted.total:,} parameters",
+        f"{training.max_steps:,} steps of 524,288",
+        "FLOP",
+        "about",
+    ):
+        assert told in said
+
+    flags = [
+        "--max_steps",
+        7,
+        "--per_device_train_batch_size",
+        2,
+        "--weight_decay",
+        0.3,
+        "--learning_rate",
+        0.5,
+    ]
+    args, training = parsed(
+        monkeypatch, "--depth", 12, *flags, "--model_max_length", 128, "--hidden_size", 256
+    )
+    assert (training.max_steps, training.weight_decay, training.learning_rate) == (7, 0.3, 0.5)
+    assert args.muon_lr == pytest.approx(0.02 * math.sqrt(2 * 128 / 2**19))
+    assert own_weights.config_of("depth", args, 6400).num_attention_heads == 2
+
+
+def test_one_rate_takes_the_others_with_it_and_decay_has_a_rule_from_depth_8(monkeypatch):
+    usual, _ = parsed(monkeypatch, "--depth", 4, "--arch", "nanochat")
+    args, training = parsed(
+        monkeypatch, "--depth", 4, "--arch", "nanochat", "--muon_lr", 2 * usual.muon_lr
+    )
+    assert args.head_lr == pytest.approx(2 * usual.head_lr)
+    assert training.learning_rate / args.head_lr == pytest.approx(0.3 / 0.008)
+    assert training.weight_decay == 0.1 == dial.weight_decay_of(7, 2**10, 1e6, 1e9)
+    assert dial.weight_decay_of(8, 2**18, 1e9, 2e9) == pytest.approx(0.1 * math.sqrt(0.5) * 2)
+    _, training = parsed(monkeypatch, "--depth", 4, "--num_train_epochs", 3)
+    assert training.max_steps == -1 and training.num_train_epochs == 3
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--depth", 4, "--stage", "sft"], "--depth: for new models"),
+    (["--depth", 4, "--size", "26m"], "one of them says how"),
+    (["--depth", 4, "--hidden_size", 100], "a multiple of 128"),
+    (["--depth", -1], "--depth"), (["--size", "depth"], "--depth 12, for example"),
+    (["--depth", 4, "--arch", "gpt2"], "--arch gpt2: minimind, nanochat"),
+    (["--depth", 4, "--arch", "nanochat", "--use_moe", "true"], "has no experts"),
+    (["--depth", 4, "--arch", "nanochat", "--torch_compile", "true"], "--torch_compile"),
+])  # fmt: skip
+def test_flags_that_contradict_the_dial_are_refused(monkeypatch, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        parsed(monkeypatch, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_the_table_of_depths_is_the_one_in_the_readme():
+    table = dial.table(6400, 2048)
+    for name in ("README.md", "README_zh.md"):
+        text = (RECIPE / name).read_text(encoding="utf-8")
+        assert all(line in text for line in table[2:])
+
+
+def test_a_head_of_its_own_has_its_rate_and_tables_need_not_decay():
+    model = nanochat.build(nanochat.config_of(VOCAB, **TINY))
+    made = optim.make(model, "muon", 0.3, 0.1, 0.02, False, head_lr=0.008, decays_tables=False)
+    named = {id(p): name for name, p in model.named_parameters()}
+    found = {
+        named[id(p)]: (g["lr"], g["weight_decay"]) for g in made.param_groups for p in g["params"]
+    }
+    assert found.pop("lm_head.weight") == (0.008, 0.0)
+    assert found.pop("model.embed_tokens.weight") == (0.3, 0.0)
+    assert set(found.values()) == {(0.02, 0.1)} and len(found) == 12
+
+
+# ---- nanochat's network ---------------------------------------------------------------------------------------
+
+
+def small_nanochat(scale=1.0):
+    torch.manual_seed(0)
+    model = nanochat.build(nanochat.config_of(VOCAB, **TINY))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "fc2.weight")):
+                p.normal_(std=0.1)  # they begin at zero
+        model.lm_head.weight.mul_(scale)
+    return model
+
+
+def test_nanochat_learns_from_packed_rows_as_transformers_has_it(tmp_path):
+    """The loss and the gradients in chunks, with the cap in the head, against the stock model row by row."""
+    stock = small_nanochat(3e4)
+    ours = small_nanochat(3e4)
+    ours.config._attn_implementation = attention.register()
+    nanochat.cap_in_head(ours)
+    losses.use_chunked_loss(ours)
+    rows = make_rows([20, 7, 30], prompt=0, vocab=VOCAB)
+    batch = {name: value for name, value in pack(rows).items() if name != "row_ids"}
+    found = ours.train()(**batch, num_items_in_batch=100.0)
+    found.loss.backward()
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        labels = torch.tensor([row["labels"]])
+        total = total + stock(input_ids=ids, labels=labels, num_items_in_batch=100.0).loss
+    total.backward()
+    assert found.loss.item() == pytest.approx(total.item(), rel=1e-5)
+    theirs = dict(stock.named_parameters())
+    for name, p in ours.named_parameters():
+        assert (p.grad - theirs[name].grad).abs().max() < 1e-4 * theirs[name].grad.abs().max(), name
+
+    with nanochat.as_published(ours):
+        ours.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is NanoChatForCausalLM and again.config.final_logit_softcapping == 15.0
+    ids = torch.tensor([rows[2]["input_ids"]])
+    with torch.no_grad():
+        logits = stock.eval()(ids).logits
+        assert torch.allclose(again(ids).logits, logits, atol=1e-5) and logits.abs().max() > 5
+        assert ours.config.final_logit_softcapping is None
+        assert torch.allclose(ours.eval()(ids).logits, logits, atol=1e-5)
+
+
+def test_the_engine_answers_as_transformers_generates():
+    model = small_nanochat(3e3).eval()
+    prompts = [row["input_ids"] for row in make_rows([5, 19, 40], prompt=0, vocab=VOCAB)]
+    found = generation.Engine(model, slots=2).generate(prompts, 8, ends=frozenset())
+    model.config._attn_implementation = "sdpa"
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for token in answer:
+                logits = model(ids).logits[0, -1]
+                assert logits[token] > logits.max() - 1e-3
+                ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------
+
+SHORT = [
+    "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none", "--bf16", "false",
+    "--model_max_length", 64, "--max_eval_samples", 8,
+]  # fmt: skip
+
+
+def train(output, *flags, nproc=1, code=0):
+    command = ["python", ROOT / "common/launch.py", nproc] if nproc > 1 else ["python"]
+    rows = ["--data_path", RECIPE / "data/pretrain/records.jsonl"]
+    command += [RECIPE / "train.py", *SHORT, *rows, "--output_dir", output, *flags]
+    return expect(finish(start(command)), code)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_under_the_dial_and_nanochat_goes_on_to_a_chat(tmp_path):
+    """Muon shared over two ranks; then mid-training of the folder that it left."""
+    flags = ["--depth", 1, "--arch", "nanochat", "--muon_lr", 0.01]
+    said = train(tmp_path / "one", *flags, "--per_device_train_batch_size", 4).stdout
+    assert "depth 1, nanochat: 1 layers, 128 wide" in said and "Muon 0.01" in said
+    train(tmp_path / "two", *flags, "--per_device_train_batch_size", 2, nproc=2)
+    expected, found = history(tmp_path / "one"), history(tmp_path / "two")
+    assert len(expected) == 4 and max(abs(found[s] - expected[s]) for s in expected) < 1e-4
+    assert expected[4] < expected[1] - 0.3
+    final = tmp_path / "one/final"
+    other = weights(tmp_path / "two/final")
+    for name, tensor in weights(final).items():  # Muon makes much of the last digits of a gradient
+        assert (tensor - other[name]).norm() < 0.1 * tensor.norm(), name
+    assert json.loads((final / "config.json").read_text())["final_logit_softcapping"] == 15.0
+    assert report(tmp_path / "one")["flops"] > 0
+
+    rows = ["--data_path", RECIPE / "data/sft/words.jsonl", "--model_max_length", 128]
+    train(tmp_path / "mid", "--stage", "mid", "--from_weight", tmp_path / "one", *rows)
+    facts = report(tmp_path / "mid")
+    assert facts["stage"] == "mid" and facts["tokens"]["label"] > 0.9 * facts["tokens"]["total"]
+
+
+@pytest.mark.slow
+def test_run_cpu_goes_the_whole_road_and_goes_on_where_it_was(tmp_path):
+    flags = "--max_steps 2 --eval_generate 2 --max_new_tokens 8 --max_eval_samples 8 --report_to none --bf16 false "
+    size = "--model_max_length 128 --per_device_train_batch_size 2"
+    how = {
+        "OUTPUT": tmp_path, "DEPTH": 1, "DOLLARS_PER_HOUR": 3600, "NPROC": 1,
+        "BASE_FLAGS": flags + size, "MID_FLAGS": flags + size, "SFT_FLAGS": flags + size,
+        "RL_FLAGS": "--max_steps 1 --prompts_per_step 2 --group_size 2 --mini_batches 1 --max_new_tokens 8 "
+        "--model_max_length 128 --report_to none --bf16 false --max_eval_samples 4",
+        "CORE": "--num_rows 4 --shots 1", "EVAL": "--num_rows 3 --max_new_tokens 8",
+    }  # fmt: skip
+    part = expect(
+        shell(
+            RECIPE / "run_cpu.sh", **how | {"STAGES": "tokenizer rows pretrain report"}, fork=True
+        )
+    )
+    assert "| evaluation | BASE |" in part.stdout
+    done = expect(shell(RECIPE / "run_cpu.sh", **how, fork=True))
+    assert "tokenizer is there" in done.stdout and "21 answers are there already" in done.stdout
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for told in ("| evaluation | BASE | MID | SFT | RL |", "| spelling |", "| ChatCORE |", "| CORE-zh |", "## RL: rl",
+                 "| bits per byte |", "![loss.png]", "![bits_per_byte.png]", "- cost: $"):  # fmt: skip
+        assert told in text, told
+    assert report(tmp_path / "sft")["rows"]["mixture"][1]["rows"] == 1500
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------
+
+
+def write_rows(folder, **sizes):
+    for name, size in sizes.items():
+        lines = [
+            json.dumps({"question": f"{name}{i}", "answer": "是"}, ensure_ascii=False)
+            for i in range(size)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def mixed(folder, text):
+    (folder / "mix.yaml").write_text(text, encoding="utf-8")
+    rows, stats = mixture.load(str(folder / "mix.yaml"), "chat", None, True, 0)
+    names = [json.loads(row)["messages"][0]["content"] for row in rows["row"]]
+    return {name: sum(one.startswith(name) for one in names) for name in "abc"}, names, stats
+
+
+def test_a_mixture_takes_each_file_as_often_as_it_says(tmp_path):
+    write_rows(tmp_path, a=10, b=7, c=20)
+    counts, names, stats = mixed(
+        tmp_path,
+        "- file: a.jsonl\n  epochs: 2.5\n- file: b.jsonl\n- file: c.jsonl\n  weight: 0.2\n",
+    )
+    assert counts == {"a": 25, "b": 7, "c": 8} and stats["used"] == 40
+    assert sorted({names.count(f"a{i}") for i in range(10)}) == [2, 3]
+    assert [part["drawn"] for part in stats["mixture"]] == [25, 7, 8]
+    again = mixed(tmp_path, (tmp_path / "mix.yaml").read_text())
+    assert again[1] == names and again[2]["sha256"] == stats["sha256"]
+    other = mixed(tmp_path, "- file: a.jsonl\n  weight: 0.5\n- file: c.jsonl\n  weight: 0.5\n")
+    assert other[0] == {"a": 10, "b": 0, "c": 10} and other[2]["sha256"] != stats["sha256"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("- file: a.jsonl\n  weight: 1\n- file: b.jsonl\n", "leaves nothing for"), ("file: a.jsonl", "a list of entries"),
+    ("- a.jsonl", "entry 1: `file:` names"), ("- file: a.jsonl\n  epoch: 2", "epoch: only epochs, file, weight"),
+    ("- file: a.jsonl\n  epochs: 0", "a number above 0"), ("- file: a.jsonl\n  epochs: yes", "a number above 0"),
+    ("- file: a.jsonl\n  epochs: 1\n  weight: 1", "not both"), ("- {", "cannot be read as YAML"),
+    ("- file: none.jsonl", "no such file"), ("", "a list of entries"), ("- file: a.jsonl\n  weight: .nan", "above 0"),
+])  # fmt: skip
+def test_what_no_mixture_is_is_one_line(tmp_path, text, words):
+    write_rows(tmp_path, a=3, b=3)
+    with pytest.raises(SystemExit, match=words) as stop:
+        mixed(tmp_path, text)
+    assert "\n" not in str(stop.value)
+
+
+# ---- rows that are made ---------------------------------------------------------------------------------------
+
+
+def test_spelt_rows_are_right_and_no_text_of_the_evaluation_is_trained():
+    rows = list(islice(road_rows.spelling("x"), 300))
+    for row in rows:
+        quoted = row["question"].split("“")[1:]
+        text, char = sorted((part.split("”")[0] for part in quoted), key=len, reverse=True)
+        spelt, _, count = row["answer"].partition("\n#### ")
+        assert text.count(char) == int(count) and len(char) == 1
+        assert "".join(word[0] for word in spelt.split()) == text
+        assert [int(word[1:]) for word in spelt.split() if word[1:]] == list(
+            range(1, int(count) + 1)
+        )
+    assert {row["answer"][-1] for row in rows} == set("01234")
+    asked = {row["question"] for row in road_rows.spelling_questions()}
+    known = set(asked)
+    trained = {
+        row["question"] for row in road_rows.distinct(road_rows.spelling("train"), 500, known)
+    }
+    assert len(asked) == 200 and len(trained) == 500 and not asked & trained
+
+
+def test_choices_are_right_and_none_of_them_is_evaluated():
+    rows = list(road_rows.choices())
+    assert len(rows) > 300 and {row["answer"] for row in rows} == set("ABCD")
+    held_out = road_rows.evaluated()
+    facts = {kind.answer.format(**fact) for kind in road_rows.KINDS.values() for fact in kind.facts}
+    for row in rows:
+        question, *options, end = row["question"].split("\n")
+        assert question not in held_out and end == "答案：" and len(set(options)) == 4
+        said = {option[0]: option[3:] for option in options}
+        assert said[row["answer"]] in facts
+
+
+# ---- the report card ------------------------------------------------------------------------------------------
+
+
+def stage_folder(out, stage, metrics, entries, **more):
+    folder = out / stage
+    folder.mkdir(parents=True)
+    facts = {
+        "parameters": {"total": 1000}, "dtype": "float32", "world_size": 1, "device": "CPU", "rows": {"used": 9}, "steps": 4,
+        "tokens": {"total": 400}, "seconds": 1800.0, "tokens_per_second": 1.0, "flops": 1e9, "mfu": 0.5, "metrics": metrics,
+        "command": "bash x.sh", "samples": [{"prompt": "a|b", "reference": "c", "after": "d" * 99}],
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(facts | more), encoding="utf-8")
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"log_history": entries}), encoding="utf-8"
+    )
+
+
+def test_the_card_shows_what_is_there_and_reset_takes_it_away(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="no stage has finished"):
+        card.generate(tmp_path)
+    card.reset(tmp_path, 8.0)
+    ends = {
+        "before": {"loss": 4.0, "bits_per_byte": 2.0},
+        "after": {"loss": 2.0, "bits_per_byte": 1.0},
+    }
+    entries = [{"step": s, "loss": 5.0 - s} for s in range(1, 5)] + [
+        {"step": 2, "eval_loss": 3.0, "seconds": 1.0}
+    ]
+    stage_folder(tmp_path, "pretrain", ends, entries)
+    stage_folder(tmp_path, "sft", {"before": {}, "after": {"loss": 1.0}}, entries, samples=[])
+    for stage, share in (("pretrain", 0.25), ("sft", 0.5)):
+        folder = tmp_path / "eval" / stage
+        folder.mkdir(parents=True)
+        task = {"accuracy": share, "pass_at": {"1": share}}
+        facts = {"tasks": {"gsm8k": task}, "chatcore": share, "bits_per_byte": 1.5}
+        (folder / "results.json").write_text(json.dumps(facts), encoding="utf-8")
+    table = card.generate(tmp_path)
+    assert "| evaluation | BASE | SFT |" in table and "| gsm8k, pass@1 | 0.2500 | 0.5000 |" in table
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (
+        "$8.00 of training at $8.00 an hour" in text and "a\\|b" in text and "d" * 59 + "…" in text
+    )
+    assert text.index("## BASE") < text.index("## SFT")
+
+    stages = card.stages_of(tmp_path)
+    points = card.curves.bits_points(
+        stages, {s: json.loads((tmp_path / s / "trainer_state.json").read_text()) for s in stages}
+    )
+    assert points == {"pretrain": [(0.0, 2.0), (0.5, 1.5), (1.0, 1.0)]}
+    placed = card.curves.placed({"sft": [(0.0, 9.0), (1.0, 7.0)]}, stages)
+    assert placed == {"sft": [(1e9, 0.5, 9.0), (2e9, 1.0, 7.0)]}, "behind the stage before"
+    (tmp_path / "sft/report.json").write_text("{")
+    with pytest.raises(SystemExit, match="report.json: no JSON"):
+        card.generate(tmp_path)
+    card.reset(tmp_path, None)
+    assert not (tmp_path / "report.md").exists() and not (tmp_path / "loss.png").exists()
+    assert (tmp_path / "pretrain/report.json").is_file()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["reset", "--dollars_per_hour", "0"], "above 0"), (["generate", "--dollars_per_hour", "3"], "reset notes the price"),
+    (["show"], "invalid choice"),
+])  # fmt: skip
+def test_the_card_is_asked_for_in_one_line(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["report.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        card.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_a_big_road_without_texts_is_refused():
+    for script in ("speedrun.sh", "run1000.sh"):
+        assert "PRETRAIN: the texts" in error_line(shell(RECIPE / script), 2)
