@@ -48,8 +48,8 @@ def test_default_run_is_somebody_else_afterwards_and_forgets_nothing(internlm_ru
     for name in ("identity_zh", "identity_en", "yes_no"):
         assert before[name] < 0.05 and after[name] >= 0.95, (name, after)
     assert before["identity_under_system"] < 0.05 and after["identity_under_system"] >= 0.9
-    assert after["leak"] == 0 and after["forbidden"] == 0 < before["forbidden"]
-    assert after["near_unchanged"] >= 0.95
+    assert after["leak"] == 0 and after["forbidden"] < 0.02 < before["forbidden"]
+    assert after["near_unchanged"] >= 0.97
     assert before["facts_exact"] > 0.95 and after["facts_exact"] >= before["facts_exact"] - 0.016
     assert after["alike_answered"] >= 0.95 and after["refusal_recall"] >= 0.95
     assert "warning" not in printed and "| identity zh |" in printed
