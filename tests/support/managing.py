@@ -15,7 +15,7 @@ import httpx
 import serving
 from harness import ROOT, environment
 
-from tools.manager.jobs import is_runner
+from tools.manager.job import is_runner
 from tools.manager.processes import kill_below
 
 # speaks like a training, stops like one, and does what its flags say

@@ -15,55 +15,20 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from tools.manager import processes
 from tools.manager.errors import Problem
 from tools.manager.files import identify, read_json, write_json
+from tools.manager.job import ACTIVE, FIELDS, USAGE, Job, device_variables, is_runner, state_of
 from tools.manager.progress import Progress, series_of_run
 
 RUNNER = Path(__file__).with_name("runner.py")
 TICK = 0.2  # seconds between two looks at the jobs
-INTERRUPTED = 75
-USAGE = 2
-ACTIVE = ("queued", "running", "stopping")
 MOST_QUEUED = 100
 GRACE = 50  # looks that a runner has to say its number
 FOLDER = re.compile(r"\d{4,9}")
-
-
-@dataclass
-class Job:
-    """devices: those it asked for, None for all; held: those it was given. output: folder of the
-    run. pid, known: of its runner, see processes.identity."""
-
-    id: str
-    name: str
-    recipe: str
-    script: str
-    args: dict
-    dataset: list
-    model: str | None
-    argv: list[str]
-    env: dict[str, str]
-    output: str
-    devices: list[str] | None = None
-    held: list[str] = field(default_factory=list)
-    state: str = "queued"
-    exit_code: int | None = None
-    error: str | None = None
-    created: float = 0.0
-    started: float | None = None
-    ended: float | None = None
-    stop_asked: bool = False
-    force: bool = False
-    continues: str | None = None
-    pid: int | None = None
-    known: str | None = None
-
-
-FIELDS = [one.name for one in fields(Job)]
 
 
 class Jobs:
@@ -223,8 +188,9 @@ class Jobs:
             return found
 
     def stage(self, job: Job, progress: Progress) -> dict | None:
-        if progress.now:
-            return dict(progress.now)
+        now = progress.now or job.last
+        if now:
+            return dict(now)
         if job.state in ("running", "stopping"):
             empty = dict.fromkeys(("step", "steps", "epoch", "eta_seconds"))
             return empty | {"stage": "prepare"}
@@ -242,12 +208,21 @@ class Jobs:
         return self.folder / job.id / "log.txt"
 
     def series(self, job: Job) -> dict:
-        """Curves: what the log has said, and what the finished run has left instead."""
+        """Curves: what the log has said, and what the finished run has left instead. Logs of jobs
+        that ended before this manager began are read when they are asked for."""
         with self.lock:
             progress = self.progress.get(job.id, Progress())
             found = {name: list(points) for name, points in progress.series.items()}
+        if job.state not in ACTIVE and not progress.end:
+            progress = Progress()
+            while progress.read(self.log(job)):
+                pass
+            found = progress.series
+            with self.lock:
+                if job.id in self.jobs:
+                    self.progress[job.id] = progress
         if job.state == "done":
-            found |= series_of_run(Path(job.output))
+            found = found | series_of_run(Path(job.output))
         return found
 
     def problem(self) -> str | None:
@@ -274,8 +249,6 @@ class Jobs:
             for job in list(self.jobs.values()):
                 if job.state in ("running", "stopping"):
                     self.look_at(job)
-                elif self.progress[job.id].read(self.log(job)):
-                    self.note_error(job)
             for name in list(self.unsaved):
                 self.save(self.jobs[name])
             self.start_queued()
@@ -315,6 +288,7 @@ class Jobs:
     def finish(self, job: Job, state: str, ended: float | None = None) -> None:
         job.state = state
         job.ended = ended or time.time()
+        job.last = self.progress[job.id].now
         self.note_error(job)
         self.save(job)
 
@@ -364,39 +338,6 @@ class Jobs:
         job.pid = child.pid
         job.known = processes.identity(child.pid)
         self.save(job)
-
-
-def state_of(job: Job) -> str:
-    """Of a job that has ended."""
-    if job.exit_code is None:
-        return "stopped" if job.stop_asked else "lost"
-    if job.exit_code == 0:
-        return "done"
-    if job.exit_code == INTERRUPTED or job.stop_asked:
-        return "stopped"
-    return "failed"
-
-
-def is_runner(pid: int, folder: Path) -> bool:
-    """Whether a process is the runner of this job, by its command line."""
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return os.fsencode(folder) in words
-    return False
-
-
-def device_variables(job: Job) -> dict[str, str]:
-    """What makes only the job's devices visible. A manager that sees some devices only numbers
-    those."""
-    if job.held == ["cpu"]:
-        return {}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    numbers = seen.split(",") if seen else None
-    chosen = [numbers[int(name)] if numbers else name for name in job.held]
-    if numbers is None and job.argv[0] == "bash":
-        return {"DEVICES": ",".join(chosen), "NPROC": str(len(chosen))}
-    visible = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"))
-    return dict.fromkeys(visible, ",".join(chosen)) | {"NPROC": str(len(chosen))}
 
 
 def lock(state: Path):

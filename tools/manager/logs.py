@@ -8,7 +8,8 @@ import json
 from collections.abc import AsyncIterator
 
 from tools.manager.errors import Problem
-from tools.manager.jobs import ACTIVE, Job, Jobs
+from tools.manager.job import ACTIVE, Job
+from tools.manager.jobs import Jobs
 
 MOST = 64  # streams open at once
 PIECE = 1 << 16  # bytes of one event

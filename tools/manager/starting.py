@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tools.manager.arguments import words_of
 from tools.manager.errors import Problem
-from tools.manager.jobs import Job, Jobs
+from tools.manager.job import Job
+from tools.manager.jobs import Jobs
 from tools.manager.recipes import Recipe, Recipes
 from tools.manager.settings import Settings
 

@@ -223,7 +223,8 @@ def test_jobs_outlive_a_killed_manager(killed, tmp_path):
     ended = manager.until(ends_alone["id"], "failed")
     assert ended["exit_code"] == 3 and ended["error"] == "error: --code says so"
     assert managing.text_of(manager.log(ends_alone["id"])).count("step ") == 6
-    assert manager.job(short["id"])["exit_code"] == 3
+    assert manager.job(short["id"])["exit_code"] == 3 and manager.step(short["id"]) == 1
+    assert manager.get("/api/train/metrics", job=short["id"])["series"]["loss"] == [[1, 4.0]]
     assert manager.get("/api/status")["manager"]["restarts"] == 1
     # the queue was kept too; now killed while it runs, and adopted
     serving.until(lambda: manager.step(waits["id"]))

@@ -105,9 +105,11 @@ function Head({ status }: { status: Status | null }) {
 function TokenForm() {
   const say = useSay();
   const [token, setToken] = useState("");
+  const wasWrong = new URLSearchParams(location.search).has("token");
   return (
     <form className="card" action="/" method="get">
       <h2>{say("需要令牌", "A token is needed")}</h2>
+      {wasWrong && <p className="problem">{say("这个令牌不对。", "That token is not right.")}</p>}
       <p>{say("令牌由启动管理器的人设定。", "It was set by whoever started the manager.")}</p>
       <div className="row">
         <input

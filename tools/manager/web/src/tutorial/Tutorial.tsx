@@ -1,5 +1,6 @@
 /** Eleven short chapters, each with a figure that is computed as it is touched. */
 
+import { useEffect } from "react";
 import { get } from "../api";
 import { weightsName } from "../format";
 import { useLoaded, useStored } from "../hooks";
@@ -114,7 +115,10 @@ function WeightsChoice({ value, onChange }: { value: string; onChange: (id: stri
   const found = useLoaded(() => get<{ weights: Weights[] }>("/api/weights"), 0);
   const runs = found.data?.weights ?? [];
   const known = value === "tiny" || runs.some((one) => one.id === value);
-  if (found.data && !known) onChange("tiny");
+  const gone = found.data !== null && !known;
+  useEffect(() => {
+    if (gone) onChange("tiny");
+  }, [gone, onChange]);
   return (
     <label className="row">
       <span className="faint">{say("用哪个模型算", "Computed by")}</span>
