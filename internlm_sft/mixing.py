@@ -31,9 +31,9 @@ MADE = ("identity", "refusal")
 PLACEHOLDER = re.compile(r"\{\{\s*(NAME|AUTHOR)\s*\}\}", re.I)
 # of the README, "Measured"
 ALONE = (
-    "warning: only rows about the model itself are trained. The built-in model gave its name in 8% "
-    "of other answers then and lost 25% of its facts, beside general rows 0% and 0% (README, "
-    '"Measured"). Give some: DATA="identity refusal general.jsonl"'
+    "warning: only rows about the model itself are trained. The built-in model lost 33% of its "
+    "facts then and changed 17% of its answers to near questions, beside general rows none "
+    '(README, "Measured"). Give some: DATA="identity refusal general.jsonl"'
 )
 
 
