@@ -490,6 +490,7 @@ def test_old_function_calls_are_tool_calls(tmp_path, content, where):
         messages.insert(0, system("") | {"functions": json.dumps([TIDE])})
     want = json.loads(json.dumps(CALLED))
     want["messages"][1]["content"] = content or ""
+    want["messages"][2]["name"] = "tide"
     assert load(write(tmp_path / "a.jsonl", lines(row)))[0] == [want]
 
 

@@ -246,7 +246,7 @@ def test_a_disk_too_small_is_told_before_the_first_step(monkeypatch, capsys, tmp
         report_to=[],
     )
     model = torch.nn.Linear(4, 4)
-    model.config = SimpleNamespace()
+    model.config = SimpleNamespace(tie_word_embeddings=True)
     steps = SimpleNamespace(describe=str, total_steps=lambda: 1, fraction_done=lambda: 0.0)
     monkeypatch.setattr(tracking, "peak_flops", lambda dtype, where: 1.0)
     progress = {"step": 0, "seconds": 0.0, "trackers": {}}

@@ -12,7 +12,7 @@ from tools.manager.errors import Problem
 from tools.manager.recipes import Recipes
 
 WORKER = Path(__file__).with_name("tool_worker.py")
-SECONDS = 20
+SECONDS = 60  # by the clock; of a processor it has fewer, see tool_worker.py
 
 
 class Toolbox:

@@ -441,10 +441,12 @@ def test_two_servers_at_most_and_unused_ones_end(inside, monkeypatch):
     first, new = chat.open("a", folder, None)
     assert new and chat.open("a", folder, None) == (first, False)
     second, _ = chat.open("b", folder, "stub")
-    with pytest.raises(Problem) as refused:  # none of them has begun to serve
+    serving.until(lambda: first.url and second.url)
+    with monkeypatch.context() as patch, pytest.raises(Problem) as refused:
+        for one in (first, second):  # as if none of them had begun to serve
+            patch.setattr(one, "url", None)
         chat.open("c", folder, None)
     assert refused.value.status == 429
-    serving.until(lambda: first.url and second.url)
     first.used += 1
     third, _ = chat.open("c", folder, None)  # in the place of the one unused for longer
     assert second.process.poll() is not None and set(chat.servers) == {first.id, third.id}
