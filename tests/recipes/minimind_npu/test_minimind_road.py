@@ -436,3 +436,51 @@ def test_the_card_is_asked_for_in_one_line(monkeypatch, capsys, flags, words):
 def test_a_big_road_without_texts_is_refused():
     for script in ("speedrun.sh", "run1000.sh"):
         assert "PRETRAIN: the texts" in error_line(shell(RECIPE / script), 2)
+
+
+# ---- scaling, tokenizers ---------------------------------------------------------------------------------------
+
+
+def test_scaling_fits_the_law_of_its_runs_and_says_what_it_expects_before_it_looks(tmp_path):
+    """Every run is there already, as after a kill: with bits per byte of a known law, the greater depth a bit above."""
+    budgets = (1e12, 2e12, 4e12)
+
+    def law(flops):
+        return 30 * flops**-0.05
+
+    def ended(depth, flops, bits):
+        folder = tmp_path / f"d{depth}_{flops:.2g}"
+        folder.mkdir()
+        facts = {"tokens": {"total": 1000}, "parameters": {"total": 10**6}}
+        facts["metrics"] = {"after": {"bits_per_byte": bits}}
+        (folder / "report.json").write_text(json.dumps(facts))
+
+    for flops in budgets:
+        ended(2, flops, law(flops))
+        ended(3, flops, law(flops) + 0.1)
+    ended(4, 8e12, 6.5)
+    command = ["python", RECIPE / "road/scaling.py", "--depths", 3, 2, "--budgets", *budgets]
+    done = expect(finish(start([*command, "--predict", 4, "--output_dir", tmp_path])))
+    facts = json.loads((tmp_path / "scaling.json").read_text())
+    assert facts["law"] == pytest.approx([30, 0.05], rel=1e-6)
+    assert facts["predicted"]["bits_per_byte"] == pytest.approx(law(8e12))
+    assert facts["predicted"]["flops"] == 8e12 and facts["measured"]["bits_per_byte"] == 6.5
+    assert f"predicted {law(8e12):.4f}, measured 6.5000" in done.stdout
+    assert done.stdout.count("**") == 2 * len(budgets), "the best of each budget is marked"
+    assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+def test_tokenizers_are_set_side_by_side_by_bytes_and_characters(tmp_path):
+    (tmp_path / "mine.txt").write_text("春天来了，春天来了。" * 20, encoding="utf-8")
+    other = ROOT / "baichuan2_dpo/data"
+    command = ["python", RECIPE / "eval_tokenizer.py", "--output_dir", tmp_path / "out"]
+    done = expect(finish(start([*command, "--texts", f"mine={tmp_path / 'mine.txt'}"])))
+    found = json.loads((tmp_path / "out/tokenizers.json").read_text())["tokenizer"]["mine"]
+    tokenizer = own_weights.AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
+    text = (tmp_path / "mine.txt").read_text(encoding="utf-8")
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert found["bytes_per_token"] == pytest.approx(len(text.encode()) / tokens)
+    assert found["chars_per_token"] == pytest.approx(len(text) / tokens)
+    assert "| mine | tokenizer |" in done.stdout
+    refused = error_line(finish(start([*command, other])), 1)
+    assert str(other) in refused
