@@ -271,6 +271,7 @@ def test_a_number_that_another_process_has_by_now_is_never_signalled(tmp_path):
     jobs = jobs_in(tmp_path)
     job = add(jobs, "import time; time.sleep(600)")
     look_until(jobs, job, "running")
+    time.sleep(0.05)  # two processes of one tick and one number there cannot be
     stranger = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
     )
