@@ -43,12 +43,11 @@ from evaluation.eval import (
     listed,
     picked_letters,
 )
-from evaluation.journal import Journal
+from evaluation.journal import Journal, keep_results
 from evaluation.questions import same
 from evaluation.tasks import Code, Task
 from toolcall import sandbox
 
-from common.data.files import atomic_file
 from common.data.progress import Progress
 from common.runs.generate import answer_text
 
@@ -329,13 +328,7 @@ def main() -> None:
     results = evaluate(args, chat_model, out)
     results["seconds"] = round(time.perf_counter() - began, 1)
     results["command"] = f"python {' '.join(sys.argv)}"
-    texts = {
-        "results.json": json.dumps(results, indent=1, ensure_ascii=False),
-        "results.md": table(results) + "\n",
-    }
-    for name, text in texts.items():
-        with atomic_file(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+    keep_results(out, "results", results, table(results))
     cli.say(table(results))
     print(json.dumps(results, ensure_ascii=False))
 

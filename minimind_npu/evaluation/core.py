@@ -32,9 +32,8 @@ import weights
 from engine.generation import MiniMindChatModel, newest
 from evaluation.eval import Scorer
 from evaluation.in_context import InContext, read_bundle, read_zh, rows_to_score
-from evaluation.journal import Journal
+from evaluation.journal import Journal, keep_results
 
-from common.data.files import atomic_file
 from common.data.spelling import IGNORE, encode_text
 
 BUILT_IN = [f"ceval={HERE / 'data/eval/ceval'}", f"arc_easy={HERE / 'data/eval/choice.jsonl'}"]
@@ -209,13 +208,7 @@ def main() -> None:
     results = evaluate(args, chat_model, out)
     results["seconds"] = round(time.perf_counter() - began, 1)
     results["command"] = f"python {' '.join(sys.argv)}"
-    texts = {
-        "core.json": json.dumps(results, indent=1, ensure_ascii=False),
-        "core.md": table(results) + "\n",
-    }
-    for name, text in texts.items():
-        with atomic_file(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+    keep_results(out, "core", results, table(results))
     cli.say(table(results))
     print(json.dumps(results, ensure_ascii=False))
 

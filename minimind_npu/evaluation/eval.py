@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 import torch
 from engine.generation import Engine, MiniMindChatModel, newest
 from evaluation import questions
+from evaluation.journal import keep_results
 from evaluation.questions import Choice, Exact
 from model import MiniMindForCausalLM
 from torch import Tensor
@@ -44,7 +45,6 @@ from torch import Tensor
 from common import collators
 from common.data.spelling import IGNORE
 from common.convert import adapter
-from common.data.files import atomic_file
 from common.data.labels import encode_prompt
 from common.data.spelling import encode_text
 from common.data.load import load_rows, summary
@@ -676,13 +676,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     def keep(results: dict) -> None:
-        texts = {
-            "eval.json": json.dumps(results, indent=1, ensure_ascii=False),
-            "eval.md": table(results) + "\n",
-        }
-        for name, text in texts.items():
-            with atomic_file(out / name) as part:
-                part.write_text(text, encoding="utf-8")
+        keep_results(out, "eval", results, table(results))
 
     results = evaluate(args, keep, out)
     cli.say(f"{table(results)}\n{results['seconds']:,.1f} s -> {out / 'eval.json'}")

@@ -1,4 +1,5 @@
-"""Answers on disk as they come, so that an evaluation that was ended goes on where it stood."""
+"""Answers on disk as they come, so that an evaluation that was ended goes on where it stood; and
+what they came to."""
 
 from __future__ import annotations
 
@@ -67,3 +68,14 @@ def kept(file: Path) -> tuple[dict | None, list[dict]]:
         except ValueError:  # torn
             break
     return (found[0], found[1:]) if found else ({}, [])
+
+
+def keep_results(out: Path, name: str, results: dict, text: str) -> None:
+    """out/NAME.json, and the table for people as out/NAME.md."""
+    contents = {
+        f"{name}.json": json.dumps(results, indent=1, ensure_ascii=False),
+        f"{name}.md": text + "\n",
+    }
+    for file, content in contents.items():
+        with atomic_file(out / file) as part:
+            part.write_text(content, encoding="utf-8")

@@ -342,7 +342,8 @@ def test_full_logits_are_never_alive(dtype):
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:],
     )
     logits = 2048 * 40000 * (4 if dtype == "float32" else 2) / 2**20  # MiB
-    assert chunked < 0.5 * full  # some CPUs copy both, to float32 or to the layout of their units
+    # a CPU without bf16 makes float32 copies of both; one with AMX holds 0.354 of them in bf16
+    assert chunked < (0.35 if dtype == "float32" else 0.4) * full
     assert full > 0.8 * logits  # the probe sees them where they are
 
 
