@@ -214,7 +214,7 @@ def test_a_file_is_uploaded_and_seen_as_training_sees_it(visit, tmp_path):
 def test_training_outlives_its_manager_and_stops_when_told(visit, manager):
     page = visit.page
     page.get_by_role("link", name="用它训练").click()
-    page.get_by_role("heading", name="参数").wait_for()
+    page.get_by_role("heading", name="参数", exact=True).wait_for()
     page.get_by_label("cats.jsonl").wait_for()
     assert page.get_by_label("cats.jsonl").is_checked()
     steps = page.get_by_label("max_steps", exact=True)

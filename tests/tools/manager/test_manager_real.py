@@ -73,7 +73,19 @@ def test_a_recipe_is_previewed_and_trained(manager):
     assert manager.get("/api/evaluations")["runs"][0]["steps"] == 4
 
 
-def test_tools_are_called_in_a_process_of_their_own(manager):
+@pytest.fixture
+def plain_manager(tmp_path):
+    """What it starts are processes of their own: a tool's limit of memory is below what a fork that
+    has the libraries begins with."""
+    started = managing.Manager(ROOT, "--state", tmp_path, "--weights", tmp_path)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+def test_tools_are_called_in_a_process_of_their_own(plain_manager):
+    manager = plain_manager
     tools = manager.get("/api/tools")["tools"]
     assert "calculator" in [tool["function"]["name"] for tool in tools]
     call = {"name": "calculator", "arguments": {"expression": "37*(52+18)"}}
