@@ -114,6 +114,7 @@ LAUNCHER = """#!/usr/bin/env bash
 here=$(cd "$(dirname "$0")" && pwd)
 exec python "$here/train.py" --output_dir "$OUTPUT" "$@"
 """
+ENDED = ("done", "failed", "stopped")
 ROWS = "".join(f'{{"instruction": "第{i}问", "output": "答{i}"}}\n' for i in range(7))
 
 
@@ -181,10 +182,16 @@ class Manager:
         return (self.job(name)["progress"] or {}).get("step") or 0
 
     def until(self, name: str, *states: str) -> dict:
-        """The job once it is in one of these states."""
-        return serving.until(
-            lambda: next((j for j in [self.job(name)] if j["state"] in states), None), 60
-        )
+        """The job once it is in one of these states; fails as soon as it has ended in another."""
+
+        def found() -> dict | None:
+            job = self.job(name)
+            if job["state"] in states:
+                return job
+            assert job["state"] not in ENDED, f"{name} is {job['state']}, not {states}"
+            return None
+
+        return serving.until(found, 60)
 
     def log(self, name: str, **headers: str) -> list[tuple[str, str, dict]]:
         """(id, event, data) of all that /api/train/logs sends."""

@@ -207,7 +207,7 @@ def test_jobs_outlive_a_killed_manager(killed, tmp_path):
     manager.until(short["id"], "failed")
     ends_alone = manager.train(args={"--steps": 6, "--code": 3})
     serving.until(lambda: manager.step(ends_alone["id"]))
-    waits = manager.train(args={"--steps": 60})
+    waits = manager.train(args={"--steps": 100_000})
     assert manager.job(waits["id"])["state"] == "queued"
     manager.post("/api/chat/servers", 201, weights="tiny")
     (server,) = (
