@@ -25,6 +25,13 @@ def manager(tmp_path_factory):
         yield started
 
 
+def words_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
 def jobs_in(folder: Path, devices=("cpu",)) -> module.Jobs:
     return module.Jobs(folder / "state", folder, lambda: list(devices))
 
@@ -213,7 +220,7 @@ def test_jobs_outlive_a_killed_manager(killed, tmp_path):
     (server,) = (
         one
         for one in psutil.Process(manager.process.pid).children()
-        if "serve_openai_api" in " ".join(one.cmdline())
+        if "serve_openai_api" in words_of(one)
     )
     manager.kill()
     serving.until(lambda: not managing.alive(server.pid))  # unlike a job it ends with its manager
