@@ -39,8 +39,9 @@ ruff check .
 ruff format --check .
 git ls-files '*.sh' .ci/run | xargs shellcheck -x -e SC1091
 
-# half as many files at a time as there are cores, two at least: most of a run is the start of
-# processes, which leaves a core idle, and many tests start two
+# half as many files at a time as there are cores, three at least: most of a run is the start of
+# processes, which leaves a core idle (a fifth of two cores with two at a time), and many tests
+# start two
 workers=$(($(nproc) / 2))
-if ((workers < 2)); then workers=2; fi
+if ((workers < 3)); then workers=3; fi
 exec python -m pytest -q --durations=25 -n "$workers" --dist loadfile --no-loadscope-reorder "${room[@]}" "$@"
