@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from defaults import CPU_TOKENS, TOY_WIDTH
 from loop import optim
 from model import SIZES
+from named import HERE, OUTPUT, any_given, arch_of, own_model, width_of
+from refusals import refuse_sizes, refuse_unknown_to_the_loop
 from rl.advantages import GROUPED
 from rl.rewards import PARTS, RULES, weights_of
-from settings import (
-    CPU_TOKENS,
-    HERE,
-    OUTPUT,
-    TOY_WIDTH,
-    any_given,
-    arch_of,
-    own_model,
-    refuse_sizes,
-    refuse_unknown_to_the_loop,
-    width_of,
-)
 from transformers import TrainingArguments
 
 from common import cli, device

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this folder
 from common import cli, device  # noqa: I001  (device before torch and transformers)
 
-import settings
+import defaults
 import weights
 from loop import tracking
 
@@ -170,7 +170,7 @@ def set_batch(args, training, wanted: int) -> int:
     if not any(map(cli.given_by_user, by_hand)):
         training.per_device_train_batch_size = max(1, wanted // window_of_all)
         training.gradient_accumulation_steps = 1
-        settings.fit_batches_to_cpu(args, training)
+        defaults.fit_batches_to_cpu(args, training)
     windows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return windows * window_of_all
 
