@@ -272,8 +272,6 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         "an answer is; --mini_batches 1 --num_iterations 1": (
             args.algorithm == "reinforce" and updates > 1
         ),
-        f"--temperature {args.temperature}: the capped logits of nanochat's head are trained as "
-        "they are, so 1": args.arch == "nanochat" and args.temperature != 1,
         f"--gae_lambda {args.gae_lambda}, --gamma {args.gamma}: from 0 to 1": not (
             0 <= args.gae_lambda <= 1 and 0 <= args.gamma <= 1
         ),
