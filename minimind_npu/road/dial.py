@@ -208,6 +208,8 @@ def tell(args, training, config, counted: Count, budget: Budget) -> None:
         rates += f", head {args.head_lr:.2g}"
     if args.optimizer == "muon":
         rates = f"Muon {args.muon_lr:.2g}, {rates}"
+    elif not defaults.muon_runs_here():
+        rates += f" (Muon computes in bfloat16, which {device.name()} lacks)"
     steps = f"{budget.steps:,} steps of {budget.batch:,}" if budget.steps else "by epochs"
     per_parameter = budget.tokens / counted.scaled
     cli.say(
