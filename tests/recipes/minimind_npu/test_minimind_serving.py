@@ -672,8 +672,9 @@ def test_a_tool_is_called_within_an_answer_by_a_served_model_as_by_one_here(serv
         client_module.ServedModel(f"http://127.0.0.1:{server.port}/v1"),
         generation.MiniMindChatModel(trained),
     ):
-        talk = terminal.Chat(model, registry=tools, uses_tools=True, temperature=0)
-        terminal.talk(talk, ["北京天气怎么样？"], lambda *_, **__: None)
+        how = {"temperature": 0, "max_new_tokens": 60}
+        talk = terminal.Chat(model, registry=tools, uses_tools=True, **how)
+        list(talk.answer("北京天气怎么样？", threading.Event()))
         called, given, said = talk.history[1:]
         assert called["tool_calls"] == CALL and given["content"] == "晴"
         assert said["content"] == "北京今天晴。"
