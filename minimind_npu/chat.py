@@ -4,11 +4,16 @@
     python minimind_npu/chat.py --model_name_or_path output/minimind_npu/reason --temperature 0.7
     python minimind_npu/chat.py --adapter output/minimind_npu/lora --think on --system 像老师
     python minimind_npu/chat.py --base_url http://127.0.0.1:8998/v1       # a server's; --model ID
+    python minimind_npu/chat.py --model output/minimind_npu/toolcall --tools python my_tools.py
     printf '%s\\n' 你是谁？ /exit | python minimind_npu/chat.py           # questions from a pipe
 
 /clear forgets the conversation, /undo its last exchange; /think on|off opens a thought before each
 answer; /system TEXT sets the system prompt, /system alone takes it away; /exit, or Ctrl-D, leaves.
 Ctrl-C ends an answer that is being written. A pre-trained model continues what is typed.
+
+With --tools, or after /tools on, the model may call tools within its answer: the built-in ones and
+those that are named (python runs code in the sandbox). A call is run, `=` shows what it gives, and
+the model goes on.
 """
 
 import sys
@@ -24,23 +29,35 @@ import threading
 import time
 from collections.abc import Iterator
 
-from common.demo.chat_model import SAMPLING, split_thought
+from common.demo.chat_model import SAMPLING
 from engine.generation import MiniMindChatModel, Sampling, newest
 from server.client import ServedModel
+from toolcall.own_tools import registry_of
+from toolcall.registry import Registry
+from toolcall.talk import Part, with_tools
 
-HELP = "/clear  /undo  /think on|off  /system TEXT  /exit"
+HELP = "/clear  /undo  /think on|off  /tools on|off  /system TEXT  /exit"
 
 
 class Chat:
     """A conversation and the commands on it."""
 
     def __init__(
-        self, chat_model: MiniMindChatModel, system: str = "", thinking: bool = False, **options
+        self,
+        chat_model: MiniMindChatModel,
+        system: str = "",
+        thinking: bool = False,
+        registry: Registry | None = None,
+        uses_tools: bool = False,
+        **options,
     ):
-        """options: of ChatModel.stream: max_new_tokens, and those of SAMPLING."""
+        """registry: the tools that /tools on and uses_tools let it call; options: of
+        ChatModel.stream: max_new_tokens, and those of SAMPLING."""
         self.chat_model = chat_model
         self.system = system
         self.thinking = thinking
+        self.registry = registry
+        self.uses_tools = uses_tools
         self.options = options
         self.history: list[dict] = []
 
@@ -60,13 +77,16 @@ class Chat:
             return f"(system: {rest})" if rest else "(no system prompt)"
         if name == "think" and rest in ("on", "off"):
             return self.think(rest)
+        if name == "tools" and rest in ("on", "off"):
+            return self.use_tools(rest)
         return HELP
 
     def undo(self) -> str:
         if not self.history:
             return "(nothing to take back)"
-        question, _ = self.history[-2:]
-        del self.history[-2:]
+        place = max(i for i, turn in enumerate(self.history) if turn["role"] == "user")
+        question = self.history[place]
+        del self.history[place:]
         return f"(taken back: {question['content']})"
 
     def think(self, switch: str) -> str:
@@ -75,20 +95,33 @@ class Chat:
         self.thinking = switch == "on"
         return f"(think {switch})"
 
+    def use_tools(self, switch: str) -> str:
+        if self.registry is None or not self.chat_model.takes_tools:
+            return "(the chat template of this model knows no tools)"
+        self.uses_tools = switch == "on"
+        return f"(tools {switch}: {', '.join(self.registry.tools)})"
+
     def answer(self, question: str, stop: threading.Event) -> Iterator[str]:
-        """Yield the answer piece by piece; what was said until `stop` stays in the history."""
+        """Yield the answer piece by piece, calls of tools and their results among them; what was
+        said until `stop` stays in the history."""
         asked = {"role": "user", "content": question}
         messages = [*self.history, asked]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
+        registry = self.registry if self.uses_tools else None
+        options = {"thinking": self.thinking, **self.options}
+        parts: list[Part] = []
         said = ""
-        answers = self.chat_model.stream(messages, stop, thinking=self.thinking, **self.options)
-        for text, _ in answers:
+        for parts, _ in with_tools(self.chat_model, messages, registry, stop, **options):
+            text = "".join(map(written, parts))
             yield text[len(said) :]
             said = text
-        thought, content, _ = split_thought(said)
-        answer = {"role": "assistant", "content": content, "reasoning_content": thought}
-        self.history += [asked, answer]
+        self.history += [asked, *(part.message for part in parts)]
+
+
+def written(part: Part) -> str:
+    """A part as the terminal shows it."""
+    return f"\n  = {part.text}\n" if part.role == "tool" else part.text
 
 
 def show(chat: Chat, question: str, say) -> None:
@@ -143,6 +176,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--base_url", help="ask an OpenAI-compatible server; its key: DANPU_API_KEY")
     add("--system", default="", help="system prompt")
     add("--think", choices=("on", "off"), default="off")
+    own = "let it call tools: the built-in ones and, if named, python (the sandbox), files of yours"
+    add("--tools", nargs="*", help=own)
     add("--temperature", type=float, help="0: the likeliest token; unset: the model's own settings")
     add("--top_p", type=float)
     add("--top_k", type=int)
@@ -180,9 +215,13 @@ def open_model(args) -> MiniMindChatModel | ServedModel:
 
 def main() -> None:
     args = parse_args()
+    registry = registry_of(args.tools or [])
     chat_model = open_model(args)
+    uses_tools = args.tools is not None
+    if uses_tools and not chat_model.takes_tools:
+        raise SystemExit(f"--tools: the chat template of {chat_model.name} knows no tools")
     options = options_of(args, chat_model)
-    chat = Chat(chat_model, args.system, args.think == "on", **options)
+    chat = Chat(chat_model, args.system, args.think == "on", registry, uses_tools, **options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C at the prompt leaves
     hint = HELP if chat_model.chats else "pre-trained: continues a text  /exit"
     where = args.base_url or device.name()

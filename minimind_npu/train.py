@@ -32,9 +32,10 @@ import weights
 from loop import optim, parallel, state, tracking
 from loop.batches import Loader, Order, Plan, TokenRows
 from model import SparseFeedForward
+from named import tokenizer_of
 from road import dial, mixture
 from stages import distill, dpo, lora, mid, pretrain, reason, sft
-from settings import DEFINING, Args, parse_args, tokenizer_of
+from settings import DEFINING, Args, parse_args
 from common.callbacks import SafeStop
 from common.data.labels import encode_prompt, fingerprint, preview
 from common.data.load import summary

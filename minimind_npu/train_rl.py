@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 import weights
 from evaluation.answers import same
 from loop import optim, parallel, state, tracking
+from named import tokenizer_of
 from rl import figures
 from rl import policy as policies
 from rl import prompts as asking
@@ -38,7 +39,6 @@ from rl.learner import Learner, look_at, make_experiences, make_learner
 from rl.policy import Experience
 from rl.rewards import Rewards
 from rl.rollout import Sampler, refuse_disagreement
-from settings import tokenizer_of
 from stages.pretrain import balance
 from toolcall.own_tools import registry_of
 from common.callbacks import SafeStop

@@ -42,7 +42,7 @@ class ChatModel:
         path, name: where it lies, and the end of that for people.
         adapter: whether it is an adapter, which can be switched off.
         chats: whether it is asked in its chat template; otherwise it continues the last text.
-        can_think, takes_system: what the chat template knows.
+        can_think, takes_system, takes_tools: what the chat template knows.
         window: tokens of prompt and answer together.
         settings: the arguments of the run that left it, {} when there is no run.json beside it.
     """
@@ -64,6 +64,7 @@ class ChatModel:
         self.chats = template is not None and self.settings.get("stage") != pretraining_stage
         self.can_think = "enable_thinking" in str(template)
         self.takes_system = self.chats and "system" in str(template)
+        self.takes_tools = self.chats and "tools" in str(template)
         self.window = getattr(self.model.config, "max_position_embeddings", 4096)
         self.lock = threading.Lock()
 
@@ -116,8 +117,14 @@ class ChatModel:
                 with self.model.disable_adapter():
                     yield
 
-    def prompt(self, messages: list[dict], room: int, thinking: bool = True) -> list[int]:
-        """Token ids [T] that generation starts from.
+    def prompt(
+        self,
+        messages: list[dict],
+        room: int,
+        thinking: bool = True,
+        tools: list[dict] | None = None,
+    ) -> list[int]:
+        """Token ids [T] that generation starts from. tools: schemas that the template shows.
 
         The oldest exchanges are left out until `room` more tokens fit into the window. A model that
         does not chat continues the last message.
@@ -128,10 +135,12 @@ class ChatModel:
         template = {"enable_thinking": thinking} if self.can_think else {}
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = messages[len(system) :]
-        ids = encode_prompt(self.tokenizer, system + turns, **template)
-        while len(ids) > most and len(turns) > 2:
-            turns = turns[2:]
-            ids = encode_prompt(self.tokenizer, system + turns, **template)
+        ids = encode_prompt(self.tokenizer, system + turns, tools, **template)
+        starts = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+        for start in starts[1:]:
+            if len(ids) <= most:
+                break
+            ids = encode_prompt(self.tokenizer, system + turns[start:], tools, **template)
         return ids[-most:]
 
     def text_prompt(self, text: str) -> list[int]:
@@ -145,18 +154,21 @@ class ChatModel:
         use_adapter: bool = True,
         thinking: bool = True,
         max_new_tokens: int = 512,
+        tools: list[dict] | None = None,
         **sampling,
     ) -> Iterator[tuple[str, int]]:
         """Chat messages -> (answer so far, its tokens) while it grows; the last one is complete.
 
         stop: ends the answer within one token when set; leaving the iteration does the same.
+        tools: schemas of those that it may call; a call is text of the answer.
         sampling: some of SAMPLING; temperature 0, the default, is greedy.
         Raises ValueError when the template refuses the messages, and whatever generation raises.
         """
         from common.runs.generate import answer_text
 
         room = min(int(max_new_tokens), self.window // 2)
-        prompt = self.prompt(messages, room, thinking)
+        shown = {"tools": tools} if tools else {}
+        prompt = self.prompt(messages, room, thinking, **shown)
         thought_is_open = self.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
         opened = "<think>" if thought_is_open else ""  # by the template: not among the new tokens
         stop = stop or threading.Event()

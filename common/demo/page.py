@@ -239,7 +239,7 @@ class Chat(Runs):
         run = self.begin(request)
         options = dict(zip(self.controls, values, strict=True))
         history = [*history, {"role": "user", "content": text}]
-        turns = turns_of(history, system)
+        turns = self.turns_of(history, system)
         answer = {
             "role": "assistant",
             "content": "",
@@ -249,10 +249,10 @@ class Chat(Runs):
         }
         history.append(answer)
         try:
-            yield show(history), history, gr.update(value="", **BUSY)
+            yield self.show(history), history, gr.update(value="", **BUSY)
             for _ in self.answer(answer, turns, run.stop, options):
                 if not run.cleared:
-                    yield show(history), history, gr.skip()
+                    yield self.show(history), history, gr.skip()
             if run.cleared:  # after the last look at it, which else would come back
                 yield [], [], gr.skip()
         except Exception as error:
@@ -264,9 +264,7 @@ class Chat(Runs):
         """Let `answer` grow, with a step for each look at it; the last one has its note."""
         began = time.perf_counter()
         count = 0
-        for text, count in self.chat_model.stream(turns, stop, **options):  # noqa: B007
-            thought, content, done = split_thought(text)
-            answer |= {"reasoning_content": thought, "content": content, "thought_done": done}
+        for count in self.grow(answer, turns, stop, options):  # noqa: B007
             yield
         seconds = time.perf_counter() - began
         more = []
@@ -277,6 +275,19 @@ class Chat(Runs):
         answer |= {"thought_done": True, "note": answer_note(count, seconds, *more)}
         yield
 
+    def grow(self, answer: dict, turns: list[dict], stop: threading.Event, options: dict):
+        """Let the texts of `answer` grow; gives its tokens so far."""
+        for text, count in self.chat_model.stream(turns, stop, **options):
+            thought, content, done = split_thought(text)
+            answer |= {"reasoning_content": thought, "content": content, "thought_done": done}
+            yield count
+
+    def show(self, history: list[dict]) -> list[gr.ChatMessage]:
+        return show(history)
+
+    def turns_of(self, history: list[dict], system: str) -> list[dict]:
+        return turns_of(history, system)
+
     def pick(self, example: gr.SelectData, history, request: gr.Request, *controls):
         yield from self.ask(example.value["text"], history, request, *controls)
 
@@ -286,7 +297,7 @@ class Chat(Runs):
 
     def undo(self, history):
         question = history[-2]["content"] if history else ""
-        return show(history[:-2]), history[:-2], question
+        return self.show(history[:-2]), history[:-2], question
 
     def clear(self, request: gr.Request):
         answering = self.drop(request)
@@ -318,6 +329,7 @@ def chat_column(
     switches: dict[str, gr.Checkbox] | None = None,
     system_prompt: str = "",
     system_info: str | None = None,
+    make: Callable[..., Chat] = Chat,
     **look,
 ) -> Chat:
     """A conversation, the box to type in and the settings, connected; to be called inside a page.
@@ -345,7 +357,7 @@ def chat_column(
         system = system_box(chat_model, system_prompt, system_info)
         with gr.Row():
             numbers = [length(chat_model.window), *sampling(chat_model.sampling_defaults())]
-    chat = Chat(chat_model, ["use_adapter", *switches, "max_new_tokens", *SAMPLING])
+    chat = make(chat_model, ["use_adapter", *switches, "max_new_tokens", *SAMPLING])
     chat.connect(chatbot, box, [system, use_adapter, *switches.values(), *numbers])
     return chat
 
@@ -358,6 +370,7 @@ def chat_demo(
     switches: dict[str, gr.Checkbox] | None = None,
     system_prompt: str = "",
     system_info: str | None = None,
+    make: Callable[..., Chat] = Chat,
 ) -> gr.Blocks:
     """The page of one chat.
 
@@ -367,11 +380,14 @@ def chat_demo(
         switches: argument of ChatModel.stream -> the checkbox (with render=False) that sets it.
         system_prompt, system_info: what the box of the system prompt holds at first, and the text
             beside it.
+        make: makes the Chat, from the arguments of one.
     """
     kind = "聊天" if chat_model.chats else "续写"
     with gr.Blocks(title=f"{title} · {kind}", analytics_enabled=False, fill_height=True) as demo:
         gr.Markdown(about(chat_model, title, *facts), elem_id="about")
-        chat = chat_column(chat_model, examples, switches, system_prompt, system_info, scale=1)
+        chat = chat_column(
+            chat_model, examples, switches, system_prompt, system_info, make, scale=1
+        )
         demo.unload(chat.halt)
     return demo.queue(max_size=MAX_WAITING)
 

@@ -12,7 +12,7 @@ Each question stands behind examples of its task, chosen by its number:
 --zh: choices in the layouts of tasks.py, asked the same way; CORE-zh is their mean, ours alone.
 centred: (accuracy - baseline) / (1 - baseline); CORE is the mean over the tasks. Prompts, examples
 and their order are those of nanochat's core_eval. Answers are kept as they come (core.jsonl); the
-last line is JSON.
+last line is JSON. Several devices: python common/launch.py 8 minimind_npu/evaluation/core.py ...
 """
 
 import sys
@@ -32,7 +32,7 @@ import weights
 from engine.generation import MiniMindChatModel, newest
 from evaluation.eval import Scorer
 from evaluation.in_context import InContext, read_bundle, read_zh, rows_to_score
-from evaluation.journal import Journal, keep_results
+from evaluation.journal import Journal, join_others, keep_results
 
 from common.data.spelling import IGNORE, encode_text
 
@@ -85,7 +85,7 @@ def ask(task: InContext, scorer: Scorer, encode, window: int, journal: Journal) 
         rows = rows_to_score(task, number, encode, window)
         if rows is None:
             left_out += 1
-        else:
+        elif journal.is_mine(number):
             waiting.append((number, rows))
     for start in range(0, len(waiting), AT_ONCE):
         part = waiting[start : start + AT_ONCE]
@@ -116,6 +116,7 @@ def score(task: InContext, journal: Journal, left_out: int) -> dict:
 
 
 def evaluate(args, chat_model: MiniMindChatModel, out: Path) -> dict:
+    """All scores, on rank 0."""
     groups = {"core": [], "core_zh": []}
     if args.bundle:
         groups["core"] = read_bundle(Path(args.bundle), args.num_rows)
@@ -127,24 +128,36 @@ def evaluate(args, chat_model: MiniMindChatModel, out: Path) -> dict:
         return encode_text(tokenizer, text, begin)
 
     everything = [*groups["core"], *groups["core_zh"]]
+    refuse_twins([task.label for task in everything])
     told = {task.label: digest(task) for task in everything}
     settings = {"model": weights.fingerprint(chat_model.path), "tasks": told}
     journal = Journal(out / "core.jsonl", settings)
     scorer = Scorer(chat_model.model)
     results = {"model": chat_model.name, "tasks": {}}
+    left_out = {}
+    for task in everything:
+        cli.say(f"{task.label}: {len(task.rows):,} questions, {task.shots} examples each")
+        left_out[task.label] = ask(task, scorer, encode, chat_model.window, journal)
+    journal.close()
+    if not cli.is_main():
+        return {}
     for name, group in groups.items():
         centred = []
         for task in group:
-            cli.say(f"{task.label}: {len(task.rows):,} questions, {task.shots} examples each")
-            left_out = ask(task, scorer, encode, chat_model.window, journal)
-            found = score(task, journal, left_out)
+            found = score(task, journal, left_out[task.label])
             results["tasks"][task.label] = found | {"of": name}
             centred.append(found["centred"])
         if centred:
             results[name] = sum(centred) / len(centred)
             results[f"{name}_tasks"] = len(centred)
-    journal.close()
     return results
+
+
+def refuse_twins(labels: list[str]) -> None:
+    """Answers are kept by the name of their task."""
+    for label in labels:
+        if labels.count(label) > 1:
+            raise SystemExit(f"--bundle and --zh: {label} stands there twice")
 
 
 def digest(task: InContext) -> str:
@@ -203,9 +216,12 @@ def main() -> None:
     device.training_defaults(set())
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    join_others()
     began = time.perf_counter()
     chat_model = MiniMindChatModel(args.model_name_or_path or newest())
     results = evaluate(args, chat_model, out)
+    if not cli.is_main():
+        return
     results["seconds"] = round(time.perf_counter() - began, 1)
     results["command"] = f"python {' '.join(sys.argv)}"
     keep_results(out, "core", results, table(results))

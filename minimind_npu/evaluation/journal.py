@@ -1,13 +1,30 @@
 """Answers on disk as they come, so that an evaluation that was ended goes on where it stood; and
-what they came to."""
+what they came to.
+
+Several processes of one launch (common/launch.py, torchrun) share the questions by their numbers:
+each writes a file of its own beside the journal, and rank 0 puts them into it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from common import cli
+from common import cli, device
 from common.data.files import atomic_file
+from common.runs import heartbeat
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_others() -> None:
+    """Before the first journal: the processes of this launch can wait for one another from here
+    on."""
+    heartbeat.start(device.DDP_TIMEOUT)
+    if WORLD > 1 and heartbeat.seconds() is None:
+        raise SystemExit("several processes are started with common/launch.py or torchrun")
 
 
 class Journal:
@@ -15,23 +32,61 @@ class Journal:
 
     Where the file begins with other settings it is begun anew, and a line that a kill has torn is
     dropped. A record has "task", "question" (its number) and "sample", which name it; it counts
-    once.
+    once. All ranks make, and close, one of a file.
     """
 
     def __init__(self, file: Path, settings: dict):
         self.file = file
-        self.records: dict[tuple, dict] = {}
-        head, records = kept(file)
-        if head == {"settings": settings}:
-            for record in records:
-                self.records[key_of(record)] = record
-            cli.say(f"{len(self.records):,} answers are there already: {file}")
+        self.head = {"settings": settings}
+        if RANK == 0:
+            self.tell()
+            self.put_together()
+        cli.wait_for_all("it reads the answers that are there")
+        self.records = self.found_in(file)
+        own = file
+        if RANK:
+            own = self.of_rank(f"{RANK}")
+            own.write_text(line_of(self.head), encoding="utf-8")
+        self.lines = open(own, "a", encoding="utf-8")  # noqa: SIM115  (open as long as this)
+
+    def tell(self) -> None:
+        head, _ = kept(self.file)
+        if head == self.head:
+            cli.say(f"{len(self.found()):,} answers are there already: {self.file}")
         elif head is not None:
-            cli.say(f"{file} is of another model or other questions; begun anew")
-        with atomic_file(file) as part:
-            lines = [{"settings": settings}, *self.records.values()]
+            cli.say(f"{self.file} is of another model or other questions; begun anew")
+
+    def of_rank(self, rank: str) -> Path:
+        return self.file.with_name(f"{self.file.stem}.{rank}{self.file.suffix}")
+
+    def others(self) -> list[Path]:
+        """What other ranks have left, of this launch or of one that was ended."""
+        return sorted(self.file.parent.glob(self.of_rank("[0-9]*").name))
+
+    def found_in(self, file: Path) -> dict[tuple, dict]:
+        head, records = kept(file)
+        if head != self.head:
+            return {}
+        return {key_of(record): record for record in records}
+
+    def found(self) -> dict[tuple, dict]:
+        """In all files."""
+        records: dict[tuple, dict] = {}
+        for file in (self.file, *self.others()):
+            records |= self.found_in(file)
+        return records
+
+    def put_together(self) -> None:
+        """All answers into the one file. Rank 0, while nobody writes."""
+        lines = [self.head, *self.found().values()]
+        with atomic_file(self.file) as part:
             part.write_text("".join(map(line_of, lines)), encoding="utf-8")
-        self.lines = open(file, "a", encoding="utf-8")  # noqa: SIM115  (open as long as this)
+        for file in self.others():
+            file.unlink()
+
+    def is_mine(self, question: int) -> bool:
+        """Whether this process asks it."""
+        return question % WORLD == RANK
 
     def has(self, task: str, question: int, sample: int = 0) -> bool:
         return (task, question, sample) in self.records
@@ -46,7 +101,12 @@ class Journal:
         return [self.records[key] for key in sorted(self.records) if key[0] == task]
 
     def close(self) -> None:
+        """Rank 0 has the records of all from here on."""
         self.lines.close()
+        cli.wait_for_all("it puts the answers together")
+        if RANK == 0 and WORLD > 1:
+            self.put_together()
+            self.records = self.found_in(self.file)
 
 
 def key_of(record: dict) -> tuple:

@@ -299,6 +299,9 @@ class WandB(Tracker):
     def log(self, step: int, values: dict) -> None:
         self.run.log(values, step=step)
 
+    def close(self) -> None:
+        self.run.finish()
+
 
 class SwanLab(Tracker):
     def __init__(self, out: Path, settings: dict, ids: dict, step: int):
@@ -333,7 +336,10 @@ class Trackers:
         for name in names if cli.is_main() else []:
             if name not in TRACKERS:
                 raise SystemExit(f"--report_to {name}: {', '.join(TRACKERS)} or none")
-            self.open.append(TRACKERS[name](out, settings, ids, step))
+            try:
+                self.open.append(TRACKERS[name](out, settings, ids, step))
+            except ModuleNotFoundError as error:
+                raise SystemExit(f"--report_to {name}: pip install {error.name}") from None
 
     def log(self, step: int, values: dict) -> None:
         for tracker in self.open:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from defaults import CPU_TOKENS, TOY_WIDTH
 from loop import optim
 from model import SIZES
+from named import HERE, OUTPUT, any_given, arch_of, own_model, width_of
+from refusals import refuse_sizes, refuse_unknown_to_the_loop
 from rl.advantages import GROUPED
 from rl.rewards import PARTS, RULES, weights_of
-from settings import (
-    CPU_TOKENS,
-    HERE,
-    OUTPUT,
-    TOY_WIDTH,
-    any_given,
-    arch_of,
-    own_model,
-    refuse_sizes,
-    refuse_unknown_to_the_loop,
-    width_of,
-)
 from transformers import TrainingArguments
 
 from common import cli, device
@@ -281,8 +272,6 @@ def refuse_contradictions(args: Args, training: TrainingArguments) -> None:
         "an answer is; --mini_batches 1 --num_iterations 1": (
             args.algorithm == "reinforce" and updates > 1
         ),
-        f"--temperature {args.temperature}: the capped logits of nanochat's head are trained as "
-        "they are, so 1": args.arch == "nanochat" and args.temperature != 1,
         f"--gae_lambda {args.gae_lambda}, --gamma {args.gamma}: from 0 to 1": not (
             0 <= args.gae_lambda <= 1 and 0 <= args.gamma <= 1
         ),

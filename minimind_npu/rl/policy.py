@@ -50,12 +50,31 @@ class Policy(nn.Module):
         before each of them [N] (None without the head), the balance of the experts."""
         out = self.model.model(**{name: batch[name] for name in INPUTS})
         hidden = out.last_hidden_state.flatten(0, 1)[batch["places"]]
-        scaled = hidden / self.temperature
-        log_probs = losses.head_logprobs(self.model.lm_head, scaled, batch["targets"])
+        head, rows = at_temperature(self.model.lm_head, hidden, self.temperature)
+        log_probs = losses.head_logprobs(head, rows, batch["targets"])
         values = None
         if self.value_head is not None:
             values = self.value_head(hidden.float())[:, 0]
         return log_probs, values, getattr(out, "aux_loss", hidden.new_zeros(()))
+
+
+class Cooled:
+    """The logits of a head, divided by a temperature."""
+
+    def __init__(self, head: nn.Module, temperature: float):
+        self.head = head
+        self.temperature = temperature
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden) / self.temperature
+
+
+def at_temperature(head: nn.Module, hidden: Tensor, temperature: float) -> tuple:
+    """A head and hidden states whose logits are those of the head, divided by the temperature: of a
+    plain product the states can be divided instead."""
+    if type(head) is nn.Linear:
+        return head, hidden / temperature
+    return Cooled(head, temperature), hidden
 
 
 def frozen_copy(policy: Policy) -> Policy:

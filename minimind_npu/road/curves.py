@@ -12,7 +12,8 @@ from pathlib import Path
 from common.data.files import atomic_file
 
 SMOOTHED = 50  # points that a training curve is drawn with, at most
-HOUR = 3600.0
+UNITS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
+FEWEST = 3  # of a unit, that a road takes
 
 
 def draw(
@@ -74,7 +75,7 @@ def bits_points(stages: dict[str, dict], histories: dict[str, dict]) -> dict:
 
 
 def placed(lines: dict, stages: dict[str, dict]) -> dict[str, list[tuple]]:
-    """Shares of each stage -> (FLOP, hours, value) from the start of the road."""
+    """Shares of each stage -> (FLOP, seconds, value) from the start of the road."""
     found = {}
     flops = 0.0
     seconds = 0.0
@@ -82,7 +83,7 @@ def placed(lines: dict, stages: dict[str, dict]) -> dict[str, list[tuple]]:
         own = facts.get("flops", 0.0)
         points = []
         for share, value in lines.get(stage, []):
-            points.append((flops + share * own, (seconds + share * facts["seconds"]) / HOUR, value))
+            points.append((flops + share * own, seconds + share * facts["seconds"], value))
         if points:
             found[stage] = points
         flops += own
@@ -90,17 +91,29 @@ def placed(lines: dict, stages: dict[str, dict]) -> dict[str, list[tuple]]:
     return found
 
 
+def unit_of(seconds: float) -> str:
+    """The largest of which there are some."""
+    found = "seconds"
+    for name, size in UNITS.items():
+        if seconds >= FEWEST * size:
+            found = name
+    return found
+
+
 def picture(file: Path, title: str, lines: dict[str, list[tuple]]) -> None:
-    """Two panels that share their height: over FLOP, over hours."""
+    """Two panels that share their height: over FLOP, over time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), dpi=120, sharey=True)
-    for place, (axes, label) in enumerate(zip(panels, ("FLOP", "hours"), strict=True)):
+    unit = unit_of(max(points[-1][1] for points in lines.values()))
+    scales = {"FLOP": 1.0, unit: UNITS[unit]}
+    for place, (label, scale) in enumerate(scales.items()):
+        axes = panels[place]
         for stage, points in lines.items():
-            along = [point[place] for point in points]
+            along = [point[place] / scale for point in points]
             values = [point[2] for point in points]
             axes.plot(along, values, marker="o", markersize=2.5, linewidth=1.5, label=stage)
         axes.set(xlabel=label)

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the modules beside this folder
 from common import cli, device  # noqa: I001  (device before torch and transformers)
 
-import settings
+import defaults
 import weights
 from loop import tracking
 
@@ -170,7 +170,7 @@ def set_batch(args, training, wanted: int) -> int:
     if not any(map(cli.given_by_user, by_hand)):
         training.per_device_train_batch_size = max(1, wanted // window_of_all)
         training.gradient_accumulation_steps = 1
-        settings.fit_batches_to_cpu(args, training)
+        defaults.fit_batches_to_cpu(args, training)
     windows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return windows * window_of_all
 
@@ -208,6 +208,8 @@ def tell(args, training, config, counted: Count, budget: Budget) -> None:
         rates += f", head {args.head_lr:.2g}"
     if args.optimizer == "muon":
         rates = f"Muon {args.muon_lr:.2g}, {rates}"
+    elif not defaults.muon_runs_here():
+        rates += f" (Muon computes in bfloat16, which {device.name()} lacks)"
     steps = f"{budget.steps:,} steps of {budget.batch:,}" if budget.steps else "by epochs"
     per_parameter = budget.tokens / counted.scaled
     cli.say(

@@ -22,14 +22,14 @@ train() {
     (launch "$here/$script" --output_dir "$road/$stage" "${tracker[@]}" "$@")
 }
 
-# evaluate STAGE: in context, then as a chat; answers that are there stay
+# evaluate STAGE: in context, then as a chat, each device a share of the questions; answers that are there stay
 evaluate() {
     local out=$road/eval/$1 core=() chat=()
     read -ra core <<<"${CORE:-}"
     read -ra chat <<<"${EVAL:-}"
-    "$python" "$here/evaluation/core.py" --model "$road/$1" --output_dir "$out" "${core[@]}"
-    "$python" "$here/evaluation/chat_eval.py" --model "$road/$1" --output_dir "$out" \
-        --held_out "$here/data/eval/held_out.txt" "${chat[@]}"
+    (launch "$here/evaluation/core.py" --model "$road/$1" --output_dir "$out" "${core[@]}")
+    (launch "$here/evaluation/chat_eval.py" --model "$road/$1" --output_dir "$out" \
+        --held_out "$here/data/eval/held_out.txt" "${chat[@]}")
 }
 
 # run_stage NAME [flags]
@@ -68,6 +68,9 @@ drive() {
     unset OUTPUT DATA MODEL
     prepare
     : "${python:?}"
+    if [[ -n ${WANDB_RUN:-} && $WANDB_RUN != dummy ]]; then
+        "$python" -c 'import wandb' 2>/dev/null || die "WANDB_RUN=$WANDB_RUN: $python -m pip install wandb"
+    fi
     mkdir -p "$road"
     [[ -f $road/road.json ]] || "$python" "$here/road/report.py" reset --output_dir "$road" \
         ${DOLLARS_PER_HOUR:+--dollars_per_hour "$DOLLARS_PER_HOUR"}

@@ -19,6 +19,7 @@ from common import cli, device  # noqa: I001  (device before torch and transform
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 
@@ -30,9 +31,16 @@ from common.runs import memory, report
 from common.runs.memory_plan import gib
 
 STAGES = {"pretrain": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}
+EXPLAINED = (
+    "Shares of right answers: `in context` by text, with examples before the question (core.py), "
+    "the others without (chat_eval.py). CORE, CORE-zh and ChatCORE are means of such shares, each "
+    "centred to 0 for guessing. Bits per byte: of held-out text."
+)
 NOTES = "road.json"
 CARD = "report.md"
 PICTURES = ("loss.png", "bits_per_byte.png")
+OWN_PICTURES = {"rl": ("reward.png",)}  # of stages, shown beside them
+RESULTS = ("results.json", "core.json")  # of evaluations
 SHOWN = 3  # samples of a stage
 CELL = 60  # characters of a sample
 
@@ -48,8 +56,8 @@ def reset(out: Path, dollars_per_hour: float | None) -> None:
         "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "commit": commit(),
         "devices": devices(),
-        "host": f"{os.cpu_count()} CPU cores, {gib(memory.host_bytes())} of memory free",
-        "platform": f"Python {platform.python_version()}, {platform.platform()}",
+        "host": host(out),
+        "platform": platform.platform(),
         "versions": report.versions(),
         "dollars_per_hour": dollars_per_hour,
     }
@@ -59,7 +67,14 @@ def reset(out: Path, dollars_per_hour: float | None) -> None:
 def devices() -> str:
     if device.kind() == "cpu":
         return device.name()
-    return f"{device.module().device_count()} x {device.name()}"
+    count = device.module().device_count()
+    return f"{count} x {device.name()}, {gib(memory.free_bytes())} of memory free"
+
+
+def host(out: Path) -> str:
+    disk = gib(shutil.disk_usage(out).free)
+    free = gib(memory.host_bytes())
+    return f"{os.cpu_count()} CPU cores, {free} of memory free, {disk} of disk free"
 
 
 def commit() -> str:
@@ -112,8 +127,7 @@ def evaluations_of(out: Path) -> dict[str, dict[str, float]]:
 
 
 def figures_of(folder: Path) -> dict[str, float]:
-    chat = read_json(folder / "results.json")
-    core = read_json(folder / "core.json")
+    chat, core = (read_json(folder / name) for name in RESULTS)
     found = {}
     if "bits_per_byte" in chat:
         found["bits per byte"] = chat["bits_per_byte"]
@@ -143,28 +157,81 @@ def generate(out: Path) -> str:
     table = table_of(rows)
     histories = {stage: read_json(out / stage / "trainer_state.json") for stage in stages}
     drawn = curves.draw(out, stages, histories, PICTURES)
-    lines = [*header(out, stages), "", "## Evaluations", "", *table, ""]
+    price = read_json(out / NOTES).get("dollars_per_hour")
+    commands = {facts["command"] for facts in stages.values()}
+    lines = [*header(out, stages, price), ""]
+    if len(commands) == 1:
+        lines += shown_command(*commands)
+    lines += ["## Evaluations", "", *table, ""]
+    if rows:
+        lines += [EXPLAINED, ""]
     for name in drawn:
         lines += [f"![{name}]({name})", ""]
     for stage, facts in stages.items():
-        lines += section(stage, facts)
+        lines += section(stage, facts, price)
+        if len(commands) > 1:
+            lines += shown_command(facts["command"])
+        lines += pictures_of(out, stage)
+        lines += samples_of(facts)
     write(out / CARD, "\n".join(lines).rstrip() + "\n")
     return "\n".join(table)
 
 
-def header(out: Path, stages: dict[str, dict]) -> list[str]:
+def header(out: Path, stages: dict[str, dict], price: float | None) -> list[str]:
     notes = read_json(out / NOTES)
-    seconds = sum(facts["seconds"] for facts in stages.values())
     lines = [f"# Report card: {out.resolve().name}", ""]
     for name in ("began", "commit", "devices", "host", "platform"):
         if notes.get(name):
             lines.append(f"- {name}: {notes[name]}")
-    lines.append(f"- training: {clock(seconds)} in {len(stages)} stages")
-    price = notes.get("dollars_per_hour")
+    if notes.get("versions"):
+        known = [f"{name} {version}" for name, version in notes["versions"].items()]
+        lines.append(f"- software: {', '.join(one for one in known if 'commit' not in one)}")
+    if model_of(out):
+        lines.append(f"- model: {model_of(out)}")
+    seconds = sum(facts["seconds"] for facts in stages.values())
+    flops = sum(facts.get("flops", 0.0) for facts in stages.values())
+    tokens = sum(facts["tokens"]["total"] for facts in stages.values())
+    peak = max((facts.get("peak_memory_mb", 0.0) for facts in stages.values()), default=0.0)
+    lines.append(
+        f"- training: {clock(seconds)} in {len(stages)} stages, {tokens:,} tokens, {flops:.2e} "
+        f"FLOP; at most {gib(peak * 2**20)} of memory in a process"
+    )
+    measured = seconds_of_evaluation(out)
+    if measured:
+        lines.append(f"- evaluation: {clock(measured)}")
     if price:
-        cost = price * seconds / 3600
-        lines.append(f"- cost: ${cost:,.2f} of training at ${price:,.2f} an hour")
+        lines.append(
+            f"- cost: ${cost(price, seconds):,.2f} of training and ${cost(price, measured):,.2f} "
+            f"of evaluation at ${price:,.2f} an hour"
+        )
     return lines
+
+
+def cost(price: float, seconds: float) -> float:
+    """price: of an hour."""
+    return price * seconds / 3600
+
+
+def model_of(out: Path) -> str:
+    """Its sizes, as the pre-trained one has them."""
+    config = read_json(out / "pretrain" / "final" / "config.json")
+    if not config:
+        return ""
+    return (
+        f"{config['model_type']}, {config['num_hidden_layers']} layers, {config['hidden_size']} "
+        f"wide, {config['num_attention_heads']} heads, {config['vocab_size']:,} tokens in the "
+        "vocabulary"
+    )
+
+
+def seconds_of_evaluation(out: Path) -> float:
+    """Of those that are in the table; of one that was continued, its last start."""
+    files = [out / "eval" / stage / name for stage in STAGES for name in RESULTS]
+    return sum(read_json(file).get("seconds", 0.0) for file in files)
+
+
+def shown_command(command: str) -> list[str]:
+    return ["```bash", command, "```", ""]
 
 
 def table_of(rows: dict[str, dict[str, float]]) -> list[str]:
@@ -179,9 +246,10 @@ def table_of(rows: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def section(stage: str, facts: dict) -> list[str]:
+def section(stage: str, facts: dict, price: float | None) -> list[str]:
     rows = facts["rows"]
     tokens = facts["tokens"]["total"]
+    own = f"; ${cost(price, facts['seconds']):,.2f}" if price else ""
     lines = [f"## {STAGES[stage]}: {stage}", ""]
     lines += [
         f"- {facts['parameters']['total']:,} parameters, {facts['dtype']}, "
@@ -189,18 +257,29 @@ def section(stage: str, facts: dict) -> list[str]:
         f"- {rows['used']:,} rows, {rows.get('held_out', 0):,} held out; {facts['steps']:,} steps, "
         f"{tokens:,} tokens",
         f"- {clock(facts['seconds'])}, {facts['tokens_per_second']:,.0f} tokens/s, "
-        f"{facts.get('flops', 0):.2e} FLOP, MFU {facts['mfu']:.0%} of a measured product",
-        "",
-        report.metrics_table(facts["metrics"]),
-        "",
-        "```bash",
-        facts["command"],
-        "```",
-        "",
+        f"{facts.get('flops', 0):.2e} FLOP, MFU {facts['mfu']:.0%} of a measured product{own}",
     ]
+    mixture = rows.get("mixture", [])
+    if mixture:
+        parts = [f"{Path(part['file']).name} {part['drawn']:,}" for part in mixture]
+        lines.append(f"- rows of an epoch: {', '.join(parts)}")
+    return [*lines, "", report.metrics_table(facts["metrics"]), ""]
+
+
+def pictures_of(out: Path, stage: str) -> list[str]:
+    """Of what the pictures of the whole road do not show."""
+    lines = []
+    for name in OWN_PICTURES.get(stage, ()):
+        if (out / stage / name).is_file():
+            lines += [f"![{stage}: {name}]({stage}/{name})", ""]
+    return lines
+
+
+def samples_of(facts: dict) -> list[str]:
     samples = facts.get("samples", [])[:SHOWN]
-    if samples:
-        lines += ["| prompt | wanted | answer |", "|---|---|---|"]
+    if not samples:
+        return []
+    lines = ["| prompt | wanted | answer |", "|---|---|---|"]
     for sample in samples:
         cells = [cell(sample[name]) for name in ("prompt", "reference", "after")]
         lines.append(f"| {' | '.join(cells)} |")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import requests
+from toolcall.calls import CLOSED, OPENED
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CONNECTS = 10  # seconds
@@ -26,6 +27,7 @@ class ServedModel:
     chats = True
     can_think = True
     takes_system = True
+    takes_tools = True
     window = 8192  # bounds the page's slider alone; the server has its own
 
     def __init__(self, base_url: str, name: str = ""):
@@ -74,31 +76,37 @@ class ServedModel:
         use_adapter: bool = True,
         thinking: bool = False,
         max_new_tokens: int = 512,
+        tools: list[dict] | None = None,
         **sampling,
     ) -> Iterator[tuple[str, int]]:
-        """As ChatModel.stream: (answer so far, its pieces) while it grows. ValueError for what the
-        server refuses."""
+        """As ChatModel.stream: (answer so far, its pieces) while it grows; calls of tools come at
+        its end. ValueError for what the server refuses."""
         asked = {
             "model": self.name,
-            "messages": messages,
+            "messages": with_call_ids(messages),
             "max_tokens": int(max_new_tokens),
             "stream": True,
             **sampling,
         }
+        if tools:
+            asked["tools"] = tools
         if thinking:
             asked["chat_template_kwargs"] = {"enable_thinking": True}
         stop = stop or threading.Event()
         thought = ""
         said = ""
+        calls: dict[int, dict] = {}
         count = 0
         for piece in self.pieces(asked):
             if stop.is_set():
                 return
             thought += piece.get("reasoning_content") or ""
             said += piece.get("content") or ""
+            for call in piece.get("tool_calls") or []:
+                add_call(calls, call)
             count += 1
             yield joined(thought, said), count
-        yield joined(thought, said), count
+        yield joined(thought, said) + "".join(map(written_call, calls.values())), count
 
     def pieces(self, asked: dict) -> Iterator[dict]:
         """The deltas of a streamed answer; leaving the iteration ends the answer at the server."""
@@ -130,6 +138,46 @@ def joined(thought: str, said: str) -> str:
     if not thought:
         return said
     return f"<think>{thought}</think>{said}" if said else f"<think>{thought}"
+
+
+def with_call_ids(messages: list[dict]) -> list[dict]:
+    """Calls and their results as OpenAI's interface has them: matched by ids, arguments as text."""
+    found = []
+    waiting: list[str] = []
+    for number, message in enumerate(messages):
+        message = dict(message)
+        calls = message.pop("tool_calls", [])
+        if calls:
+            waiting = [f"call_{number}_{i}" for i in range(len(calls))]
+            message["tool_calls"] = [
+                call | {"id": name, "function": with_text_arguments(call["function"])}
+                for name, call in zip(waiting, calls, strict=True)
+            ]
+        elif message["role"] == "tool" and waiting:
+            message["tool_call_id"] = waiting.pop(0)
+        elif message["role"] == "tool":  # the call was none, so it has no id
+            message["role"] = "user"
+        found.append(message)
+    return found
+
+
+def with_text_arguments(function: dict) -> dict:
+    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def add_call(calls: dict[int, dict], piece: dict) -> None:
+    """A call comes whole or in pieces, each with its number."""
+    call = calls.setdefault(piece.get("index", len(calls)), {"name": "", "arguments": ""})
+    function = piece.get("function") or {}
+    for name in call:
+        call[name] += function.get(name) or ""
+
+
+def written_call(call: dict) -> str:
+    """As a model writes it."""
+    name = json.dumps(call["name"], ensure_ascii=False)
+    arguments = call["arguments"] or "{}"
+    return f'\n{OPENED}\n{{"name": {name}, "arguments": {arguments}}}\n{CLOSED}'
 
 
 def refusal(answer: requests.Response) -> str:

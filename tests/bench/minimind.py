@@ -182,6 +182,7 @@ def write_file(rows: list[dict], folder: str) -> str:
 
 def settings_of(args):
     """train.py's own flags for this stage, as its command line gives them."""
+    import defaults
     import settings
     from transformers import TrainingArguments
 
@@ -193,7 +194,7 @@ def settings_of(args):
     words += ["--num_hidden_layers", str(args.layers)] if args.layers else []
     words += ["--use_moe", "true"] if args.stage == "moe" else []
     sys.argv = ["train.py", *words]
-    ours, training = cli.parse_args((settings.Args, TrainingArguments), settings.DEFAULTS, {})
+    ours, training = cli.parse_args((settings.Args, TrainingArguments), defaults.DEFAULTS, {})
     settings.resolve(ours, training, args.size)
     if args.windows:
         training.gradient_accumulation_steps = max(

@@ -620,6 +620,26 @@ def test_minimind_cuts_a_step_into_what_the_card_holds(npu, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chip, cards", [(A2, 2), (FIRST, 1)])
+def test_minimind_turns_one_dial(npu, tmp_path, chip, cards):
+    """nanochat's network: Muon in bf16, its matrices shared by two cards; AdamW where there is no bf16, and why."""
+    flags = [*SHORT, "--depth", 1, "--arch", "nanochat", "--eval_generate", 0]
+    launch = ["python", ROOT / "common/launch.py", cards, ROOT / "minimind_npu/train.py"]
+    rows = ["--data_path", ROOT / "minimind_npu/data/pretrain/sums_1.jsonl"]
+    size = ["--per_device_train_batch_size", 4 // cards, "--muon_lr", 0.02]
+    done = expect(
+        finish(start([*launch, *flags, *rows, *size, "--output_dir", tmp_path], **npu(chip, 2)))
+    )
+    assert BANNER in done.stderr and "fall back to run on the CPU" not in done.stderr
+    facts, losses = report(tmp_path), history(tmp_path)
+    assert (facts["device"], facts["world_size"]) == (chip, cards)
+    assert facts["dtype"] == ("bfloat16" if chip == A2 else "float16")
+    assert ("rates    Muon 0.02, AdamW" in done.stdout) == (chip == A2)
+    assert (f"(Muon computes in bfloat16, which {FIRST} lacks)" in done.stdout) == (chip == FIRST)
+    assert losses[6] < losses[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip, cards, algorithm", [(A2, 2, "ppo"), (FIRST, 1, "grpo")])
 def test_minimind_learns_from_rewards(npu, tmp_path, chip, cards, algorithm):
     """bf16 on two cards over HCCL, fp16 with its scaler on one; what is sampled there is what is trained."""

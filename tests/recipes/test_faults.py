@@ -21,7 +21,7 @@ import torch
 from harness import ROOT, error_line, expect, finish, own_modules, weights
 
 sys.path.insert(0, str(ROOT / "tests/support/faults"))
-from loops import LOOPS, STAGES, newest_step, outcome, without_end
+from loops import LOOPS, PRETRAIN, STAGES, newest_step, outcome, without_end
 
 from common import callbacks
 from common.runs import errors, plan, run_folder
@@ -29,7 +29,7 @@ from common.runs import errors, plan, run_folder
 NAMES = ("loop.parallel", "loop.state", "loop.tracking")
 parallel, state, tracking = own_modules("minimind_npu", *NAMES)
 slow = pytest.mark.slow
-DIFFERENT = ("train_qwen", "minimind_npu-pretrain", "minimind_npu-quickstart")  # one of each kind
+DIFFERENT = ("train_qwen", "minimind_npu-depth", "minimind_npu-quickstart")  # one of each kind
 MINIMIND = [f"minimind_npu-{stage}" for stage in STAGES]
 
 
@@ -49,9 +49,11 @@ def whole(tmp_path_factory):
 
 def needs(name, whole) -> list:
     """What a stage cannot begin without."""
-    if name != "minimind_npu-distill":
-        return []
-    return ["--teacher", whole("minimind_npu-pretrain") / "final"]
+    if name == "minimind_npu-distill":
+        return ["--teacher", whole("minimind_npu-sft") / "final"]
+    if name == "minimind_npu-mid":
+        return ["--from_weight", whole("minimind_npu-depth") / "final"]
+    return []
 
 
 def assert_same_end(out, expected):
@@ -62,13 +64,13 @@ def assert_same_end(out, expected):
 # ---- kills ---------------------------------------------------------------------------------------
 
 # processes, how often; some 30 kills in all. What a save takes is a tenth of a second
-RANDOM_KILLS = {name: (1, 2) for name in LOOPS} | {
+RANDOM_KILLS = {name: (1, 2) for name in LOOPS if name != "minimind_npu-mid"} | {
     "train_qwen": (1, 4),
-    "minimind_npu-pretrain": (1, 4),
+    "minimind_npu-depth": (1, 4),
     "minimind_npu-quickstart": (1, 3),
 }
 PAIRS = [(name, *how) for name, how in RANDOM_KILLS.items()]
-PAIRS += [("train_qwen", 2, 3), ("minimind_npu-pretrain", 2, 3)]
+PAIRS += [("train_qwen", 2, 3), ("minimind_npu-depth", 2, 3)]
 
 
 @slow
@@ -93,7 +95,8 @@ def test_killed_at_random_again_and_again(whole, tmp_path, name, nproc, kills):
 
 
 POINTS = {  # of a stage each: the writer is one, what it writes are models and adapters
-    "pretrain": "kill-in-file@model.safetensors:2",
+    "depth": "kill-in-file@model.safetensors:2",
+    "mid": "kill@complete.json.part:2",
     "sft": "kill-in-file@training.pt:2",
     "lora": "kill-in-file@adapter_model.safetensors:2",
     "dpo": "kill-in-file@progress.pt:2",
@@ -259,10 +262,10 @@ def test_a_disk_too_small_is_told_before_the_first_step(monkeypatch, capsys, tmp
 
 ZERO = ["--deepspeed", ROOT / "minimind_npu/ds_zero2.json"]
 POISONED = {  # what runs: (loop, processes, flags, the backward pass of the third step)
-    "minimind_npu": ("minimind_npu-pretrain", 1, ["--max_grad_norm", 0], 3),
-    "minimind_npu-ddp": ("minimind_npu-pretrain", 2, [], 3),
-    "minimind_npu-zero-2": ("minimind_npu-pretrain", 2, ZERO, 3),
-    "minimind_npu-quickstart": ("minimind_npu-quickstart", 1, [], 8),
+    "minimind_npu": (PRETRAIN, 1, ["--max_grad_norm", 0], 3),
+    "minimind_npu-ddp": (LOOPS["minimind_npu-depth"], 2, [], 3),
+    "minimind_npu-zero-2": (PRETRAIN, 2, ZERO, 3),
+    "minimind_npu-quickstart": (LOOPS["minimind_npu-quickstart"], 1, [], 8),
 }
 
 
@@ -270,8 +273,8 @@ POISONED = {  # what runs: (loop, processes, flags, the backward pass of the thi
 @pytest.mark.parametrize("case", POISONED)
 def test_nan_in_the_gradient_alone_stops_before_anything_is_saved(tmp_path, case):
     """The loss of that step is sound. The Trainer recipes: core/test_training.py."""
-    name, nproc, flags, at = POISONED[case]
-    result = LOOPS[name].run(tmp_path, *flags, nproc=nproc, fault=f"nan-grad@{at}")
+    loop, nproc, flags, at = POISONED[case]
+    result = loop.run(tmp_path, *flags, nproc=nproc, fault=f"nan-grad@{at}")
     line = error_line(result, 1)
     assert f"step {at}: the norm of the gradients is" in line and "stopped" in line
     kept = newest_step(tmp_path)

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from harness import ROOT, own_modules
+from harness import ROOT, expect, finish, own_modules, start
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = ROOT / "minimind_npu"
@@ -278,6 +278,33 @@ def test_an_evaluation_that_was_ended_goes_on_with_the_same_answers(
     run_chat(folder, cut, "--tasks", "spelling")
     assert "begun anew" in capsys.readouterr().out
     assert len((cut / "answers.jsonl").read_text().splitlines()) == 11
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions_and_end_as_one(folder, tmp_path):
+    """Three of them had been ended before; one of the files is of another model."""
+    whole = run_chat(folder, tmp_path / "whole")
+    out = tmp_path / "two"
+    out.mkdir()
+    lines = (tmp_path / "whole/answers.jsonl").read_text(encoding="utf-8").splitlines()
+    left = {
+        "": lines[:4],
+        ".1": [lines[0], lines[9]],
+        ".2": [lines[0], *lines[20:30], lines[40][:9]],
+    }
+    left[".3"] = ['{"settings": {}}', lines[11].replace("right", "left")]
+    for number, kept in left.items():
+        (out / f"answers{number}.jsonl").write_text("\n".join(kept), encoding="utf-8")
+    script = ["python", ROOT / "common/launch.py", 2, RECIPE / "evaluation/chat_eval.py"]
+    command = [*script, "--model", folder, "--output_dir", out, *CHEAP]
+    done = expect(finish(start(command)))
+    assert "14 answers are there already" in done.stdout
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert {name: found[name] for name in whole if name != "model"} == {
+        name: whole[name] for name in whole if name != "model"
+    }
+    assert [path.name for path in out.glob("answers*")] == ["answers.jsonl"]
+    assert set((out / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == set(lines)
 
 
 def test_answers_are_counted_whatever_they_say(folder, tmp_path, monkeypatch):

@@ -17,12 +17,13 @@ from common.fast import losses as token_losses
 
 RECIPE = ROOT / "minimind_npu"
 NAMES = """
-model engine.generation engine.groups engine.weight_first rl.policy rl.rollout rl.rewards rl.user_function rl.prompts rl.advantages rl.figures
+model nanochat engine.generation engine.groups engine.weight_first rl.policy rl.rollout rl.rewards rl.user_function rl.prompts rl.advantages rl.figures
 toolcall.tools rl.losses.ppo rl.losses.grpo rl.losses.cispo rl.losses.spo rl.losses.reinforce
 """
 found = own_modules("minimind_npu", *NAMES.split())
 (
     models,
+    nanochat,
     generation,
     grouped,
     weights,
@@ -44,13 +45,18 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def policy(seed=0, values=False, temperature=1.0, **changes):
+def policy(seed=0, values=False, temperature=1.0, arch="minimind", **changes):
     torch.manual_seed(seed)
     sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = models.build("tiny", 60, **sizes | changes).eval()
-    with torch.no_grad():
+    if arch == "nanochat":
+        model = nanochat.cap_in_head(nanochat.build(nanochat.config_of(60, **sizes)).eval())
         for p in model.parameters():
-            p.mul_(6.0) if p.ndim > 1 else p.copy_(torch.rand_like(p) + 0.5)
+            torch.nn.init.normal_(p, std=0.4)
+    else:
+        model = models.build("tiny", 60, **sizes | changes).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(6.0) if p.ndim > 1 else p.copy_(torch.rand_like(p) + 0.5)
     model.generation_config.eos_token_id = list(range(2, 12))
     token_losses.use_chunked_loss(model)
     made = policies.Policy(model, temperature, values)
@@ -203,9 +209,10 @@ def computed(made, answers, tokens=10_000):
     return log_probs, values, experiences
 
 
-@pytest.mark.parametrize("size", ["tiny", "tiny-moe"])
-def test_log_probs_of_sampling_are_those_of_the_policy(size):
-    made = policy(temperature=0.7, use_moe=size == "tiny-moe")
+@pytest.mark.parametrize("how", [{}, {"use_moe": True}, {"arch": "nanochat"}])
+def test_log_probs_of_sampling_are_those_of_the_policy(how):
+    """Also where a cap stands between head and temperature."""
+    made = policy(temperature=0.7, **how)
     answers = play(made)
     assert len({len(one.tokens) for one in answers}) > 2, "slots are refilled"
     for tokens in (10_000, 40, 1):  # all in one row; in several, groups cut apart; one at a time
@@ -213,7 +220,7 @@ def test_log_probs_of_sampling_are_those_of_the_policy(size):
         sampled = torch.cat([one.log_probs for one in experiences])
         assert torch.allclose(torch.cat(found), sampled, atol=1e-4)
     rollout.refuse_disagreement(sampled, torch.cat(found), torch.float32)
-    colder = policy(temperature=1.0, use_moe=size == "tiny-moe")
+    colder = policy(temperature=1.0, **how)
     with pytest.raises(SystemExit, match="differ from the policy's by"):
         rollout.refuse_disagreement(sampled, torch.cat(computed(colder, answers)[0]), torch.float32)
 

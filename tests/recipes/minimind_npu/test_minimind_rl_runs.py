@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import (
     ROOT,
     error_line,
@@ -18,14 +19,16 @@ from harness import (
     report,
     weights,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer, NanoChatForCausalLM
 
 sys.path.insert(0, str(ROOT / "tests/support/faults"))
 from loops import Loop, newest_step, outcome
 
-(flags,) = own_modules("minimind_npu", "rl.flags")
+flags, nanochat = own_modules("minimind_npu", "rl.flags", "nanochat")
 SUMS = "minimind_npu/data/rl/sums.jsonl"
+SIZE = ["--size", "tiny", "--hidden_size", 32, "--num_hidden_layers", 2]
 SHORT = [
-    "--size", "tiny", "--hidden_size", 32, "--num_hidden_layers", 2, "--max_steps", 3, "--save_steps", 1,
+    "--max_steps", 3, "--save_steps", 1,
     "--report_to", "none", "--eval_ratio", 0.02, "--max_eval_samples", 6, "--bf16", "false", "--eval_steps", 2,
     "--model_max_length", 64, "--max_new_tokens", 12, "--learning_rate", 1e-3, "--clip_high", 0.01, "--kl_coef", 0.1, "--target_kl", 0,
     "--max_grad_norm", 0, "--lr_scheduler_type", "constant",
@@ -47,9 +50,9 @@ def loop(tmp_path_factory):
     reward = tmp_path_factory.mktemp("reward") / "bytes.py"
     reward.write_text(REWARD)
 
-    def make(algorithm):
+    def make(algorithm, start=SIZE):
         more = ["--algorithm", algorithm, "--rewards", f"{reward}:1 length:0.1", *HOW[algorithm]]
-        return Loop("minimind_npu/train_rl.py", (*SHORT, *more), SUMS)
+        return Loop("minimind_npu/train_rl.py", (*start, *SHORT, *more), SUMS)
 
     return make
 
@@ -107,6 +110,31 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(loop, whole, tmp_path, a
     assert "continuing from" in again.stdout and "sampler and policy differ" in again.stdout
     assert outcome(tmp_path) == outcome(whole(algorithm))
     assert told(tmp_path) == told(whole(algorithm))
+
+
+@pytest.mark.slow
+def test_nanochats_network_too_and_transformers_opens_what_it_has_learned(loop, tmp_path):
+    """Of a capped head no product can be cooled before it: toys are sampled at 1.5."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "minimind_npu/tokenizer")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = nanochat.build(nanochat.config_of(len(tokenizer), **sizes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    own = loop("grpo", ["--from_weight", tmp_path / "sft"])
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    expect(own.run(killed, fault="kill-in-file@training.pt:2"), -signal.SIGKILL)
+    for out in (killed, whole):
+        said = expect(own.run(out)).stdout
+        assert "sampler and policy differ by" in said
+    assert outcome(killed) == outcome(whole)
+    learned = AutoModelForCausalLM.from_pretrained(whole / "final")
+    assert type(learned) is NanoChatForCausalLM and learned.config.final_logit_softcapping == 15
+    for name, before in model.state_dict().items():
+        assert not torch.equal(before, learned.state_dict()[name]), name
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 from itertools import islice
 
@@ -115,6 +118,18 @@ def test_one_rate_takes_the_others_with_it_and_decay_has_a_rule_from_depth_8(mon
     assert dial.weight_decay_of(8, 2**18, 1e9, 2e9) == pytest.approx(0.1 * math.sqrt(0.5) * 2)
     _, training = parsed(monkeypatch, "--depth", 4, "--num_train_epochs", 3)
     assert training.max_steps == -1 and training.num_train_epochs == 3
+
+
+def test_a_card_without_bf16_takes_adamw_and_says_so(monkeypatch, capsys):
+    """What it says when it trains: npu/test_npu.py."""
+    monkeypatch.setattr(settings.defaults, "muon_runs_here", lambda: False)
+    monkeypatch.setattr(settings.refusals, "muon_runs_here", lambda: False)
+    args, training = parsed(monkeypatch, "--depth", 4)
+    assert args.optimizer == "adamw" and training.learning_rate > 0
+    assert "(Muon computes in bfloat16, which" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--depth", 4, "--optimizer", "muon")
+    assert "--optimizer muon computes in bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -396,14 +411,19 @@ def test_the_card_shows_what_is_there_and_reset_takes_it_away(tmp_path, capsys):
         folder = tmp_path / "eval" / stage
         folder.mkdir(parents=True)
         task = {"accuracy": share, "pass_at": {"1": share}}
-        facts = {"tasks": {"gsm8k": task}, "chatcore": share, "bits_per_byte": 1.5}
+        facts = {"tasks": {"gsm8k": task}, "chatcore": share, "bits_per_byte": 1.5, "seconds": 450}
         (folder / "results.json").write_text(json.dumps(facts), encoding="utf-8")
     table = card.generate(tmp_path)
     assert "| evaluation | BASE | SFT |" in table and "| gsm8k, pass@1 | 0.2500 | 0.5000 |" in table
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "$8.00 of training and $2.00 of evaluation at $8.00 an hour" in text
     assert (
-        "$8.00 of training at $8.00 an hour" in text and "a\\|b" in text and "d" * 59 + "…" in text
+        "GiB of disk free" in text
+        and "2.00e+09 FLOP" in text
+        and "MFU 50% of a measured product; $4.00" in text
     )
+    assert text.count("bash x.sh") == 1 and "![rl" not in text, "one command made all of it"
+    assert "a\\|b" in text and "d" * 59 + "…" in text
     assert text.index("## BASE") < text.index("## SFT")
 
     stages = card.stages_of(tmp_path)
@@ -412,7 +432,13 @@ def test_the_card_shows_what_is_there_and_reset_takes_it_away(tmp_path, capsys):
     )
     assert points == {"pretrain": [(0.0, 2.0), (0.5, 1.5), (1.0, 1.0)]}
     placed = card.curves.placed({"sft": [(0.0, 9.0), (1.0, 7.0)]}, stages)
-    assert placed == {"sft": [(1e9, 0.5, 9.0), (2e9, 1.0, 7.0)]}, "behind the stage before"
+    assert placed == {"sft": [(1e9, 1800, 9.0), (2e9, 3600, 7.0)]}, "behind the stage before"
+    assert [card.curves.unit_of(t) for t in (9, 200, 9e3, 1e6)] == [
+        "seconds",
+        "minutes",
+        "minutes",
+        "hours",
+    ]
     (tmp_path / "sft/report.json").write_text("{")
     with pytest.raises(SystemExit, match="report.json: no JSON"):
         card.generate(tmp_path)
@@ -436,6 +462,69 @@ def test_the_card_is_asked_for_in_one_line(monkeypatch, capsys, flags, words):
 def test_a_big_road_without_texts_is_refused():
     for script in ("speedrun.sh", "run1000.sh"):
         assert "PRETRAIN: the texts" in error_line(shell(RECIPE / script), 2)
+
+
+def test_the_big_road_hands_its_variables_to_the_stages(tmp_path):
+    """With stand-ins for Python and the launcher."""
+    recipe = tmp_path / "mine"
+    shutil.copytree(RECIPE / "road", recipe / "road")
+    for script in ("speedrun.sh", "run1000.sh"):
+        shutil.copy(RECIPE / script, recipe)
+    stub = tmp_path / "python"
+    stub.write_text(
+        '#!/bin/sh\n[ "$2" = "import wandb" ] && exit "${NO_WANDB:-0}"\necho "python $*"\n'
+    )
+    stub.chmod(0o755)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common/launch.sh").write_text(
+        f'prepare() {{ python={stub}; }}\nlaunch() {{ echo "launch $*"; }}\n'
+        'die() { echo "$1" >&2; exit "${2:-1}"; }\n'
+    )
+
+    def told(script, **more):
+        how = {
+            "PRETRAIN": "texts",
+            "SFT": "sft.yaml",
+            "RL": "gsm8k.jsonl",
+            "WANDB_RUN": "d",
+            "DOLLARS_PER_HOUR": "24",
+        }
+        how |= {
+            "BASE_FLAGS": "--a 1",
+            "RL_FLAGS": "--b 2",
+            "CORE": "--shots 3",
+            "EVAL": "--num_rows 4",
+        }
+        command = ["bash", recipe / script, "--seed", "7"]
+        done = subprocess.run(
+            command, env={**os.environ, **how, **more}, capture_output=True, text=True
+        )
+        return (
+            done.returncode,
+            done.stdout.replace(f"{recipe}/", "").replace(f"{tmp_path}/output/", "@"),
+            done.stderr,
+        )
+
+    code, said, _ = told("speedrun.sh")
+    lines = said.splitlines()
+    assert code == 0 and [line for line in lines if line.startswith("launch train")] == [
+        "launch train.py --output_dir @road/pretrain --report_to wandb --depth 20 --tokenizer @road/tokenizer "
+        "--data_path texts --a 1 --seed 7",
+        "launch train.py --output_dir @road/mid --report_to wandb --stage mid --from_weight @road/pretrain "
+        "--data_path @road/rows/mid.yaml --seed 7",
+        "launch train.py --output_dir @road/sft --report_to wandb --stage sft --from_weight @road/mid "
+        "--data_path sft.yaml --seed 7",
+        "launch train_rl.py --output_dir @road/rl --report_to wandb --from_weight @road/sft --data_path gsm8k.jsonl --b 2",
+    ]
+    assert lines[0] == "python road/report.py reset --output_dir @road --dollars_per_hour 24"
+    assert "--vocab_size 32768 --data_path texts" in said
+    assert said.count("launch evaluation/core.py") == said.count("--shots 3") == 4
+    assert said.count("launch evaluation/chat_eval.py") == said.count("--num_rows 4") == 4
+    _, said, _ = told("run1000.sh", WANDB_RUN="dummy", STAGES="pretrain")
+    assert "@road32/pretrain --depth 32" in said and "wandb" not in said
+    code, _, error = told("speedrun.sh", NO_WANDB="1")
+    assert code == 1 and "pip install wandb" in error and len(error.splitlines()) == 1
+    assert told("speedrun.sh", STAGES="talk")[0] == 2
 
 
 # ---- scaling, tokenizers ---------------------------------------------------------------------------------------

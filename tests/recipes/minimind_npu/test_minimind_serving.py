@@ -42,6 +42,7 @@ RECIPE = ROOT / "minimind_npu"
     client_module,
     terminal,
     app,
+    registries,
 ) = own_modules(
     RECIPE.name,
     "model",
@@ -55,6 +56,7 @@ RECIPE = ROOT / "minimind_npu"
     "server.client",
     "chat",
     "app",
+    "toolcall.registry",
 )
 WEATHER = {
     "type": "function",
@@ -660,6 +662,22 @@ def test_the_terminal_and_the_page_ask_a_server(server, monkeypatch):
         client_module.ServedModel("http://127.0.0.1:9/v1")
     with pytest.raises(SystemExit, match="expected http"):
         client_module.ServedModel("file:///etc/passwd")
+
+
+def test_a_tool_is_called_within_an_answer_by_a_served_model_as_by_one_here(server, trained):
+    function = WEATHER["function"]
+    tools = registries.Registry()
+    tools.add(lambda city: "晴", function["parameters"], function["description"], "weather")
+    for model in (
+        client_module.ServedModel(f"http://127.0.0.1:{server.port}/v1"),
+        generation.MiniMindChatModel(trained),
+    ):
+        how = {"temperature": 0, "max_new_tokens": 60}
+        talk = terminal.Chat(model, registry=tools, uses_tools=True, **how)
+        list(talk.answer("北京天气怎么样？", threading.Event()))
+        called, given, said = talk.history[1:]
+        assert called["tool_calls"] == CALL and given["content"] == "晴"
+        assert said["content"] == "北京今天晴。"
 
 
 def test_the_model_thread_outlives_an_error_of_the_model(trained):

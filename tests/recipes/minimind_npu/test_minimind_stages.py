@@ -517,9 +517,10 @@ def test_fast_float32_never_rounds(monkeypatch):
 
 def test_a_continued_run_goes_on_in_its_trackers(tmp_path, monkeypatch):
     """The run ids are in the checkpoint; tensorboard drops what came after it."""
-    started, sent = [], []
+    started, sent, ended = [], [], []
     fake = SimpleNamespace(init=lambda **settings: started.append(settings) or SimpleNamespace(
-        id=settings["id"] or "abc", log=lambda values, step: sent.append((step, values))))  # fmt: skip
+        id=settings["id"] or "abc", log=lambda values, step: sent.append((step, values)),
+        finish=lambda: ended.append(1)))  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", fake)
     ids: dict = {}
     for step in (0, 4):
@@ -533,10 +534,13 @@ def test_a_continued_run_goes_on_in_its_trackers(tmp_path, monkeypatch):
         ids["wandb"] == "abc"
         and [one["id"] for one in started] == [None, "abc"]
         and sent[0] == (1, {"loss": 1.0})
+        and len(ended) == 2
     )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(ids["tensorboard"]).Reload().Scalars("loss")
     assert [(e.step, e.value) for e in events] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 45), (6, 46)]
-    with pytest.raises(SystemExit, match="--report_to mlflow"):
-        tracking.Trackers(["mlflow"], tmp_path, {}, {}, 0)
+    monkeypatch.setitem(sys.modules, "swanlab", None)
+    for name, words in (("mlflow", "--report_to mlflow"), ("swanlab", "pip install swanlab")):
+        with pytest.raises(SystemExit, match=words):
+            tracking.Trackers([name], tmp_path, {}, {}, 0)

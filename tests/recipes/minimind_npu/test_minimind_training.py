@@ -23,8 +23,8 @@ from harness import (
 )
 
 RECIPE = ROOT / "minimind_npu"
-NAMES = ("settings", "loop.tracking", "loop.parallel")
-settings, tracking, parallel = own_modules("minimind_npu", *NAMES)
+NAMES = ("settings", "named", "defaults", "loop.tracking", "loop.parallel")
+settings, named, defaults, tracking, parallel = own_modules("minimind_npu", *NAMES)
 SHORT = [
     "--max_steps", 8, "--save_steps", 4, "--logging_steps", 1, "--eval_generate", 0, "--report_to", "none",
     "--eval_ratio", 0.01, "--bf16", "false", "--model_max_length", 128, "--hidden_size", 32, "--num_hidden_layers", 2,
@@ -305,13 +305,13 @@ def test_flags_of_another_stage_are_told(monkeypatch, capsys):
 @pytest.mark.parametrize("length", [16, 100, 300, 384, 500, 1000, 1500, 2048, 3000, 4096, 9000])
 @pytest.mark.parametrize("windows", [1, 12, 16, 32])
 def test_a_cpu_takes_smaller_batches_of_the_same_step(monkeypatch, length, windows):
-    monkeypatch.setattr(settings.cli, "given_by_user", lambda name: False)
+    monkeypatch.setattr(named.cli, "given_by_user", lambda name: False)
     args = SimpleNamespace(model_max_length=length)
     training = SimpleNamespace(per_device_train_batch_size=windows, gradient_accumulation_steps=1)
-    settings.fit_batches_to_cpu(args, training)
+    defaults.fit_batches_to_cpu(args, training)
     batch = training.per_device_train_batch_size
     assert batch * training.gradient_accumulation_steps == windows
-    assert batch == 1 or batch * length <= settings.CPU_TOKENS
+    assert batch == 1 or batch * length <= defaults.CPU_TOKENS
 
 
 def test_a_usage_mistake_ends_the_process_with_2(tmp_path):
@@ -329,7 +329,7 @@ def parsed(monkeypatch, *flags):
     (["--stage", "sft", "--from_weight", "distill"], "is not there"),
 ])  # fmt: skip
 def test_weights_that_are_not_there(monkeypatch, tmp_path, flags, words):
-    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    monkeypatch.setattr(named, "OUTPUT", tmp_path)
     with pytest.raises(SystemExit, match=words):
         parsed(monkeypatch, *flags)
 
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_is_obeyed_under_both_names(monkeypatch):
 )
 def test_layers_are_compiled_where_that_pays(monkeypatch, flags, expected):
     assert not parsed(monkeypatch, *flags)[1].torch_compile, "no Triton on a CPU"
-    monkeypatch.setattr(settings.device, "compile_pays", lambda: True)
+    monkeypatch.setattr(defaults.device, "compile_pays", lambda: True)
     assert parsed(monkeypatch, *flags)[1].torch_compile == expected
 
 

@@ -1,7 +1,8 @@
 """What a training loop is for a test of faults: a run of a few steps that saves at each of them.
 
-LOOPS: those of the Trainer recipes, of each stage of minimind_npu and of its quick start. All end
-within two or three seconds, and do the same whenever they are started anew.
+LOOPS: those of the Trainer recipes, of minimind_npu's pre-training under --depth and of each stage
+after it, and of its quick start. All end within two or three seconds, and do the same whenever they
+are started anew.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ SHORT = [
 ANSWERS = ["--eval_generate", 0]  # of those that generate
 SMALL = ["--hidden_size", 32, "--num_hidden_layers", 2, "--optimizer", "adamw"]
 SAMPLES = {  # of minimind_npu's stages
-    "pretrain": "pretrain/sums_1.jsonl",
     "sft": "sft/sums.jsonl",
     "lora": "lora_identity.jsonl",
     "dpo": "dpo.jsonl",
     "distill": "sft/words.jsonl",
     "reason": "reason.jsonl",
 }
-STAGES = tuple(SAMPLES)
+# nanochat's network and Muon; then a mixture of two files
+ROAD = {
+    "depth": ("minimind_npu/data/pretrain/sums_1.jsonl", "--depth", 1, "--arch", "nanochat"),
+    "mid": ("tests/support/faults/mid.yaml", "--stage", "mid"),
+}
+STAGES = (*ROAD, *SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,15 @@ def of_stage(stage: str) -> Loop:
     return Loop("minimind_npu/train.py", flags, f"minimind_npu/data/{SAMPLES[stage]}")
 
 
+def of_road(stage: str) -> Loop:
+    data, *flags = ROAD[stage]
+    return Loop("minimind_npu/train.py", (*SHORT, *ANSWERS, *flags), data)
+
+
+# of MiniMind's network, as it was before there was --depth
+PRETRAIN = Loop(
+    "minimind_npu/train.py", (*SHORT, *ANSWERS, *SMALL, "--size", "tiny"), ROAD["depth"][0]
+)
 LOOPS = {
     "train_qwen": of_trainer("train_qwen", "units.jsonl"),
     "chinese_bloom": of_trainer("chinese_bloom", "sft/extract.jsonl"),
@@ -77,7 +91,8 @@ LOOPS = {
     "internlm_sft": of_trainer("internlm_sft", "general.jsonl"),
     "chinese_clip_ddp": Loop("chinese_clip_ddp/train.py", tuple(SHORT), "chinese_clip_ddp/data"),
     "train_llava": of_trainer("train_llava", "captions", "--train_type", "projector"),
-    **{f"minimind_npu-{stage}": of_stage(stage) for stage in STAGES},
+    **{f"minimind_npu-{stage}": of_road(stage) for stage in ROAD},
+    **{f"minimind_npu-{stage}": of_stage(stage) for stage in SAMPLES},
     "minimind_npu-quickstart": Loop(
         "minimind_npu/quickstart/quickstart.py",
         ("--num_samples", 100, "--epochs", STEPS, "--warmup_steps", 2, "--dtype", "fp32"),
