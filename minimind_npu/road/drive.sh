@@ -41,8 +41,10 @@ run_stage() {
     case $stage in
         tokenizer)
             [[ -d $road/tokenizer ]] && { echo "$road/tokenizer is there"; return; }
+            read -ra own <<<"${PRETRAIN:-}"
+            [[ -e ${PRETRAIN:-} ]] && own=("$PRETRAIN")
             "$python" "$here/train_tokenizer.py" --output_dir "$road/tokenizer" ${VOCAB:+--vocab_size "$VOCAB"} \
-                ${PRETRAIN:+--data_path "$PRETRAIN"} ;;
+                ${PRETRAIN:+--data_path "${own[@]}"} ;;
         rows)
             [[ -n ${MAKER:-} && -f $road/rows/sft.yaml && ! -f $road/rows/identity.jsonl ]] &&
                 echo "note: $road/rows was made without NAME and MAKER; take it away to have rows with them"
