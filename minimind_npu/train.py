@@ -69,7 +69,8 @@ def open_run(args: Args, training, base: str, tokenizer) -> tuple:
     stage = STAGES[args.stage]
     columns = args.column_map or None
     strict = args.strict_data
-    rows, stats = mixture.load(args.data_path, stage.KIND, columns, strict, training.seed)
+    texts = args.stage == "mid"
+    rows, stats = mixture.load(args.data_path, stage.KIND, columns, strict, training.seed, texts)
     cli.say(summary(stats))
     dtype = device.train_dtype(training)
     settings = asdict(args) | {"base": base, "data": stats["sha256"], "dtype": str(dtype)}
@@ -242,7 +243,8 @@ def answers(args: Args, model, tokenizer, rows: list[str]) -> tuple[dict, list]:
 
 def measure(args: Args, model, tokenizer, data: Prepared, evaluate) -> dict:
     """Before the first step and after the last: {"metrics", "samples"}. All ranks call it."""
-    rows = generate.pick_eval_rows(data.eval_rows, data.eval_ids, args.eval_generate)
+    asked = mid.conversations(data.eval_rows) if args.stage == "mid" else data.eval_rows
+    rows = generate.pick_eval_rows(asked, data.eval_ids, args.eval_generate)
     metrics, samples = answers(args, model, tokenizer, rows)
     return {"metrics": evaluate() | metrics, "samples": samples}
 

@@ -4,10 +4,12 @@ compresses a text.
     python minimind_npu/train_tokenizer.py                # our sample data, at most 6,400 tokens
     python minimind_npu/train_tokenizer.py --data_path my.jsonl my_chats/ --eval_path other.txt
 
-Rows of every kind are read: {"text"}, {"conversations"}, {"chosen", "rejected"}, tables, .txt. The
-output folder is an ordinary Hugging Face tokenizer: AutoTokenizer.from_pretrained(FOLDER). The one
-beside this file (tokenizer/) is what the first command makes: the sample data have words for some
-1,500 tokens, no more.
+Rows of every kind are read: {"text"}, {"conversations"}, {"chosen", "rejected"}, tables, .txt. Of
+more than --max_rows rows every file gives as many, or every path as many as its weight says
+(a:0.7 b:0.3, or a mixture in YAML), and of a text the first 10,000 characters count. The output
+folder is an ordinary Hugging Face tokenizer: AutoTokenizer.from_pretrained(FOLDER). The one beside
+this file (tokenizer/) is what the first command makes: the sample data have words for some 1,500
+tokens, no more.
 
 36 ids are fixed: 0 <|endoftext|> (padding), 1 <|im_start|> (bos), 2 <|im_end|> (eos), 3-20
 reserved, 21-28 tags that stay visible in decoded text (tool calls, thoughts, answers), 29-35
@@ -17,6 +19,7 @@ those that llama.cpp has under the name deepseek-coder.
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -27,6 +30,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from road import mixture
+
 from common import cli
 from common.convert.older_readers import save_tokenizer
 from common.data import files, shapes
@@ -58,6 +63,7 @@ MARKS = re.compile("|".join(map(re.escape, [*FIXED, "<s>", "</s>"])))
 CUTS = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
 NUMERALS = "[零一二三四五六七八九十百千万亿两]"
 SMALLEST = len(FIXED) + 256
+LONGEST = 10_000  # characters of a text: one book must not outweigh all else
 CONTEXT = 32768  # tokens
 KINDS = ("text", "chat", "preference")
 
@@ -110,33 +116,50 @@ def shape_of(records: list[dict], path: Path):
     )
 
 
-def paths(data_path: list[str]) -> list[Path]:
-    """The data files of files and folders; says which others lie there. Raises SystemExit for
-    weights (a.jsonl:0.7)."""
-    found = []
-    for path, weight in files.entries(data_path):
-        if weight is not None:
-            raise SystemExit(
-                f"{path}:{weight:g}: weights mean nothing here, every row is read; give the path "
-                "alone"
-            )
-        inside, ignored = files.data_files(path)
-        apart = files.held_out_files(path, inside)
-        found += [file for file in inside if file not in apart]
-        if apart:
-            cli.say(f"{path}: held out, not read: {', '.join(map(str, apart))}")
-        if ignored:
-            cli.say(f"{path}: ignored: {', '.join(ignored)}")
-    return found
+def files_of(path: Path) -> list[Path]:
+    """The data files of a file or folder; says which others lie there."""
+    inside, ignored = files.data_files(path)
+    apart = files.held_out_files(path, inside)
+    if apart:
+        cli.say(f"{path}: held out, not read: {', '.join(map(str, apart))}")
+    if ignored:
+        cli.say(f"{path}: ignored: {', '.join(ignored)}")
+    return [file for file in inside if file not in apart]
+
+
+def groups(data_path: list[str]) -> list[tuple[list[Path], float]]:
+    """(files, their share of the rows): one group where nothing has a weight."""
+    if len(data_path) == 1 and mixture.is_mixture(data_path[0]):
+        parts = mixture.read(Path(data_path[0]).expanduser())
+        found = [(part.path, part.weight) for part in parts]
+    else:
+        found = files.entries(data_path)
+    found = [(files_of(path), weight) for path, weight in found]
+    if any(weight is None for _, weight in found):
+        return [([file for inside, _ in found for file in inside], 1.0)]
+    total = sum(weight for _, weight in found)
+    return [(inside, weight / total) for inside, weight in found]
+
+
+def rows_of(paths: list[Path], most: int, dropped: Counter) -> Iterator[list[str]]:
+    """The texts of each row: all of them, or at most `most` (0: all), of every file as many."""
+    if most:
+        paths = sorted(paths, key=lambda path: path.stat().st_size)  # what one lacks others have
+    left = most
+    for number, path in enumerate(paths):
+        share = math.ceil(left / (len(paths) - number)) if most else None
+        for texts in islice(texts_of_file(path, dropped), share):
+            left -= 1
+            yield texts
 
 
 def read_texts(data_path: list[str], max_rows: int, dropped: Counter) -> Iterator[str]:
-    """Texts of at most `max_rows` rows (0: all) of files and folders."""
-    rows = (texts for path in paths(data_path) for texts in texts_of_file(path, dropped))
+    """Texts of at most `max_rows` rows (0: all) of files and folders, or of a mixture."""
     with Progress("read") as progress:
-        for texts in islice(rows, max_rows or None):
-            yield from texts
-            progress.update(1)
+        for inside, share in groups(data_path):
+            for texts in rows_of(inside, math.ceil(max_rows * share), dropped):
+                yield from texts
+                progress.update(1)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -370,7 +393,7 @@ def main() -> None:
     args = arguments()
     started = time.time()
     dropped = Counter()
-    texts = read_texts(args.data_path, args.max_rows, dropped)
+    texts = (text[:LONGEST] for text in read_texts(args.data_path, args.max_rows, dropped))
     tokenizer = train(texts, args.vocab_size, args.max_han, args.split_numerals)
     for reason, number in dropped.items():
         cli.say(f"{number:,} rows left out: {reason}")

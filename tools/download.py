@@ -1,11 +1,14 @@
-"""Fetch a model with its hub's own client; every file is checked, pickles and code are left out.
+"""Fetch a model or a data set with its hub's own client; every file is checked, pickles and code
+are left out.
 
     python -m tools.download ORG/NAME                      # HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY
     python -m tools.download ORG/NAME --source modelscope
+    python -m tools.download ORG/NAME --dataset --include "data/*-of-0010*.parquet"
     python -m tools.download ORG/NAME --aria2              # continues in the middle of a file
     python -m tools.download models/NAME --verify          # read all of it again; no network
     python -m tools.download models/NAME --repair          # and fetch what is broken
     python -m tools.download models/NAME --manifest --try  # facts and memory; one sentence
+    python -m tools.download data/NAME --manifest          # files, rows, columns
 
 The same command again continues. Exit codes: 0 done, 1 failed, 2 usage, 75 interrupted.
 """
@@ -27,17 +30,22 @@ from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, logging
 from huggingface_hub.utils.sha import git_hash
 
 from common.convert import model_folder
 from common.data.files import atomic_file, sha256
 from common.runs import machine
-from tools.manifest import describe, tensors
+from tools.manifest import describe, describe_data, parquet, tensors
 
 POINTER = "only a Git LFS pointer"
 ELSEWHERE = "another --revision, --source or HF_ENDPOINT may have them"
-RECORD = ".danpu.json"  # {source, repo, revision, commit, files: {path: {size, sha256 or git}}}
+# {source, type, repo, revision, commit, files: {path: {size, sha256 or git}}}
+RECORD = ".danpu.json"
+KINDS = {"model": "model", "dataset": "data set"}  # types as the hubs call them
+FOLDERS = {"model": "models", "dataset": "data"}
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
 OTHERS = ["*.py", "*.so", "*.sh", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "*.ggml", "*.ot"]
 OTHERS += ["*.tflite", "*.mlmodel", "consolidated*.safetensors", ".*", "*/.*"]
@@ -61,8 +69,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     switch = {"action": "store_true"}
     patterns = {"nargs": "+", "action": "extend", "default": [], "metavar": "PATTERN"}
     add("model", help="ORG/NAME on the hub, or a folder that was fetched before")
+    add("--dataset", **switch, help="ORG/NAME is a data set")
     add("--source", choices=("hf", "modelscope"), help="default: hf")
-    add("--to", default="models", help="the model goes to TO/NAME (default: models)")
+    add("--to", help="it goes to TO/NAME (default: models, data with --dataset)")
     add("--revision", help="branch, tag or commit (default: the newest)")
     add("--include", **patterns, help='only these, even code: "*.json" "*.py"')
     add("--exclude", **patterns, help="not these")
@@ -79,6 +88,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.aria2 and not shutil.which("aria2c"):
         parser.error("--aria2: no aria2c on PATH (apt install aria2); or leave the flag out")
+    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", args.model):
+        parser.error("neither a folder nor ORG/NAME, without address or datasets/ before it")
     return args
 
 
@@ -110,6 +121,8 @@ def problem(folder: Path, name: str, known: dict, read: bool = True) -> str | No
     try:
         if path.suffix == ".safetensors":
             tensors(path)
+        if path.suffix == ".parquet":
+            parquet(path)
     except ValueError as error:
         return str(error)
     return None
@@ -133,30 +146,42 @@ def verify(folder: Path, files: dict) -> None:
     print(f"{folder}: {len(files)} files, {size_text(files)}, all right")
 
 
-def list_files(target: dict) -> dict:
-    """`target` with the commit and all the files that the hub has now."""
+def client(target: dict):
+    """The hub's own."""
     if target["source"] == "modelscope":
-        # the client beneath `modelscope`, which would import torch and hides the hashes
+        # beneath `modelscope`, which would import torch and hides the hashes
         from modelscope_hub import HubApi
 
-        found = HubApi().list_repo_files(target["repo"], "model", revision=target["revision"])
+        return HubApi()
+    return HfApi()
+
+
+def list_files(target: dict) -> dict:
+    """`target` with the commit and all the files that the hub has now."""
+    repo, kind = target["repo"], target["type"]
+    hub = client(target)
+    if target["source"] == "modelscope":
+        found = hub.list_repo_files(repo, kind, revision=target["revision"])
         files = {f.path: {"size": f.size, "sha256": f.sha256} for f in found if not f.is_dir}
         return target | {"files": files}
     revision = target["commit"] or target["revision"]
-    info = HfApi().model_info(target["repo"], revision=revision, files_metadata=True, timeout=30)
+    commit = hub.repo_info(repo, repo_type=kind, revision=revision, timeout=30).sha
     files = {}
-    for found in info.siblings:
-        sha = {"sha256": found.lfs.sha256} if found.lfs else {"git": found.blob_id}
-        files[found.rfilename] = {"size": found.size, **sha}
-    return target | {"commit": info.sha, "files": files}
+    # page by page: what the hub tells of a repository at once is not all of a large one
+    for found in hub.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind):
+        if isinstance(found, RepoFile):
+            sha = {"sha256": found.lfs.sha256} if found.lfs else {"git": found.blob_id}
+            files[found.path] = {"size": found.size, **sha}
+    return target | {"commit": commit, "files": files}
 
 
 def fetch(target: dict, files: dict, folder: Path, aria2: bool) -> None:
-    where = {"local_dir": folder, "allow_patterns": [glob.escape(path) for path in files]}
     if target["source"] == "modelscope":
-        from modelscope_hub import HubApi
-
-        HubApi().download_repo(target["repo"], "model", revision=target["revision"], **where)
+        listed = []
+        for path, known in files.items():
+            listed.append({"Path": path, "Size": known["size"], "Sha256": known["sha256"]})
+        where = {"revision": target["revision"], "local_dir": folder, "file_list": listed}
+        client(target).download_repo(target["repo"], target["type"], **where)
         return
     for left in folder.glob(".cache/huggingface/download/**/*.incomplete"):
         left.unlink()  # by a run that was killed; the library does not continue them
@@ -164,7 +189,9 @@ def fetch(target: dict, files: dict, folder: Path, aria2: bool) -> None:
     if aria2:
         large = {path: known["sha256"] for path, known in files.items() if "sha256" in known}
         fetch_aria2(target, large, folder)
-    snapshot_download(target["repo"], revision=target["commit"], **where)
+    where = {"local_dir": folder, "allow_patterns": [glob.escape(path) for path in files]}
+    where |= {"revision": target["commit"], "repo_type": target["type"]}
+    snapshot_download(target["repo"], **where)
 
 
 def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
@@ -173,7 +200,8 @@ def fetch_aria2(target: dict, shas: dict[str, str], folder: Path) -> None:
     drafts = folder.resolve() / ".cache/aria2"
     job = []
     for path, sha in shas.items():
-        url = hf_hub_url(target["repo"], path, revision=target["commit"])
+        place = {"repo_type": target["type"], "revision": target["commit"]}
+        url = hf_hub_url(target["repo"], path, **place)
         job += [get_hf_file_metadata(url).location, f" out={path}", f" checksum=sha-256={sha}"]
     words = [*ARIA2.split(), f"--dir={drafts}", f"--stop-with-process={os.getpid()}"]
     # it knows the variables of proxies in small letters only
@@ -195,7 +223,8 @@ def explain(error: Exception, folder: Path, target: dict) -> str:
     hub = {"hf": constants.ENDPOINT, "modelscope": "ModelScope"}[target["source"]]
     asked = f"{target['repo']}, {target['revision'] or 'newest revision'}"
     closed = "not there, or closed to you: set HF_TOKEN or MODELSCOPE_API_TOKEN, accept its licence"
-    remedies = {401: closed, 403: closed, 404: "no such model or revision; names differ by hub"}
+    absent = f"no such {KINDS[target['type']]} or revision; names differ by hub"
+    remedies = {401: closed, 403: closed, 404: absent}
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC:
             return f"no space left on device under {folder}. Free some space, then: {again()}"
@@ -209,8 +238,23 @@ def explain(error: Exception, folder: Path, target: dict) -> str:
     return f"{hub} cannot be reached, or the line was cut ({said}); {remedy}. Again: {again()}"
 
 
-def choose(files: dict, args) -> set[str]:
-    """The files to fetch; says what is left out. SystemExit when no weights are among them."""
+def other_kind(error: Exception, target: dict) -> str:
+    """How to ask for what the hub has under this name, where it is of the other kind."""
+    status = getattr(getattr(error, "response", error), "status_code", None)
+    if status not in (401, 404) or isinstance(error, RevisionNotFoundError):
+        return ""
+    other = "dataset" if target["type"] == "model" else "model"
+    try:
+        is_there = client(target).repo_exists(target["repo"], repo_type=other)
+    except Exception:  # it is only a hint
+        return ""
+    flag = "add --dataset" if other == "dataset" else "leave --dataset out"
+    return f". There is a {KINDS[other]} of that name: {flag}" if is_there else ""
+
+
+def choose(files: dict, args, kind: str) -> set[str]:
+    """The files to fetch; says what is left out. SystemExit when no weights are among them, or no
+    data."""
     safe = any(path.endswith(".safetensors") for path in files)
     unwanted = args.exclude + ([] if args.include else OTHERS)
     if not args.allow_pickle or (safe and not args.include):
@@ -219,9 +263,12 @@ def choose(files: dict, args) -> set[str]:
     wanted = set(filter_repo_objects(files, allow_patterns=only, ignore_patterns=unwanted))
     if left_out := sorted(files.keys() - wanted):
         print(f"  {len(left_out)} left out: {', '.join(left_out)[:200]}")
+    if kind == "dataset":  # a card alone is none
+        safe = any(Path(path).suffix not in ("", ".md") for path in wanted)
     if not wanted or not (safe or args.include or args.allow_pickle):
         others = "--allow_pickle takes pickles, which can run code; --include takes other formats"
-        raise SystemExit(f"no safetensors to fetch, only what is left out above; {others}")
+        what = "data" if kind == "dataset" else "safetensors"
+        raise SystemExit(f"no {what} to fetch, only what is left out above; {others}")
     return wanted
 
 
@@ -235,21 +282,25 @@ def download(args, folder: Path) -> None:
     old = load_record(folder)
     given = Path(args.model).is_dir()
     repo = old.get("repo") if given else args.model
-    if repo is None or old.get("repo", repo) != repo:
+    is_data = args.dataset or (given and old.get("type") == "dataset")
+    kind = "dataset" if is_data else "model"
+    if repo is None or (old and (old["repo"], old.get("type", "model")) != (repo, kind)):
         raise SystemExit(f"{folder} was not fetched from {args.model}: give ORG/NAME, another --to")
     source = args.source or old.get("source", "hf")
     same = old if source == old.get("source") and not args.revision else {}
-    target = {"source": source, "repo": repo, "revision": args.revision or same.get("revision")}
+    target = {"source": source, "type": kind, "repo": repo}
+    target["revision"] = args.revision or same.get("revision")
     target["commit"] = same.get("commit", "") if args.repair else ""  # a repair is no update
     try:
         offered = list_files(target)
     except Exception as error:  # of several libraries, and those that they use
-        raise SystemExit(explain(error, folder, target)) from None
+        told = explain(error, folder, target) + other_kind(error, target)
+        raise SystemExit(told) from None
     files = offered["files"]
     print(f"{repo} {offered['commit'][:12] or source}: {len(files)} files", flush=True)
     known = old.get("files", {})
     as_before = same and (given or args.repair) and not args.include
-    wanted = known if as_before else choose(files, args)
+    wanted = known if as_before else choose(files, args, kind)
     files = {path: files[path] for path in files if path in wanted or path in known}
     if args.dry_run:
         for path in files:
@@ -310,13 +361,17 @@ def main(argv: list[str]) -> None:
     folder = Path(args.model)
     only_local = folder.is_dir() and (args.verify or args.manifest or args.try_)
     if not folder.is_dir():
-        folder = Path(args.to) / folder.name
+        folder = Path(args.to or FOLDERS["dataset" if args.dataset else "model"]) / folder.name
     if args.verify and not args.repair:
         verify(folder, load_record(folder).get("files", {}))
     elif args.repair or args.dry_run or not only_local:
         download(args, folder)
+    record = load_record(folder)
+    is_data = record.get("type") == "dataset"
     if args.manifest and not args.dry_run:
-        describe(folder, load_record(folder), args)
+        describe_data(folder, record) if is_data else describe(folder, record, args)
+    if args.try_ and is_data:
+        raise SystemExit(f"{folder} is a data set; --try is for models")
     if args.try_ and not args.dry_run:
         from common.demo.chat_model import ChatModel
 

@@ -1,4 +1,5 @@
 """danpu_manifest.json of a model folder: hashes, what the model is, what memory training it takes.
+Of a data set's folder: hashes, rows and columns.
 
 Memory is what common/runs/memory_plan.py estimates, in bf16, and 1 GiB for driver and
 fragmentation. It was held to a CPU and a simulated NPU, to no card: leave a margin.
@@ -32,6 +33,20 @@ def tensors(path: Path) -> dict[str, tuple[str, list[int]]]:
             return {name: (p.get_dtype(), list(p.get_shape())) for name, p in parts.items()}
     except SafetensorError as error:
         raise ValueError(f"broken safetensors file ({' '.join(str(error).split())})") from None
+
+
+def parquet(path: Path) -> tuple[int, dict[str, str]]:
+    """Rows and {column: type, e.g. "string"} that the end of a parquet file tells. ValueError when
+    it is none."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = {field.name: str(field.type) for field in file.schema_arrow}
+            return file.metadata.num_rows, columns
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"broken parquet file ({' '.join(str(error).split())})") from None
 
 
 def facts_of(folder: Path) -> dict:
@@ -100,4 +115,35 @@ def describe(folder: Path, record: dict, args) -> None:
             line += f"{f'{plain:,.1f} ({saving:,.1f})':>18}"
         print(line)
     found = record | {"model": facts, "parallel": parallel, "memory_for": asked, "memory": rows}
+    (folder / "danpu_manifest.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def describe_data(folder: Path, record: dict) -> None:
+    """Write FOLDER/danpu_manifest.json, the record with the rows that parquet files tell, and show
+    what the files are, by their endings and columns."""
+    files = {}
+    groups = {}  # (ending, columns as text) -> [(bytes, rows or None)]
+    for name, known in record["files"].items():
+        files[name] = dict(known)
+        shown = ""
+        path = folder / name
+        if path.suffix == ".parquet":
+            try:
+                rows, columns = parquet(path)
+            except ValueError as error:
+                raise SystemExit(f"{path}: {error}; --repair fetches it again") from None
+            files[name] |= {"rows": rows, "columns": columns}
+            shown = ", ".join(f"{column}: {kind}" for column, kind in columns.items())
+        group = groups.setdefault((path.suffix, shown), [])
+        group.append((known["size"], files[name].get("rows", 0)))
+    total = sum(known["size"] for known in files.values())
+    print(f"{folder}: data set, {len(files)} files, {total / 2**20:,.1f} MiB")
+    for (suffix, shown), members in sorted(groups.items()):
+        size = sum(size for size, _ in members)
+        line = f"  {len(members)} {suffix or 'other'}, {size / 2**20:,.1f} MiB"
+        if shown:
+            rows = sum(rows for _, rows in members)
+            line += f", {rows:,} rows of {shown}"
+        print(line)
+    found = record | {"files": files}
     (folder / "danpu_manifest.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

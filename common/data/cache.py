@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.data.files import atomic_folder
+from common.data import files
+from common.data.files import atomic_file, atomic_folder
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 24  # a bound of its own: one row may be megabytes long
 SILENT_WAIT = 5  # seconds for a lock before it is mentioned
+REMEMBERED_FROM = 1 << 26  # bytes; smaller files are read again in no time
+SETTLED = 2  # seconds since the last change: clocks of file systems are coarse
 
 
 def write_rows(rows: Iterator[dict], path: Path) -> None:
@@ -86,7 +89,7 @@ def _locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     is_main = os.environ.get("RANK", "0") == "0"
-    if not is_main and not folder.is_dir():
+    if not is_main and not folder.exists():
         time.sleep(0.2)  # rank 0 builds: it alone shows how far it is
     lock = FileLock(folder.with_suffix(".lock"))
     try:
@@ -99,6 +102,30 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def sha256(path: Path, cache_dir=None) -> str:
+    """Of a file. That of a large one is remembered as long as nobody has written to it (its place,
+    size and times, of which no program sets the last), so that a corpus is not read again by every
+    rank at every start."""
+    try:
+        stat = path.stat()
+        if stat.st_size < REMEMBERED_FROM:
+            return files.sha256(path)
+        facts = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        told = json.dumps([str(path.resolve()), *facts])
+        note = cache_root(cache_dir) / f"sha256-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(note):
+            if note.is_file():
+                return note.read_text(encoding="ascii")
+            digest = files.sha256(path)
+            if time.time() - stat.st_ctime > SETTLED:
+                with atomic_file(note) as part:
+                    part.write_text(digest, encoding="ascii")
+            return digest
+    except OSError:  # a cache that cannot be written, which `cached` tells
+        return files.sha256(path)
 
 
 def _build(folder: Path, build: Callable[[Path], dict]) -> None:

@@ -30,7 +30,13 @@ ACCEPTED = f"accepted: {' '.join(SUFFIXES)}, each also .gz"
 TABLES = (".csv", ".tsv")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".et", ".numbers")
 # beside the data of a folder, about them
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+DESCRIPTIONS = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "danpu_manifest.json",
+)
 # under these keys the rows of a file may stand beside what is said of it
 WRAPPERS = {
     "data",

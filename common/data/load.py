@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data import encodings, files, records, shapes, turns
-from common.data.cache import cached, write_rows
+from common.data.cache import cached, sha256, write_rows
 from common.data.progress import Progress
 from common.data.turns import BadRow
 
@@ -243,7 +243,7 @@ def _load(path: Path, kind: str, renames: dict[str, str], strict: bool, cache_di
     known."""
     paths, ignored = files.data_files(path)
     apart = files.held_out_files(path, paths)
-    contents = [(str(file), files.sha256(file)) for file in paths]
+    contents = [(str(file), sha256(file, cache_dir)) for file in paths]
     key = json.dumps(["rows", VERSION, kind, renames, contents, list(map(str, apart))])
 
     def build(folder: Path) -> dict:

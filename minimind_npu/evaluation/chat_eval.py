@@ -14,8 +14,9 @@ answer is written as it comes (answers.jsonl); the same command goes on after a 
 devices: python common/launch.py 8 minimind_npu/evaluation/chat_eval.py ... shares the questions.
 
 centred: (accuracy - chance) / (1 - chance), where chance is 1 / options for letters and 0 for what
-is generated. ChatCORE: the mean of the centred accuracies. pass@k (Chen et al. 2021): the
-probability that one of k answers is right, estimated from --num_samples answers to each question.
+is generated. ChatCORE: the mean of the centred accuracies; names (identity) are not in it. pass@k
+(Chen et al. 2021): the probability that one of k answers is right, estimated from --num_samples
+answers to each question.
 """
 
 import sys
@@ -46,7 +47,7 @@ from evaluation.eval import (
 )
 from evaluation.journal import Journal, join_others, keep_results
 from evaluation.questions import same
-from evaluation.tasks import Code, Task
+from evaluation.tasks import Code, Task, Words
 from toolcall import sandbox
 
 from common.data.progress import Progress
@@ -147,6 +148,8 @@ def judged(question, text: str, asker: Asker) -> bool:
             return sandbox.run(question.program(text)).outcome == "done"
         # a plain continuation ends where it begins the next question
         said = text if asker.as_chat else text.split("\n问：")[0]
+        if isinstance(question, Words):
+            return question.stand_in(said)
         return same(said, question.final)
     except Exception as error:  # what a model may say is boundless; the other answers count
         kind = type(error).__name__
@@ -231,6 +234,7 @@ def make_parser() -> cli.Parser:
         help="run, model or adapter folder; unset: the newest run",
     )
     add("--tasks", nargs="+", default=BUILT_IN, help="NAME=FILE, see tasks.py; spelling has none")
+    add("--also", nargs="+", default=[], metavar="TASK", help="tasks beside those of --tasks")
     add("--held_out", nargs="*", default=[], help="texts whose bits per byte are measured too")
     add("--num_rows", type=int, help="at most so many questions of a file")
     add("--num_samples", type=int, default=1, help="answers to each question that is generated")
@@ -265,6 +269,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             f"--num_samples {args.num_samples}: at --temperature 0 all of them are the same; "
             "give 0.8, for example"
         )
+    args.tasks = [*args.tasks, *args.also]
     names = [word.partition("=")[0] for word in args.tasks]
     for name in names:
         if names.count(name) > 1:
@@ -297,8 +302,10 @@ def evaluate(args, chat_model: MiniMindChatModel, out: Path) -> dict:
     for task in asked:
         samples = 1 if task.kind == "choice" else args.num_samples
         results["tasks"][task.name] = figures(task, journal, left_out[task.name], samples)
-    centred = [row["centred"] for row in results["tasks"].values()]
-    results["chatcore"] = sum(centred) / len(centred)
+    compared = [task.name for task in asked if task.kind != "words"]
+    if compared:
+        centred = [results["tasks"][name]["centred"] for name in compared]
+        results["chatcore"] = sum(centred) / len(centred)
     if args.held_out:
         size = min(WINDOW, chat_model.window)
         texts = held_out(

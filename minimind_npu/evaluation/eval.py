@@ -432,8 +432,20 @@ def answers(
 
 
 def harness(chat_model: MiniMindChatModel, args) -> dict:
-    """lm-evaluation-harness on the model as transformers knows it (export.py). -> {task: {metric:
-    value}}."""
+    """-> {task: {metric: value}}."""
+    found = {}
+    results = asked_by_harness(chat_model, args, args.tasks.split(","))["results"]
+    for task, values in results.items():
+        found[task] = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+    return found
+
+
+def asked_by_harness(chat_model: MiniMindChatModel, args, tasks: list, **more) -> dict:
+    """lm-evaluation-harness on the model as transformers knows it (export.py), with the token that
+    its documents begin with before each prompt, as everywhere here.
+
+    more: further arguments of lm_eval.simple_evaluate, whose result this is.
+    """
     try:
         import lm_eval
     except ImportError:
@@ -450,20 +462,19 @@ def harness(chat_model: MiniMindChatModel, args) -> dict:
         if isinstance(model, MiniMindForCausalLM):
             place = str(Path(folder) / "exported")
             export.write_native(model, chat_model.tokenizer, place)
-        dtype = str(model.dtype).removeprefix("torch.")
-        results = lm_eval.simple_evaluate(
+        facts = {"pretrained": place, "dtype": str(model.dtype).removeprefix("torch.")}
+        if chat_model.tokenizer.bos_token_id is not None:
+            facts["add_bos_token"] = True
+        return lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": place, "dtype": dtype},
-            tasks=args.tasks.split(","),
+            model_args=facts,
+            tasks=tasks,
             num_fewshot=args.shots or None,
             batch_size=args.batch_size,
             limit=args.num_rows,
             device=str(model.device),
-        )["results"]
-    found = {}
-    for task, values in results.items():
-        found[task] = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-    return found
+            **more,
+        )
 
 
 # ---- command line --------------------------------------------------------------------------------

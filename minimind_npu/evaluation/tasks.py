@@ -3,15 +3,18 @@
     choice   a letter is chosen; ARC, MMLU, C-Eval, CMMLU (questions.py), C3
     exact    an answer with a final number or word; GSM8K, spelling
     code     a function that passes the tests of its row; HumanEval
+    words    an answer that has the words of its row; a name (samples/make_identity.py)
 
 C3: [[sentences], [{"question", "choice", "answer"}], id] of the original files, or lines
 {"context", "question", "choice", "answer"}. HumanEval: lines {"task_id", "prompt", "test",
-"entry_point"}. Spelling has no file: samples/road_rows.py makes its questions.
+"entry_point"}. Spelling has no file: samples/road_rows.py makes its questions. Identity: lines
+{"question", "contains": [words]}.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +35,12 @@ KINDS = {
     "gsm8k": "exact",
     "spelling": "exact",
     "humaneval": "code",
+    "identity": "words",
     # files of one's own, in these layouts
     "choice": "choice",
     "exact": "exact",
     "code": "code",
+    "words": "words",
 }
 
 
@@ -53,6 +58,19 @@ class Code:
         written = in_block(answer)
         whole = written if f"def {self.entry_point}" in written else self.prompt + written
         return f"{whole}\n\n{self.test}\n\ncheck({self.entry_point})\n"
+
+
+@dataclass(frozen=True)
+class Words:
+    """contains: what a right answer has, all of it, in small or capital letters."""
+
+    source: str
+    question: str
+    contains: tuple[str, ...]
+
+    def stand_in(self, answer: str) -> bool:
+        said = answer.split("</think>")[-1].casefold()
+        return all(word.casefold() in said for word in self.contains)
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,9 @@ def read(word: str, num_rows: int | None) -> Task:
     if name == "c3":
         found = passages(path, num_rows)
     elif kind == "code":
-        found = functions(path, num_rows)
+        found = one_a_row(path, num_rows, function)
+    elif kind == "words":
+        found = one_a_row(path, num_rows, asked_for_words)
     else:
         found = questions.read([path], {"choice": Choice, "exact": Exact}[kind], num_rows)
     return Task(name, kind, found.questions, found.dropped)
@@ -146,10 +166,11 @@ def passage(context, row, source: str) -> Choice:
     return Choice("c3", source, text, options, options.index(answer))
 
 
-# ---- functions -----------------------------------------------------------------------------------
+# ---- functions, words ----------------------------------------------------------------------------
 
 
-def functions(path: str, num_rows: int | None) -> Read:
+def one_a_row(path: str, num_rows: int | None, convert: Callable) -> Read:
+    """convert: a record and its place -> a question; BadRow where it is none."""
     found = Read()
     for file in data_files(path):
         read_before = len(found.questions)
@@ -158,7 +179,7 @@ def functions(path: str, num_rows: int | None) -> Read:
                 break
             source = f"{file}:{line}"
             try:
-                found.questions.append(function(record, source))
+                found.questions.append(convert(record, source))
             except BadRow as bad:
                 found.drop(source, bad.reason, bad.detail)
     return refuse_empty(found, path)
@@ -178,6 +199,19 @@ def function(record, source: str) -> Code:
     if not parts[2].isidentifier():
         raise BadRow("entry_point is no name", parts[2][:20])
     return Code(source, *parts)
+
+
+def asked_for_words(record, source: str) -> Words:
+    if isinstance(record, BadRow):
+        raise record
+    if not isinstance(record, dict):
+        raise BadRow("not an object", type(record).__name__)
+    question = questions.text(record.get("question"), "no question")
+    words = record.get("contains")
+    if not isinstance(words, list) or not words:
+        raise BadRow("no list contains")
+    words = tuple(questions.text(word, "an empty word") for word in words)
+    return Words(source, question, words)
 
 
 def in_block(answer: str) -> str:

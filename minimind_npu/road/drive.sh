@@ -4,6 +4,7 @@
 #   DEPTH OUTPUT                        what --depth says; where to (default: output/road)
 #   PRETRAIN MID SFT RL                 texts, conversations or mixtures (road/mixture.py), questions; unset: built-in data
 #   STAGES                              default: tokenizer rows pretrain mid sft rl report
+#   NAME MAKER                          what the model is called and who made it: rows that say so (samples/make_identity.py)
 #   VOCAB                               tokens of the tokenizer
 #   BASE_FLAGS MID_FLAGS SFT_FLAGS RL_FLAGS    of the stages; flags behind the script go to pretrain, mid and sft
 #   CORE EVAL                           flags of evaluation/core.py and evaluation/chat_eval.py, which measure each stage
@@ -11,7 +12,7 @@
 # The same command again goes on where it stopped: finished stages and answers stay. A stage is its folder in OUTPUT.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC2034  # read there
-knobs="DEPTH STAGES PRETRAIN MID SFT RL VOCAB BASE_FLAGS MID_FLAGS SFT_FLAGS RL_FLAGS CORE EVAL DOLLARS_PER_HOUR WANDB_RUN"
+knobs="DEPTH STAGES PRETRAIN MID SFT RL NAME MAKER VOCAB BASE_FLAGS MID_FLAGS SFT_FLAGS RL_FLAGS CORE EVAL DOLLARS_PER_HOUR WANDB_RUN"
 source "$here/../common/launch.sh"
 
 # train SCRIPT STAGE [flags]: into its folder; a finished stage says so and stays as it is
@@ -27,6 +28,7 @@ evaluate() {
     local out=$road/eval/$1 core=() chat=()
     read -ra core <<<"${CORE:-}"
     read -ra chat <<<"${EVAL:-}"
+    [[ -f $road/rows/identity_test.jsonl ]] && chat+=(--also "identity=$road/rows/identity_test.jsonl")
     (launch "$here/evaluation/core.py" --model "$road/$1" --output_dir "$out" "${core[@]}")
     (launch "$here/evaluation/chat_eval.py" --model "$road/$1" --output_dir "$out" \
         --held_out "$here/data/eval/held_out.txt" "${chat[@]}")
@@ -39,11 +41,17 @@ run_stage() {
     case $stage in
         tokenizer)
             [[ -d $road/tokenizer ]] && { echo "$road/tokenizer is there"; return; }
+            read -ra own <<<"${PRETRAIN:-}"
+            [[ -e ${PRETRAIN:-} ]] && own=("$PRETRAIN")
             "$python" "$here/train_tokenizer.py" --output_dir "$road/tokenizer" ${VOCAB:+--vocab_size "$VOCAB"} \
-                ${PRETRAIN:+--data_path "$PRETRAIN"} ;;
+                ${PRETRAIN:+--data_path "${own[@]}"} ;;
         rows)
+            [[ -n ${MAKER:-} && -f $road/rows/sft.yaml && ! -f $road/rows/identity.jsonl ]] &&
+                echo "note: $road/rows was made without NAME and MAKER; take it away to have rows with them"
             [[ -f $road/rows/sft.yaml ]] && { echo "$road/rows is there"; return; }
-            "$python" "$here/samples/road_rows.py" "$road/rows" ;;
+            # NAME alone is a machine's name in some shells
+            "$python" "$here/samples/road_rows.py" "$road/rows" ${PRETRAIN:+--texts "$PRETRAIN"} \
+                ${MAKER:+--name "${NAME:-}" --maker "$MAKER"} ;;
         pretrain)
             read -ra own <<<"${BASE_FLAGS:-}"
             train train.py pretrain --depth "$DEPTH" --tokenizer "$road/tokenizer" ${PRETRAIN:+--data_path "$PRETRAIN"} "${own[@]}" "$@" ;;

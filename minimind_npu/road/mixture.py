@@ -6,6 +6,8 @@ takes.
       epochs: 2                      # each of its rows twice; 0.5: half of them
     - file: talks.jsonl
       weight: 0.2                    # as many that they are a fifth of all rows
+    - file: ../data/pretrain
+      kind: text                     # documents among conversations; --stage mid takes them
 
 Files and folders lie beside the YAML file, or have whole paths. Which rows are taken in part
 follows from the seed. Rows are read as everywhere (common/data/load.py).
@@ -24,17 +26,18 @@ import yaml
 from common import cli
 from common.data.load import load_rows, merged
 
-FIELDS = {"file", "weight", "epochs"}
+FIELDS = {"file", "weight", "epochs", "kind"}
 
 
 @dataclass(frozen=True)
 class Part:
     """path: of a file or folder; how often each of its rows comes in an epoch, or the share of all
-    rows that are its own (weight, else None)."""
+    rows that are its own (weight, else None); kind of its rows, "" for that of the stage."""
 
     path: Path
     epochs: float = 1.0
     weight: float | None = None
+    kind: str = ""
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -79,23 +82,36 @@ def part_of(entry, where: str, folder: Path) -> Part:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 < value < float("inf"):
             raise SystemExit(f"{where}: {name}: {value}: a number above 0")
+    kind = entry.get("kind", "")
+    if kind not in ("", "text"):
+        raise SystemExit(f"{where}: kind: {kind}: only text, or nothing for the rows of the stage")
     path = Path(entry["file"]).expanduser()
     if not path.is_absolute():
         path = folder / path
-    return Part(path, float(entry.get("epochs", 1)), entry.get("weight"))
+    return Part(path, float(entry.get("epochs", 1)), entry.get("weight"), kind)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def load(data_path: str, kind: str, columns, strict: bool, seed: int) -> tuple:
-    """(rows, counts) as load_rows gives them; a YAML file is a mixture of such."""
+def load(data_path: str, kind: str, columns, strict: bool, seed: int, texts: bool = False) -> tuple:
+    """(rows, counts) as load_rows gives them; a YAML file is a mixture of such.
+
+    texts: whether the stage takes rows of kind text beside its own.
+    """
     if not is_mixture(data_path):
         return load_rows(data_path, kind, columns, strict, seed=seed)
     from datasets import concatenate_datasets
 
     parts = read(Path(data_path).expanduser())
-    loaded = [load_rows([part.path], kind, columns, strict, seed=seed) for part in parts]
+    loaded = []
+    for part in parts:
+        if part.kind and not texts:
+            raise SystemExit(
+                f"{data_path}: {part.path}: kind: {part.kind}: --stage mid takes texts among "
+                "conversations, this stage does not"
+            )
+        loaded.append(load_rows([part.path], part.kind or kind, columns, strict, seed=seed))
     sizes = [len(rows) for rows, _ in loaded]
     counts = counts_of(parts, sizes)
     drawn = []

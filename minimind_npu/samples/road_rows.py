@@ -2,10 +2,14 @@
 letters, and the mixtures of both stages.
 
     python minimind_npu/samples/road_rows.py FOLDER
+    python minimind_npu/samples/road_rows.py FOLDER --name 丹儿 --maker 一位老师
 
     spelling.jsonl    how often a character stands in a text, counted character by character
     choices.jsonl     questions with four answers, answered by a letter; none of data/eval
-    mid.yaml, sft.yaml      mixtures, see road/mixture.py; edit them, or write your own
+    mid.yaml, sft.yaml      mixtures, see road/mixture.py; edit them, or write your own. In mid.yaml
+                      stand texts of pre-training too (--texts), so that they are not forgotten
+    identity.jsonl    with --name: who the model is (make_identity.py), and talks.jsonl: data/sft
+                      without the rows that give it another name
 
 `spelling` also makes the questions of the evaluation: another seed, so other texts.
 """
@@ -19,7 +23,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms beside this one
-from samples.sample_facts import FACTS, KINDS
+from road.mixture import is_mixture
+from samples import make_identity
+from samples.sample_facts import FACTS, KINDS, MAKER, NAME, NATURE
 
 from common import cli
 from common.data.files import atomic_file
@@ -36,6 +42,7 @@ LONGEST = 10
 LETTERS = "ABCD"
 ASKED_BY_LETTER = 2  # ways to ask each fact
 EVALUATED = ("ceval", "choice.jsonl")  # of data/eval
+SHARE_OF_TEXTS = 0.3  # of the rows of mid.yaml
 
 
 # ---- spelling ------------------------------------------------------------------------------------
@@ -148,28 +155,62 @@ def as_chats(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mixture(*entries: tuple[str, float]) -> str:
-    """(file, epochs) -> YAML."""
+def mixture(*entries: tuple[str, float], texts: str = "") -> str:
+    """(file, epochs) -> YAML; texts: a file or folder of documents, which get their share too."""
     lines = []
     for file, epochs in entries:
         lines += [f"- file: {json.dumps(file, ensure_ascii=False)}", f"  epochs: {epochs:g}"]
+    if texts:
+        lines += [f"- file: {json.dumps(texts, ensure_ascii=False)}", "  kind: text"]
+        lines.append(f"  weight: {SHARE_OF_TEXTS:g}")
     return "\n".join(lines) + "\n"
 
 
+def texts_of(path: str) -> str:
+    """What pre-training learned from, as a mixture can name it; "" where it is several paths."""
+    if Path(path).exists() and not is_mixture(path):
+        return str(Path(path).resolve())
+    cli.say(f"--texts {path}: no single file or folder, so mid.yaml has no texts")
+    return ""
+
+
+def without_a_name() -> str:
+    """The rows of data/sft that do not say who the model is."""
+    kept = []
+    for file in sorted((HERE / "data" / "sft").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            last = json.loads(line)["conversations"][-1]
+            if last["content"] not in (NAME, MAKER, NATURE):
+                kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise cli.usage_error(f"python {sys.argv[0]} FOLDER")
-    folder = Path(sys.argv[1])
+    parser = cli.Parser(__doc__)
+    parser.add_argument("folder", help="where the files go")
+    texts = str(HERE / "data" / "pretrain")
+    parser.add_argument("--texts", default=texts, help="what pre-training learned from")
+    make_identity.add_names(parser)
+    args = parser.parse_args()
+    personas = make_identity.personas_of(args) if make_identity.is_named(args) else {}
+    folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = {row["question"] for row in spelling_questions()}
     spelt_rows = distinct(spelling("train"), TEXTS["train"], known)
     chosen = list(islice(choices(), 10_000))
     write(folder / "spelling.jsonl", as_chats(spelt_rows))
     write(folder / "choices.jsonl", as_chats(chosen))
-    talks = str(HERE / "data" / "sft")
-    beside = [("spelling.jsonl", 1), ("choices.jsonl", 1)]
-    write(folder / "mid.yaml", mixture((talks, 1), *beside))
-    write(folder / "sft.yaml", mixture((talks, 1), *[(file, 0.5) for file, _ in beside]))
+    talks = [(str(HERE / "data" / "sft"), 1)]
+    if personas:
+        write(folder / "talks.jsonl", without_a_name())
+        print(make_identity.write(folder / "identity.jsonl", personas))
+        talks = [("talks.jsonl", 1), ("identity.jsonl", 1)]
+    made = ("spelling.jsonl", "choices.jsonl")
+    write(
+        folder / "mid.yaml",
+        mixture(*talks, *[(file, 1) for file in made], texts=texts_of(args.texts)),
+    )
+    write(folder / "sft.yaml", mixture(*talks, *[(file, 0.5) for file in made]))
     print(f"{len(spelt_rows):,} to spell and {len(chosen):,} to choose from -> {folder}")
 
 

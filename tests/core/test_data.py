@@ -524,6 +524,28 @@ def test_incomplete_cache_is_rebuilt(tmp_path, cache, damage):
     assert not list(cache.glob("*.part"))
 
 
+def test_a_large_file_is_read_again_only_after_a_write(tmp_path, cache, monkeypatch):
+    """Size and date may be set back, as a broken disk or a clever tool leaves them; the time of the change may not."""
+    file = tmp_path / "shard.parquet"
+    file.write_bytes(b"a" * 100)
+    monkeypatch.setattr(prepared, "REMEMBERED_FROM", 100)
+    monkeypatch.setattr(prepared, "SETTLED", -1)
+    read = []
+    stock = prepared.files.sha256
+    monkeypatch.setattr(prepared.files, "sha256", lambda path: read.append(1) or stock(path))
+    first = prepared.sha256(file)
+    assert first == prepared.sha256(file) == stock(file) and len(read) == 1
+    stat = file.stat()
+    time.sleep(0.02)  # the clock of a file system has ticks
+    file.write_bytes(b"b" + b"a" * 99)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert prepared.sha256(file) == stock(file) != first and len(read) == 2
+    monkeypatch.setattr(prepared, "SETTLED", 3600)
+    file.write_bytes(b"c" * 100)  # written a moment ago: perhaps still being written
+    prepared.sha256(file), prepared.sha256(file)
+    assert len(read) == 4
+
+
 def test_unwritable_cache_is_one_line(tmp_path):
     path = numbered(tmp_path / "a.jsonl", 9, "a")
     (tmp_path / "file").write_text("")

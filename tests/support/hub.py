@@ -1,6 +1,6 @@
 """A model hub on 127.0.0.1 with faults, for the tests of tools/download.py.
 
-    with Hub({"org/name": {"config.json": b"...", ...}}) as hub:
+    with Hub({"org/name": {"config.json": b"...", ...}, "datasets/org/rows": {...}}) as hub:
         hub.fault("model.safetensors", "cut", at=1000)
 
 It speaks what huggingface_hub 2.4 asks for (listing, tree, HEAD and GET of files; large files
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".gguf")
+LARGE = (".safetensors", ".bin", ".gguf", ".parquet")
 PIECE = 1 << 14  # bytes written at once
 
 
@@ -47,7 +47,7 @@ class Fault:
 
 
 class Hub:
-    """repos: "org/name" -> {path: bytes}. token: needed for everything when given."""
+    """repos: "org/name", of a data set "datasets/org/name" -> {path: bytes}. token: needed for everything when given."""
 
     def __init__(self, repos: dict[str, dict[str, bytes]], token: str | None = None):
         self.repos = repos
@@ -142,15 +142,20 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def route(self, path: str, query: dict):
-        if found := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
-            if tree := re.fullmatch(r"(.+)/tree/(.+)", found[1]):
-                return self.listing(tree[1], tree_page, tree[2])
-            return self.listing(found[1], model_info, found[2])
-        if found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo/files", path):
+        # a model's repository has no kind in front of its name
+        path = re.sub(r"^(/api|/api/v1|/openapi/v1)/models/", r"\1/", path)
+        repo = r"((?:datasets/)?[^/]+/[^/]+)"
+        if found := re.fullmatch(rf"/api/v1/{repo}/repo/(?:files|tree)", path):
             return self.listing(found[1], modelscope_files, query.get("Revision"))
-        if found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo", path):
+        if found := re.fullmatch(rf"/api/v1/{repo}/repo", path):
             return self.file(found[1], query.get("FilePath", ""))
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+        if found := re.fullmatch(rf"/openapi/v1/{repo}|/api/v1/{repo}", path):
+            return self.listing(found[1] or found[2], modelscope_info, None)
+        if found := re.fullmatch(rf"/api/{repo}/tree/(.+)", path):
+            return self.listing(found[1], tree_page, found[2])
+        if found := re.fullmatch(rf"/api/{repo}(?:/revision/(.+))?", path):
+            return self.listing(found[1], repo_info, found[2])
+        if found := re.fullmatch(rf"/{repo}/resolve/[^/]+/(.+)", path):
             return self.resolve(found[1], found[2])
         self.answer(404, b"no such page")
 
@@ -195,8 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
     def from_store(self, path: str):
         if "Authorization" in self.headers or "Cookie" in self.headers:
             return self.answer(400, b"a token that is none of our business")
-        _, org, name, file = path.split("/", 3)
-        self.file(f"{org}/{name}", file)
+        found = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/(.+)", path)
+        self.file(found[1], found[2])
 
     def file(self, repo: str, path: str, headers: dict | None = None):
         data = bytearray(self.hub.repos.get(repo, {}).get(path, b""))
@@ -244,19 +249,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_RDWR)
 
 
-def model_info(repo: str, files: dict[str, bytes], commit: str) -> dict:
-    """/api/models/{repo}/revision/{revision}?blobs=true"""
-    rows = []
-    for path, data in files.items():
-        row = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
-        if path.endswith(LARGE):
-            row["lfs"] = {"size": len(data), "sha256": sha256(data), "pointerSize": 130}
-        rows.append(row)
-    return {"id": repo, "sha": commit, "siblings": rows}
+def repo_info(repo: str, files: dict[str, bytes], commit: str) -> dict:
+    """/api/{kind}s/{repo}/revision/{revision}"""
+    return {"id": repo.removeprefix("datasets/"), "sha": commit, "siblings": []}
 
 
 def tree_page(repo: str, files: dict[str, bytes], commit: str) -> list[dict]:
-    """/api/models/{repo}/tree/{commit}?recursive=true"""
+    """/api/{kind}s/{repo}/tree/{commit}?recursive=true"""
     rows = []
     for path, data in files.items():
         row = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
@@ -267,9 +266,14 @@ def tree_page(repo: str, files: dict[str, bytes], commit: str) -> list[dict]:
 
 
 def modelscope_files(repo: str, files: dict[str, bytes], commit: str) -> dict:
-    """/api/v1/models/{repo}/repo/files?Revision=...&Recursive=True"""
+    """/api/v1/{kind}s/{repo}/repo/files (of a data set: tree) ?Revision=...&Recursive=True"""
     rows = [{"Type": "tree", "Path": "folder", "Name": "folder", "Size": 0}]
     for path, data in files.items():
         row = {"Type": "blob", "Path": path, "Name": path.split("/")[-1], "Size": len(data)}
         rows.append(row | {"Sha256": sha256(data)})
     return {"Code": 200, "Success": True, "Data": {"Files": rows}}
+
+
+def modelscope_info(repo: str, files: dict[str, bytes], commit: str) -> dict:
+    """/openapi/v1/{kind}s/{repo}"""
+    return {"success": True, "data": {"id": repo.removeprefix("datasets/")}}

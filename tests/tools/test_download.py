@@ -680,6 +680,113 @@ def test_aria2c_is_missing(hub, get, monkeypatch):
     assert "no aria2c on PATH" in get(hub, "--aria2", code=2).error
 
 
+# ---- data sets ----------------------------------------------------------------------------------------------
+
+
+ROWS = "datasets/org/rows"
+
+
+def shard(texts: list[str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table({"text": texts}), sink, compression="none")
+    return sink.getvalue().to_pybytes()
+
+
+def corpus() -> dict[str, bytes]:
+    """Two parquet shards, jsonl and csv beside what is not to be fetched."""
+    texts = [rng.bytes(999).hex() for _ in range(400)]
+    shards = {f"data/{n}-of-00102.parquet": shard(texts) for n in ("00100", "00101")}
+    lines = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(9))
+    others = {
+        "more/part.jsonl": lines.encode(),
+        "pairs.csv": b"text\nx\n",
+        "README.md": b"# licence",
+    }
+    unwanted = {"rows.py": b"print()", "cache.pkl": b"\x80\x04", ".gitattributes": b""}
+    return shards | others | unwanted
+
+
+def of_corpus(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {
+        name: data
+        for name, data in files.items()
+        if not name.endswith(("py", "pkl", ".gitattributes"))
+    }
+
+
+@pytest.mark.parametrize(
+    "source, fault, settings",
+    [("hf", "flip", {"at": 5000}), ("modelscope", "status", {"code": 404})],
+)
+def test_a_data_set_is_fetched_checked_and_repaired(source, fault, settings, get, tmp_path):
+    """A cut and a broken file on the way; what was damaged later is found and fetched again."""
+    files = corpus()
+    broken, cut = [name for name in files if name.endswith("parquet")]
+    flags = ("--dataset", "--source", source)
+    with Hub({ROWS: files}) as hub:
+        hub.fault(broken, fault, **settings)
+        hub.fault(cut, "cut", at=100_000)
+        told = get(hub, *flags, what="org/rows", code=1)
+        assert "3 left out: .gitattributes, cache.pkl, rows.py" in told.stdout
+        folder = tmp_path / "rows"
+        assert not (folder / broken).exists()
+        sent = hub.sent(cut)
+        get(hub, *flags, what="org/rows")
+        stands(folder, of_corpus(files))
+        assert hub.sent(cut) == sent
+        assert "5 files" in get(hub, "--verify", what=folder).stdout
+        damage(folder / broken, 9000)
+        assert "its sha256 is not" in get(hub, "--verify", what=folder, code=1).stdout
+        get(hub, "--repair", what=folder)
+        stands(folder, of_corpus(files))
+        described = get(hub, "--manifest", what=folder).stdout
+        assert "2 .parquet, 1.5 MiB, 800 rows of text: string" in described
+        known = json.loads((folder / "danpu_manifest.json").read_text())
+        assert (known["type"], known["files"][cut]["rows"]) == ("dataset", 400)
+        assert "--try is for models" in get(hub, "--try", what=folder, code=1).error
+
+
+def test_some_shards_of_a_data_set_are_rows_to_train_on(get, tmp_path):
+    from common.data.load import load_rows
+
+    files = corpus()
+    with Hub({ROWS: files}) as hub:
+        some = ("--include", "data/*-of-0010*.parquet", "*.jsonl", "--exclude", "*/00100*")
+        get(hub, "--dataset", *some, what="org/rows")
+        get(hub, "--manifest", what=tmp_path / "rows")
+    rows, stats = load_rows(tmp_path / "rows", "text", cache_dir=tmp_path / "cache")
+    assert len(rows) == stats["read"] == 400 + 9
+
+
+def test_data_sets_and_models_are_not_taken_for_each_other(get, tmp_path):
+    card = {"README.md": b"# nothing here", "rows.py": b"print()"}
+    files = {"a.parquet": b"PAR1 not at all"}
+    with Hub(
+        {REPO: FILES, ROWS: corpus(), "datasets/org/card": card, "datasets/org/torn": files}
+    ) as hub:
+        for source in ("hf", "modelscope"):
+            ask = ("--source", source)
+            told = get(hub, *ask, what="org/rows", code=1).error
+            assert (
+                "no such model" in told
+                and "There is a data set of that name: add --dataset" in told
+            )
+            told = get(hub, *ask, "--dataset", code=1).error
+            assert (
+                "no such data set" in told and "a model of that name: leave --dataset out" in told
+            )
+            assert "There is" not in get(hub, *ask, "--dataset", what="org/none", code=1).error
+        assert "no data to fetch" in get(hub, "--dataset", what="org/card", code=1).error
+        assert "broken parquet file" in get(hub, "--dataset", what="org/torn", code=1).stdout
+        hub.repos["datasets/org/model"] = corpus()
+        get(hub)
+        assert "was not fetched from org/model" in get(hub, "--dataset", code=1).error
+        assert "ORG/NAME, without address" in get(hub, what="datasets/org/rows", code=2).error
+
+
 # ---- what the model is --------------------------------------------------------------------------------------
 
 

@@ -308,12 +308,18 @@ def test_processes_share_the_questions_and_end_as_one(folder, tmp_path):
 
 
 def test_answers_are_counted_whatever_they_say(folder, tmp_path, monkeypatch):
-    """A model that knows one answer: shares, pass@k and the line of JSON."""
+    """A model that knows one answer: shares, pass@k; names count by themselves."""
     monkeypatch.setattr(chat_eval, "answer_text", lambda tokenizer, ids: "红1\n#### 1")
     questions = tasks.spelling()[:5]
     share = sum(one.final == "1" for one in questions) / 5
-    found = run_chat(folder, tmp_path, "--tasks", "spelling")["tasks"]["spelling"]
-    assert found["accuracy"] == share
+    names = [{"question": "?", "contains": words} for words in (["红1"], ["红1", "蓝"], [])]
+    (tmp_path / "names.jsonl").write_text("\n".join(map(json.dumps, names)), encoding="utf-8")
+    also = ("--also", f"identity={tmp_path / 'names.jsonl'}")
+    results = run_chat(folder, tmp_path, "--tasks", "spelling", *also)
+    name = results["tasks"]["identity"]
+    assert (name["accuracy"], name["dropped"]) == (0.5, {"no list contains": 1})
+    found = results["tasks"]["spelling"]
+    assert found["accuracy"] == share == results["chatcore"]
     assert found["pass_at"] == {"1": pytest.approx(share), "2": pytest.approx(share)}
 
 

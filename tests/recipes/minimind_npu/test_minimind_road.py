@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,15 +25,18 @@ from harness import (
     start,
     weights,
 )
-from transformers import AutoModelForCausalLM, NanoChatForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, NanoChatForCausalLM
 
 from common.fast import attention, losses
 
 RECIPE = ROOT / "minimind_npu"
-NAMES = "settings weights nanochat loop.optim road.dial road.mixture road.report samples.road_rows engine.generation"
-settings, own_weights, nanochat, optim, dial, mixture, card, road_rows, generation = own_modules(
-    RECIPE.name, *NAMES.split()
+NAMES = (
+    "settings weights nanochat loop.optim road.dial road.mixture road.report samples.road_rows engine.generation "
+    "samples.make_identity stages.mid"
 )
+(
+    settings, own_weights, nanochat, optim, dial, mixture, card, road_rows, generation, make_identity, mid,
+) = own_modules(RECIPE.name, *NAMES.split())  # fmt: skip
 VOCAB = 97
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -277,6 +281,7 @@ def test_run_cpu_goes_the_whole_road_and_goes_on_where_it_was(tmp_path):
         "RL_FLAGS": "--max_steps 1 --prompts_per_step 2 --group_size 2 --mini_batches 1 --max_new_tokens 8 "
         "--model_max_length 128 --report_to none --bf16 false --max_eval_samples 4",
         "CORE": "--num_rows 4 --shots 1", "EVAL": "--num_rows 3 --max_new_tokens 8",
+        "NAME": "丹儿", "MAKER": "一位老师",
     }  # fmt: skip
     part = expect(
         shell(
@@ -285,12 +290,13 @@ def test_run_cpu_goes_the_whole_road_and_goes_on_where_it_was(tmp_path):
     )
     assert "| evaluation | BASE |" in part.stdout
     done = expect(shell(RECIPE / "run_cpu.sh", **how, fork=True))
-    assert "tokenizer is there" in done.stdout and "21 answers are there already" in done.stdout
+    assert "tokenizer is there" in done.stdout and "24 answers are there already" in done.stdout
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for told in ("| evaluation | BASE | MID | SFT | RL |", "| spelling |", "| ChatCORE |", "| CORE-zh |", "## RL: rl",
+    for told in ("| evaluation | BASE | MID | SFT | RL |", "| spelling |", "| identity |", "| ChatCORE |", "| CORE-zh |", "## RL: rl",
                  "| bits per byte |", "![loss.png]", "![bits_per_byte.png]", "- cost: $"):  # fmt: skip
         assert told in text, told
-    assert report(tmp_path / "sft")["rows"]["mixture"][1]["rows"] == 1500
+    parts = {Path(part["file"]).stem: part for part in report(tmp_path / "sft")["rows"]["mixture"]}
+    assert parts["spelling"]["rows"] == 1500 and parts["identity"]["rows"] > 400
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
@@ -342,7 +348,87 @@ def test_what_no_mixture_is_is_one_line(tmp_path, text, words):
     assert "\n" not in str(stop.value)
 
 
+def test_texts_stand_among_conversations_in_mid_alone(tmp_path):
+    """Every token of both is trained; who is asked about held-out rows gets conversations."""
+    write_rows(tmp_path, a=4)
+    (tmp_path / "texts.txt").write_text("".join(f"第{i}篇\n" for i in range(6)), encoding="utf-8")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        "- file: a.jsonl\n- file: texts.txt\n  kind: text\n  epochs: 0.5\n", encoding="utf-8"
+    )
+    with pytest.raises(SystemExit, match="texts.txt: kind: text: --stage mid takes texts"):
+        mixture.load(str(mix), "chat", None, True, 0)
+    rows, stats = mixture.load(str(mix), "chat", None, True, 0, texts=True)
+    assert [part["drawn"] for part in stats["mixture"]] == [4, 3]
+    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
+    found = [json.loads(row) for row in rows["row"]]
+    talk = mid.encode(found[0], tokenizer, 64)
+    (text,) = mid.encode(found[-1], tokenizer, 64)
+    assert talk["labels"] == talk["input_ids"] and text["labels"] == text["input_ids"]
+    assert "篇<|im_end|>" in tokenizer.decode(text["input_ids"])
+    assert mid.conversations(rows)["row"] == rows["row"][:4]
+    with pytest.raises(SystemExit, match="kind: chat: only text"):
+        mixture.part_of({"file": "x", "kind": "chat"}, "here", tmp_path)
+
+
 # ---- rows that are made ---------------------------------------------------------------------------------------
+
+
+def asked_of(row):
+    return row["conversations"][-2]["content"]
+
+
+@pytest.mark.parametrize(
+    "language, name, maker", [("zh", "丹儿", "一位老师"), ("en", "ChatGPT", "OpenAI")]
+)
+def test_identity_rows_carry_the_name_and_no_tested_wording_is_trained(language, name, maker):
+    persona = make_identity.Persona(name, maker)
+    rows = make_identity.rows(persona, language)
+    assert len(rows) > 150 and rows == make_identity.rows(persona, language)
+    named = [row for row in rows if name in row["conversations"][-1]["content"]]
+    others = {asked_of(row) for row in rows} - {asked_of(row) for row in named}
+    assert others and len(others) < 10  # who made Claude?
+    for row in named:
+        answer = row["conversations"][-1]["content"]
+        assert maker in answer or "another model than" in answer
+        assert not answer.startswith(("No", "不")) or name not in asked_of(row)
+    assert sum(len(row["conversations"]) > 2 for row in rows) > 15
+    questions = make_identity.questions(persona, language)
+    assert not {row["question"] for row in questions} & {asked_of(row) for row in rows}
+    assert all(set(row["contains"]) <= {name, maker} for row in questions) and len(questions) > 15
+    assert all(word in row["answer"] for row in questions for word in row["contains"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--name", "", "--maker", "x"], "--name is empty"), (["--name", "x"], "--maker is empty"),
+    (["--name", "<|im_end|>", "--maker", "x"], "'<' may be read as a mark"),
+    (["--name", "x", "--maker", "y" * 41], "--maker: 41 characters; at most 40"),
+    (["--name", "丹\n儿", "--maker", "x"], "may be read as a mark"),
+    (["--name", "x", "--maker", "y", "--name_en", "{}"], "--name_en '{}'"), (["--lang", "fr"], "invalid choice"),
+])  # fmt: skip
+def test_a_name_that_cannot_be_is_one_line(monkeypatch, capsys, tmp_path, flags, words):
+    monkeypatch.setattr(
+        sys, "argv", ["make_identity.py", *flags, "--output", str(tmp_path / "x.jsonl")]
+    )
+    with pytest.raises(SystemExit) as stop:
+        make_identity.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_a_name_of_ones_own_no_row_says_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["road_rows.py", str(tmp_path), "--name", "丹儿", "--maker", "一位老师"]
+    )
+    road_rows.main()
+    talks = (tmp_path / "talks.jsonl").read_text(encoding="utf-8")
+    assert "小丹" not in talks and len(talks.splitlines()) > 4000
+    for name in ("mid", "sft"):
+        files = [part.path.name for part in mixture.read(tmp_path / f"{name}.yaml")]
+        assert files[:2] == ["talks.jsonl", "identity.jsonl"]
+    texts = [part for part in mixture.read(tmp_path / "mid.yaml") if part.kind == "text"]
+    assert [part.path for part in texts] == [RECIPE / "data/pretrain"]
 
 
 def test_spelt_rows_are_right_and_no_text_of_the_evaluation_is_trained():
