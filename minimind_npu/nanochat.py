@@ -52,16 +52,17 @@ def config_of(
 
 class CappedHead(nn.Linear):
     """Logits between -cap and cap: cap * tanh(x / cap). transformers' model caps them behind its
-    head; here they leave the head so, and losses in chunks (common/fast/losses.py) see them."""
+    head; here they leave the head so, and losses in chunks (common/fast/losses.py, which look for
+    `logit_cap`) see them."""
 
     def __init__(self, weight: nn.Parameter, cap: float):
         vocabulary, width = weight.shape
         super().__init__(width, vocabulary, bias=False, device="meta")
         self.weight = weight
-        self.cap = cap
+        self.logit_cap = cap
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.cap * torch.tanh(super().forward(hidden) / self.cap)
+        return self.logit_cap * torch.tanh(super().forward(hidden) / self.logit_cap)
 
 
 def build(config: NanoChatConfig) -> NanoChatForCausalLM:
@@ -96,7 +97,7 @@ def cap_in_head(model: NanoChatForCausalLM) -> NanoChatForCausalLM:
 def as_published(model: nn.Module):
     """Inside, the config of a model says where its logits are capped, as transformers reads it."""
     head = model.get_output_embeddings()
-    cap = head.cap if isinstance(head, CappedHead) else None
+    cap = head.logit_cap if isinstance(head, CappedHead) else None
     if cap is not None:
         model.config.final_logit_softcapping = cap
     try:
