@@ -136,7 +136,7 @@ def inverse_length(x: Tensor, eps: float) -> Tensor:
 
 def along(grad: Tensor, y: Tensor) -> Tensor:
     """mean(grad * y) over the last dimension, [..., 1]: what a norm takes out of a gradient."""
-    return (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(y.shape[-1]).to(y.dtype)
+    return torch.linalg.vecdot(grad, y).div_(y.shape[-1])[..., None]
 
 
 class _Normalise(torch.autograd.Function):

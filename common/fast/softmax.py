@@ -72,38 +72,29 @@ def _eager(
 ) -> None:
     rows, vocabulary = logits.shape
     on_cpu = logits.device.type == "cpu"
-    step = max(1, CACHE_ELEMENTS // vocabulary) if on_cpu else rows
-    work = torch.empty(min(step, rows), vocabulary, dtype=torch.float32, device=logits.device)
-    slopes = torch.empty_like(work) if cap and wants_gradient else None
+    buffers = 2 if cap else 1
+    step = max(1, CACHE_ELEMENTS // (buffers * vocabulary)) if on_cpu else rows
+    size = (buffers, min(step, rows), vocabulary)
+    work = torch.empty(size, dtype=torch.float32, device=logits.device)
     for part in pieces(rows, step):
         x = logits[part]
         target = targets[part, None]
-        y = work[: part.stop - part.start]
-        slope = None if slopes is None else slopes[: part.stop - part.start]
+        y = work[0, : part.stop - part.start]
         if correct is not None:
             correct[part] = x.argmax(-1) == target[:, 0]
+        seen = x if x.dtype == y.dtype else y.copy_(x)
         if cap:
-            _cap_(y.copy_(x), slope, cap)
-            x_in = y
-        else:
-            x_in = x if x.dtype == y.dtype else y.copy_(x)
-        torch.log_softmax(x_in, -1, out=y)
+            share = work[1, : part.stop - part.start]
+            torch.div(seen, cap, out=share).tanh_()
+            seen = torch.mul(share, cap, out=y)
+        torch.log_softmax(seen, -1, out=y)
         log_prob = y.gather(1, target)
         log_probs[part] = log_prob[:, 0]
         if wants_gradient:
             y.exp_().scatter_(1, target, log_prob.exp() - 1)
-            if slope is not None:
-                y *= slope
+            if cap:  # times the derivative, 1 - share^2
+                y.addcmul_(y, share.square_(), value=-1)
             x.copy_(y)
-
-
-def _cap_(logits: Tensor, slope: Tensor | None, cap: float) -> None:
-    """logits -> cap * tanh(logits / cap), in place; fills slope, where it is given, with the
-    derivative."""
-    logits.div_(cap).tanh_()
-    if slope is not None:
-        torch.mul(logits, logits, out=slope).neg_().add_(1)
-    logits.mul_(cap)
 
 
 # ---- compiled ----
