@@ -161,7 +161,7 @@ def orthogonal(matrix: torch.Tensor, iteration: Iteration) -> torch.Tensor:
     Schulz they come out between 0.68 and 1.2 where they were 5e-3 of the norm or more, by Polar
     Express between 0.85 and 1.15 where they were 1e-3; smaller ones stay smaller."""
     is_tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if is_tall else matrix
+    x = matrix.mT.contiguous() if is_tall else matrix
     norm = x.norm(dim=(-2, -1), keepdim=True)
     x = x / (norm * iteration.margin + iteration.least).clamp(min=1e-7)
     added_product = torch.addmm if x.ndim == 2 else torch.baddbmm
