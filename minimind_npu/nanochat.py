@@ -136,6 +136,8 @@ def inverse_length(x: Tensor, eps: float) -> Tensor:
 
 def along(grad: Tensor, y: Tensor) -> Tensor:
     """mean(grad * y) over the last dimension, [..., 1]: what a norm takes out of a gradient."""
+    if grad.dtype is torch.float16:  # scaled gradients add up beyond its largest number
+        return along(grad.float(), y.float()).to(grad.dtype)
     return torch.linalg.vecdot(grad, y).div_(y.shape[-1])[..., None]
 
 
