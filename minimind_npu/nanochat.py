@@ -6,9 +6,10 @@ train it.
 Folders that this recipe writes open in transformers alone, and published ones open here. The block:
 no weights in its norms, query and key normalised after the rotation, relu squared, a head of its
 own whose logits are softly capped. Start of the weights as in nanochat (Karpathy 2025): what is
-added to the residual begins at zero, the head near zero.
+added to the residual begins at zero, the head near zero. To train, `quicken` puts layers with fewer
+passes over memory in the place of transformers' own: what those compute, with their parameters.
 
-D width, V vocabulary.
+B rows, T tokens, H heads, d size of a head, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ import math
 import torch
 from torch import Tensor, nn
 from transformers import NanoChatConfig, NanoChatForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.nanochat.modeling_nanochat import eager_attention_forward
+
+from common.fast.attention import autocast_dtype, to_autocast
 
 MODEL_TYPE = NanoChatConfig.model_type
 EMBEDDING_STD = 0.8
@@ -52,16 +57,17 @@ def config_of(
 
 class CappedHead(nn.Linear):
     """Logits between -cap and cap: cap * tanh(x / cap). transformers' model caps them behind its
-    head; here they leave the head so, and losses in chunks (common/fast/losses.py) see them."""
+    head; here they leave the head so, and losses in chunks (common/fast/losses.py, which look for
+    `logit_cap`) see them."""
 
     def __init__(self, weight: nn.Parameter, cap: float):
         vocabulary, width = weight.shape
         super().__init__(width, vocabulary, bias=False, device="meta")
         self.weight = weight
-        self.cap = cap
+        self.logit_cap = cap
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.cap * torch.tanh(super().forward(hidden) / self.cap)
+        return self.logit_cap * torch.tanh(super().forward(hidden) / self.logit_cap)
 
 
 def build(config: NanoChatConfig) -> NanoChatForCausalLM:
@@ -96,7 +102,7 @@ def cap_in_head(model: NanoChatForCausalLM) -> NanoChatForCausalLM:
 def as_published(model: nn.Module):
     """Inside, the config of a model says where its logits are capped, as transformers reads it."""
     head = model.get_output_embeddings()
-    cap = head.cap if isinstance(head, CappedHead) else None
+    cap = head.logit_cap if isinstance(head, CappedHead) else None
     if cap is not None:
         model.config.final_logit_softcapping = cap
     try:
@@ -104,3 +110,163 @@ def as_published(model: nn.Module):
     finally:
         if cap is not None:
             model.config.final_logit_softcapping = None
+
+
+# ---- layers with fewer passes --------------------------------------------------------------------
+
+
+def quicken(model: NanoChatForCausalLM) -> NanoChatForCausalLM:
+    """Put the layers below in the place of transformers' own, with the same parameters under the
+    same names; changes the model and returns it."""
+    eps = model.config.rms_norm_eps
+    for layer in model.model.layers:
+        layer.self_attn = Attention(layer.self_attn)
+        layer.mlp = FeedForward(layer.mlp)
+        layer.input_layernorm = Norm(eps, for_products=True)
+        layer.post_attention_layernorm = Norm(eps, for_products=True)
+    model.model.norm = Norm(eps)  # the residual begins with it too, and stays float32
+    return model
+
+
+def inverse_length(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, fp32 [..., 1]."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def along(grad: Tensor, y: Tensor) -> Tensor:
+    """mean(grad * y) over the last dimension, [..., 1]: what a norm takes out of a gradient."""
+    if grad.dtype is torch.float16:  # scaled gradients add up beyond its largest number
+        return along(grad.float(), y.float()).to(grad.dtype)
+    return torch.linalg.vecdot(grad, y).div_(y.shape[-1])[..., None]
+
+
+class _Normalise(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float, dtype: torch.dtype):
+        inverse = inverse_length(x, eps)
+        y = (x * inverse).to(dtype)
+        ctx.save_for_backward(y, inverse)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, inverse = ctx.saved_tensors
+        across = torch.addcmul(grad, y, along(grad, y), value=-1)
+        return (across * inverse).to(ctx.dtype), None, None
+
+
+class Norm(nn.Module):
+    """for_products: what comes out is in the dtype of the products that follow; else in x's."""
+
+    def __init__(self, eps: float, for_products: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.for_products = for_products
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x) if self.for_products else x.dtype
+        return _Normalise.apply(x, self.eps, dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """x [B, T, H, d] turned by angles whose cos and sin are [B, T, 1, d / 2]: number i of a head
+    with number i + d/2, in nanochat's direction; back: in the other one."""
+    out = torch.empty_like(x)
+    a, b = x.chunk(2, -1)
+    turned_a, turned_b = out.chunk(2, -1)
+    sign = -1 if back else 1
+    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=sign)
+    torch.mul(b, cos, out=turned_b).addcmul_(a, sin, value=-sign)
+    return out
+
+
+class _RotateAndNormalise(torch.autograd.Function):
+    """x [B, T, H, d], cos and sin [B, T, 1, d / 2] -> [B, T, H, d]: rotated, then normalised. A
+    rotation changes no length, so it may come last, and one saved tensor is enough."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, eps: float):
+        inverse = inverse_length(x, eps)
+        y = rotated((x * inverse).to(x.dtype), cos, sin)
+        ctx.save_for_backward(y, cos, sin, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, cos, sin, inverse = ctx.saved_tensors
+        across = torch.addcmul(grad, y, along(grad, y), value=-1)
+        across = rotated(across, cos, sin, back=True)
+        return (across * inverse).to(y.dtype), None, None, None
+
+
+class Attention(nn.Module):
+    """NanoChatAttention's projections and facts; rotation and norm in one pass each way."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, getattr(stock, name))
+        self.config = stock.config
+        self.layer_idx = stock.layer_idx
+        self.head_dim = stock.head_dim
+        self.num_key_value_groups = stock.num_key_value_groups
+        self.scaling = stock.scaling
+        self.dropout = stock.attention_dropout
+        self.is_causal = True
+        self.eps = stock.q_norm.eps
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D] -> [B, T, D] and what the attention says beside."""
+        hidden = to_autocast(hidden_states)  # once for all three
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden).view(shape)
+        key = self.k_proj(hidden).view(shape)
+        value = self.v_proj(hidden).view(shape).transpose(1, 2)
+        halves = (x[:, :, None, : self.head_dim // 2] for x in position_embeddings)
+        cos, sin = (x.to(query.dtype) for x in halves)
+        query = _RotateAndNormalise.apply(query, cos, sin, self.eps).transpose(1, 2)
+        key = _RotateAndNormalise.apply(key, cos, sin, self.eps).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        how = {"dropout": self.dropout if self.training else 0.0, "scaling": self.scaling}
+        heads, beside = attend(self, query, key, value, attention_mask, **how, **kwargs)
+        return self.o_proj(heads.flatten(2)), beside
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor):
+        above = x.clamp_min(0)
+        ctx.save_for_backward(above)
+        return above * above
+
+    @staticmethod
+    def backward(ctx, grad):
+        (above,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, above, value=2)
+
+
+class FeedForward(nn.Module):
+    """NanoChatMLP's matrices around relu squared (So et al. 2021)."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.fc1 = stock.fc1
+        self.fc2 = stock.fc2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(_SquaredRelu.apply(self.fc1(hidden_states)))

@@ -153,6 +153,7 @@ def make_optimizer(args: Args, training, model):
         fused="fused" in training.optim,
         head_lr=args.head_lr,
         decays_tables=not args.depth,
+        iteration="polar_express" if args.depth else "newton_schulz",
     )
 
 

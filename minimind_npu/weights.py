@@ -123,7 +123,7 @@ def load_model(name: str, args, training, tokenizer) -> PreTrainedModel:
             kind = kind_of(models.model_config(name))
             model = models.load(kind, name, dtype=dtype, attn_implementation=packed)
     if isinstance(model, nanochat.NanoChatForCausalLM):
-        nanochat.cap_in_head(model)
+        nanochat.quicken(nanochat.cap_in_head(model))
     tokens = training.per_device_train_batch_size * args.model_max_length
     memory_check.check_tokens(args, training, model.config, tokens, **memory_facts(args, training))
     # rollouts have other shapes in each step, and oneDNN would keep kernels for all of them

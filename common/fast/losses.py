@@ -49,6 +49,7 @@ def _loss_chunks(
     log_probs: Tensor,
     correct: Tensor | None = None,
     wants_gradient: bool = True,
+    cap: float = 0.0,
 ):
     """Yields (slice, d(sum of losses)/d(logits) [n, V]; the logits themselves where no gradient is
     wanted) and fills log_probs [N] and, if given, correct [N]. The chunks share one buffer."""
@@ -63,7 +64,7 @@ def _loss_chunks(
         if bias is not None:
             logits += bias
         right = None if correct is None else correct[part]
-        softmax.loss_of_chunk_(buffer, targets[part], log_probs[part], right, wants_gradient)
+        softmax.loss_of_chunk_(buffer, targets[part], log_probs[part], right, wants_gradient, cap)
         yield part, logits
 
 
@@ -85,13 +86,21 @@ def _add_weight_grad_(
             grad[part].add_(product, alpha=scale)
 
 
-# ---- a head that is a plain Linear ----
+# ---- a head that is a Linear ----
+def _cap_of(head: nn.Module) -> float | None:
+    """0 of a plain Linear, `logit_cap` of one that caps its logits softly: logit_cap *
+    tanh(x / logit_cap). None of any other head."""
+    if type(head) is nn.Linear:
+        return 0.0
+    return vars(head).get("logit_cap") if isinstance(head, nn.Linear) else None
+
+
 class _HeadLoss(torch.autograd.Function):
     """hidden [N, D], weight [V, D], bias [V] | None, targets [N] -> scaled loss sum, log_probs [N],
     correct [N]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, scale, count):
+    def forward(ctx, hidden, weight, bias, targets, dtype, scale, count, cap):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows = len(hidden)
         h = hidden.to(dtype)
@@ -103,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         counted = correct if count else None
         wanted = any(ctx.needs_input_grad)
-        for part, logits in _loss_chunks(h, w, bias, targets, log_probs, counted, wanted):
+        for part, logits in _loss_chunks(h, w, bias, targets, log_probs, counted, wanted, cap):
             if need_hidden:
                 torch.mm(logits, w, out=ctx.hidden[part])
             if ctx.weight is not None:
@@ -128,7 +137,7 @@ class _HeadLoss(torch.autograd.Function):
             weight = torch.zeros(shape, dtype=dtype, device=grad.device)
         elif weight is not None and not (grad.device.type == "cpu" and grad == 1):
             weight.mul_(grad)  # usually 1 on CPU: the scale is already in
-        return hidden, weight, bias, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -140,32 +149,33 @@ class _HeadLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype):
+    def forward(ctx, hidden, weight, bias, targets, dtype, cap):
         need_hidden, *need_head = ctx.needs_input_grad[:3]
         h = hidden.to(dtype)
         w = weight.to(dtype)
         log_probs = torch.zeros(len(hidden), dtype=torch.float32, device=h.device)
         ctx.slope = torch.empty_like(h) if need_hidden and not any(need_head) else None
         has_slope = ctx.slope is not None
-        for part, logits in _loss_chunks(h, w, bias, targets, log_probs, wants_gradient=has_slope):
+        chunks = _loss_chunks(h, w, bias, targets, log_probs, None, has_slope, cap)
+        for part, logits in chunks:
             if has_slope:
                 torch.mm(logits, w, out=ctx.slope[part])
-        ctx.inputs = (hidden, weight, bias, targets, dtype) if any(need_head) else None
+        ctx.inputs = (hidden, weight, bias, targets, dtype, cap) if any(need_head) else None
         ctx.hidden_dtype = hidden.dtype
         return log_probs
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.inputs is None:
-            return (ctx.slope * -grad[:, None]).to(ctx.hidden_dtype), None, None, None, None
-        hidden, weight, bias, targets, dtype = ctx.inputs
+            return (ctx.slope * -grad[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
+        hidden, weight, bias, targets, dtype, cap = ctx.inputs
         h = hidden.to(dtype)
         w = weight.to(dtype)
         scratch = torch.empty_like(grad)
         d_hidden = torch.empty_like(h)
         d_weight = torch.zeros_like(weight)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for part, logits in _loss_chunks(h, w, bias, targets, scratch):
+        for part, logits in _loss_chunks(h, w, bias, targets, scratch, cap=cap):
             logits *= -grad[part, None]
             torch.mm(logits, w, out=d_hidden[part])
             _add_weight_grad_(d_weight, logits, h[part], 1.0, part.start == 0)
@@ -173,7 +183,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 d_bias += logits.sum(0, dtype=torch.float32)
         if bias is not None:
             d_bias = d_bias.to(bias.dtype)
-        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
 
 
 # ---- the patched model ----
@@ -328,7 +338,8 @@ def balance_of_documents(
 def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
     """Sets call.loss; returns the targets' log-probabilities and (in eval mode) which were the
     most likely token."""
-    if type(head) is not nn.Linear:
+    cap = _cap_of(head)
+    if cap is None:
         return _loss_of_any_head(head, rows, call)
     num_items = _num_items(call)
     if call.per_token:
@@ -347,7 +358,7 @@ def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tens
     scale = 1 / max(1, float(num_items)) if kind == "cpu" else 1.0
     with torch.autocast(kind, enabled=False):
         call.loss, log_probs, correct = _HeadLoss.apply(
-            rows, weight, bias, call.targets, dtype, scale, not head.training
+            rows, weight, bias, call.targets, dtype, scale, not head.training, cap
         )
     if kind != "cpu":
         call.loss = call.loss / num_items
@@ -355,7 +366,7 @@ def _head_loss(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tens
 
 
 def _loss_of_any_head(head: nn.Module, rows: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
-    """As _head_loss, for a head that is no plain Linear (an adapter on it, say)."""
+    """As _head_loss, for a head that is no Linear (an adapter on it, say)."""
     log_probs, correct = _of_any_head(head, rows, call.targets)
     call.loss = -log_probs.sum() / _num_items(call)
     return log_probs, None if head.training else correct
@@ -422,7 +433,8 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
                 by its share of num_items_in_batch
         logits  no logits but fp32 [4]: loss sum, correct argmax tokens (NaN in training mode) and
                 label tokens of this batch, and the loss; see loss_counts
-    Heads that are no plain Linear work at the price of one more product. Models that change their
+    Heads that are no Linear, plain or with a `logit_cap` (logit_cap * tanh(x / logit_cap)), work at
+    the price of one more product. Models that change their
     logits after the head, or that compute the loss themselves, end with SystemExit at the first
     call.
     """
@@ -462,9 +474,10 @@ def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target [N] from the hidden states before it [N, D]: fp32 [N], each
     with a gradient, without full logits; for losses that need more of a model than its labels.
 
-    head: the output head of a causal language model; of a plain Linear no logits are kept.
+    head: the output head of a causal language model; of a Linear (see _cap_of) no logits are kept.
     """
-    if type(head) is not nn.Linear:
+    cap = _cap_of(head)
+    if cap is None:
         return _of_any_head(head, hidden, targets)[0]
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -474,7 +487,7 @@ def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
     with torch.autocast(kind, enabled=False):
-        return _HeadLogProbs.apply(hidden, weight, bias, targets, dtype)
+        return _HeadLogProbs.apply(hidden, weight, bias, targets, dtype, cap)
 
 
 def answer_logprobs(

@@ -43,18 +43,22 @@ def loss_of_chunk_(
     log_probs: Tensor,
     correct: Tensor | None,
     wants_gradient: bool = True,
+    cap: float = 0.0,
 ) -> None:
     """The first n rows of buffer [R, V]: logits -> d(sum of losses)/d(logits), where that is
-    wanted; fills log_probs [n] and, if given, correct [n] for targets [n]. fp32 inside."""
+    wanted; fills log_probs [n] and, if given, correct [n] for targets [n]. fp32 inside.
+
+    cap: the losses are those of cap * tanh(logits / cap) (Gemma team 2024); 0: of the logits.
+    """
     rows = len(targets)
     if is_compiled(buffer.device.type, buffer.shape[1]):
-        found = _compiled(buffer, targets, correct is not None, wants_gradient)
+        found = _compiled(buffer, targets, correct is not None, wants_gradient, cap)
         if found is not None:
             log_probs.copy_(found[0][:rows])
             if correct is not None:
                 correct.copy_(found[1][:rows])
             return
-    _eager(buffer[:rows], targets, log_probs, correct, wants_gradient)
+    _eager(buffer[:rows], targets, log_probs, correct, wants_gradient, cap)
 
 
 # ---- plain torch ----
@@ -64,38 +68,56 @@ def _eager(
     log_probs: Tensor,
     correct: Tensor | None,
     wants_gradient: bool,
+    cap: float = 0.0,
 ) -> None:
     rows, vocabulary = logits.shape
     on_cpu = logits.device.type == "cpu"
-    step = max(1, CACHE_ELEMENTS // vocabulary) if on_cpu else rows
-    work = torch.empty(min(step, rows), vocabulary, dtype=torch.float32, device=logits.device)
+    buffers = 2 if cap else 1
+    step = max(1, CACHE_ELEMENTS // (buffers * vocabulary)) if on_cpu else rows
+    size = (buffers, min(step, rows), vocabulary)
+    work = torch.empty(size, dtype=torch.float32, device=logits.device)
     for part in pieces(rows, step):
         x = logits[part]
         target = targets[part, None]
-        y = work[: part.stop - part.start]
+        y = work[0, : part.stop - part.start]
         if correct is not None:
             correct[part] = x.argmax(-1) == target[:, 0]
-        torch.log_softmax(x if x.dtype == y.dtype else y.copy_(x), -1, out=y)
+        seen = x if x.dtype == y.dtype else y.copy_(x)
+        if cap:
+            share = work[1, : part.stop - part.start]
+            torch.div(seen, cap, out=share).tanh_()
+            seen = torch.mul(share, cap, out=y)
+        torch.log_softmax(seen, -1, out=y)
         log_prob = y.gather(1, target)
         log_probs[part] = log_prob[:, 0]
         if wants_gradient:
             y.exp_().scatter_(1, target, log_prob.exp() - 1)
+            if cap:  # times the derivative, 1 - share^2
+                y.addcmul_(y, share.square_(), value=-1)
             x.copy_(y)
 
 
 # ---- compiled ----
-def _fused(logits: Tensor, targets: Tensor, wants_correct: bool, wants_gradient: bool):
+def _fused(logits: Tensor, targets: Tensor, wants_correct: bool, wants_gradient: bool, cap: float):
     """logits [R, V], targets [R] -> log_probs [R] and, if wanted, correct [R]."""
     correct = logits.argmax(-1) == targets if wants_correct else None
-    log_probs = logits.float().log_softmax(-1)
+    seen = logits.float()
+    slope = 1.0
+    if cap:
+        share = torch.tanh(seen / cap)
+        seen = cap * share
+        slope = 1 - share * share
+    log_probs = seen.log_softmax(-1)
     log_prob = log_probs.gather(1, targets[:, None])
     if wants_gradient:
         is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-        logits.copy_(torch.where(is_target, log_prob.exp() - 1, log_probs.exp()))
+        logits.copy_(slope * torch.where(is_target, log_prob.exp() - 1, log_probs.exp()))
     return log_prob[:, 0], correct
 
 
-def _compiled(buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradient: bool):
+def _compiled(
+    buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradient: bool, cap: float
+):
     """As `_fused`, over all rows of the buffer: its shape is that of every chunk, so that kernels
     do not depend on what a process saw first, and a resumed run takes the same ones. None where
     they could not be compiled, which is told once; a compiler fails before anything is run, so that
@@ -103,7 +125,7 @@ def _compiled(buffer: Tensor, targets: Tensor, wants_correct: bool, wants_gradie
     padded = targets.new_zeros(len(buffer))
     padded[: len(targets)] = targets
     try:
-        return _kernels()(buffer, padded, wants_correct, wants_gradient)
+        return _kernels()(buffer, padded, wants_correct, wants_gradient, cap)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # compilers have many

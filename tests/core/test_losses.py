@@ -85,6 +85,32 @@ def test_equals_full_logits(head, items):
         )
 
 
+class Capped(nn.Linear):
+    logit_cap: float
+
+    def forward(self, x):
+        return self.logit_cap * torch.tanh(super().forward(x) / self.logit_cap)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_log_probs_of_capped_logits_are_those_of_full_ones(frozen):
+    """Values and gradients, of a head that trains and of one that does not."""
+    torch.manual_seed(0)
+    head = Capped(32, VOCAB).requires_grad_(not frozen)
+    head.logit_cap = 2.0
+    hidden = (6 * torch.randn(40, 32)).requires_grad_()
+    targets = torch.randint(VOCAB, (40,))
+    full = head(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    found = losses.head_logprobs(head, hidden, targets)
+    assert head(hidden).abs().max() > 1.9
+    torch.testing.assert_close(found, full, atol=1e-5, rtol=1e-5)
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    weights = torch.randn(40)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), inputs) for x in (found, full))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 

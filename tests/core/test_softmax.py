@@ -43,12 +43,12 @@ def chunk(rows, dtype, seed=0):
     return buffer, targets
 
 
-def computed(way, buffer, targets, wants_gradient=True):
+def computed(way, buffer, targets, wants_gradient=True, cap=0.0):
     """log_probs, correct and what became of the logits in use."""
     buffer = buffer.clone()
     log_probs = torch.zeros(len(targets))
     correct = torch.zeros(len(targets), dtype=torch.bool)
-    way(buffer, targets, log_probs, correct, wants_gradient)
+    way(buffer, targets, log_probs, correct, wants_gradient, cap)
     return log_probs, correct, buffer[: len(targets)]
 
 
@@ -56,13 +56,14 @@ def plain(buffer, targets, *rest):
     softmax._eager(buffer[: len(targets)], targets, *rest)
 
 
+@pytest.mark.parametrize("cap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_plain_and_is_compiled_once(compiled, dtype):
+def test_compiled_equals_plain_and_is_compiled_once(compiled, dtype, cap):
     """Whatever the number of labels: a chunk of another size would be another kernel."""
     for seed, rows in enumerate((ROWS, 1, 7, 23, 2, ROWS)):
         buffer, targets = chunk(rows, dtype, seed)
-        found = computed(softmax.loss_of_chunk_, buffer, targets)
-        wanted = computed(plain, buffer, targets)
+        found = computed(softmax.loss_of_chunk_, buffer, targets, cap=cap)
+        wanted = computed(plain, buffer, targets, cap=cap)
         torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(found[1], wanted[1]) and found[1].sum() > 0
         tolerance = 1e-6 if dtype is torch.float32 else 1e-2

@@ -449,9 +449,40 @@ def test_muon_steps_as_torch_does(monkeypatch, half, stacked):
         assert theirs.abs().max() > 1e-3
 
 
-def as_on_an_accelerator(matrices, coefficients, steps):
+def as_on_an_accelerator(matrices, iteration):
     stacks = [torch.stack(part) for part in (matrices[:2], matrices[2:]) if part]
-    return torch.cat([optim.orthogonal(stack, coefficients, steps) for stack in stacks])
+    return torch.cat([optim.orthogonal(stack, iteration) for stack in stacks])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name, least, most", [("newton_schulz", 0.68, 1.21), ("polar_express", 0.85, 1.15)]
+)
+def test_what_muon_steps_along_is_nearly_orthogonal(name, least, most, dtype):
+    """Singular values from 5e-3 of the norm on, of matrices of all forms and sizes, of a gradient of zeros too."""
+    iteration = optim.ITERATIONS[name]
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((48, 48), (20, 90), (90, 20)):
+        left, right = (
+            torch.linalg.qr(torch.randn(n, min(shape), generator=draw))[0] for n in shape
+        )
+        values = torch.logspace(0, -2, min(shape))
+        for scale in (1e-4, 1e3):
+            matrix = scale * left * values @ right.T
+            small = values < 6e-3 * values.norm()
+            found = torch.linalg.svdvals(optim.orthogonal(matrix.to(dtype), iteration).float())
+            assert found[: int((~small).sum())].min() > least and found.max() < most
+    assert not optim.orthogonal(torch.zeros(4, 9, dtype=dtype), iteration).any()
+
+
+def test_a_run_goes_on_from_the_state_of_the_other_iteration():
+    model = small(packed=False)
+    used = lambda made: made.optimizers[0].iteration
+    usual = optim.make(model, "muon", 1e-3, 0.1, 0.02, True)
+    made = optim.make(model, "muon", 1e-3, 0.1, 0.02, True, iteration="polar_express")
+    assert used(usual) is optim.ITERATIONS["newton_schulz"]
+    made.load_state_dict(copy.deepcopy(usual.state_dict()))
+    assert used(made) is optim.ITERATIONS["polar_express"]
 
 
 SHARED_MUON = """
@@ -462,13 +493,13 @@ import torch, torch.distributed as dist
 from loop import optim
 draw = torch.Generator().manual_seed(0)
 matrices = [torch.randn(12, 20, generator=draw) for _ in range(5)]
-group = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5}
-alone = optim.orthogonal_by_ranks(matrices, group)
+iteration = optim.ITERATIONS["polar_express"]
+alone = optim.orthogonal_by_ranks(matrices, iteration)
 dist.init_process_group("gloo")
 computed = []
 stock = optim.orthogonal
 optim.orthogonal = lambda *args: (computed.append(1), stock(*args))[1]
-shared = optim.orthogonal_by_ranks(matrices, group)
+shared = optim.orthogonal_by_ranks(matrices, iteration)
 assert len(computed) == 3 and len(shared) == 5
 assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 dist.destroy_process_group()
