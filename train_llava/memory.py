@@ -57,7 +57,12 @@ def memory_facts(args, training, config, image_processor, data) -> dict:
         before = tokens * (layers + 2) * width * size
     llm_moves = "language model" in trained or args.train_type == "lora"
     beside = memory_plan.Beside(stored * frozen, moving, kept, before)
-    return {"passes_through": not llm_moves, "stored": stored, "beside": beside}
+    return {
+        "passes_through": not llm_moves,
+        "stored": stored,
+        "beside": beside,
+        "fast_norms": True,
+    }
 
 
 def elements_beside(config, cut: bool) -> dict[str, int]:

@@ -130,7 +130,8 @@ class Setup:
     lie in host memory; step_copies: float32 copies of the trained weights that the optimizer makes
     at its step; references: frozen models beside the trained one; passes_through: the language
     model itself stands still, and gradients go through it to what is beside it; stored: bytes of an
-    element of what stands still, 0: as it is computed with.
+    element of what stands still, 0: as it is computed with; fast_norms: under
+    norms.use_fast_norms.
     """
 
     tokens: int  # of a micro-batch
@@ -152,6 +153,7 @@ class Setup:
     references: int = 0
     passes_through: bool = False
     stored: int = 0
+    fast_norms: bool = False
     beside: Beside = Beside()
 
     @property
@@ -171,6 +173,11 @@ class Setup:
     def autocasts(self) -> bool:
         """Products are cast one by one; DeepSpeed's weights have the half dtype themselves."""
         return self.half and not self.is_zero
+
+    @property
+    def norms_keep_inputs(self) -> bool:
+        """And nothing else, as norms.use_fast_norms lets them on a CPU."""
+        return self.fast_norms and self.on_cpu
 
     @property
     def masters_in_use(self) -> bool:
@@ -293,7 +300,7 @@ def norm_bytes(facts: dict, how: Setup, readers: int) -> int:
     size = 2 if how.half else 4
     given = stream(how)  # its input
     normed = 0  # before it is multiplied by the weight, which wants it where it is trained
-    if not facts["layer_norm"]:
+    if not facts["layer_norm"] and not how.norms_keep_inputs:
         given = 4  # computed in float32
         normed = 0 if how.stands_still else stream(how)
     out = size if readers else 0
@@ -310,7 +317,9 @@ def layer_bytes(facts: dict, how: Setup) -> float:
     k = facts["num_key_value_heads"] * facts["head_dim"]
     f = feed_forward(facts)
     attention = size * (2 * q + 2 * k)  # queries, keys, values, and what comes out
-    if facts["normed_queries"]:
+    if facts["normed_queries"] and how.norms_keep_inputs:
+        attention += size * (q + k)
+    elif facts["normed_queries"]:
         attention += (4 if how.stands_still else 4 + size) * (q + k)
     if how.adapter and how.autocasts:
         attention += size * q  # the adapter's own copy
