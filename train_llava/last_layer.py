@@ -45,6 +45,11 @@ class Positions:
             self.asked = shared_start.asked_columns(self.index, edges)
 
 
+def is_mixture(text_config) -> bool:
+    """Of experts, whose balance is that of all tokens: its last layer stays whole."""
+    return hasattr(text_config, "router_aux_loss_coef")
+
+
 def only_at_labels(model: nn.Module) -> bool:
     """From here on the last layer leaves out what no label needs; False for a language model whose
     layers are built another way.
@@ -55,8 +60,7 @@ def only_at_labels(model: nn.Module) -> bool:
     language_model = inner.model.language_model
     config = language_model.config
     layers = getattr(language_model, "layers", None)
-    is_mixture = hasattr(config, "router_aux_loss_coef")  # whose balance is that of all tokens
-    if not layers or is_mixture:
+    if not layers or is_mixture(config):
         return False
     found = [_child(layers[-1], name) for name in BY_POSITION]
     if None in found:

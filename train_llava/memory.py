@@ -11,6 +11,7 @@ import re
 from math import prod
 
 import torch
+from last_layer import is_mixture
 from model import TOWERS, features_per_picture, whole_weights
 from parts import TRAINED, part_of
 from sight import layers_of
@@ -62,6 +63,7 @@ def memory_facts(args, training, config, image_processor, data) -> dict:
         "stored": stored,
         "beside": beside,
         "fast_norms": True,
+        "last_at_labels": not is_mixture(config.text_config),
     }
 
 

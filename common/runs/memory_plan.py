@@ -131,7 +131,8 @@ class Setup:
     at its step; references: frozen models beside the trained one; passes_through: the language
     model itself stands still, and gradients go through it to what is beside it; stored: bytes of an
     element of what stands still, 0: as it is computed with; fast_norms: under
-    norms.use_fast_norms.
+    norms.use_fast_norms; last_at_labels: of the last layer only keys and values are computed
+    everywhere.
     """
 
     tokens: int  # of a micro-batch
@@ -154,6 +155,7 @@ class Setup:
     passes_through: bool = False
     stored: int = 0
     fast_norms: bool = False
+    last_at_labels: bool = False
     beside: Beside = Beside()
 
     @property
@@ -351,6 +353,8 @@ def kept(facts: dict, how: Setup) -> float:
     layers = facts["num_hidden_layers"] - how.frozen_layers
     if how.recompute:
         return how.tokens * layers * stream(how) * facts["hidden_size"]
+    if how.last_at_labels:  # which are few
+        layers -= 1
     return how.tokens * layers * layer_bytes(facts, how)
 
 
