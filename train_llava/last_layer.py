@@ -1,5 +1,6 @@
 """The last layer of the language model, computed where a label is predicted and nowhere else: no
-loss depends on what it says at the other positions, only on their keys and values.
+loss depends on what it says at the other positions, only on their keys and values. On CPUs its
+attention is asked from each document's first label on.
 
 With 576 tokens of a picture and an answer of 20 that is nearly the whole layer. Exact; calls
 without labels (generation, logits) are untouched.
@@ -14,6 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from common.data.counts import label_index
+from common.fast import shared_start
 from common.fast.losses import without_adapter
 
 BY_POSITION = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # that see one position at a time
@@ -26,16 +28,26 @@ class Positions:
     def __init__(self):
         self.index: Tensor | None = None  # [N] places in the flattened [B, T]
         self.count = 0  # B * T
+        self.asked: shared_start.Asked | None = None  # of the attention, in a packed row
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook."""
         labels = kwargs.get("labels")
         self.index = None
+        self.asked = None
         if labels is None or kwargs.get("shift_labels") is not None:
             return
         index = kwargs.get("label_index")
         self.index = label_index(labels) if index is None else index
         self.count = labels.numel()
+        edges = kwargs.get("cu_seq_lens_q")
+        if edges is not None and labels.device.type == "cpu":
+            self.asked = shared_start.asked_columns(self.index, edges)
+
+
+def is_mixture(text_config) -> bool:
+    """Of experts, whose balance is that of all tokens: its last layer stays whole."""
+    return hasattr(text_config, "router_aux_loss_coef")
 
 
 def only_at_labels(model: nn.Module) -> bool:
@@ -48,15 +60,18 @@ def only_at_labels(model: nn.Module) -> bool:
     language_model = inner.model.language_model
     config = language_model.config
     layers = getattr(language_model, "layers", None)
-    is_mixture = hasattr(config, "router_aux_loss_coef")  # whose balance is that of all tokens
-    if not layers or is_mixture:
+    if not layers or is_mixture(config):
         return False
     found = [_child(layers[-1], name) for name in BY_POSITION]
     if None in found:
         return False
     positions = Positions()
-    for module in found:
+    norms = (_child(layers[-1], "post_attention_layernorm"), _child(language_model, "norm"))
+    for module in (*found, *filter(None, norms)):
         module.forward = partial(_at_labels, module.forward, positions)
+    if config._attn_implementation == shared_start.NAME:
+        attention = layers[-1].self_attn
+        attention.forward = partial(_asked, attention.forward, positions)
     # an adapter calls the forward of what it stands on, without its hooks; generate calls that
     for called in {id(one): one for one in (model, inner)}.values():
         called.register_forward_pre_hook(positions.note, with_kwargs=True)
@@ -67,6 +82,10 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     for part in name.split("."):
         module = getattr(module, part, None)
     return module
+
+
+def _asked(stock, positions: Positions, *args, **kwargs):
+    return stock(*args, asked=positions.asked, **kwargs)
 
 
 def _at_labels(stock, positions: Positions, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import re
 from math import prod
 
 import torch
+from last_layer import is_mixture
 from model import TOWERS, features_per_picture, whole_weights
 from parts import TRAINED, part_of
 from sight import layers_of
@@ -57,7 +58,13 @@ def memory_facts(args, training, config, image_processor, data) -> dict:
         before = tokens * (layers + 2) * width * size
     llm_moves = "language model" in trained or args.train_type == "lora"
     beside = memory_plan.Beside(stored * frozen, moving, kept, before)
-    return {"passes_through": not llm_moves, "stored": stored, "beside": beside}
+    return {
+        "passes_through": not llm_moves,
+        "stored": stored,
+        "beside": beside,
+        "fast_norms": True,
+        "last_at_labels": not is_mixture(config.text_config),
+    }
 
 
 def elements_beside(config, cut: bool) -> dict[str, int]:

@@ -34,7 +34,7 @@ from answers import ask_held_out
 from batches import LlavaCollator, PaddedLlavaCollator, PictureRows, PictureWindows
 from common.data.labels import fingerprint, preview
 from common.data.prepare import prepare
-from common.fast import losses, shared_start
+from common.fast import losses, norms, shared_start
 from common.runs import flags, memory_check
 from common.runs.engine import engine
 from common.runs.generate import pick_eval_rows
@@ -128,6 +128,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config, proce
     parts.choose_trained(model, args.train_type, args.lora_vision)
     for_training(model, Normaliser(processor.image_processor))
     losses.use_chunked_loss(model)
+    norms.use_fast_norms(model)
     if args.use_lora:
         model = parts.add_lora(model, args, cli.recompute(training))
     only_at_labels(model)

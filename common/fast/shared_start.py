@@ -9,7 +9,7 @@ document has boundaries of its queries and of its keys, and its queries are the 
 The start costs one forward and one backward, however many follow it.
 
 `register()` adds this attention to transformers; rows without `kv_index` are computed as
-attention.py does.
+attention.py does. A layer whose output is wanted in few columns is called with `asked`, too.
 
 T tokens of a row, n documents, S keys of all documents, H query heads, K key/value heads.
 """
@@ -17,6 +17,7 @@ T tokens of a row, n documents, S keys of all documents, H query heads, K key/va
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -90,6 +91,41 @@ def pack(rows: list[dict]) -> dict:
     }
 
 
+class Asked(NamedTuple):
+    """Of a packed row, the columns whose attention is wanted: the last ones of its documents.
+
+    index: int64 [Q]. cu_seqlens: int32 [n + 1], their boundaries by document, which may have none.
+    longest: most of a document.
+    """
+
+    index: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+def asked_columns(wanted: Tensor, cu_seqlens: Tensor) -> Asked | None:
+    """From the first wanted column of each document to its end, rounded up to STEP where the
+    document is long enough; None where that is not much less than all.
+
+    wanted: int64 [N], ascending. cu_seqlens: [n + 1], of the row's documents.
+    """
+    columns = wanted.tolist()
+    edges = cu_seqlens.tolist()
+    counts = []
+    parts = []
+    for start, end in pairwise(edges):
+        place = bisect_left(columns, start)
+        count = 0
+        if place < len(columns) and columns[place] < end:
+            count = round_up(end - columns[place], end - start)
+        counts.append(count)
+        parts.append(torch.arange(end - count, end))
+    if not 0 < sum(counts) <= edges[-1] // 2:
+        return None
+    boundaries = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    return Asked(torch.cat(parts), boundaries, max(counts))
+
+
 # ---- transformers' interface ----
 def register() -> str:
     """The name to give as `attn_implementation`."""
@@ -104,24 +140,28 @@ def require(model) -> None:
 
 
 def forward(module, query, key, value, attention_mask, **kwargs):
-    """query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d], None."""
+    """query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d], None. With `asked` (an Asked)
+    the other columns are 0, or computed as well."""
     kv_index = kwargs.pop("kv_index", None)
-    if kv_index is None:
+    asked = kwargs.pop("asked", None)
+    packs = attention.can_pack(module, query, key, attention_mask, **kwargs)
+    if kv_index is None and (asked is None or not packs):
         return attention.packed_forward(module, query, key, value, attention_mask, **kwargs)
-    if not attention.can_pack(module, query, key, attention_mask, **kwargs):
+    if not packs:
         raise ValueError("this model's attention cannot share a beginning between sequences")
     scale = attention.softmax_scale(query, kwargs.get("scaling"))
     query, key, value = (attention.to_autocast(x)[0] for x in (query, key, value))
-    out = _attend(
-        query,
-        key.index_select(1, kv_index),
-        value.index_select(1, kv_index),
-        kwargs["cu_seq_lens_q"],
-        kwargs["max_length_q"],
-        scale,
-        kwargs["cu_seq_lens_k"],
-        kwargs["max_length_k"],
-    )
+    if kv_index is not None:
+        key = key.index_select(1, kv_index)
+        value = value.index_select(1, kv_index)
+    keys = (scale, kwargs["cu_seq_lens_k"], kwargs["max_length_k"])
+    if asked is None:
+        out = _attend(query, key, value, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], *keys)
+        return out[None], None
+    heads, columns, size = query.shape
+    query = query.index_select(1, asked.index)
+    found = _attend(query, key, value, asked.cu_seqlens, asked.longest, *keys)
+    out = found.new_zeros(columns, heads, size).index_copy(0, asked.index, found)
     return out[None], None
 
 
@@ -201,7 +241,7 @@ def make_blocks(
             blocks += _cut(sequence, last, bank)
     if joined:
         blocks.append(_join(joined, last, group, dtype))
-    return blocks
+    return [block for block in blocks if block.end > block.start]  # some have keys alone
 
 
 def _join(sequences: list[Sequence], last: Sequence, group: int, dtype: torch.dtype) -> Block:

@@ -130,7 +130,9 @@ class Setup:
     lie in host memory; step_copies: float32 copies of the trained weights that the optimizer makes
     at its step; references: frozen models beside the trained one; passes_through: the language
     model itself stands still, and gradients go through it to what is beside it; stored: bytes of an
-    element of what stands still, 0: as it is computed with.
+    element of what stands still, 0: as it is computed with; fast_norms: under
+    norms.use_fast_norms; last_at_labels: of the last layer only keys and values are computed
+    everywhere.
     """
 
     tokens: int  # of a micro-batch
@@ -152,6 +154,8 @@ class Setup:
     references: int = 0
     passes_through: bool = False
     stored: int = 0
+    fast_norms: bool = False
+    last_at_labels: bool = False
     beside: Beside = Beside()
 
     @property
@@ -171,6 +175,11 @@ class Setup:
     def autocasts(self) -> bool:
         """Products are cast one by one; DeepSpeed's weights have the half dtype themselves."""
         return self.half and not self.is_zero
+
+    @property
+    def norms_keep_inputs(self) -> bool:
+        """And nothing else, as norms.use_fast_norms lets them on a CPU."""
+        return self.fast_norms and self.on_cpu
 
     @property
     def masters_in_use(self) -> bool:
@@ -293,7 +302,7 @@ def norm_bytes(facts: dict, how: Setup, readers: int) -> int:
     size = 2 if how.half else 4
     given = stream(how)  # its input
     normed = 0  # before it is multiplied by the weight, which wants it where it is trained
-    if not facts["layer_norm"]:
+    if not facts["layer_norm"] and not how.norms_keep_inputs:
         given = 4  # computed in float32
         normed = 0 if how.stands_still else stream(how)
     out = size if readers else 0
@@ -310,7 +319,9 @@ def layer_bytes(facts: dict, how: Setup) -> float:
     k = facts["num_key_value_heads"] * facts["head_dim"]
     f = feed_forward(facts)
     attention = size * (2 * q + 2 * k)  # queries, keys, values, and what comes out
-    if facts["normed_queries"]:
+    if facts["normed_queries"] and how.norms_keep_inputs:
+        attention += size * (q + k)
+    elif facts["normed_queries"]:
         attention += (4 if how.stands_still else 4 + size) * (q + k)
     if how.adapter and how.autocasts:
         attention += size * q  # the adapter's own copy
@@ -342,6 +353,8 @@ def kept(facts: dict, how: Setup) -> float:
     layers = facts["num_hidden_layers"] - how.frozen_layers
     if how.recompute:
         return how.tokens * layers * stream(how) * facts["hidden_size"]
+    if how.last_at_labels:  # which are few
+        layers -= 1
     return how.tokens * layers * layer_bytes(facts, how)
 
 

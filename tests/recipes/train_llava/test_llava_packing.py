@@ -16,7 +16,7 @@ from PIL import Image
 from test_llava_build import LLMS, make_llm, make_tower
 from transformers import LlavaForConditionalGeneration, Qwen3Config
 
-from common.fast import losses, shared_start
+from common.fast import attention_cpu, losses, norms, shared_start
 
 build_model, llava, batches, features, sight, parts, last_layer = own_modules(
     "train_llava", "build_model", "model", "batches", "features", "sight", "parts", "last_layer"
@@ -98,6 +98,7 @@ def ours(made: Made, rows, trains: str = "full", keep=False, folder=None, packed
     parts.choose_trained(model, trains)
     sight.for_training(model, sight.Normaliser(made.processor.image_processor))
     losses.use_chunked_loss(model)
+    norms.use_fast_norms(model)
     assert last_layer.only_at_labels(model)
     source = features.PictureSource(PICTURES, made.processor.image_processor)
     if keep:
@@ -161,8 +162,14 @@ def test_every_batch_equals_single_rows(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_last_layer_is_computed_where_labels_are(tmp_path, recompute):
+def test_the_last_layer_is_computed_where_labels_are(tmp_path, monkeypatch, recompute):
     """With an adapter in it, with checkpointing, and not in a call without labels."""
+    monkeypatch.setattr(attention_cpu, "STEP", 2)  # these rows are short
+    asked = []
+    attend = shared_start._attend
+    monkeypatch.setattr(
+        shared_start, "_attend", lambda q, *rest: asked.append(q.shape[1]) or attend(q, *rest)
+    )
     one = Made(tmp_path)
     data = batches.PictureWindows(one.rows(), 400, 40, 0, one.image, one.count)
     collate = batches.LlavaCollator(one.source, one.image, one.count)
@@ -174,11 +181,13 @@ def test_the_last_layer_is_computed_where_labels_are(tmp_path, recompute):
         model = with_adapter(one, recompute)
         assert not only or last_layer.only_at_labels(model)
         seen = set()
+        asked.clear()
         last = losses.without_adapter(model).model.language_model.layers[-1]
         last.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
         model(**batch).loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         positions = set(seen)
+        assert (min(asked) < max(asked) // 2) == only
         prompt = torch.tensor([[9, 6, 5, 11, 12]])
         said = model.eval().generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
         return gradients, positions, said
@@ -190,6 +199,36 @@ def test_the_last_layer_is_computed_where_labels_are(tmp_path, recompute):
     assert gradients.keys() == wanted.keys() and torch.equal(said, plain)
     for name, gradient in gradients.items():
         assert (gradient - wanted[name]).abs().max() < 1e-6, name
+
+
+def test_attention_that_is_asked_in_few_columns():
+    """Documents with many, few, no and all of their columns wanted, long and short ones, with a
+    shared beginning and without: those columns, and their gradients, as if all were computed."""
+    torch.manual_seed(0)
+    edges = torch.tensor([0, 200, 230, 240, 400, 404], dtype=torch.int32)
+    for kv_index in (
+        None,
+        torch.cat([torch.arange(200), torch.arange(100), torch.arange(200, 404)]),
+    ):
+        key_edges = edges if kv_index is None else edges + 100 * (torch.arange(6) > 1)
+        wanted = torch.tensor([150, 170, 231, 232, 233, 400, 401])
+        asked = shared_start.asked_columns(wanted, edges)
+        assert asked.cu_seqlens.diff().tolist() == [64, 0, 10, 0, 4]
+        inputs = [torch.randn(1, heads, 404, 16, requires_grad=True) for heads in (4, 2, 2)]
+        at = {"cu_seq_lens_q": edges, "max_length_q": 200}
+        at |= {"cu_seq_lens_k": key_edges.to(torch.int32), "max_length_k": 200}
+        module = SimpleNamespace(is_causal=True)
+        results = []
+        for more in ({}, {"asked": asked}):
+            said, _ = shared_start.forward(module, *inputs, None, kv_index=kv_index, **at, **more)
+            said[0, wanted].pow(2).sum().backward()
+            results.append([said[0, wanted].detach(), *(x.grad for x in inputs)])
+            for x in inputs:
+                x.grad = None
+        for expected, found in zip(*results, strict=True):
+            assert (found - expected).abs().max() < 1e-5
+    assert shared_start.asked_columns(torch.tensor([5, 390]), edges) is None  # nearly all
+    assert shared_start.asked_columns(torch.tensor([], dtype=torch.int64), edges) is None
 
 
 def with_adapter(one: Made, recompute: bool):
