@@ -238,7 +238,8 @@ def test_nanochat_learns_from_packed_rows_as_transformers_has_it(tmp_path):
         logits = stock.eval()(ids).logits
         assert torch.allclose(again(ids).logits, logits, atol=1e-5) and logits.abs().max() > 5
         assert ours.config.final_logit_softcapping is None
-        assert torch.allclose(ours.eval()(ids).logits, logits, atol=1e-4)
+        # before the cap they are some hundreds
+        assert torch.allclose(ours.eval()(ids).logits, logits, atol=1e-3)
 
 
 def test_the_quicker_layers_round_no_more_than_the_stock_ones():
@@ -394,7 +395,7 @@ def test_a_mixture_takes_each_file_as_often_as_it_says(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("- file: a.jsonl\n  weight: 1\n- file: b.jsonl\n", "leaves nothing for"), ("file: a.jsonl", "a list of entries"),
-    ("- a.jsonl", "entry 1: `file:` names"), ("- file: a.jsonl\n  epoch: 2", "epoch: only epochs, file, weight"),
+    ("- a.jsonl", "entry 1: `file:` names"), ("- file: a.jsonl\n  epoch: 2", "epoch: only epochs, file, kind, weight"),
     ("- file: a.jsonl\n  epochs: 0", "a number above 0"), ("- file: a.jsonl\n  epochs: yes", "a number above 0"),
     ("- file: a.jsonl\n  epochs: 1\n  weight: 1", "not both"), ("- {", "cannot be read as YAML"),
     ("- file: none.jsonl", "no such file"), ("", "a list of entries"), ("- file: a.jsonl\n  weight: .nan", "above 0"),
