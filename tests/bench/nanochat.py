@@ -95,11 +95,12 @@ def held_out_texts() -> list[str]:
 
 def our_settings(args, data: str):
     """-> (args, training, tokenizer, base) of train.py, as its command line and its dial give them."""
+    import defaults
     import settings
     import train
 
     windows = args.step_tokens // WINDOW
-    batch = math.gcd(windows, settings.CPU_TOKENS // WINDOW)  # what a CPU gets by default
+    batch = math.gcd(windows, defaults.CPU_TOKENS // WINDOW)  # what a CPU gets by default
     sys.argv = ["train.py", "--depth", str(args.depth), "--arch", arch_of(args.side), "--data_path", data,
                 "--output_dir", args.output, "--eval_ratio", "0", "--report_to", "none", "--tokenizer", args.tokenizer,
                 "--model_max_length", str(WINDOW), "--bf16", str(args.dtype == "bfloat16").lower(), "--max_steps", "1000",
