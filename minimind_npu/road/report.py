@@ -241,9 +241,13 @@ def table_of(rows: dict[str, dict[str, float]]) -> list[str]:
     titles = " | ".join(STAGES[stage] for stage in present)
     lines = [f"| evaluation | {titles} |", f"|---|{'---:|' * len(present)}"]
     for name, values in rows.items():
-        cells = [f"{values[stage]:.4f}" if stage in values else "-" for stage in present]
+        cells = [figure(values.get(stage)) for stage in present]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{round(value, 4) + 0.0:.4f}"  # never -0.0000
 
 
 def section(stage: str, facts: dict, price: float | None) -> list[str]:

@@ -389,7 +389,6 @@ CASES = {  # name: (chip, cards, DeepSpeed, kind of run)
     "910B ZeRO-2 x2 full": (A2, 2, True, "full"),
     "910B hccl x2 LoRA": (A2, 2, False, "lora"),
     "910A ZeRO-2 x2 LoRA": (FIRST, 2, True, "lora"),
-    "910A x1 full": (FIRST, 1, False, "full"),
 }
 
 
@@ -398,11 +397,10 @@ def test_every_recipe_is_here():
 
 
 # train_qwen in every way; the others, whose trainer is the same, on one chip; minimind_npu, which has
-# a loop of its own, on both
+# a loop of its own, also in test_minimind_turns_one_dial
 EVERY_WAY = "train_qwen"
-RUNS = [(case, EVERY_WAY) for case in CASES if case != "910A x1 full"]
+RUNS = [(case, EVERY_WAY) for case in CASES]
 RUNS += [("910B ZeRO-2 x2 full", recipe) for recipe in RECIPES if recipe != EVERY_WAY]
-RUNS += [("910A x1 full", "minimind_npu")]
 
 
 @pytest.mark.slow

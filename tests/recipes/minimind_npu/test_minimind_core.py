@@ -126,6 +126,18 @@ def test_scores_are_those_of_one_question_at_a_time(folder, tmp_path):
     assert "3 tasks (not the 22 of CORE)" in core.table(found)
 
 
+def test_a_task_that_would_share_its_answers_with_another_is_refused(folder, tmp_path):
+    rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in MC)
+    made = bundle(tmp_path / "bundle")
+    (made / "core.yaml").write_text((made / "core.yaml").read_text().replace("quiz", "arc_easy"))
+    (made / "eval_data/deep/arc_easy.jsonl").write_text(rows)
+    table = (made / "eval_meta_data.csv").read_text().replace("quiz", "arc_easy")
+    (made / "eval_meta_data.csv").write_text(table)
+    zh = f"arc_easy={RECIPE / 'data/eval/choice.jsonl'}"
+    with pytest.raises(SystemExit, match="arc_easy stands there twice"):
+        run_core(folder, tmp_path / "out", "--bundle", made, "--zh", zh)
+
+
 def test_prompts_and_examples():
     task = in_context.InContext("quiz", "multiple_choice", MC, 2, "\n答：", 0.25)
     shown = in_context.examples_for(task, 3)

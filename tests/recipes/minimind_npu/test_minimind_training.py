@@ -286,7 +286,7 @@ def test_usage_mistakes(monkeypatch, capsys, flags, words):
 
 def test_sizes_beside_weights_are_refused(monkeypatch, capsys, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    settings.MiniMindConfig(**sizes).save_pretrained(tmp_path)
+    defaults.MiniMindConfig(**sizes).save_pretrained(tmp_path)
     for flags in (["--hidden_size", 64], ["--num_hidden_layers", 3], ["--use_moe", "true"]):
         with pytest.raises(SystemExit) as stop:
             parsed(monkeypatch, "--from_weight", tmp_path, "--model_max_length", 64, *flags)
