@@ -266,7 +266,7 @@ def test_two_ranks_equal_one_under_the_dial_and_nanochat_goes_on_to_a_chat(tmp_p
     assert "depth 1, nanochat: 1 layers, 128 wide" in said and "Muon 0.01" in said
     train(tmp_path / "two", *flags, "--per_device_train_batch_size", 2, nproc=2)
     rows = report(tmp_path / "one")["rows"]
-    assert rows["read"] == count and rows["held_out"] == 8
+    assert rows["read"] == count and rows["held_out"] >= 8  # pieces of so many documents
     assert "held out, not trained on, by their names: " in said and "valid.parquet" in said
     expected, found = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(expected) == 4 and max(abs(found[s] - expected[s]) for s in expected) < 1e-4
@@ -349,7 +349,7 @@ def test_a_mixture_takes_each_file_as_often_as_it_says(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("- file: a.jsonl\n  weight: 1\n- file: b.jsonl\n", "leaves nothing for"), ("file: a.jsonl", "a list of entries"),
-    ("- a.jsonl", "entry 1: `file:` names"), ("- file: a.jsonl\n  epoch: 2", "epoch: only epochs, file, weight"),
+    ("- a.jsonl", "entry 1: `file:` names"), ("- file: a.jsonl\n  epoch: 2", "epoch: only epochs, file, kind, weight"),
     ("- file: a.jsonl\n  epochs: 0", "a number above 0"), ("- file: a.jsonl\n  epochs: yes", "a number above 0"),
     ("- file: a.jsonl\n  epochs: 1\n  weight: 1", "not both"), ("- {", "cannot be read as YAML"),
     ("- file: none.jsonl", "no such file"), ("", "a list of entries"), ("- file: a.jsonl\n  weight: .nan", "above 0"),
