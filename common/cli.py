@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from common import device, voice
 from common.runs import machine
@@ -241,7 +242,7 @@ def run(main: Callable[[], None]) -> None:
     machine.tolerate_terminals()
     # before training starts there is nothing to save
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, interrupt)
+        signal.signal(number, partial(interrupt, os.getpid()))
     end_with_launcher()
     if "RANK" not in os.environ:  # the launcher has asked already
         refuse_unused_devices()
@@ -257,8 +258,14 @@ def refuse_unused_devices() -> None:
         raise SystemExit(1)
 
 
-def interrupt(number, frame) -> None:
-    """A handler of signals for all times but those when a step is finished first."""
+def interrupt(process: int, number, frame) -> None:
+    """A handler of signals for all times but those when a step is finished first.
+
+    process: the one that it speaks for; those that it forks, which inherit the handler, end at
+        once: raised in a worker of a pool, SystemExit may be taken for the fault of a row.
+    """
+    if os.getpid() != process:
+        os._exit(INTERRUPTED)
     say_in_handler(f"\ninterrupted. {how_to_go_on()}")
     raise SystemExit(INTERRUPTED)
 
@@ -289,6 +296,8 @@ def exit_code_of(main: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone (| head)
         os._exit(1)
     except Exception as error:
+        if is_interrupted(error):
+            return INTERRUPTED
         message = explain(error)
         if message is None:
             raise
@@ -297,6 +306,15 @@ def exit_code_of(main: Callable[[], None]) -> int:
     finally:
         sys.stdout.flush()
     return 0
+
+
+def is_interrupted(error: BaseException | None) -> bool:
+    """Whether an error came up while a library tidied up after `interrupt`."""
+    while error is not None:
+        if isinstance(error, SystemExit) and error.code == INTERRUPTED:
+            return True
+        error = error.__context__
+    return False
 
 
 def close(code: int) -> None:

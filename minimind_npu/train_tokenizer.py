@@ -5,8 +5,9 @@ compresses a text.
     python minimind_npu/train_tokenizer.py --data_path my.jsonl my_chats/ --eval_path other.txt
 
 Rows of every kind are read: {"text"}, {"conversations"}, {"chosen", "rejected"}, tables, .txt. Of
-more than --max_rows rows every file gives as many, or every path as many as its weight says
-(a:0.7 b:0.3, or a mixture in YAML), and of a text the first 10,000 characters count. The output
+more than --max_rows rows, or --max_chars characters, every file gives as many, or every path as
+many as its weight says (a:0.7 b:0.3, or a mixture in YAML); of a text 10,000 characters count.
+Learning takes up to 100 bytes of memory for each Chinese character that is read. The output
 folder is an ordinary Hugging Face tokenizer: AutoTokenizer.from_pretrained(FOLDER). The one beside
 this file (tokenizer/) is what the first command makes: the sample data have words for some 1,500
 tokens, no more.
@@ -95,7 +96,7 @@ def texts_of_file(path: Path, dropped: Counter) -> Iterator[list[str]]:
     shape = shape_of(usable([record for _, record in start]), path)
     for _, record in chain(start, records):
         try:
-            texts = list(strings(shape.convert(as_record(record))))
+            texts = [text[:LONGEST] for text in strings(shape.convert(as_record(record)))]
             "".join(texts).encode()
             yield texts
         except UnicodeEncodeError:
@@ -141,23 +142,38 @@ def groups(data_path: list[str]) -> list[tuple[list[Path], float]]:
     return [(inside, weight / total) for inside, weight in found]
 
 
-def rows_of(paths: list[Path], most: int, dropped: Counter) -> Iterator[list[str]]:
-    """The texts of each row: all of them, or at most `most` (0: all), of every file as many."""
-    if most:
+def rows_of(
+    paths: list[Path], max_rows: float, max_chars: float, dropped: Counter
+) -> Iterator[list[str]]:
+    """The texts of each row, until there are `max_rows` or `max_chars` characters; of every file as
+    much."""
+    if math.isfinite(max_rows + max_chars):
         paths = sorted(paths, key=lambda path: path.stat().st_size)  # what one lacks others have
-    left = most
     for number, path in enumerate(paths):
-        share = math.ceil(left / (len(paths) - number)) if most else None
-        for texts in islice(texts_of_file(path, dropped), share):
-            left -= 1
+        others = len(paths) - number
+        rows = max_rows / others
+        chars = max_chars / others
+        for texts in texts_of_file(path, dropped):
+            if rows < 1e-6 or chars <= 0:  # shares are not exact
+                break
             yield texts
+            size = sum(map(len, texts))
+            rows -= 1
+            chars -= size
+            max_rows -= 1
+            max_chars -= size
 
 
-def read_texts(data_path: list[str], max_rows: int, dropped: Counter) -> Iterator[str]:
-    """Texts of at most `max_rows` rows (0: all) of files and folders, or of a mixture."""
+def read_texts(
+    data_path: list[str], max_rows: int, dropped: Counter, max_chars: int = 0
+) -> Iterator[str]:
+    """Texts of at most `max_rows` rows and about `max_chars` characters (0: all) of files and
+    folders, or of a mixture; LONGEST characters of each."""
+    rows = max_rows or math.inf
+    chars = max_chars or math.inf
     with Progress("read") as progress:
         for inside, share in groups(data_path):
-            for texts in rows_of(inside, math.ceil(max_rows * share), dropped):
+            for texts in rows_of(inside, rows * share, chars * share, dropped):
                 yield from texts
                 progress.update(1)
 
@@ -193,6 +209,7 @@ def train(
         for text in chain.from_iterable(map(MARKS.split, texts)):
             counts.update(text)
             yield text
+        cli.say(f"{counts.total():,} characters to learn from")
 
     cuts = [*CUTS, NUMERALS] if split_numerals else CUTS
     splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
@@ -342,6 +359,7 @@ def arguments() -> argparse.Namespace:
     add("--output_dir", type=Path, default=output, help="where the tokenizer goes")
     add("--vocab_size", type=int, default=6400, help="tokens, at most (default 6400)")
     add("--max_rows", type=int, default=100000, help="rows read (default 100000), 0: all")
+    add("--max_chars", type=int, default=50_000_000, help="characters read, 0: all")
     add(
         "--max_han",
         type=int,
@@ -360,8 +378,10 @@ def arguments() -> argparse.Namespace:
         raise cli.usage_error(
             f"--vocab_size {args.vocab_size}: at least {SMALLEST} (fixed ids and single bytes)"
         )
-    if args.max_rows < 0:
-        raise cli.usage_error(f"--max_rows {args.max_rows}: 0 (all) or more")
+    for name in ("max_rows", "max_chars"):
+        value = getattr(args, name)
+        if value < 0:
+            raise cli.usage_error(f"--{name} {value}: 0 (all) or more")
     if args.output_dir.is_file() or any(args.output_dir.glob("*.safetensors")):
         raise cli.usage_error(
             f"--output_dir {args.output_dir}: is a file, or a model with a tokenizer of its own"
@@ -393,7 +413,7 @@ def main() -> None:
     args = arguments()
     started = time.time()
     dropped = Counter()
-    texts = (text[:LONGEST] for text in read_texts(args.data_path, args.max_rows, dropped))
+    texts = read_texts(args.data_path, args.max_rows, dropped, args.max_chars)
     tokenizer = train(texts, args.vocab_size, args.max_han, args.split_numerals)
     for reason, number in dropped.items():
         cli.say(f"{number:,} rows left out: {reason}")

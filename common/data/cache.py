@@ -16,7 +16,7 @@ from common.data.files import atomic_file, atomic_folder
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 24  # a bound of its own: one row may be megabytes long
 SILENT_WAIT = 5  # seconds for a lock before it is mentioned
-REMEMBERED_FROM = 1 << 26  # bytes; smaller files are read again in no time
+REMEMBERED_FROM = 1 << 22  # bytes; smaller files are read again in no time
 SETTLED = 2  # seconds since the last change: clocks of file systems are coarse
 
 
@@ -115,9 +115,11 @@ def sha256(path: Path, cache_dir=None) -> str:
         facts = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         told = json.dumps([str(path.resolve()), *facts])
         note = cache_root(cache_dir) / f"sha256-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+        if note.is_file():
+            return note.read_text(encoding="ascii")
         note.parent.mkdir(parents=True, exist_ok=True)
         with _locked(note):
-            if note.is_file():
+            if note.is_file():  # another rank has read it
                 return note.read_text(encoding="ascii")
             digest = files.sha256(path)
             if time.time() - stat.st_ctime > SETTLED:

@@ -53,7 +53,7 @@ def _set_apart(dataset) -> np.ndarray:
     """Whether the name of its file holds each row out [N]."""
     if "held_out" not in dataset.column_names or not len(dataset):
         return np.zeros(len(dataset), dtype=bool)
-    return np.array([bool(value) for value in dataset["held_out"]], dtype=bool)
+    return _column(dataset, "held_out").astype(bool)
 
 
 def describe_split(dataset, train, held_out, eval_ratio: float, max_eval: int) -> list[str]:

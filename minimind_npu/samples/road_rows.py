@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # for common/ and the rooms beside this one
 from road.mixture import is_mixture
 from samples import make_identity
-from samples.sample_facts import FACTS, KINDS, MAKER, NAME, NATURE
+from samples.sample_facts import FACTS, KINDS, WHO
 
 from common import cli
 from common.data.files import atomic_file
@@ -180,7 +180,7 @@ def without_a_name() -> str:
     for file in sorted((HERE / "data" / "sft").glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             last = json.loads(line)["conversations"][-1]
-            if last["content"] not in (NAME, MAKER, NATURE):
+            if last["content"] not in WHO:
                 kept.append(line)
     return "\n".join(kept) + "\n"
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from harness import expect, finish, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_shapes import CHATS, HELLO, HI, PAIRS, TEXTS, A, Q, chat
@@ -755,6 +757,46 @@ def test_an_empty_system_turn_is_one(tmp_path):
         got, _ = load(write(tmp_path / "a.jsonl", [row]), "chat")
         assert (got[0]["messages"][0] == {"role": "system", "content": content}) is kept
         assert got[0]["messages"][-2:] == turns
+
+
+INTERRUPTED = """
+import os, sys, time
+sys.path.insert(0, sys.argv[3])
+from common import cli
+from common.data.load import load_rows
+from common.data.tokens import tokenise
+
+def encode(row):
+    (lambda name: os.path.exists(name) or open(name, "x"))(sys.argv[1] + ".begun")
+    time.sleep(0.01)
+    return {"input_ids": [1, 2], "labels": [1, 2]}
+
+def main():
+    rows, _ = load_rows(sys.argv[1], "text", cache_dir=sys.argv[2])
+    print(os.getpid(), flush=True)
+    tokenise(rows, encode, "k", num_proc=2, cache_dir=sys.argv[2])
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("everybody", [False, True])
+def test_an_interruption_while_workers_tokenise_is_one_line(tmp_path, everybody):
+    """Of this process alone, or of the whole group, as Ctrl-C is in a terminal."""
+    (tmp_path / "rows.txt").write_text("".join(f"{i}\n" for i in range(5001)), encoding="utf-8")
+    (tmp_path / "script.py").write_text(INTERRUPTED, encoding="utf-8")
+    words = ["python", tmp_path / "script.py", tmp_path / "rows.txt", tmp_path / "cache", ROOT]
+    process = start(words)
+    pid = int(process.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "rows.txt.begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) >= 3  # two workers, and who stands between
+    for one in [*children, pid] if everybody else [pid]:
+        os.kill(int(one), signal.SIGTERM)
+    result = expect(finish(process, 60), 75)
+    assert result.stdout.count("interrupted. ") == 1 and "Traceback" not in result.stderr
 
 
 def test_what_encode_notes_is_counted(tmp_path, cache):

@@ -400,6 +400,8 @@ def test_a_tokenizer_learns_from_its_texts_in_their_shares(tmp_path, as_yaml):
         paths = [str(tmp_path / "mix.yaml")]
     found = Counter(text[:2] for text in train_tokenizer.read_texts(paths, 100, Counter()))
     assert found == {"zh": 70, "en": 30}
+    chars = sum(map(len, train_tokenizer.read_texts(paths, 0, Counter(), 200)))
+    assert 200 <= chars < 212
 
 
 @pytest.mark.parametrize(

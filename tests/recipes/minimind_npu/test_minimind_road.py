@@ -9,6 +9,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from harness import (
@@ -302,18 +304,44 @@ SHORT = [
 
 def train(output, *flags, nproc=1, code=0):
     command = ["python", ROOT / "common/launch.py", nproc] if nproc > 1 else ["python"]
-    rows = ["--data_path", RECIPE / "data/pretrain/records.jsonl"]
-    command += [RECIPE / "train.py", *SHORT, *rows, "--output_dir", output, *flags]
+    command += [RECIPE / "train.py", *SHORT, "--output_dir", output, *flags]
     return expect(finish(start(command)), code)
+
+
+def shards(folder):
+    """The rows of records.jsonl as a corpus comes: two parquet files, jsonl, a text, and one to be held out."""
+    lines = (RECIPE / "data/pretrain/records.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    folder.mkdir()
+    for i, name in enumerate(["00000-of-00002", "00001-of-00002", "valid"]):
+        table = pa.table({"text": texts[i::5], "score": [0.5] * len(texts[i::5])})
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=50)
+    (folder / "more.jsonl").write_text("\n".join(lines[3::5]), encoding="utf-8")
+    flat = [" ".join(text.split()) for text in texts[4::5]]
+    (folder / "lines.txt").write_text("\n".join(flat), encoding="utf-8")
+    return len(texts)
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_under_the_dial_and_nanochat_goes_on_to_a_chat(tmp_path):
-    """Muon shared over two ranks; then mid-training of the folder that it left."""
-    flags = ["--depth", 1, "--arch", "nanochat", "--muon_lr", 0.01]
+    """Muon shared over two ranks, on a folder of shards with one held out; then mid-training of the folder that it left."""
+    count = shards(tmp_path / "shards")
+    flags = [
+        "--depth",
+        1,
+        "--arch",
+        "nanochat",
+        "--muon_lr",
+        0.01,
+        "--data_path",
+        tmp_path / "shards",
+    ]
     said = train(tmp_path / "one", *flags, "--per_device_train_batch_size", 4).stdout
     assert "depth 1, nanochat: 1 layers, 128 wide" in said and "Muon 0.01" in said
     train(tmp_path / "two", *flags, "--per_device_train_batch_size", 2, nproc=2)
+    rows = report(tmp_path / "one")["rows"]
+    assert rows["read"] == count and rows["held_out"] >= 8  # pieces of so many documents
+    assert "held out, not trained on, by their names: " in said and "valid.parquet" in said
     expected, found = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(expected) == 4 and max(abs(found[s] - expected[s]) for s in expected) < 1e-4
     assert expected[4] < expected[1] - 0.3

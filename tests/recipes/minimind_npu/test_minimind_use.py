@@ -954,7 +954,11 @@ def test_the_harness_is_optional_and_gets_a_native_model(chat_model, monkeypatch
 
     def simple_evaluate(**how):
         model = AutoModelForCausalLM.from_pretrained(how["model_args"]["pretrained"])
-        tokenizer = AutoTokenizer.from_pretrained(how["model_args"]["pretrained"])
+        begins = how["model_args"]["add_bos_token"]  # handed on as the harness does
+        tokenizer = AutoTokenizer.from_pretrained(
+            how["model_args"]["pretrained"], add_bos_token=begins
+        )
+        assert tokenizer("天")["input_ids"][0] == tokenizer.bos_token_id == 1
         asked.append((how, type(model), tokenizer.chat_template))
         return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
 
