@@ -219,7 +219,8 @@ def test_nanochat_learns_from_packed_rows_as_transformers_has_it(tmp_path):
         logits = stock.eval()(ids).logits
         assert torch.allclose(again(ids).logits, logits, atol=1e-5) and logits.abs().max() > 5
         assert ours.config.final_logit_softcapping is None
-        assert torch.allclose(ours.eval()(ids).logits, logits, atol=1e-4)
+        # before the cap they are some hundreds, of which float32 keeps seven digits
+        assert torch.allclose(ours.eval()(ids).logits, logits, atol=1e-3)
 
 
 def test_the_quicker_layers_round_no_more_than_the_stock_ones():
