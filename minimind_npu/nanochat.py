@@ -19,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import NanoChatConfig, NanoChatForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.nanochat.modeling_nanochat import eager_attention_forward
@@ -169,6 +170,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x) if self.for_products else x.dtype
+        if not torch.is_grad_enabled():  # a Function costs more than its work on a few rows
+            return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(dtype)
         return _Normalise.apply(x, self.eps, dtype)
 
 
@@ -203,6 +206,12 @@ class _RotateAndNormalise(torch.autograd.Function):
         return (across * inverse).to(y.dtype), None, None, None
 
 
+def rotate_and_normalise(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    if torch.is_grad_enabled():
+        return _RotateAndNormalise.apply(x, cos, sin, eps)
+    return F.rms_norm(rotated(x, cos, sin), x.shape[-1:], eps=eps)
+
+
 class Attention(nn.Module):
     """NanoChatAttention's projections and facts; rotation and norm in one pass each way."""
 
@@ -235,8 +244,8 @@ class Attention(nn.Module):
         value = self.v_proj(hidden).view(shape).transpose(1, 2)
         halves = (x[:, :, None, : self.head_dim // 2] for x in position_embeddings)
         cos, sin = (x.to(query.dtype) for x in halves)
-        query = _RotateAndNormalise.apply(query, cos, sin, self.eps).transpose(1, 2)
-        key = _RotateAndNormalise.apply(key, cos, sin, self.eps).transpose(1, 2)
+        query = rotate_and_normalise(query, cos, sin, self.eps).transpose(1, 2)
+        key = rotate_and_normalise(key, cos, sin, self.eps).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -269,4 +278,7 @@ class FeedForward(nn.Module):
         self.fc2 = stock.fc2
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(_SquaredRelu.apply(self.fc1(hidden_states)))
+        hidden = self.fc1(hidden_states)
+        if torch.is_grad_enabled():
+            return self.fc2(_SquaredRelu.apply(hidden))
+        return self.fc2(hidden.relu().square())
