@@ -34,7 +34,7 @@ from answers import ask_held_out
 from batches import LlavaCollator, PaddedLlavaCollator, PictureRows, PictureWindows
 from common.data.labels import fingerprint, preview
 from common.data.prepare import prepare
-from common.fast import losses, norms, shared_start
+from common.fast import losses, norms, rotary, shared_start
 from common.runs import flags, memory_check
 from common.runs.engine import engine
 from common.runs.generate import pick_eval_rows
@@ -129,6 +129,7 @@ def load_model(args: Args, training: TrainingArguments, path: str, config, proce
     for_training(model, Normaliser(processor.image_processor))
     losses.use_chunked_loss(model)
     norms.use_fast_norms(model)
+    rotary.use_fast_rotary(model)
     if args.use_lora:
         model = parts.add_lora(model, args, cli.recompute(training))
     only_at_labels(model)

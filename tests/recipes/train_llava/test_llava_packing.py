@@ -3,6 +3,7 @@ kept features, cut tower, head only at labels."""
 
 import copy
 import fcntl
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from PIL import Image
 from test_llava_build import LLMS, make_llm, make_tower
 from transformers import LlavaForConditionalGeneration, Qwen3Config
 
-from common.fast import attention_cpu, losses, norms, shared_start
+from common.fast import attention_cpu, losses, norms, rotary, shared_start
 
 build_model, llava, batches, features, sight, parts, last_layer = own_modules(
     "train_llava", "build_model", "model", "batches", "features", "sight", "parts", "last_layer"
@@ -73,9 +74,18 @@ class Made:
         ]
 
 
+def with_stock_rotary(model) -> None:
+    """Undo what rotary.use_fast_rotary did in this process."""
+    for owner in {sys.modules[type(module).__module__] for module in model.modules()}:
+        function = getattr(owner, rotary.NAME, None)
+        if hasattr(function, "__wrapped__"):
+            setattr(owner, rotary.NAME, function.__wrapped__)
+
+
 def by_transformers(made: Made, rows: list[dict]) -> tuple[float, dict]:
     """Loss sum / number of labels and all gradients, one row after another, the stock way."""
     model = made.open(attn_implementation="eager")
+    with_stock_rotary(model)
     count = sum(label != -100 for row in rows for label in row["labels"])
     total = 0.0
     for row in rows:
@@ -99,6 +109,7 @@ def ours(made: Made, rows, trains: str = "full", keep=False, folder=None, packed
     sight.for_training(model, sight.Normaliser(made.processor.image_processor))
     losses.use_chunked_loss(model)
     norms.use_fast_norms(model)
+    rotary.use_fast_rotary(model)
     assert last_layer.only_at_labels(model)
     source = features.PictureSource(PICTURES, made.processor.image_processor)
     if keep:
