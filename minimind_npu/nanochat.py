@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import NanoChatConfig, NanoChatForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.nanochat.modeling_nanochat import eager_attention_forward
 
@@ -120,13 +121,17 @@ def quicken(model: NanoChatForCausalLM) -> NanoChatForCausalLM:
     """Put the layers below in the place of transformers' own, with the same parameters under the
     same names; changes the model and returns it."""
     eps = model.config.rms_norm_eps
-    for layer in model.model.layers:
-        layer.self_attn = Attention(layer.self_attn)
-        layer.mlp = FeedForward(layer.mlp)
-        layer.input_layernorm = Norm(eps, for_products=True)
-        layer.post_attention_layernorm = Norm(eps, for_products=True)
+    layers = model.model.layers
+    for i, stock in enumerate(layers):
+        layers[i] = Layer(stock, eps)
     model.model.norm = Norm(eps)  # the residual begins with it too, and stays float32
     return model
+
+
+def by_hand() -> bool:
+    """Whether the Functions below pay: without a gradient one costs more than its work on a few
+    rows, and a compiler fuses what is written plainly better."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def inverse_length(x: Tensor, eps: float) -> Tensor:
@@ -170,7 +175,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x) if self.for_products else x.dtype
-        if not torch.is_grad_enabled():  # a Function costs more than its work on a few rows
+        if not by_hand():
             return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(dtype)
         return _Normalise.apply(x, self.eps, dtype)
 
@@ -207,9 +212,14 @@ class _RotateAndNormalise(torch.autograd.Function):
 
 
 def rotate_and_normalise(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    if torch.is_grad_enabled():
+    if by_hand():
         return _RotateAndNormalise.apply(x, cos, sin, eps)
-    return F.rms_norm(rotated(x, cos, sin), x.shape[-1:], eps=eps)
+    if torch.compiler.is_compiling():
+        a, b = x.chunk(2, -1)
+        turned = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+    else:
+        turned = rotated(x, cos, sin)
+    return F.rms_norm(turned, x.shape[-1:], eps=eps)
 
 
 class Attention(nn.Module):
@@ -228,32 +238,31 @@ class Attention(nn.Module):
         self.is_causal = True
         self.eps = stock.q_norm.eps
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask=None,
-        past_key_values=None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, T, D] -> [B, T, D] and what the attention says beside."""
-        hidden = to_autocast(hidden_states)  # once for all three
+    def project(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, T, D] -> query [B, H, T, d], key and value [B, K, T, d]."""
+        hidden = to_autocast(hidden)  # once for all three
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden).view(shape)
         key = self.k_proj(hidden).view(shape)
         value = self.v_proj(hidden).view(shape).transpose(1, 2)
-        halves = (x[:, :, None, : self.head_dim // 2] for x in position_embeddings)
+        halves = (x[:, :, None, : self.head_dim // 2] for x in rotation)
         cos, sin = (x.to(query.dtype) for x in halves)
         query = rotate_and_normalise(query, cos, sin, self.eps).transpose(1, 2)
         key = rotate_and_normalise(key, cos, sin, self.eps).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        return query, key, value
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask, cache, **kwargs) -> Tensor:
+        """What `project` gives -> [B, T, H * d], before o_proj."""
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         how = {"dropout": self.dropout if self.training else 0.0, "scaling": self.scaling}
-        heads, beside = attend(self, query, key, value, attention_mask, **how, **kwargs)
-        return self.o_proj(heads.flatten(2)), beside
+        heads, _ = attend(self, query, key, value, mask, **how, **kwargs)
+        return heads.flatten(2)
 
 
 class _SquaredRelu(torch.autograd.Function):
@@ -279,6 +288,43 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden = self.fc1(hidden_states)
-        if torch.is_grad_enabled():
+        if by_hand():
             return self.fc2(_SquaredRelu.apply(hidden))
         return self.fc2(hidden.relu().square())
+
+
+class Layer(GradientCheckpointingLayer):
+    """NanoChatDecoderLayer's parts. What stands before and after attention has one shape in all
+    steps and can be compiled (loop/compiled.py)."""
+
+    def __init__(self, stock: nn.Module, eps: float):
+        super().__init__()
+        self.self_attn = Attention(stock.self_attn)
+        self.mlp = FeedForward(stock.mlp)
+        self.input_layernorm = Norm(eps, for_products=True)
+        self.post_attention_layernorm = Norm(eps, for_products=True)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; the rest as NanoChatModel gives it."""
+        projected = self.before(hidden_states, position_embeddings)
+        kwargs["position_ids"] = position_ids
+        heads = self.self_attn(*projected, attention_mask, past_key_values, **kwargs)
+        return self.after(hidden_states, heads)
+
+    def before(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> query, key, value: see Attention.project."""
+        return self.self_attn.project(self.input_layernorm(hidden), rotation)
+
+    def after(self, hidden: Tensor, heads: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn.o_proj(heads)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

@@ -95,9 +95,6 @@ def refuse_contradictions(args, training) -> None:
             args.reference == "adapter" and not args.use_lora
         ),
         "--stage distill: between networks of MiniMind's kind only": distills and not is_minimind,
-        "--torch_compile: the blocks of MiniMind's network only": (
-            training.torch_compile and not is_minimind
-        ),
         "--use_moe: --arch nanochat has no experts": bool(args.use_moe) and not is_minimind,
         f"--alpha {args.alpha}: from 0 to 1": not 0 <= args.alpha <= 1,
         f"--min_lr_ratio {args.min_lr_ratio}: from 0 to 1": not 0 <= args.min_lr_ratio <= 1,

@@ -136,7 +136,8 @@ def load_model(name: str, args, training, tokenizer) -> PreTrainedModel:
         model.gradient_checkpointing_enable()
     if training.torch_compile:
         # experts ask how many tokens each of them has, which cannot be compiled
-        names = ["before"] if model.config.use_moe else ["before", "after"]
+        has_experts = getattr(model.config, "use_moe", False)
+        names = ["before"] if has_experts else ["before", "after"]
         compiled.compile_methods(model.model.layers, names)
     return model.to(training.device)
 

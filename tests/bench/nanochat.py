@@ -7,7 +7,7 @@
 
 Sides: `restated` is nanochat_restated.py as it runs on a CPU, in fp32 and compiled; `restated_eager` without the
 compiler; `restated_bf16` compiled under bf16 autocast, which it picks on accelerators only. `ours` is train.py with
---arch nanochat, `minimind` with --arch minimind, in each of the dtypes. All have the tokens of a step (--step_tokens)
+--arch nanochat --torch_compile true, `minimind` with --arch minimind, in each of the dtypes. All have the tokens of a step (--step_tokens)
 and the learning rates that --depth gives; each cuts a step into the micro-batches that it would have on a CPU (32 rows,
 ours 2,048 tokens).
 
@@ -47,6 +47,7 @@ from measured import forget_peak, memory_mb, say
 HERE = words.ROOT / "tests/bench/nanochat.py"
 SIDES = ("restated", "restated_eager", "restated_bf16", "ours", "minimind")
 PARTS = ("train", "bpb", "generation")
+COMPILED = ("train", "bpb")
 SAME = {"float32": 2e-4, "bfloat16": 0.03}  # losses of two sides may be so far apart
 WINDOW = 512
 PROMPTS = 8
@@ -106,6 +107,7 @@ def our_settings(args, data: str):
                 "--output_dir", args.output, "--eval_ratio", "0", "--report_to", "none", "--tokenizer", args.tokenizer,
                 "--model_max_length", str(WINDOW), "--bf16", str(args.dtype == "bfloat16").lower(), "--max_steps", "1000",
                 "--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(windows // batch),
+                "--torch_compile", str(args.part in COMPILED).lower(),
                 ]  # fmt: skip
     ours, training, base = settings.parse_args()
     tokenizer = train.load_tokenizer(ours, base)

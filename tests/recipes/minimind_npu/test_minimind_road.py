@@ -36,10 +36,10 @@ RECIPE = ROOT / "minimind_npu"
 BENCH = ROOT / "tests/bench/nanochat.py"
 NAMES = (
     "settings weights train nanochat loop.optim road.dial road.mixture road.report samples.road_rows "
-    "engine.generation samples.make_identity stages.mid"
+    "engine.generation samples.make_identity stages.mid loop.compiled"
 )
 (
-    settings, own_weights, trainer, nanochat, optim, dial, mixture, card, road_rows, generation, make_identity, mid,
+    settings, own_weights, trainer, nanochat, optim, dial, mixture, card, road_rows, generation, make_identity, mid, compiled,
 ) = own_modules(RECIPE.name, *NAMES.split())  # fmt: skip
 VOCAB = 97
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -153,7 +153,6 @@ def test_a_card_without_bf16_takes_adamw_and_says_so(monkeypatch, capsys):
     (["--depth", -1], "--depth"), (["--size", "depth"], "--depth 12, for example"),
     (["--depth", 4, "--arch", "gpt2"], "--arch gpt2: minimind, nanochat"),
     (["--depth", 4, "--arch", "nanochat", "--use_moe", "true"], "has no experts"),
-    (["--depth", 4, "--arch", "nanochat", "--torch_compile", "true"], "--torch_compile"),
 ])  # fmt: skip
 def test_flags_that_contradict_the_dial_are_refused(monkeypatch, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
@@ -242,6 +241,29 @@ def test_nanochat_learns_from_packed_rows_as_transformers_has_it(tmp_path):
         assert ours.config.final_logit_softcapping is None
         # before the cap they are some hundreds, of which float32 keeps seven digits
         assert torch.allclose(ours.eval()(ids).logits, logits, atol=1e-3)
+
+
+def test_compiled_layers_of_nanochat_learn_the_same(monkeypatch):
+    """What the compiler is given, without the C++ that it writes."""
+    stock = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda plain, **_: stock(plain, backend="aot_eager"))
+    monkeypatch.setattr(compiled.Compiled, "has_failed", False)
+    rows = make_rows([20, 7, 30], prompt=0, vocab=VOCAB)
+    batch = {name: value for name, value in pack(rows).items() if name != "row_ids"}
+    found = []
+    for is_compiled in (False, True):
+        model = nanochat.quicken(nanochat.cap_in_head(small_nanochat(3e3)))
+        model.config._attn_implementation = attention.register()
+        losses.use_chunked_loss(model)
+        if is_compiled:
+            compiled.compile_methods(model.model.layers, ["before", "after"])
+        loss = model.train()(**batch, num_items_in_batch=100.0).loss
+        loss.backward()
+        found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (plain, gradients), (fused, others) = found
+    assert not compiled.Compiled.has_failed and fused == pytest.approx(plain, rel=1e-6)
+    for name, grad in gradients.items():
+        assert (grad - others[name]).abs().max() < 1e-4 * grad.abs().max(), name
 
 
 def test_the_quicker_layers_round_no_more_than_the_stock_ones():
