@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/road/drive.sh"
 DEPTH=${DEPTH:-4} NPROC=${NPROC:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-small="--model_max_length 256 --per_device_train_batch_size 4 --optimizer muon --muon_lr 0.01 --learning_rate 3e-3 --num_train_epochs 1"
+small="--torch_compile true --model_max_length 256 --per_device_train_batch_size 4 --optimizer muon --muon_lr 0.01 --learning_rate 3e-3 --num_train_epochs 1"
 BASE_FLAGS=${BASE_FLAGS-$small} MID_FLAGS=${MID_FLAGS-$small} SFT_FLAGS=${SFT_FLAGS-$small}
 RL_FLAGS=${RL_FLAGS-"--max_steps 8 --prompts_per_step 16 --group_size 16 --temperature 1.5 --learning_rate 3e-4 --model_max_length 128 --max_new_tokens 48"}
 CORE=${CORE-"--num_rows 40"} EVAL=${EVAL-"--num_rows 40 --max_new_tokens 64"}
