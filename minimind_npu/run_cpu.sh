@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole road on a CPU: tokenizer, pretrain, mid, sft, rl, evaluations, report card; depth 4 on the built-in data.
-#   bash minimind_npu/run_cpu.sh                               # 8 minutes of CPU time were measured
+#   bash minimind_npu/run_cpu.sh                               # 9 minutes on two cores
 #   OUTPUT=output/mine DEPTH=6 bash minimind_npu/run_cpu.sh
 #   STAGES="rl report" bash minimind_npu/run_cpu.sh            # goes on from what is there
 # Variables: road/drive.sh. A laptop has no time for the tokens that --depth asks for, so lengths and rates are typed here.
