@@ -133,10 +133,14 @@ def groups(data_path: list[str]) -> list[tuple[list[Path], float]]:
     if len(data_path) == 1 and mixture.is_mixture(data_path[0]):
         parts = mixture.read(Path(data_path[0]).expanduser())
         found = [(part.path, part.weight) for part in parts]
+        if any(part.epochs != 1 for part in parts):
+            cli.say(f"{data_path[0]}: epochs mean nothing here: a row is read once")
     else:
         found = files.entries(data_path)
     found = [(files_of(path), weight) for path, weight in found]
     if any(weight is None for _, weight in found):
+        if any(weight is not None for _, weight in found):
+            cli.say("some paths have no weight, so none counts here: every file gives as many rows")
         return [([file for inside, _ in found for file in inside], 1.0)]
     total = sum(weight for _, weight in found)
     return [(inside, weight / total) for inside, weight in found]

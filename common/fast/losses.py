@@ -434,9 +434,8 @@ def use_chunked_loss(model: nn.Module) -> nn.Module:
         logits  no logits but fp32 [4]: loss sum, correct argmax tokens (NaN in training mode) and
                 label tokens of this batch, and the loss; see loss_counts
     Heads that are no Linear, plain or with a `logit_cap` (logit_cap * tanh(x / logit_cap)), work at
-    the price of one more product. Models that change their
-    logits after the head, or that compute the loss themselves, end with SystemExit at the first
-    call.
+    the price of one more product. Models that change their logits after the head, or that compute
+    the loss themselves, end with SystemExit at the first call.
     """
     if is_chunked(model):
         return model

@@ -46,8 +46,9 @@ run_stage() {
             "$python" "$here/train_tokenizer.py" --output_dir "$road/tokenizer" ${VOCAB:+--vocab_size "$VOCAB"} \
                 ${PRETRAIN:+--data_path "${own[@]}"} ;;
         rows)
-            [[ -n ${MAKER:-} && -f $road/rows/sft.yaml && ! -f $road/rows/identity.jsonl ]] &&
-                echo "note: $road/rows was made without NAME and MAKER; take it away to have rows with them"
+            [[ -n ${NAME:-} && -z ${MAKER:-} ]] && echo "note: NAME=$NAME is used together with MAKER only"
+            [[ -n ${MAKER:-} && -f $road/rows/sft.yaml ]] && ! grep -qsF -- "${NAME:-}" "$road/rows/identity_test.jsonl" &&
+                echo "note: $road/rows was made without NAME=${NAME:-}; take it away to have rows with it"
             [[ -f $road/rows/sft.yaml ]] && { echo "$road/rows is there"; return; }
             # NAME alone is a machine's name in some shells
             "$python" "$here/samples/road_rows.py" "$road/rows" ${PRETRAIN:+--texts "$PRETRAIN"} \

@@ -128,10 +128,13 @@ def picture(file: Path, runs: list[Trained], law: tuple, tested: Trained | None)
     line = np.geomspace(first, last, 50)
     axes.plot(line, [expected(law, c) for c in line], "k--", label=f"{law[0]:.3g} C^-{law[1]:.3f}")
     if tested:
-        label = f"depth {tested.depth}, predicted and run"
-        axes.scatter([last], [tested.bits_per_byte], marker="*", s=140, zorder=3, label=label)
-        axes.scatter([last], [expected(law, last)], marker="x", s=60, color="k", zorder=3)
+        told = {"marker": "x", "s": 60, "color": "k", "label": f"depth {tested.depth}, predicted"}
+        axes.scatter([last], [expected(law, last)], zorder=3, **told)
+        found = {"marker": "*", "s": 140, "label": f"depth {tested.depth}, measured"}
+        axes.scatter([last], [tested.bits_per_byte], zorder=3, **found)
     axes.set(xscale="log", yscale="log", xlabel="FLOP", ylabel="held-out bits per byte")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.tight_layout()
