@@ -404,6 +404,17 @@ def test_a_tokenizer_learns_from_its_texts_in_their_shares(tmp_path, as_yaml):
     assert 200 <= chars < 212
 
 
+def test_what_a_tokenizer_does_not_count_is_told(tmp_path, capsys):
+    for name in ("zh.txt", "en.txt"):
+        (tmp_path / name).write_text("湖光山色\n", encoding="utf-8")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("- {file: zh.txt, weight: 0.7}\n- {file: en.txt, epochs: 2}\n", "utf-8")
+    ((found, share),) = train_tokenizer.groups([str(mix)])
+    said = capsys.readouterr().out
+    assert len(found) == 2 and share == 1
+    assert "epochs mean nothing here" in said and "none counts here" in said
+
+
 @pytest.mark.parametrize(
     "flags, code, said",
     [
